@@ -1,0 +1,38 @@
+"""var_moe: Verifiable Adaptive Routing for Mixture-of-Experts language models.
+
+Names are imported when first used, so that ``import var_moe`` stays light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_PUBLIC = {
+    "VARConfig": "var_moe.config",
+    "PRESETS": "var_moe.config",
+    "VarMoeError": "var_moe.errors",
+    "UsageError": "var_moe.errors",
+    "load_model": "var_moe.models.loading",
+    "load_text": "var_moe.evaluation.text",
+    "routed": "var_moe.apply",
+    "RoutingProfile": "var_moe.profiling.profile",
+    "collect_profile": "var_moe.profiling.collect",
+    "VARPolicy": "var_moe.routing.var",
+    "perplexity": "var_moe.evaluation.perplexity",
+    "compare": "var_moe.evaluation.compare",
+    "tune": "var_moe.optimization.run",
+}
+
+__all__ = sorted(_PUBLIC)  # noqa: PLE0605
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'var_moe' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_PUBLIC]

@@ -1,0 +1,123 @@
+"""`with routed(model, policy) as session:` is the only place that changes a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from var_moe.errors import UsageError
+from var_moe.models.seam import (
+    SORTED,
+    PairBackend,
+    attach,
+    detach,
+    execute,
+    experts_modules,
+    pair_backend,
+)
+from var_moe.routing.base import RoutingPolicy
+from var_moe.routing.counts import RoutingReport, TierCounts
+from var_moe.routing.decision import TokenBatch
+
+
+class Session:
+    """A routed model's running state: the policy, the tokens of the forward, the counts."""
+
+    def __init__(self, policy: RoutingPolicy, backend: PairBackend, layers: int) -> None:
+        self.policy = policy
+        self._backend = backend
+        self._layers = layers
+        self._counts = TierCounts(layers)
+        self._announced: TokenBatch | None = None
+        self._batch: TokenBatch | None = None
+        self._counted: Tensor = torch.empty(0, dtype=torch.bool)
+        self._all_counted = True
+
+    def announce(self, batch: TokenBatch) -> None:
+        """Describe the next forward's tokens, where ids and mask alone do not tell.
+
+        Needed for windows of a longer document (prefix, overlap) and documents over rows.
+        """
+        self._announced = batch
+
+    def report(self) -> RoutingReport:
+        """Tiers and executed pairs since the session's start or the last `reset`."""
+        return self._counts.report()
+
+    def reset(self) -> None:
+        """Empty the policy's caches and clocks and set the counts to zero."""
+        self.policy.reset()
+        self._counts = TierCounts(self._layers)
+
+    # -- called by the model ---------------------------------------------------------------
+
+    def before_forward(self, _model: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+        """The model's forward pre-hook: sees the token ids, once for all layers."""
+        if kwargs.get("past_key_values") is not None:
+            raise UsageError(
+                "generation with a KV cache is not supported inside routed(...) yet; "
+                "score whole texts, or generate with use_cache=False"
+            )
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is None:
+            raise UsageError("routed(...) needs input_ids: embeddings do not tell the token ids")
+        batch, self._announced = self._announced, None
+        if batch is None:
+            mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+            if mask is not None and mask.dim() != 2:
+                raise UsageError(
+                    f"attention_mask with {mask.dim()} dimensions: routed(...) needs (batch, "
+                    "sequence), to know which positions are padding"
+                )
+            batch = TokenBatch.of(ids, mask)
+        elif batch.ids.shape != ids.shape:
+            raise UsageError(
+                f"announced tokens of shape {tuple(batch.ids.shape)}, but the forward has "
+                f"{tuple(ids.shape)}"
+            )
+        self._batch = batch
+        self._counted = batch.counted.reshape(-1)
+        self.policy.begin(batch)
+
+    def experts(
+        self, layer: int, module: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor
+    ) -> Tensor:
+        """One layer: the policy decides, the backend runs what is left, the counts grow."""
+        routing = self.policy.route(layer, index, weight)
+        self._counts.add(layer, routing, self._counted)
+        out = execute(module, hidden, routing.index, routing.weight, self._backend)
+        extra = routing.residual
+        if extra is not None:
+            out = out + extra.table[extra.row] * extra.scale[:, None].to(out.dtype)
+        return out
+
+
+@contextmanager
+def routed(model: Any, policy: RoutingPolicy, *, backend: str = SORTED) -> Iterator[Session]:
+    """Run the model's experts as ``policy`` decides, until the block ends.
+
+    Args:
+        model: a transformers Mixture-of-Experts causal language model.
+        policy: which pairs are executed.
+        backend: who executes them: ``"sorted"`` (ours), ``"grouped_mm"``, ``"eager"``, ...
+
+    Yields:
+        The `Session`, with `report()` and `reset()`.
+
+    Raises:
+        UsageError: the model is no MoE, is routed already, or does not go through the seam.
+
+    On leaving, also by an exception, the model is what it was before.
+    """
+    session = Session(policy, pair_backend(backend), len(experts_modules(model)))
+    before = attach(model, session)
+    hook = model.register_forward_pre_hook(session.before_forward, with_kwargs=True)
+    try:
+        yield session
+    finally:
+        hook.remove()
+        detach(model, before)

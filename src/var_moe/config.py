@@ -1,0 +1,172 @@
+"""VARConfig: the thresholds that decide which experts run, their presets and their JSON.
+
+The six documented fields come first, with their documented names and defaults; a JSON file
+with these six alone loads. What is valid here is wider than what the tuner searches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from var_moe.errors import UsageError
+from var_moe.storage import atomic_write_json, read_json
+
+MODES = ("verified", "plain")
+CACHE_SCOPES = ("shared", "document")
+DOCUMENTED_FIELDS = (
+    "frequency_threshold",
+    "entropy_threshold",
+    "confidence_threshold",
+    "cache_size",
+    "cache_ttl_seconds",
+    "context_window_size",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VARConfig:
+    """Thresholds of Verifiable Adaptive Routing.
+
+    Args:
+        frequency_threshold: occurrences of a token in the profile from which its table entry
+            counts as known (>= 0).
+        entropy_threshold: highest mean router entropy, in nats, of a token on the fast path (>= 0).
+        confidence_threshold: routing mass of the leading experts from which a decision is cached,
+            and in verified mode cut, in (0, 1].
+        cache_size: keys that the context cache holds, least recently used evicted first (>= 0).
+        cache_ttl_seconds: seconds that an entry lives, from its first insertion (> 0).
+        context_window_size: token ids in a cache key, the token itself included (>= 1).
+        mode: ``"verified"`` asks the router and lets a table or cache entry only license the cut;
+            ``"plain"`` runs the stored experts unseen.
+        residuals: add the calibration mean of what was dropped; ``None`` means on in verified
+            mode, off in plain mode, where it is not defined.
+        cache_scope: ``"shared"`` keeps the cache over documents, ``"document"`` empties it at
+            each document's start.
+
+    Raises:
+        UsageError: a value is of the wrong type or out of its range; names field, value, range.
+    """
+
+    frequency_threshold: int = 50
+    entropy_threshold: float = 0.5
+    confidence_threshold: float = 0.8
+    cache_size: int = 1000
+    cache_ttl_seconds: float = 60
+    context_window_size: int = 4
+    mode: str = "verified"
+    residuals: bool | None = None
+    cache_scope: str = "shared"
+
+    def __post_init__(self) -> None:
+        _check_number("frequency_threshold", self.frequency_threshold, integer=True, low=0)
+        _check_number("entropy_threshold", self.entropy_threshold, low=0)
+        _check_number(
+            "confidence_threshold", self.confidence_threshold, low=0, high=1, open_low=True
+        )
+        _check_number("cache_size", self.cache_size, integer=True, low=0)
+        _check_number("cache_ttl_seconds", self.cache_ttl_seconds, low=0, open_low=True)
+        _check_number("context_window_size", self.context_window_size, integer=True, low=1)
+        _check_choice("mode", self.mode, MODES)
+        _check_choice("cache_scope", self.cache_scope, CACHE_SCOPES)
+        if self.residuals not in (None, True, False):
+            raise UsageError(
+                f"VARConfig.residuals = {self.residuals!r}: expected true, false, null"
+            )
+        if self.residuals and self.mode == "plain":
+            raise UsageError(
+                "VARConfig.residuals = true with mode 'plain': residual means need the router's "
+                "own choice; use mode 'verified' or residuals false"
+            )
+
+    @property
+    def uses_residuals(self) -> bool:
+        """Whether residual means are added: `residuals`, or by default in verified mode."""
+        return self.mode == "verified" if self.residuals is None else self.residuals
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> VARConfig:
+        """The preset `name` (conservative, balanced, aggressive), with `changes` on top."""
+        if name not in PRESETS:
+            raise UsageError(f"preset {name!r}: expected one of {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **changes})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, source: str = "VARConfig") -> VARConfig:
+        """Build from a mapping; unknown keys are rejected by name, missing ones get defaults."""
+        if not isinstance(values, Mapping):
+            raise UsageError(f"{source}: expected a JSON object of VARConfig fields")
+        known = [f.name for f in fields(cls)]
+        unknown = [key for key in values if key not in known]
+        if unknown:
+            raise UsageError(
+                f"{source}: unknown field {unknown[0]!r}; VARConfig has {', '.join(known)}"
+            )
+        try:
+            return cls(**values)
+        except UsageError as error:
+            raise UsageError(f"{source}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, the six documented ones first."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def documented(self) -> dict[str, Any]:
+        """The six documented fields alone."""
+        return {name: getattr(self, name) for name in DOCUMENTED_FIELDS}
+
+    def replace(self, **changes: Any) -> VARConfig:
+        """A copy with `changes`."""
+        return replace(self, **changes)
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON file, whole or not at all."""
+        atomic_write_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> VARConfig:
+        """Read a JSON file that `save` wrote, or one with the six documented fields."""
+        return cls.from_dict(read_json(path, what="VAR configuration"), source=str(path))
+
+
+def _check_choice(field: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UsageError(f"VARConfig.{field} = {value!r}: expected one of {', '.join(choices)}")
+
+
+def _check_number(
+    field: str,
+    value: Any,
+    *,
+    integer: bool = False,
+    low: float,
+    high: float = math.inf,
+    open_low: bool = False,
+) -> None:
+    kind = "an integer" if integer else "a number"
+    bracket = "(" if open_low else "["
+    upper = "∞)" if math.isinf(high) else f"{high}]"
+    expected = f"VARConfig.{field} = {value!r}: expected {kind} in {bracket}{low}, {upper}"
+    if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
+        raise UsageError(expected)
+    if not math.isfinite(value) or value > high or value < low or (open_low and value == low):
+        raise UsageError(expected)
+
+
+def _preset(
+    frequency: int, entropy: float, confidence: float, size: int, ttl: int, window: int
+) -> dict[str, Any]:
+    return dict(
+        zip(DOCUMENTED_FIELDS, (frequency, entropy, confidence, size, ttl, window), strict=True)
+    )
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "conservative": _preset(100, 0.3, 0.9, 500, 30, 4),
+    "balanced": _preset(50, 0.5, 0.8, 1000, 60, 4),
+    "aggressive": _preset(25, 0.7, 0.7, 2000, 120, 4),
+}
+"""The documented presets; each is a full configuration in the default mode."""

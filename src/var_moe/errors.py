@@ -1,0 +1,19 @@
+"""The two kinds of error that a user meets, each with its exit code.
+
+Every message is one line: it names the file, field or value, says what was expected,
+and what to do.
+"""
+
+from __future__ import annotations
+
+
+class VarMoeError(Exception):
+    """A failure while working: the input was understood, the work did not succeed."""
+
+    exit_code = 1
+
+
+class UsageError(VarMoeError, ValueError):
+    """Bad input: a missing file, an unknown field, a value out of its range."""
+
+    exit_code = 2

@@ -1,0 +1,1 @@
+"""Models: loading them, and the one seam through which routing reaches their experts."""

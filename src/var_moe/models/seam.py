@@ -1,0 +1,165 @@
+"""The experts seam: the public place where transformers hands pairs to an experts backend.
+
+transformers calls every experts module as ``experts(hidden (T, D), index (T, K), weight (T, K))``
+and dispatches through ``ALL_EXPERTS_FUNCTIONS``. One function of ours is registered there; it
+asks the running session which pairs to execute and hands those to a backend, as a top-1
+problem with unit weights. The weights are applied outside and the pairs summed as (T, K, D)
+over K, with zeros where a pair was dropped: so keeping all pairs is bit-identical to
+``grouped_mm``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from var_moe.errors import UsageError
+from var_moe.models.sorted_experts import sorted_experts
+
+IMPLEMENTATION = "var_moe"
+SORTED = "sorted"
+REFUSED_BACKENDS = ("deepgemm_megamoe",)
+
+# (module, hidden (P, D), expert (P,)) -> (P, D): each row through its expert, unit weight.
+PairBackend = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+class ExpertsSession(Protocol):
+    """What the seam asks of whoever runs the layers."""
+
+    def experts(
+        self, layer: int, module: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor
+    ) -> Tensor:
+        """The layer's output (T, D) for the router's decision."""
+
+
+# Which session runs a module: filled and emptied by `attach` and `detach` alone.
+_active: dict[int, tuple[ExpertsSession, int]] = {}
+
+
+def _dispatch(module: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """The function that transformers calls for each experts module of a routed model."""
+    session, layer = _active[id(module)]
+    return session.experts(layer, module, hidden, index, weight)
+
+
+def experts_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The model's experts modules with their names, in layer order."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if hasattr(module, "_is_expert_parallel") and hasattr(type(module).forward, "__wrapped__")
+    ]
+
+
+def attach(model: Any, session: ExpertsSession) -> dict[str, str | None]:
+    """Send the model's experts through `session`; returns what `detach` puts back.
+
+    Raises:
+        UsageError: the model has no experts module, is routed already, or an experts module
+            does not go through the seam; names the module.
+    """
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    found = experts_modules(model)
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if not found:
+        raise UsageError(
+            f"model type {kind!r} has no experts module that transformers dispatches "
+            "(use_experts_implementation); expected a Mixture-of-Experts model"
+        )
+    if any(id(module) in _active for _, module in found):
+        raise UsageError("the model is routed already: leave the running `routed(...)` first")
+    before: dict[str, str | None] = model.get_experts_implementation()
+    for value in before.values():
+        if value in REFUSED_BACKENDS:
+            raise UsageError(
+                f"experts backend {value!r} is fixed when the model is loaded; "
+                'load it with experts_implementation="grouped_mm"'
+            )
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _dispatch)
+    for layer, (_, module) in enumerate(found):
+        _active[id(module)] = (session, layer)
+    try:
+        model.set_experts_implementation(IMPLEMENTATION)
+        for name, module in found:
+            # set_experts_implementation passes over classes that do not support it.
+            chosen = getattr(module.config, "_experts_implementation", None)
+            if chosen != IMPLEMENTATION:
+                raise UsageError(
+                    f"experts module {name!r} ({type(module).__name__}) does not go through the "
+                    f"experts seam: it stays on {chosen!r}"
+                )
+            if "FP8" in type(module).__name__.upper():
+                raise UsageError(
+                    f"experts module {name!r} holds FP8 weights, which the seam does not serve; "
+                    "load the model in bfloat16"
+                )
+    except BaseException:
+        detach(model, before)
+        raise
+    return before
+
+
+def detach(model: Any, before: dict[str, str | None]) -> None:
+    """Put the experts backend back and forget the model's modules."""
+    for _, module in experts_modules(model):
+        _active.pop(id(module), None)
+    model.set_experts_implementation(before)
+
+
+def pair_backend(name: str) -> PairBackend:
+    """The backend `name` for executed pairs: ``sorted`` (ours) or any of transformers'.
+
+    Raises:
+        UsageError: no such backend.
+    """
+    if name == SORTED:
+        return sorted_experts
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    if name != "eager" and name not in ALL_EXPERTS_FUNCTIONS:
+        known = ", ".join([SORTED, "eager", *sorted(set(ALL_EXPERTS_FUNCTIONS) - {IMPLEMENTATION})])
+        raise UsageError(f"experts backend {name!r}: expected one of {known}")
+
+    def run(module: nn.Module, hidden: Tensor, expert: Tensor) -> Tensor:
+        original = type(module).forward.__wrapped__  # type: ignore[attr-defined]
+        function = ALL_EXPERTS_FUNCTIONS.get_interface(name, original)
+        ones = torch.ones((expert.shape[0], 1), dtype=hidden.dtype, device=hidden.device)
+        result: Tensor = function(module, hidden, expert[:, None], ones)
+        return result
+
+    return run
+
+
+def execute(
+    module: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor, backend: PairBackend
+) -> Tensor:
+    """Run the pairs of ``index`` that are not -1 and sum them by weight. Returns (T, D)."""
+    return weighted_sum(pair_outputs(module, hidden, index, backend), weight, hidden.dtype)
+
+
+def pair_outputs(module: nn.Module, hidden: Tensor, index: Tensor, backend: PairBackend) -> Tensor:
+    """Unweighted output of every pair, zero where it was dropped. (T, K, D)"""
+    tokens, top_k = index.shape
+    pair = (index.reshape(-1) >= 0).nonzero().squeeze(1)  # the one wait for the device
+    expert = index.reshape(-1)[pair]
+    out = backend(module, hidden[pair // top_k], expert)
+    if pair.shape[0] == tokens * top_k:
+        return out.view(tokens, top_k, -1)
+    full = out.new_zeros((tokens * top_k, out.shape[1]))
+    full[pair] = out
+    return full.view(tokens, top_k, -1)
+
+
+def weighted_sum(outputs: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum (T, K, D) by (T, K) weights as transformers' ``grouped_mm`` does. (T, D)"""
+    return (outputs * weight.unsqueeze(-1)).sum(dim=1).to(dtype)
+
+
+def layers_of(model: nn.Module) -> Iterator[str]:
+    """Names of the experts modules, for messages."""
+    return (name for name, _ in experts_modules(model))

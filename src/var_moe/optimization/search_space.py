@@ -1,0 +1,298 @@
+"""What is searched: names, types, ranges and defaults, and points drawn from them.
+
+A search space maps a name to ``{"type": "int" | "float", "low", "high", "default"}``. Every
+point is a pure function of the space, a seed and an index, so that a resumed search draws
+what an unbroken one would.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from var_moe.config import DOCUMENTED_FIELDS, PRESETS, VARConfig
+from var_moe.errors import UsageError
+
+Params: TypeAlias = dict[str, int | float]
+SearchSpace: TypeAlias = Mapping[str, Mapping[str, Any]]
+
+SEARCH_SPACE: dict[str, dict[str, Any]] = {
+    "frequency_threshold": {"type": "int", "low": 10, "high": 200, "default": 50},
+    "entropy_threshold": {"type": "float", "low": 0.1, "high": 1.5, "default": 0.5},
+    "confidence_threshold": {"type": "float", "low": 0.5, "high": 0.95, "default": 0.8},
+    "cache_size": {"type": "int", "low": 100, "high": 5000, "default": 1000},
+    "cache_ttl_seconds": {"type": "int", "low": 10, "high": 300, "default": 60},
+    "context_window_size": {"type": "int", "low": 2, "high": 8, "default": 4},
+}
+"""The documented search space of VARConfig's six thresholds."""
+
+_KEYS = ("type", "low", "high", "default")
+# Far more draws than a space with any free point needs, and a small one gives up at once.
+_FRESH_DRAWS = 100
+# Indices of the second and later draws of `fresh_sample`, out of the way of ordinary ones.
+_FRESH_STRIDE = 1_000_003
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dimension:
+    """One checked entry of a search space, bounds included."""
+
+    name: str
+    integer: bool
+    low: int | float
+    high: int | float
+    default: int | float
+
+    def at(self, share: float) -> int | float:
+        """The value at `share` in [0, 1) of the range; integers are equally likely."""
+        if self.integer:
+            return int(min(self.high, self.low + math.floor(share * (self.high - self.low + 1))))
+        return float(min(self.high, self.low + share * (self.high - self.low)))
+
+    def clip(self, value: float) -> int | float:
+        """The nearest value inside the bounds, of this dimension's type."""
+        nearest = min(max(value, self.low), self.high)
+        return round(nearest) if self.integer else float(nearest)
+
+    def grid(self, n_points: int) -> list[int | float]:
+        """`n_points` evenly spaced values, integers rounded and repeats removed; 1: the default."""
+        if n_points == 1:
+            return [self.default]
+        values = np.linspace(self.low, self.high, n_points).tolist()
+        # linspace rounds, so that its last value can miss the bound by one digit.
+        return list(dict.fromkeys(self.clip(value) for value in values))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry as it stands in a search space."""
+        kind = "int" if self.integer else "float"
+        return {"type": kind, "low": self.low, "high": self.high, "default": self.default}
+
+
+def dimensions(space: SearchSpace) -> list[Dimension]:
+    """The space's entries in order, checked and typed; a missing default is the middle.
+
+    Raises:
+        UsageError: names the entry, what is wrong with it and what is expected.
+    """
+    if not isinstance(space, Mapping) or not space:
+        raise UsageError("search space: expected a mapping of at least one name to its range")
+    return [_dimension(name, entry) for name, entry in space.items()]
+
+
+def validate_space(space: SearchSpace) -> None:
+    """Raise UsageError, naming the entry, if `space` is not a valid search space."""
+    dimensions(space)
+
+
+def defaults(space: SearchSpace) -> Params:
+    """The default point."""
+    return {d.name: d.default for d in dimensions(space)}
+
+
+def is_config_space(space: SearchSpace) -> bool:
+    """Whether every name is one of VARConfig's six documented fields."""
+    return all(name in DOCUMENTED_FIELDS for name in space)
+
+
+def starting_points(space: SearchSpace) -> list[Params]:
+    """The default and, for VARConfig's own fields, the three presets; repeats removed.
+
+    A preset outside the space's bounds is clipped to them: its nearest allowed neighbour is
+    still a better first guess than a random point.
+    """
+    points = [defaults(space)]
+    if is_config_space(space):
+        points += [
+            {d.name: d.clip(preset[d.name]) for d in dimensions(space)}
+            for preset in PRESETS.values()
+        ]
+    return distinct(points)
+
+
+def distinct(points: Sequence[Params]) -> list[Params]:
+    """`points` without repeats, the first of each kept."""
+    return list({point_key(point): point for point in reversed(points)}.values())[::-1]
+
+
+def point_key(params: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """A hashable identity of a point, whatever the order of its names."""
+    return tuple(sorted(params.items()))
+
+
+def check_point(space: SearchSpace, params: Mapping[str, Any], *, what: str = "point") -> Params:
+    """`params` in the space's order and types.
+
+    Raises:
+        UsageError: a name is missing or unknown, or a value is not in its range.
+    """
+    dims = dimensions(space)
+    names = [d.name for d in dims]
+    wrong = sorted(set(params) ^ set(names))
+    if wrong:
+        raise UsageError(f"{what}: {wrong[0]!r} is missing or unknown; expected {', '.join(names)}")
+    for d in dims:
+        value = params[d.name]
+        if not _is_number(value, integer=d.integer) or not d.low <= value <= d.high:
+            kind = "an integer" if d.integer else "a number"
+            raise UsageError(
+                f"{what}: {d.name} = {value!r}: expected {kind} in [{d.low}, {d.high}]"
+            )
+    return {d.name: d.clip(params[d.name]) for d in dims}
+
+
+def sample(space: SearchSpace, seed: int, index: int) -> Params:
+    """The random point number `index` of `seed`: the same whatever was drawn before it."""
+    dims = dimensions(space)
+    # One share of the range per dimension: narrowing one bound leaves the others' draws.
+    shares = np.random.default_rng([seed, index]).random(len(dims))
+    return {d.name: d.at(share) for d, share in zip(dims, shares.tolist(), strict=True)}
+
+
+def fresh_sample(space: SearchSpace, seed: int, index: int, seen: Sequence[Params]) -> Params:
+    """Like `sample`, drawn again while the point is in `seen`, unless the space is used up."""
+    known = {point_key(point) for point in seen}
+    point: Params = {}
+    for attempt in range(_FRESH_DRAWS):
+        point = sample(space, seed, index + attempt * _FRESH_STRIDE)
+        if point_key(point) not in known:
+            break
+    return point
+
+
+def grid_size(space: SearchSpace, n_points_per_dim: int) -> int:
+    """How many points the grid has, without building it."""
+    return math.prod(len(values) for values in _grid_values(space, n_points_per_dim))
+
+
+def grid_points(space: SearchSpace, n_points_per_dim: int) -> Iterator[Params]:
+    """The full grid, the last name varying fastest."""
+    names = list(space)
+    for values in itertools.product(*_grid_values(space, n_points_per_dim)):
+        yield dict(zip(names, values, strict=True))
+
+
+def grid_point(space: SearchSpace, n_points_per_dim: int, index: int) -> Params:
+    """The grid's point number `index`, as `grid_points` counts them."""
+    point: Params = {}
+    for name, values in reversed(
+        list(zip(space, _grid_values(space, n_points_per_dim), strict=True))
+    ):
+        index, place = divmod(index, len(values))
+        point[name] = values[place]
+    return {name: point[name] for name in space}
+
+
+def parse_bounds(bounds: Sequence[str], space: SearchSpace) -> dict[str, dict[str, Any]]:
+    """A copy of `space` with the ranges in `bounds`, each ``"name=low:high"``.
+
+    ``low`` may equal ``high``, which fixes the name's value. A default outside the new range
+    moves to the nearest bound.
+
+    Raises:
+        UsageError: an unknown name, a name given twice, or no valid range; names the text.
+    """
+    new = {d.name: d.to_dict() for d in dimensions(space)}
+    given: set[str] = set()
+    for text in bounds:
+        name, _, span = text.partition("=")
+        name = name.strip()
+        low, colon, high = span.partition(":")
+        if not colon:
+            raise UsageError(f"bounds {text!r}: expected name=low:high, e.g. cache_size=100:8000")
+        if name not in new:
+            raise UsageError(f"bounds {text!r}: unknown name {name!r}; expected {', '.join(new)}")
+        if name in given:
+            raise UsageError(f"bounds {text!r}: {name} is given twice")
+        given.add(name)
+        integer = new[name]["type"] == "int"
+        entry = {**new[name], "low": _parse(low, integer, text), "high": _parse(high, integer, text)}
+        entry["default"] = min(max(entry["default"], entry["low"]), entry["high"])
+        try:
+            _dimension(name, entry)
+        except UsageError as error:
+            raise UsageError(f"bounds {text!r}: {error}") from None
+        new[name] = entry
+    return new
+
+
+def check_count(name: str, value: Any) -> int:
+    """`value` as a count of at least one, or UsageError naming the argument."""
+    if not _is_number(value, integer=True) or value < 1:
+        raise UsageError(f"{name} = {value!r}: expected an integer of at least 1")
+    return int(value)
+
+
+def check_seed(seed: Any) -> int | None:
+    """`seed` as None or an integer of at least 0, or UsageError."""
+    if seed is None:
+        return None
+    if not _is_number(seed, integer=True) or seed < 0:
+        raise UsageError(f"seed = {seed!r}: expected an integer of at least 0")
+    return int(seed)
+
+
+def _grid_values(space: SearchSpace, n_points_per_dim: int) -> list[list[int | float]]:
+    n_points = check_count("n_points_per_dim", n_points_per_dim)
+    return [d.grid(n_points) for d in dimensions(space)]
+
+
+def _parse(number: str, integer: bool, text: str) -> int | float:
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or (integer and not value.is_integer()):
+        kind = "an integer" if integer else "a number"
+        raise UsageError(f"bounds {text!r}: {number.strip()!r} is not {kind}") from None
+    return int(value) if integer else value
+
+
+def _dimension(name: Any, entry: Any) -> Dimension:
+    where = f"search space: {name}"
+    if not isinstance(name, str) or not isinstance(entry, Mapping):
+        raise UsageError(f"{where}: expected a name with its type, low, high, default")
+    unknown = [key for key in entry if key not in _KEYS]
+    if unknown:
+        raise UsageError(f"{where}: unknown key {unknown[0]!r}; expected {', '.join(_KEYS)}")
+    if entry.get("type") not in ("int", "float"):
+        raise UsageError(f"{where}: type = {entry.get('type')!r}: expected 'int' or 'float'")
+    integer = entry["type"] == "int"
+    kind = int if integer else float
+    for key in ("low", "high", "default"):
+        if key == "default" and key not in entry:
+            continue
+        if not _is_number(entry.get(key), integer=integer):
+            expected = "an integer" if integer else "a finite number"
+            raise UsageError(f"{where}: {key} = {entry.get(key)!r}: expected {expected}")
+    low, high = kind(entry["low"]), kind(entry["high"])
+    if low > high:
+        raise UsageError(f"{where}: low = {low} is above high = {high}")
+    middle = (low + high) // 2 if integer else (low + high) / 2
+    default = kind(entry.get("default", middle))
+    if not low <= default <= high:
+        raise UsageError(f"{where}: default = {default}: expected a value in [{low}, {high}]")
+    if name in DOCUMENTED_FIELDS:
+        _check_config_bounds(where, name, low, high)
+    return Dimension(name=name, integer=integer, low=low, high=high, default=default)
+
+
+def _check_config_bounds(where: str, name: str, low: float, high: float) -> None:
+    """A range of a VARConfig field may be wider than documented, but not than what is valid."""
+    for value in (low, high):
+        try:
+            VARConfig(**{name: value})  # type: ignore[arg-type]
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}") from None
+
+
+def _is_number(value: Any, *, integer: bool) -> bool:
+    if isinstance(value, bool | np.bool_):
+        return False
+    if isinstance(value, int | np.integer):
+        return True
+    return not integer and isinstance(value, float | np.floating) and math.isfinite(value)

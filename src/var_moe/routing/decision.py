@@ -1,0 +1,71 @@
+"""What a routing policy is given for a forward, and what it returns for a layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+
+class Tier(IntEnum):
+    """Which path decided a (layer, token)."""
+
+    FAST = 0  # the static table of the profile
+    CACHED = 1  # the context cache
+    LEARNED = 2  # the model's own router
+
+
+@dataclass(frozen=True)
+class Residual:
+    """What is added to the layer's output in place of dropped experts: ``scale * table[row]``."""
+
+    table: Tensor  # (R, D) vectors of this layer; the last row is zero
+    row: Tensor  # (T,) int64, R - 1 where nothing is added
+    scale: Tensor  # (T,) weight of what was dropped
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The decision for one layer and all tokens of a forward.
+
+    ``index`` keeps the slot order of the router; -1 marks a pair that is not executed.
+    """
+
+    index: Tensor  # (T, K) int64 expert ids, -1: not executed
+    weight: Tensor  # (T, K) weights, ignored where index is -1
+    tier: Tensor  # (T,) uint8, a Tier
+    residual: Residual | None = None
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """The tokens of one forward, row-major over (batch, sequence).
+
+    ``prefix`` holds, for a row that continues a document, the ids just before it (-1 where
+    there are none), so that context keys span the document. A token that is ``valid`` but not
+    ``counted`` (the overlap of two windows) is routed and looks up in the cache, but inserts
+    nothing and stands in no statistics. ``document`` tells rows of one document apart from
+    those of the next.
+    """
+
+    ids: Tensor  # (B, S) int64
+    valid: Tensor  # (B, S) bool, False for padding
+    counted: Tensor  # (B, S) bool, implies valid
+    document: tuple[int, ...]  # (B,) document number per row
+    prefix: Tensor | None = None  # (B, P) int64
+
+    @classmethod
+    def of(cls, ids: Tensor, attention_mask: Tensor | None = None) -> TokenBatch:
+        """Each row a document of its own; padding from ``attention_mask``."""
+        if attention_mask is None:
+            valid = torch.ones_like(ids, dtype=torch.bool)
+        else:
+            valid = attention_mask.to(device=ids.device, dtype=torch.bool)
+        return cls(ids=ids, valid=valid, counted=valid, document=tuple(range(-ids.shape[0], 0)))
+
+    @property
+    def size(self) -> int:
+        """T, padding included."""
+        return self.ids.numel()

@@ -1,0 +1,145 @@
+"""Verifiable Adaptive Routing: fast path, then cache, then the model's own router."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from var_moe.config import VARConfig
+from var_moe.routing.base import RoutingPolicy
+from var_moe.routing.clock import Clock, TokenClock
+from var_moe.routing.context_cache import ContextCache
+from var_moe.routing.decision import Residual, Routing, Tier, TokenBatch
+from var_moe.routing.fast_path import ResidualMeans, RoutingTable
+from var_moe.routing.keys import context_keys
+from var_moe.routing.ranking import leading_count, rank_slots, routing_mass
+
+
+class VARPolicy(RoutingPolicy):
+    """The three tiers as one policy, in plain or verified mode (see `VARConfig`).
+
+    Args:
+        config: the thresholds.
+        table: the static table of a profile of the same model.
+        residuals: residual means of the same profile; needed where the config uses them.
+        clock: time for the cache's entries; by default virtual, a thousand tokens a second.
+    """
+
+    def __init__(
+        self,
+        config: VARConfig,
+        table: RoutingTable,
+        *,
+        residuals: ResidualMeans | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self.config = config
+        self.table = table
+        self.residuals = residuals if config.uses_residuals else None
+        self.cache = ContextCache(
+            size=config.cache_size,
+            ttl_seconds=config.cache_ttl_seconds,
+            clock=clock or TokenClock(),
+        )
+        self._eligible = table.eligible(config.frequency_threshold, config.entropy_threshold)
+        self._any_eligible = self._eligible.any(dim=1).tolist()
+        self._ids = torch.empty(0, dtype=torch.int64)
+        self._document: int | None = None
+
+    def reset(self) -> None:
+        self.cache.clear()
+        self._document = None
+
+    def begin(self, batch: TokenBatch) -> None:
+        self._ids = batch.ids.reshape(-1)
+        fresh = self._fresh_rows(batch) if self.config.cache_scope == "document" else set()
+        keys = context_keys(batch, self.config.context_window_size)
+        self.cache.begin(keys, batch.valid, batch.counted, fresh)
+
+    def _fresh_rows(self, batch: TokenBatch) -> set[int]:
+        """Rows that start another document than the row before them."""
+        fresh = set()
+        for row, document in enumerate(batch.document):
+            # Negative numbers are anonymous: a document of its own each time.
+            if document != self._document or document < 0:
+                fresh.add(row)
+            self._document = document
+        return fresh
+
+    def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
+        lead = leading_count(index.shape[1])
+        rank = rank_slots(index, weight)  # (T, K)
+        ranked_index, ranked_weight = index.gather(1, rank), weight.gather(1, rank)
+        lead_index, lead_weight = ranked_index[:, :lead], ranked_weight[:, :lead]
+        confident = routing_mass(lead_weight, weight) >= self.config.confidence_threshold
+        hits = self.cache.layer(layer, lead_index, lead_weight, confident)
+        fast = self._fast(layer, index)
+        if self.config.mode == "plain":
+            return self._plain(layer, index, weight, fast, hits.hit, hits.index, hits.weight)
+
+        # Verified: the table or the slot only licenses the cut; its first expert must be among
+        # those that the router itself puts first. A refused licence makes the token LEARNED.
+        agree = (lead_index == hits.index[:, :1]).any(dim=1)
+        licensed_cached = hits.hit & agree
+        tier = torch.where(licensed_cached, int(Tier.CACHED), int(Tier.LEARNED))
+        if fast is not None:
+            expected = self.table.index[layer, self._ids, :1]
+            licensed_fast = (lead_index == expected).any(dim=1)
+            fast_tier = torch.where(licensed_fast, int(Tier.FAST), int(Tier.LEARNED))
+            tier = torch.where(fast, fast_tier, tier)
+        cut = (tier != Tier.LEARNED) | confident
+        total, kept = weight.sum(dim=1), lead_weight.sum(dim=1)
+        scaled = ranked_weight * (total / kept)[:, None]
+        out_weight = torch.where(cut[:, None], scaled, ranked_weight)
+        out_index = ranked_index.clone()
+        out_index[:, lead:].masked_fill_(cut[:, None], -1)
+        # Back into the router's slot order, which is never changed.
+        return Routing(
+            index=torch.empty_like(index).scatter_(1, rank, out_index),
+            weight=torch.empty_like(weight).scatter_(1, rank, out_weight),
+            tier=tier.to(torch.uint8),
+            residual=self._residual(layer, ranked_index, cut, total - kept, lead),
+        )
+
+    def _fast(self, layer: int, index: Tensor) -> Tensor | None:
+        """(T,) bool, or None where no token of this layer can be on the fast path."""
+        if not self._any_eligible[layer]:
+            return None
+        return self._eligible[layer, self._ids].to(index.device)
+
+    def _plain(
+        self,
+        layer: int,
+        index: Tensor,
+        weight: Tensor,
+        fast: Tensor | None,
+        hit: Tensor,
+        hit_index: Tensor,
+        hit_weight: Tensor,
+    ) -> Routing:
+        """Documented VAR: the stored experts run unseen, in the first slots."""
+        lead = hit_index.shape[1]
+        tier = torch.where(hit, int(Tier.CACHED), int(Tier.LEARNED))
+        stored_index, stored_weight = hit_index, hit_weight
+        if fast is not None:
+            tier = torch.where(fast, int(Tier.FAST), tier)
+            stored_index = torch.where(
+                fast[:, None], self.table.index[layer, self._ids], stored_index
+            )
+            table_weight = self.table.weight[layer, self._ids].to(weight.dtype)
+            stored_weight = torch.where(fast[:, None], table_weight, stored_weight)
+        replaced = (tier != Tier.LEARNED)[:, None]
+        scale = weight.sum(dim=1, keepdim=True) / stored_weight.sum(dim=1, keepdim=True)
+        out_index = torch.where(replaced, -1, index)
+        out_index[:, :lead] = torch.where(replaced, stored_index, out_index[:, :lead])
+        out_weight = weight.clone()
+        out_weight[:, :lead] = torch.where(replaced, stored_weight * scale, weight[:, :lead])
+        return Routing(index=out_index, weight=out_weight, tier=tier.to(torch.uint8))
+
+    def _residual(
+        self, layer: int, ranked_index: Tensor, cut: Tensor, dropped_weight: Tensor, lead: int
+    ) -> Residual | None:
+        if self.residuals is None or lead == ranked_index.shape[1]:
+            return None
+        row = self.residuals.row(ranked_index[:, 0], ranked_index[:, -1], cut)
+        return Residual(table=self.residuals.table[layer], row=row, scale=dropped_weight)

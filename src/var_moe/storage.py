@@ -1,0 +1,142 @@
+"""Files: written whole or not at all, read with one clear line when they are wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from var_moe.errors import UsageError
+
+SCHEMA_VERSION = 1
+
+
+def atomic_write(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, then rename it into place."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        # mkstemp makes private files; a result is as readable as any other new file.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def atomic_write_text(path: str | Path, text: str) -> None:
+    """Write `text` as UTF-8, whole or not at all."""
+    atomic_write(path, lambda temporary: _write_text(temporary, text))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def atomic_write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON; a number that JSON has no word for (NaN) is an error."""
+    atomic_write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path, *, what: str = "file") -> Any:
+    """Parse a JSON file.
+
+    Raises:
+        UsageError: it is missing, a folder, or no JSON; names the path.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"{path}: no such {what}; expected a JSON file")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not valid JSON ({error}); expected a {what}") from None
+
+
+def check_output_folder(path: str | Path) -> Path:
+    """`path` as a folder that results can go to, before any work is done.
+
+    Raises:
+        UsageError: it, or a parent of it, is a file, or it cannot be written.
+    """
+    path = Path(path)
+    for place in (path, *path.parents):
+        if place.exists():
+            if not place.is_dir():
+                raise UsageError(f"{place}: is a file; --output expects a folder")
+            if not os.access(place, os.W_OK):
+                raise UsageError(f"{place}: cannot be written; choose another --output")
+            break
+    return path
+
+
+def sha256_of(parts: Iterable[str | bytes]) -> str:
+    """One hash over a sequence of strings, each with its length so that joins differ."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode("utf-8") if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()
+
+
+@cache
+def _commit() -> str | None:
+    """The project's commit, when it runs from a checkout."""
+    here = Path(__file__).resolve().parent
+    if not (here.parents[1] / ".git").exists():
+        return None
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+def version_of(package: str) -> str | None:
+    """The installed version of `package`, without importing it."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def provenance() -> dict[str, Any]:
+    """Where a result comes from: versions, commit and hardware (no model, no data)."""
+    return {
+        "versions": {
+            name: version_of(name)
+            for name in ("var-moe", "torch", "transformers", "optuna", "numpy")
+        },
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "hardware": {
+            "machine": platform.machine(),
+            "processor": _processor(),
+            "cpus": os.cpu_count(),
+        },
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()

@@ -1,0 +1,258 @@
+"""Train the demo's Mixtral from random weights on the train split, by wall clock.
+
+    python tools/demo/train_model.py --train-dir build --text-dir src/var_moe/demo/text \
+        --minutes 95
+
+The learning rate follows elapsed time / budget, so that the decay ends in time on a machine
+that is shared. `<train-dir>/ckpt-latest` is an ordinary Hugging Face folder, replaced about
+every ten minutes; `<train-dir>/log.jsonl` gets a line per evaluation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from scoring import document_losses, perplexity
+
+# Share of training tokens per source: the smaller a source, the more often it repeats.
+MIX = {"postgres": 0.27, "python": 0.36, "wordnet": 0.37}
+FIRST_SAVE_SECONDS, SAVE_SECONDS = 100.0, 600.0
+LOG_STEPS = 20
+
+
+def build_config(vocabulary: int) -> MixtralConfig:
+    """8 experts, top-2, 5 layers, 17.0M parameters; one special token, id 0."""
+    return MixtralConfig(
+        vocab_size=vocabulary,
+        hidden_size=128,
+        intermediate_size=1024,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        max_position_embeddings=1024,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        sliding_window=None,
+        initializer_range=0.04,
+        router_aux_loss_coef=0.02,
+        output_router_logits=True,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=None,
+    )
+
+
+def sorted_experts(
+    module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    """Experts on rows sorted by expert; the ordinary mathematics, faster in training.
+
+    hidden (T, D), index and weight (T, K) -> (T, D). Unbinding the stacked weights once
+    spares the backward pass a full-size gradient per expert.
+    """
+    flat = index.flatten()
+    order = flat.argsort(stable=True)
+    token = order // index.shape[1]
+    counts = torch.bincount(flat, minlength=module.gate_up_proj.shape[0]).tolist()
+    outputs = []
+    gate_up, down = module.gate_up_proj.unbind(0), module.down_proj.unbind(0)
+    for rows, up, out in zip(hidden[token].split(counts), gate_up, down, strict=True):
+        gate, value = F.linear(rows, up).chunk(2, dim=-1)
+        outputs.append(F.linear(module.act_fn(gate) * value, out))
+    weighted = torch.cat(outputs) * weight.flatten()[order, None]
+    return torch.zeros_like(hidden).index_add(0, token, weighted.to(hidden.dtype))
+
+
+class Stream:
+    """A source's documents, `<|endoftext|>` before each, shuffled anew every epoch."""
+
+    def __init__(self, documents: list[np.ndarray], rng: np.random.Generator) -> None:
+        self._documents = documents
+        self._rng = rng
+        self._left = np.zeros(0, dtype=np.int64)
+        self.epoch_tokens = sum(map(len, documents))
+        self.served = 0
+
+    def take(self, count: int) -> np.ndarray:
+        """The next `count` tokens."""
+        while len(self._left) < count:
+            order = self._rng.permutation(len(self._documents))
+            self._left = np.concatenate([self._left, *(self._documents[i] for i in order)])
+        out, self._left = self._left[:count], self._left[count:]
+        self.served += count
+        return out
+
+    @property
+    def epochs(self) -> float:
+        """How often the source has been read."""
+        return self.served / self.epoch_tokens
+
+
+def batches(
+    streams: dict[str, Stream], batch: int, length: int, rng: np.random.Generator
+) -> Iterator[torch.Tensor]:
+    """Endless (batch, length) token ids; each row is of one source, drawn by MIX."""
+    names = list(MIX)
+    share = np.array([MIX[name] for name in names])
+    while True:
+        chosen = rng.choice(len(names), size=batch, p=share)
+        yield torch.from_numpy(np.stack([streams[names[i]].take(length) for i in chosen]))
+
+
+def learning_rate(progress: float, step: int, peak: float, warmup: int) -> float:
+    """Linear warm-up in steps, then a cosine in wall-clock progress down to zero."""
+    decay = 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+    return peak * min(1.0, (step + 1) / warmup) * decay
+
+
+def parameter_groups(model: nn.Module, decay: float) -> list[dict]:
+    """Weight decay on matrices, none on norms."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    return [
+        {"params": matrices, "weight_decay": decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+
+
+def save(model: MixtralForCausalLM, tokenizer, folder: Path) -> None:  # noqa: ANN001
+    """Write a Hugging Face folder under a temporary name, then rename it."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.config.output_router_logits = False
+    model.generation_config.pad_token_id = 0
+    model.save_pretrained(partial)
+    model.config.output_router_logits = True
+    tokenizer.save_pretrained(partial)
+    old = folder.with_name(folder.name + ".old")
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def validation_texts(file: Path, tokens: int, tokenizer, seed: int) -> pd.DataFrame:  # noqa: ANN001
+    """A random part of the validation split with about `tokens` tokens."""
+    frame = pd.read_parquet(file).sample(frac=1.0, random_state=seed)
+    lengths = frame.text.map(lambda text: len(tokenizer(text).input_ids))
+    return frame[lengths.cumsum() <= tokens]
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--train-dir", type=Path, required=True)
+    parser.add_argument("--text-dir", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=95.0)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--peak", type=float, default=3e-3)
+    parser.add_argument("--warmup", type=int, default=150, help="steps")
+    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--eval-tokens", type=int, default=100_000)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--float32", action="store_true", help="no bfloat16 matmuls")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+
+    torch.manual_seed(options.seed)
+    torch.set_num_threads(options.threads)
+    rng = np.random.default_rng(options.seed)
+    tokenizer = AutoTokenizer.from_pretrained(options.train_dir / "tokenizer")
+    train = pd.read_parquet(options.train_dir / "train.parquet")
+    encoded = tokenizer(list(train.text)).input_ids
+    documents: dict[str, list[np.ndarray]] = {name: [] for name in MIX}
+    for source, ids in zip(train.source, encoded, strict=True):
+        documents[source].append(np.array(ids, dtype=np.int64))
+    streams = {name: Stream(documents[name], rng) for name in MIX}
+    held_out = validation_texts(
+        options.text_dir / "validation.parquet", options.eval_tokens, tokenizer, options.seed
+    )
+
+    ALL_EXPERTS_FUNCTIONS.register("sorted_training", sorted_experts)
+    model = MixtralForCausalLM(build_config(len(tokenizer)))
+    model.set_experts_implementation("sorted_training")
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, options.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True
+    )
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{parameters:,} parameters, {len(held_out)} validation documents", flush=True)
+
+    budget = options.minutes * 60.0
+    start = last_time = time.monotonic()
+    next_save = FIRST_SAVE_SECONDS
+    log = (options.train_dir / "log.jsonl").open("w", encoding="utf-8")
+    tokens, running, running_aux, seen = 0, 0.0, 0.0, 0
+    for step, ids in enumerate(batches(streams, options.batch, options.length, rng)):
+        elapsed = time.monotonic() - start
+        done = elapsed >= budget
+        if done or elapsed >= next_save:
+            model.eval()
+            losses, counts = document_losses(model, tokenizer, list(held_out.text))
+            model.train()
+            row = {
+                "step": step,
+                "tokens": tokens,
+                "elapsed_seconds": round(elapsed, 1),
+                "lr": optimizer.param_groups[0]["lr"],
+                "train_loss": running / max(seen, 1),
+                "aux_loss": running_aux / max(seen, 1),
+                "val_ppl": perplexity(losses, counts),
+                "epochs": {name: round(stream.epochs, 3) for name, stream in streams.items()},
+            }
+            for source in MIX:
+                here = (held_out.source == source).to_numpy()
+                row[f"val_ppl_{source}"] = perplexity(losses[here], counts[here])
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+            print(json.dumps(row), flush=True)
+            save(model, tokenizer, options.train_dir / "ckpt-latest")
+            running, running_aux, seen = 0.0, 0.0, 0
+            next_save = SAVE_SECONDS * (elapsed // SAVE_SECONDS + 1)
+        if done:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(elapsed / budget, step, options.peak, options.warmup)
+        with torch.autocast("cpu", torch.bfloat16, enabled=not options.float32):
+            output = model(input_ids=ids, labels=ids, use_cache=False)
+        output.loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        tokens += ids.numel()
+        aux = output.aux_loss.item()
+        running += output.loss.item() - model.config.router_aux_loss_coef * aux
+        running_aux += aux
+        seen += 1
+        if step % LOG_STEPS == 0:
+            now = time.monotonic()
+            rate = ids.numel() * min(step, LOG_STEPS) / (now - last_time)
+            last_time = now
+            print(
+                f"step {step} tokens {tokens} elapsed {now - start:.0f}s loss "
+                f"{output.loss.item() - model.config.router_aux_loss_coef * aux:.3f} "
+                f"aux {aux:.3f} norm {float(norm):.2f} {rate:.0f} tokens/s",
+                flush=True,
+            )
+    (options.train_dir / "FINISHED").write_text(f"{tokens} tokens\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
