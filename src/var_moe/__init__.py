@@ -24,7 +24,7 @@ _PUBLIC = {
     "tune": "var_moe.optimization.run",
 }
 
-__all__ = sorted(_PUBLIC)  # noqa: PLE0605
+__all__ = sorted(_PUBLIC)
 __version__ = "0.1.0"
 
 

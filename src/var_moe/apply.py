@@ -97,13 +97,14 @@ class Session:
 
 
 @contextmanager
-def routed(model: Any, policy: RoutingPolicy, *, backend: str = SORTED) -> Iterator[Session]:
+def routed(model: Any, policy: RoutingPolicy, *, backend: str = "auto") -> Iterator[Session]:
     """Run the model's experts as ``policy`` decides, until the block ends.
 
     Args:
         model: a transformers Mixture-of-Experts causal language model.
         policy: which pairs are executed.
-        backend: who executes them: ``"sorted"`` (ours), ``"grouped_mm"``, ``"eager"``, ...
+        backend: who executes them: ``"sorted"`` (ours), ``"grouped_mm"``, ``"eager"``, ...;
+            ``"auto"`` is ``"sorted"`` on CPU and ``"grouped_mm"`` elsewhere.
 
     Yields:
         The `Session`, with `report()` and `reset()`.
@@ -113,6 +114,8 @@ def routed(model: Any, policy: RoutingPolicy, *, backend: str = SORTED) -> Itera
 
     On leaving, also by an exception, the model is what it was before.
     """
+    if backend == "auto":
+        backend = SORTED if next(model.parameters()).device.type == "cpu" else "grouped_mm"
     session = Session(policy, pair_backend(backend), len(experts_modules(model)))
     before = attach(model, session)
     hook = model.register_forward_pre_hook(session.before_forward, with_kwargs=True)

@@ -18,10 +18,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from sources import Page, kjv_pages, postgres_pages, python_pages, wordnet_pages
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
-
-from sources import Page, kjv_pages, postgres_pages, python_pages, wordnet_pages
 
 SPLITS = ("calibration", "validation", "certify", "test")
 SOURCES = ("postgres", "python", "wordnet")
@@ -41,12 +40,26 @@ GIANT_SHARE, LONG_SHARE = 0.01, 0.003
 KJV_SHARE = 0.5  # of the chapters, drawn at random
 KJV_SPLIT = {"calibration": 0.2, "validation": 0.2, "certify": 0.3, "test": 0.3}
 
-MIN_TOKENS, TARGET_BREAK, MAX_TOKENS = 100, 200, 450  # of a document; a heading breaks at 200
-HARD_MAX = 500
-BLOCK_MAX = 340  # longer blocks are cut at line or sentence ends
+MIN_TOKENS, HARD_MAX = 100, 500  # of a bundled document, the special token included
 SHINGLE = 8
 NEAR_COPY = 0.5
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Where a document ends, in tokens: at a heading from `heading` on, else before `full`.
+
+    Blocks longer than `block` are cut at line or sentence ends.
+    """
+
+    heading: int
+    full: int
+    block: int
+
+
+TRAIN_SIZES = Sizes(heading=200, full=450, block=340)
+BUNDLED_SIZES = Sizes(heading=180, full=360, block=260)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,10 +185,12 @@ def _lengths(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[i
     return [len(item) for item in encoded]
 
 
-def _split_block(text: str, tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, int]]:
-    """A block of at most 340 tokens as it is, a longer one cut at line or sentence ends."""
+def _split_block(
+    text: str, tokenizer: PreTrainedTokenizerFast, limit: int
+) -> list[tuple[str, int]]:
+    """A block of at most `limit` tokens as it is, a longer one cut at line or sentence ends."""
     length = _lengths(tokenizer, [text])[0]
-    if length <= BLOCK_MAX:
+    if length <= limit:
         return [(text, length)]
     glue = "\n" if "\n" in text else " "
     parts = text.split("\n") if glue == "\n" else re.split(r"(?<=[.;:]) ", text)
@@ -186,7 +201,7 @@ def _split_block(text: str, tokenizer: PreTrainedTokenizerFast) -> list[tuple[st
     current: list[str] = []
     size = 0
     for part, count in zip(parts, _lengths(tokenizer, parts), strict=True):
-        if size and size + count + 1 > BLOCK_MAX:
+        if size and size + count + 1 > limit:
             out.append((glue.join(current), size))
             current, size = [], 0
         current.append(part)
@@ -196,15 +211,16 @@ def _split_block(text: str, tokenizer: PreTrainedTokenizerFast) -> list[tuple[st
 
 
 def cut(page: Page, split: str, tokenizer: PreTrainedTokenizerFast) -> list[Document]:
-    """The page's documents: consecutive blocks, 100-500 tokens, a new one at headings."""
+    """The page's documents: consecutive blocks, a new one at headings or when full."""
+    sizes = TRAIN_SIZES if split == "train" else BUNDLED_SIZES
     if page.source == "wordnet":
         texts = [page.text]
     else:
         texts, current, size = [], [], 0
         for block in page.blocks:
-            for text, count in _split_block(block.text, tokenizer):
-                full = size + count + 1 > MAX_TOKENS and size >= MIN_TOKENS
-                if full or (block.heading and size >= TARGET_BREAK):
+            for text, count in _split_block(block.text, tokenizer, sizes.block):
+                full = size + count + 1 > sizes.full and size >= MIN_TOKENS
+                if full or (block.heading and size >= sizes.heading):
                     texts.append(page.separator.join(current))
                     current, size = [], 0
                 current.append(text)

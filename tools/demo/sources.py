@@ -30,14 +30,46 @@ WORDNET_PAGE_CHARS = (600, 1300)  # a packed page's length is drawn from this ra
 
 # Legal text, indexes, name lists and keyword tables: no prose to learn from.
 POSTGRES_DROPPED = frozenset(
-    "legalnotice bookindex index biblio acronyms acknowledgments sql-keywords-appendix "
-    "features-sql-standard unsupported-features-sql-standard git contrib-prog-client "
-    "external-interfaces external-pl external-extensions release-prior".split()
+    {
+        "legalnotice",
+        "bookindex",
+        "index",
+        "biblio",
+        "acronyms",
+        "acknowledgments",
+        "sql-keywords-appendix",
+        "features-sql-standard",
+        "unsupported-features-sql-standard",
+        "git",
+        "contrib-prog-client",
+        "external-interfaces",
+        "external-pl",
+        "external-extensions",
+        "release-prior",
+    }
 )
 PYTHON_DROPPED = frozenset(
-    "license copyright about bugs contents index library/index c-api/index reference/index "
-    "tutorial/index howto/index using/index extending/index distributing/index "
-    "installing/index distutils/index faq/index whatsnew/index whatsnew/changelog".split()
+    {
+        "license",
+        "copyright",
+        "about",
+        "bugs",
+        "contents",
+        "index",
+        "library/index",
+        "c-api/index",
+        "reference/index",
+        "tutorial/index",
+        "howto/index",
+        "using/index",
+        "extending/index",
+        "distributing/index",
+        "installing/index",
+        "distutils/index",
+        "faq/index",
+        "whatsnew/index",
+        "whatsnew/changelog",
+    }
 )
 
 
@@ -67,9 +99,29 @@ class Page:
 class _ManualParser(HTMLParser):
     """DocBook's HTML as blocks, without navigation, tables of contents and index anchors."""
 
-    BLOCKS = frozenset("p div li dt dd tr table ul ol dl blockquote h1 h2 h3 h4 h5 h6".split())
-    SKIPPED = frozenset("navheader navfooter toc list-of-tables list-of-figures".split())
-    VOID = frozenset("br hr img col meta link input".split())
+    BLOCKS = frozenset(
+        {
+            "p",
+            "div",
+            "li",
+            "dt",
+            "dd",
+            "tr",
+            "table",
+            "ul",
+            "ol",
+            "dl",
+            "blockquote",
+            "h1",
+            "h2",
+            "h3",
+            "h4",
+            "h5",
+            "h6",
+        }
+    )
+    SKIPPED = frozenset({"navheader", "navfooter", "toc", "list-of-tables", "list-of-figures"})
+    VOID = frozenset({"br", "hr", "img", "col", "meta", "link", "input"})
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
@@ -176,7 +228,7 @@ def _rst_blocks(text: str) -> Iterator[Block]:
     """Paragraphs of an .rst file as they stand, without labels, index marks and comments."""
     for raw in re.split(r"\n\s*\n", text.expandtabs(8)):
         lines = [line.rstrip() for line in raw.strip("\n").split("\n")]
-        if not any(lines) or _RST_NOISE.match(lines[0]) and len(lines) < 12:
+        if not any(lines) or (_RST_NOISE.match(lines[0]) and len(lines) < 12):
             continue
         if len(lines) == 1 and _RST_RULE.fullmatch(lines[0].strip()):
             continue

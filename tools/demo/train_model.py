@@ -22,11 +22,15 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import nn
-from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
 from scoring import document_losses, perplexity
+from torch import nn
+from transformers import (
+    AutoTokenizer,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 # Share of training tokens per source: the smaller a source, the more often it repeats.
 MIX = {"postgres": 0.27, "python": 0.36, "wordnet": 0.37}
@@ -74,8 +78,10 @@ def sorted_experts(
     outputs = []
     gate_up, down = module.gate_up_proj.unbind(0), module.down_proj.unbind(0)
     for rows, up, out in zip(hidden[token].split(counts), gate_up, down, strict=True):
+        count = len(rows)  # zero rows up to a multiple of 64: few shapes, cached kernels
+        rows = F.pad(rows, (0, 0, 0, -count % 64))
         gate, value = F.linear(rows, up).chunk(2, dim=-1)
-        outputs.append(F.linear(module.act_fn(gate) * value, out))
+        outputs.append(F.linear(module.act_fn(gate) * value, out)[:count])
     weighted = torch.cat(outputs) * weight.flatten()[order, None]
     return torch.zeros_like(hidden).index_add(0, token, weighted.to(hidden.dtype))
 
@@ -132,7 +138,7 @@ def parameter_groups(model: nn.Module, decay: float) -> list[dict]:
     ]
 
 
-def save(model: MixtralForCausalLM, tokenizer, folder: Path) -> None:  # noqa: ANN001
+def save(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a Hugging Face folder under a temporary name, then rename it."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -148,7 +154,9 @@ def save(model: MixtralForCausalLM, tokenizer, folder: Path) -> None:  # noqa: A
     shutil.rmtree(old, ignore_errors=True)
 
 
-def validation_texts(file: Path, tokens: int, tokenizer, seed: int) -> pd.DataFrame:  # noqa: ANN001
+def validation_texts(
+    file: Path, tokens: int, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> pd.DataFrame:
     """A random part of the validation split with about `tokens` tokens."""
     frame = pd.read_parquet(file).sample(frac=1.0, random_state=seed)
     lengths = frame.text.map(lambda text: len(tokenizer(text).input_ids))
@@ -163,18 +171,26 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=95.0)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--peak", type=float, default=3e-3)
-    parser.add_argument("--warmup", type=int, default=150, help="steps")
+    parser.add_argument("--peak", type=float, default=2.5e-3)
+    parser.add_argument("--warmup", type=int, default=100, help="steps")
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--eval-tokens", type=int, default=100_000)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--float32", action="store_true", help="no bfloat16 matmuls")
+    parser.add_argument("--beta2", type=float, default=0.999)
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from ckpt-latest; AdamW starts afresh"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
+    log_file, checkpoint = options.train_dir / "log.jsonl", options.train_dir / "ckpt-latest"
+    before = {"step": 0, "tokens": 0, "elapsed_seconds": 0.0, "epochs": dict.fromkeys(MIX, 0.0)}
+    if options.resume:
+        before = json.loads(log_file.read_text(encoding="utf-8").splitlines()[-1])
     torch.manual_seed(options.seed)
     torch.set_num_threads(options.threads)
-    rng = np.random.default_rng(options.seed)
+    rng = np.random.default_rng([options.seed, before["tokens"]])
     tokenizer = AutoTokenizer.from_pretrained(options.train_dir / "tokenizer")
     train = pd.read_parquet(options.train_dir / "train.parquet")
     encoded = tokenizer(list(train.text)).input_ids
@@ -182,24 +198,36 @@ def main() -> None:
     for source, ids in zip(train.source, encoded, strict=True):
         documents[source].append(np.array(ids, dtype=np.int64))
     streams = {name: Stream(documents[name], rng) for name in MIX}
+    for name, stream in streams.items():
+        stream.served = round(before["epochs"][name] * stream.epoch_tokens)
     held_out = validation_texts(
         options.text_dir / "validation.parquet", options.eval_tokens, tokenizer, options.seed
     )
 
     ALL_EXPERTS_FUNCTIONS.register("sorted_training", sorted_experts)
-    model = MixtralForCausalLM(build_config(len(tokenizer)))
+    if options.resume:
+        model = MixtralForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).train()
+        model.config.output_router_logits = True
+    else:
+        model = MixtralForCausalLM(build_config(len(tokenizer)))
     model.set_experts_implementation("sorted_training")
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, options.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True
+        parameter_groups(model, options.weight_decay),
+        lr=0.0,
+        betas=(0.9, options.beta2),
+        fused=True,
     )
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters:,} parameters, {len(held_out)} validation documents", flush=True)
 
     budget = options.minutes * 60.0
-    start = last_time = time.monotonic()
+    last_time = time.monotonic()
+    start = last_time - before["elapsed_seconds"]
     next_save = FIRST_SAVE_SECONDS
-    log = (options.train_dir / "log.jsonl").open("w", encoding="utf-8")
-    tokens, running, running_aux, seen = 0, 0.0, 0.0, 0
+    if options.resume:
+        next_save = SAVE_SECONDS * (before["elapsed_seconds"] // SAVE_SECONDS + 1)
+    log = log_file.open("a" if options.resume else "w", encoding="utf-8")
+    tokens, running, running_aux, seen = before["tokens"], 0.0, 0.0, 0
     for step, ids in enumerate(batches(streams, options.batch, options.length, rng)):
         elapsed = time.monotonic() - start
         done = elapsed >= budget
@@ -208,7 +236,7 @@ def main() -> None:
             losses, counts = document_losses(model, tokenizer, list(held_out.text))
             model.train()
             row = {
-                "step": step,
+                "step": before["step"] + step,
                 "tokens": tokens,
                 "elapsed_seconds": round(elapsed, 1),
                 "lr": optimizer.param_groups[0]["lr"],
@@ -223,7 +251,7 @@ def main() -> None:
             log.write(json.dumps(row) + "\n")
             log.flush()
             print(json.dumps(row), flush=True)
-            save(model, tokenizer, options.train_dir / "ckpt-latest")
+            save(model, tokenizer, checkpoint)
             running, running_aux, seen = 0.0, 0.0, 0
             next_save = SAVE_SECONDS * (elapsed // SAVE_SECONDS + 1)
         if done:

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Evaluation: text, per-document losses, throughput."""

@@ -1,1 +1,39 @@
-"""TODO"""
+"""Finding the best configuration: search spaces, methods, results.
+
+Names are imported when first used, so that none of them costs more than it needs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_PUBLIC = {
+    "SEARCH_SPACE": "search_space",
+    "grid_size": "search_space",
+    "parse_bounds": "search_space",
+    "validate_space": "search_space",
+    "Evaluation": "results",
+    "OptimizationResult": "results",
+    "RichObjective": "objective_protocol",
+    "documented_score": "objective_protocol",
+    "TrialJournal": "journal",
+    "bayesian_optimization": "bayesian",
+    "grid_search": "grid",
+    "random_search": "random_points",
+    "top_candidates": "selection",
+    "save_optimization_results": "saving",
+    "create_objective_function": "objective",
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_PUBLIC]

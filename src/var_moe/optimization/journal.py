@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -227,7 +227,9 @@ def read_lines(path: Path) -> list[Any]:
         try:
             lines.append(json.loads(line))
         except ValueError:
-            raise UsageError(f"{path}: line {number} is damaged; start anew without resume") from None
+            raise UsageError(
+                f"{path}: line {number} is damaged; start anew without resume"
+            ) from None
     return lines
 
 
@@ -291,7 +293,5 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             flat.update(_flat(item, f"{prefix}{name}."))
             flat[f"{prefix}{name} (names)"] = list(item)
         else:
-            flat[prefix + name] = list(item) if isinstance(item, Sequence) and not isinstance(
-                item, str
-            ) else item
+            flat[prefix + name] = item
     return flat

@@ -210,7 +210,11 @@ def parse_bounds(bounds: Sequence[str], space: SearchSpace) -> dict[str, dict[st
             raise UsageError(f"bounds {text!r}: {name} is given twice")
         given.add(name)
         integer = new[name]["type"] == "int"
-        entry = {**new[name], "low": _parse(low, integer, text), "high": _parse(high, integer, text)}
+        entry = {
+            **new[name],
+            "low": _parse(low, integer, text),
+            "high": _parse(high, integer, text),
+        }
         entry["default"] = min(max(entry["default"], entry["low"]), entry["high"])
         try:
             _dimension(name, entry)

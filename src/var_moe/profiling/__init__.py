@@ -1,1 +1,1 @@
-"""TODO"""
+"""Profiling: streaming statistics of a model's routing on calibration text."""

@@ -222,7 +222,8 @@ class _Walk:
         local[local < 0] = len(self.met)
         return _Meeting(
             local=local.to(device),
-            inserts=counted,
+            # With size 0 no token meets an entry, and none may pass for a shared one.
+            inserts=counted & (local < len(self.met)).to(counted.device),
             before=torch.tensor([*self.before, -1], dtype=torch.int64, device=device),
             after=torch.tensor(after, dtype=torch.int64, device=device),
             position=torch.arange(local.shape[0], device=device),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from var_moe.errors import UsageError
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.decision import Routing, Tier
 from var_moe.routing.ranking import leading_count, rank_slots
@@ -14,9 +15,18 @@ class RandomSkipPolicy(RoutingPolicy):
     """Each (layer, token) runs only its leading experts with probability ``share``.
 
     Whatever a real policy gains must be more than this control at the same experts per token.
+
+    Args:
+        share: probability of a cut, in [0, 1].
+        seed: of the dice; the same after each `reset`.
+
+    Raises:
+        UsageError: share is no probability.
     """
 
     def __init__(self, share: float, *, seed: int = 0) -> None:
+        if not 0 <= share <= 1:
+            raise UsageError(f"RandomSkipPolicy.share = {share!r}: expected a number in [0, 1]")
         self.share = share
         self.seed = seed
         self._generators: dict[torch.device, torch.Generator] = {}
@@ -33,11 +43,12 @@ class RandomSkipPolicy(RoutingPolicy):
         rank = rank_slots(index, weight)
         lead = leading_count(index.shape[1])
         kept = rank[:, :lead]
-        scale = weight.sum(dim=1) / weight.gather(1, kept).sum(dim=1)
+        kept_sum = weight.gather(1, kept).sum(dim=1, keepdim=True)
+        scaled = weight / kept_sum * weight.sum(dim=1, keepdim=True)
         dropped = torch.zeros_like(index, dtype=torch.bool).scatter(1, rank[:, lead:], True)
         out = torch.where(cut[:, None] & dropped, -1, index)
         return Routing(
             index=out,
-            weight=torch.where(cut[:, None], weight * scale[:, None], weight),
+            weight=torch.where(cut[:, None], scaled, weight),
             tier=torch.full_like(index[:, 0], Tier.LEARNED, dtype=torch.uint8),
         )

@@ -89,7 +89,8 @@ class VARPolicy(RoutingPolicy):
             tier = torch.where(fast, fast_tier, tier)
         cut = (tier != Tier.LEARNED) | confident
         total, kept = weight.sum(dim=1), lead_weight.sum(dim=1)
-        scaled = ranked_weight * (total / kept)[:, None]
+        # Divided first, so that a lone expert gets exactly the sum, in any dtype.
+        scaled = ranked_weight / kept[:, None] * total[:, None]
         out_weight = torch.where(cut[:, None], scaled, ranked_weight)
         out_index = ranked_index.clone()
         out_index[:, lead:].masked_fill_(cut[:, None], -1)
@@ -129,11 +130,12 @@ class VARPolicy(RoutingPolicy):
             table_weight = self.table.weight[layer, self._ids].to(weight.dtype)
             stored_weight = torch.where(fast[:, None], table_weight, stored_weight)
         replaced = (tier != Tier.LEARNED)[:, None]
-        scale = weight.sum(dim=1, keepdim=True) / stored_weight.sum(dim=1, keepdim=True)
+        share = stored_weight / stored_weight.sum(dim=1, keepdim=True)
+        scaled = share * weight.sum(dim=1, keepdim=True)
         out_index = torch.where(replaced, -1, index)
         out_index[:, :lead] = torch.where(replaced, stored_index, out_index[:, :lead])
         out_weight = weight.clone()
-        out_weight[:, :lead] = torch.where(replaced, stored_weight * scale, weight[:, :lead])
+        out_weight[:, :lead] = torch.where(replaced, scaled, weight[:, :lead])
         return Routing(index=out_index, weight=out_weight, tier=tier.to(torch.uint8))
 
     def _residual(

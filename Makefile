@@ -1,0 +1,46 @@
+# make tune   creates the environment, then tunes VAR on the bundled model
+# make test   the same for lint, types and all tests
+# A user with a GPU: make TORCH=torch tune (see README, "Install")
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
+VENV ?= .venv
+RESULTS ?= results/phase3
+# The CPU build unless a GPU answers: the default build brings gigabytes of CUDA libraries.
+TORCH ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
+CONSTRAINT = $(if $(filter cpu,$(TORCH)),--constraint constraints-cpu.txt,)
+PIP = "$(VENV)/bin/python" -m pip install --quiet --disable-pip-version-check
+
+.PHONY: tune test test-fast lint clean
+tune: $(VENV)/.installed
+	@"$(VENV)/bin/var-moe" tune --n_calls 24 --max-samples 120 --final-samples 400 --output "$(RESULTS)" $(ARGS)
+
+test: lint
+	"$(VENV)/bin/python" -m pytest -n 2 $(ARGS)
+
+test-fast: $(VENV)/.installed-dev
+	"$(VENV)/bin/python" -m pytest -n 2 -m "not slow" $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	"$(VENV)/bin/ruff" check .
+	"$(VENV)/bin/ruff" format --check .
+	"$(VENV)/bin/mypy"
+
+$(VENV)/.created:
+	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 found; install one, or: make PYTHON=/path/to/python"; exit 2; }
+	@echo "creating the environment in $(VENV) (about two minutes, once) ..."
+	@"$(PYTHON)" -m venv "$(VENV)"
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.created pyproject.toml constraints-cpu.txt
+	@echo "installing var-moe and what it needs ($(TORCH) build of torch) ..."
+	@$(PIP) $(CONSTRAINT) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "installing the test tools ..."
+	@$(PIP) $(CONSTRAINT) --editable ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf "$(VENV)" results

@@ -1,0 +1,1 @@
+"""The documented import path of `var_moe.optimization`."""

@@ -1,0 +1,161 @@
+"""``var-moe evaluate``: the unmodified model beside VAR, on the same tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from var_moe.errors import UsageError
+
+
+def evaluate(
+    *,
+    model: str = "demo",
+    dataset: str = "demo",
+    split: str = "validation",
+    config: Path | None = None,
+    preset: Annotated[list[str] | None, Parameter(consume_multiple=False)] = None,
+    mode: Literal["verified", "plain"] | None = None,
+    profile: Path | None = None,
+    output: Path = Path("results/evaluate"),
+    max_samples: int | None = None,
+    blocks: int = 10,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    quiet: bool = False,
+) -> int:
+    """Compare the baseline with VAR: perplexity, tokens/s, experts per token, tiers.
+
+    Args:
+        model: demo, a local folder, or a Hub id.
+        dataset: demo (or demo-postgres, ...), wikitext, a Hub name[:config], or a local file.
+        split: part of the text to score.
+        config: a VAR configuration (JSON).
+        preset: conservative, balanced, aggressive, or keep_all; may be repeated.
+        mode: overrides the configuration's mode.
+        profile: profile folder; by default the calibration split is profiled first.
+        output: folder for evaluation.json.
+        max_samples: score at most so many documents.
+        blocks: timed blocks per arm.
+        seed: draws the documents when max_samples takes a part of them.
+        device: auto, cpu, cuda, ...
+        dtype: auto, float32, bfloat16, float16.
+        trust_remote_code: run a Hub model's own code.
+        quiet: no progress.
+    """
+    from var_moe.config import VARConfig
+    from var_moe.storage import check_output_folder
+
+    check_output_folder(output)
+    changes = {} if mode is None else {"mode": mode, "residuals": None}
+    configs: dict[str, VARConfig | None] = {}
+    if config is not None:
+        configs[config.name] = VARConfig.load(config).replace(**changes)
+    for name in preset or ([] if config else ["balanced"]):
+        configs[name] = None if name == "keep_all" else VARConfig.preset(name, **changes)
+    if blocks < 1 or (max_samples is not None and max_samples < 2):
+        raise UsageError("blocks: expected at least 1; max_samples: expected at least 2")
+    from var_moe.cli.progress import StageProgress
+    from var_moe.cli.tables import print_comparison
+    from var_moe.storage import atomic_write_json
+
+    with StageProgress() as progress:
+        result = _measure(
+            configs,
+            model=model,
+            dataset=dataset,
+            split=split,
+            profile=profile,
+            output=output,
+            max_samples=max_samples,
+            blocks=blocks,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            progress=None if quiet else progress,
+        )
+    atomic_write_json(output / "evaluation.json", result)
+    text = result["text"]
+    print_comparison(
+        result["rows"],
+        title=f"{model} on {text['dataset']} ({text['split']}, {result['documents']} documents)",
+    )
+    print(f"Saved: {output / 'evaluation.json'}")
+    return 0
+
+
+def _measure(
+    configs: dict[str, Any],
+    *,
+    model: str,
+    dataset: str,
+    split: str,
+    profile: Path | None,
+    output: Path,
+    max_samples: int | None,
+    blocks: int,
+    seed: int,
+    device: str,
+    dtype: str,
+    trust_remote_code: bool,
+    progress: Any,
+) -> dict[str, Any]:
+    from var_moe.evaluation.compare import Evaluator, keep_all
+    from var_moe.evaluation.text import require_documents
+    from var_moe.models.loading import load_model
+    from var_moe.optimization.preparation import obtain_profile, read_text, sample_documents
+    from var_moe.optimization.results import jsonable
+    from var_moe.routing.var import VARPolicy
+    from var_moe.storage import SCHEMA_VERSION, provenance
+
+    loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    text = read_text(dataset, split, loaded)
+    documents = sample_documents(text.documents, max_samples, seed)
+    require_documents(documents, 2, "comparing perplexities")
+    stats, _ = obtain_profile(loaded, dataset, given=profile, folder=output, progress=progress)
+    table = stats.table()
+    evaluator = Evaluator(loaded, documents, progress=progress)
+    rows: list[dict[str, Any]] = []
+    for name, config in configs.items():
+        policy = (
+            keep_all() if config is None else VARPolicy(config, table, residuals=stats.residuals)
+        )
+        quality = evaluator.quality(policy, what=f"{name}: perplexity")
+        speed = evaluator.speed(policy, blocks=blocks)
+        if not rows:
+            rows.append(
+                {
+                    "name": "baseline",
+                    "backend": evaluator.baseline_backend,
+                    "perplexity": quality.change.baseline_perplexity,
+                    "throughput_tps": speed.baseline_tps,
+                    "experts_per_token": float(evaluator.top_k),
+                }
+            )
+        rows.append(
+            {
+                "name": name,
+                "config": config and config.to_dict(),
+                **quality.to_dict(),
+                **speed.to_dict(),
+            }
+        )
+    found: dict[str, Any] = jsonable(
+        {
+            "schema_version": SCHEMA_VERSION,
+            "rows": rows,
+            "documents": len(documents),
+            "text": text.to_dict(),
+            "profile_hash": stats.hash,
+            "setting": evaluator.setting.to_dict(),
+            "model": {"name": loaded.name, "revision": loaded.revision, "dtype": loaded.dtype},
+            "seed": seed,
+            "provenance": provenance(),
+        }
+    )
+    return found

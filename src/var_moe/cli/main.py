@@ -1,0 +1,84 @@
+"""Entry point: parse, run, and turn every error into one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from cyclopts import App, CycloptsError, Parameter
+
+from var_moe import __version__
+from var_moe.cli.evaluate import evaluate
+from var_moe.cli.profile import profile
+from var_moe.cli.tune import tune
+from var_moe.errors import VarMoeError
+
+INTERRUPTED = 130
+
+
+def build_app() -> App:
+    """The command-line application with its commands."""
+    app = App(
+        name="var-moe",
+        help="Make a Mixture-of-Experts language model faster by running fewer experts per "
+        "token, and measure what that costs. `--debug` shows tracebacks.",
+        version=__version__,
+        # Options are documented with underscores; `normalise` makes hyphens work as well.
+        default_parameter=Parameter(negative=(), name_transform=lambda name: name),
+        result_action="return_value",
+    )
+    for command in (tune, profile, evaluate):
+        app.command(command)
+    return app
+
+
+def normalise(arguments: Sequence[str]) -> list[str]:
+    """``--max-samples`` and ``--max_samples`` are one option."""
+    out = []
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, equals, value = argument.partition("=")
+            argument = "--" + name[2:].replace("-", "_") + equals + value
+        out.append(argument)
+    return out
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 1 for a failure, 2 for bad usage."""
+    words = normalise(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    if not debug:
+        _quiet_libraries()
+    try:
+        code = build_app()(words, exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        return _fail(str(error), 2, "see `var-moe --help`")
+    except VarMoeError as error:
+        if debug:
+            raise
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted; what was finished is saved, go on with --resume", INTERRUPTED)
+    except Exception as error:
+        if debug:
+            raise
+        return _fail(f"{type(error).__name__}: {error}", 1, "--debug shows where")
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str, code: int, hint: str = "") -> int:
+    line = " ".join(message.split())
+    print(f"error: {line}" + (f" ({hint})" if hint else ""), file=sys.stderr)
+    return code
+
+
+def _quiet_libraries() -> None:
+    """Keep other libraries' progress bars and warnings out of the way of ours."""
+    import warnings
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.simplefilter("ignore")

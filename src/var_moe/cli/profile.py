@@ -1,0 +1,96 @@
+"""``var-moe profile``: routing statistics of a model on calibration text."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from var_moe.errors import UsageError
+
+
+def profile(
+    *,
+    model: str = "demo",
+    dataset: str = "demo",
+    split: str = "calibration",
+    output: Path = Path("results/profile"),
+    max_tokens: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    quiet: bool = False,
+) -> int:
+    """Gather routing statistics per (layer, token) and residual means.
+
+    Args:
+        model: demo, a local folder, or a Hub id.
+        dataset: demo (or demo-postgres, ...), wikitext, a Hub name[:config], or a local file.
+        split: part of the text to profile.
+        output: folder for the profile; an interrupted one goes on there.
+        max_tokens: calibration size; frequency_threshold counts in a text of this size.
+        seed: draws the documents when max_tokens takes a part of them.
+        device: auto, cpu, cuda, ...
+        dtype: auto, float32, bfloat16, float16.
+        trust_remote_code: run a Hub model's own code.
+        quiet: no progress.
+    """
+    from var_moe.storage import check_output_folder
+
+    check_output_folder(output)
+    if max_tokens is not None and max_tokens < 1:
+        raise UsageError(f"max_tokens = {max_tokens}: expected at least 1")
+    from var_moe.cli.progress import StageProgress
+    from var_moe.models.loading import load_model
+    from var_moe.optimization.preparation import read_text
+    from var_moe.profiling.collect import DEFAULT_TOKENS, collect_profile
+
+    with StageProgress() as progress:
+        loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        text = read_text(dataset, split, loaded)
+        output.mkdir(parents=True, exist_ok=True)
+        found = collect_profile(
+            loaded,
+            text.documents,
+            dataset=dataset,
+            data_hash=text.data_hash,
+            max_tokens=DEFAULT_TOKENS if max_tokens is None else max_tokens,
+            seed=seed,
+            checkpoint=output / "checkpoint.safetensors",
+            progress=None
+            if quiet
+            else lambda done, total: progress("profiling the routing", done, total),
+        )
+    found.save(output)
+    _print(found, output)
+    return 0
+
+
+def _print(profile: object, output: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from var_moe.profiling.profile import RoutingProfile
+
+    assert isinstance(profile, RoutingProfile)
+    head, stats = profile.head, profile.stats
+    console = Console(width=None if sys.stdout.isatty() else 118)
+    table = Table(
+        title=f"Routing of {head['model']} on {head['tokens']:,} tokens of {head['dataset']} "
+        f"(weighted by frequency; entropy is at most {head['entropy_max_nats']:.2f} nats)",
+        title_justify="left",
+    )
+    for heading in ("layer", "entropy (nats)", "confidence", "consistency", "entropy <= 0.5"):
+        table.add_column(heading, justify="right")
+    for layer, rows in stats.groupby("layer"):
+        weight = rows["frequency"] / rows["frequency"].sum()
+        reach = float(weight[rows["mean_entropy"] <= 0.5].sum())
+        table.add_row(
+            str(layer),
+            f"{float((weight * rows['mean_entropy']).sum()):.3f}",
+            f"{float((weight * rows['mean_confidence']).sum()):.3f}",
+            f"{float((weight * rows['routing_consistency']).sum()):.3f}",
+            f"{100 * reach:.1f}%",
+        )
+    console.print(table, highlight=False)
+    console.print(f"Saved: {output}", highlight=False)

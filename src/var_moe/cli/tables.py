@@ -1,0 +1,92 @@
+"""Tables on stdout for results that are plain dicts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 118)
+
+
+def print_validation(result: Mapping[str, Any], *, folder: Path) -> None:
+    """The result of ``--validate``: figures, factors, criteria."""
+    from rich.table import Table
+
+    console = _console()
+    text, low_high = result["text"], result["speedup_95"]
+    console.print(
+        f"{text['dataset']} ({text['split']}): perplexity "
+        f"{result['baseline_perplexity']:.3f} -> {result['perplexity']:.3f}, "
+        f"{100 * result['degradation']:+.2f}% (95% upper bound "
+        f"{100 * result['degradation_upper_95']:+.2f}%, {result['documents']} documents)",
+        highlight=False,
+        soft_wrap=True,
+    )
+    back, skip = result["backend_factor"], result["skipping_factor"]
+    console.print(
+        f"speedup {result['speedup']:.3f}x [{low_high[0]:.3f}, {low_high[1]:.3f}] against "
+        f"{result['baseline_backend']} ~ backend {back['median']:.3f} x skipping "
+        f"{skip['median']:.3f}; {result['baseline_throughput_tps']:,.0f} -> "
+        f"{result['throughput_tps']:,.0f} tokens/s; baseline against itself "
+        f"{result['noise_floor']['median']:.3f}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(
+        f"{result['experts_per_token']:.3f} of {result['top_k']} experts per token; fast "
+        f"{result['fast_pct']:.1f}%, cached {result['cached_pct']:.1f}%, learned "
+        f"{result['learned_pct']:.1f}%; speedups of {len(result['runs'])} runs: "
+        + ", ".join(f"{run['speedup']:.3f}" for run in result["runs"]),
+        highlight=False,
+        soft_wrap=True,
+    )
+    table = Table(title="Success criteria", title_justify="left")
+    for heading in ("criterion", "measured", "met"):
+        table.add_column(heading)
+    for row in result["criteria"]:
+        table.add_row(row["name"], row["measured"], "yes" if row["met"] else "NO")
+    console.print(table, highlight=False)
+    console.print(f"Saved: {folder / 'validation_results.json'}", highlight=False)
+
+
+def print_comparison(rows: Sequence[Mapping[str, Any]], *, title: str) -> None:
+    """The table of ``var-moe evaluate``."""
+    from rich.table import Table
+
+    console = _console()
+    table = Table(title=title, title_justify="left")
+    for heading in ("", "PPL", "change (95% upper)", "tokens/s", "speedup [95%]"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for heading in ("experts/token", "fast/cached/learned %", "cache hits %"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        if row["name"] == "baseline":
+            table.add_row(
+                f"baseline ({row['backend']})",
+                f"{row['perplexity']:.3f}",
+                "",
+                f"{row['throughput_tps']:,.0f}",
+                "1.00",
+                f"{row['experts_per_token']:.2f}",
+                "0 / 0 / 100",
+                "",
+            )
+            continue
+        low, high = row["speedup_95"]
+        table.add_row(
+            row["name"],
+            f"{row['perplexity']:.3f}",
+            f"{100 * row['degradation']:+.2f}% ({100 * row['degradation_upper_95']:+.2f}%)",
+            f"{row['throughput_tps']:,.0f}",
+            f"{row['speedup']:.3f} [{low:.3f}, {high:.3f}]",
+            f"{row['experts_per_token']:.3f}",
+            f"{row['fast_pct']:.1f} / {row['cached_pct']:.1f} / {row['learned_pct']:.1f}",
+            f"{100 * row['cache_hit_rate']:.1f}",
+        )
+    console.print(table, highlight=False)

@@ -1,0 +1,205 @@
+"""``var-moe tune``: the main job, and ``--validate`` on held-out text."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from var_moe.errors import UsageError
+
+
+def tune(
+    *,
+    method: Literal["bayesian", "grid", "random"] = "bayesian",
+    model: str = "demo",
+    dataset: str = "demo",
+    n_calls: int = 50,
+    n_points: int = 3,
+    max_degradation: float = 0.01,
+    output: Path = Path("results/phase3"),
+    validate: Path | None = None,
+    seed: int | None = None,
+    mode: Literal["verified", "plain"] = "verified",
+    engine: Literal["optuna", "skopt"] = "optuna",
+    max_samples: int | None = None,
+    final_samples: int | None = None,
+    bounds: Annotated[list[str] | None, Parameter(consume_multiple=False)] = None,
+    resume: bool = False,
+    profile: Path | None = None,
+    calibration_tokens: int | None = None,
+    split: str = "test",
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    yes: bool = False,
+    quiet: bool = False,
+) -> int:
+    """Find the VAR configuration with the most throughput within a perplexity bound.
+
+    Args:
+        method: how points are chosen; grid takes n_points^6 evaluations.
+        model: demo, a local folder, or a Hub id.
+        dataset: demo (or demo-postgres, ...), wikitext, a Hub name[:config], or a local file.
+        n_calls: evaluations of the bayesian and random methods.
+        n_points: values per dimension of the grid.
+        max_degradation: bound on the relative perplexity change; 0.01 allows 1%.
+        output: folder for the result files.
+        validate: measure this configuration on held-out text instead of searching.
+        seed: of the search; by default a fresh one, which is recorded.
+        mode: verified asks the router and lets table and cache only license a cut.
+        engine: of the bayesian method.
+        max_samples: documents that each evaluation (or --validate) scores.
+        final_samples: documents of the last measurement; by default half of validation.
+        bounds: name=low:high, expands or narrows the search space; may be repeated.
+        resume: go on with the interrupted search in --output.
+        profile: a ready profile folder; by default the routing is profiled first.
+        calibration_tokens: size of a fresh profile.
+        split: text for --validate.
+        device: auto, cpu, cuda, ...
+        dtype: auto, float32, bfloat16, float16.
+        trust_remote_code: run a Hub model's own code.
+        yes: do not ask before a long grid.
+        quiet: no progress.
+    """
+    from var_moe.cli.progress import StageProgress
+    from var_moe.models.loading import load_model
+    from var_moe.storage import check_output_folder
+
+    if validate is not None:
+        return _validate(
+            validate,
+            model=model,
+            dataset=dataset,
+            split=split,
+            max_degradation=max_degradation,
+            output=output if output != Path("results/phase3") else None,
+            profile=profile,
+            max_samples=max_samples,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            quiet=quiet,
+        )
+    from var_moe.optimization.objective import check_bound
+    from var_moe.optimization.search_space import SEARCH_SPACE, grid_size, parse_bounds
+
+    # Everything that can be wrong is looked at before the model is loaded.
+    check_bound(max_degradation)
+    check_output_folder(output)
+    space = parse_bounds(bounds or [], SEARCH_SPACE)
+    if method == "grid" and not yes:
+        _confirm_grid(grid_size(space, n_points))
+    if method == "bayesian" and engine == "skopt":
+        from var_moe.optimization.skopt_engine import require_skopt
+
+        require_skopt()
+    from var_moe.optimization.run import DEFAULT_SAMPLES, TuneSettings
+    from var_moe.optimization.run import tune as run_tune
+    from var_moe.optimization.summary import show
+    from var_moe.profiling.collect import DEFAULT_TOKENS
+
+    settings = TuneSettings(
+        method=method,
+        engine=engine,
+        dataset=dataset,
+        n_calls=n_calls,
+        n_points=n_points,
+        max_degradation=max_degradation,
+        output=output,
+        seed=seed,
+        mode=mode,
+        max_samples=DEFAULT_SAMPLES if max_samples is None else max_samples,
+        final_samples=final_samples,
+        space=space,
+        resume=resume,
+        profile=profile,
+        calibration_tokens=DEFAULT_TOKENS if calibration_tokens is None else calibration_tokens,
+    )
+    with StageProgress() as progress:
+        if not quiet:
+            progress.say(f"loading model {model} ...")
+        loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        outcome = run_tune(
+            loaded,
+            settings,
+            progress=None if quiet else progress,
+            say=(lambda _line: None) if quiet else progress.say,
+            verbose=not quiet,
+        )
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 118)
+    show(outcome.parts, console)
+    console.print(f"Results: {output}", highlight=False)
+    console.print(
+        f"Next: var-moe tune --validate {output / 'best_config.json'} --model {model} "
+        f"--dataset {dataset} --max_degradation {max_degradation:g}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 0
+
+
+def _confirm_grid(size: int) -> None:
+    from var_moe.optimization.grid import CONFIRM_ABOVE
+
+    print(f"grid: {size:,} evaluations", file=sys.stderr)
+    if size <= CONFIRM_ABOVE:
+        return
+    if not sys.stdin.isatty():
+        raise UsageError(
+            f"a grid of {size:,} evaluations needs a confirmation: add --yes, or lower --n_points"
+        )
+    answer = input(f"{size:,} evaluations take long. Go on? [y/N] ")
+    if answer.strip().lower() not in ("y", "yes"):
+        raise UsageError("not confirmed; lower --n_points or choose --method bayesian")
+
+
+def _validate(
+    config: Path,
+    *,
+    model: str,
+    dataset: str,
+    split: str,
+    max_degradation: float,
+    output: Path | None,
+    profile: Path | None,
+    max_samples: int | None,
+    device: str,
+    dtype: str,
+    trust_remote_code: bool,
+    quiet: bool,
+) -> int:
+    from var_moe.config import VARConfig
+    from var_moe.optimization.objective import check_bound
+    from var_moe.storage import check_output_folder
+
+    check_bound(max_degradation)
+    VARConfig.load(config)
+    if output:
+        check_output_folder(output)
+    from var_moe.cli.progress import StageProgress
+    from var_moe.cli.tables import print_validation
+    from var_moe.models.loading import load_model
+    from var_moe.optimization.validation import find_profile
+    from var_moe.optimization.validation import validate as run_validate
+
+    find_profile(config, profile)
+    with StageProgress() as progress:
+        loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        result = run_validate(
+            loaded,
+            config,
+            dataset=dataset,
+            split=split,
+            max_degradation=max_degradation,
+            output=output,
+            profile_path=profile,
+            max_samples=max_samples,
+            progress=None if quiet else progress,
+        )
+    print_validation(result, folder=output or config.parent)
+    return 0

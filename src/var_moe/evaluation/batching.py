@@ -1,0 +1,105 @@
+"""From documents to padded batches: windows of long documents, rows of similar length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from var_moe.errors import UsageError
+from var_moe.routing.decision import TokenBatch
+
+if TYPE_CHECKING:
+    from var_moe.evaluation.text import EncodedDocument
+
+PREFIX = 16  # ids before a window, so that context keys of up to 17 ids span the document
+
+
+@dataclass(frozen=True)
+class Window:
+    """A row of a batch: a document, or a part of one that is longer than the window."""
+
+    document: int  # position among the documents given
+    ids: np.ndarray  # (S,) int64
+    prefix: np.ndarray  # up to PREFIX ids just before it
+    overlap: int  # leading tokens that the window before has counted already
+
+
+def windows(document: int, ids: np.ndarray, window: int) -> list[Window]:
+    """Cut a document into windows that overlap by a quarter."""
+    overlap, start = window // 4, 0
+    cut = [Window(document, ids[:window], ids[:0], 0)]
+    while start + window < len(ids):
+        start += window - overlap
+        before = ids[max(0, start - PREFIX) : start]
+        cut.append(Window(document, ids[start : start + window], before, overlap))
+    return cut
+
+
+def batches(
+    documents: Sequence[EncodedDocument], tokens_per_batch: int, *, window: int
+) -> Iterator[list[Window]]:
+    """Rows of similar length, the longest first, at most ``tokens_per_batch`` padded tokens.
+
+    The order depends on the documents alone, so a pass repeats exactly. Windows of one
+    document stay in order.
+    """
+    if window < 4:
+        raise UsageError(f"window of {window} tokens: expected at least 4")
+    order = sorted(range(len(documents)), key=lambda i: -min(len(documents[i].ids), window))
+    rows: list[Window] = []
+    for number in order:
+        for cut in windows(number, np.asarray(documents[number].ids, dtype=np.int64), window):
+            width = max(len(cut.ids), len(rows[0].ids) if rows else 0)
+            if rows and width * (len(rows) + 1) > tokens_per_batch:
+                yield rows
+                rows = []
+            rows.append(cut)
+    if rows:
+        yield rows
+
+
+def collate(rows: Sequence[Window]) -> TokenBatch:
+    """Pad on the right; ids, masks, documents and prefixes as one TokenBatch."""
+    width = max(len(row.ids) for row in rows)
+    ids = torch.zeros((len(rows), width), dtype=torch.int64)
+    valid = torch.zeros((len(rows), width), dtype=torch.bool)
+    counted = torch.zeros((len(rows), width), dtype=torch.bool)
+    prefix = torch.full((len(rows), PREFIX), -1, dtype=torch.int64)
+    for number, row in enumerate(rows):
+        size = len(row.ids)
+        ids[number, :size] = torch.from_numpy(row.ids)
+        valid[number, :size] = True
+        counted[number, row.overlap : size] = True
+        if len(row.prefix):
+            prefix[number, -len(row.prefix) :] = torch.from_numpy(row.prefix)
+    return TokenBatch(
+        ids=ids,
+        valid=valid,
+        counted=counted,
+        document=tuple(row.document for row in rows),
+        prefix=prefix if any(len(row.prefix) for row in rows) else None,
+    )
+
+
+def full_batches(
+    documents: Sequence[EncodedDocument], *, batch_size: int, sequence: int, count: int
+) -> list[Tensor]:
+    """``count`` batches (B, S) without padding, for timing: documents end to end, cut in rows.
+
+    Raises:
+        UsageError: there is less than one row of text.
+    """
+    joined = np.concatenate([np.asarray(document.ids, dtype=np.int64) for document in documents])
+    if len(joined) < sequence:
+        raise UsageError(
+            f"text of {len(joined)} tokens is shorter than one row of {sequence} tokens that "
+            "throughput is measured on; give more text"
+        )
+    need = batch_size * sequence * count
+    joined = np.tile(joined, -(-need // len(joined)))[:need]
+    return list(torch.from_numpy(joined).view(count, batch_size, sequence))

@@ -1,0 +1,288 @@
+"""Comparing policies with the unmodified model: same tokens for quality, same run for speed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from var_moe.apply import routed
+from var_moe.evaluation.batching import full_batches
+from var_moe.evaluation.paired import Degradation, degradation
+from var_moe.evaluation.perplexity import DocumentLosses, document_losses
+from var_moe.evaluation.throughput import (
+    Ratio,
+    Timings,
+    backend_arm,
+    fastest_backend,
+    policy_arm,
+    time_arms,
+)
+from var_moe.models.seam import experts_modules
+from var_moe.routing.base import RoutingPolicy
+from var_moe.routing.counts import RoutingReport
+from var_moe.routing.fixed_k import FixedKPolicy
+from var_moe.routing.native import NativePolicy
+from var_moe.routing.ranking import leading_count
+
+if TYPE_CHECKING:
+    from var_moe.evaluation.text import EncodedDocument
+    from var_moe.models.loading import LoadedModel
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, steps done, and steps in all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """One policy's quality on a text, and the decisions behind it."""
+
+    change: Degradation
+    report: RoutingReport
+
+    def to_dict(self) -> dict[str, Any]:
+        """For result files."""
+        return {**self.change.to_dict(), **self.report.to_dict()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """One policy's measured speedup with its two factors: speedup ~ backend x skipping."""
+
+    speedup: Ratio  # baseline time / VAR time
+    backend_factor: Ratio | None  # baseline time / our path keeping all pairs
+    skipping_factor: Ratio | None  # our path keeping all pairs / VAR time
+    baseline_tps: float
+    tps: float
+    keep_all_tps: float | None
+    baseline_backend: str
+    blocks: int
+    experts_per_token: float  # executed while timing
+
+    def to_dict(self) -> dict[str, Any]:
+        """For result files."""
+        return {
+            "speedup": self.speedup.median,
+            "speedup_95": [self.speedup.low, self.speedup.high],
+            "backend_factor": self.backend_factor and self.backend_factor.to_dict(),
+            "skipping_factor": self.skipping_factor and self.skipping_factor.to_dict(),
+            "baseline_throughput_tps": self.baseline_tps,
+            "keep_all_throughput_tps": self.keep_all_tps,
+            "throughput_tps": self.tps,
+            "baseline_backend": self.baseline_backend,
+            "blocks": self.blocks,
+            "timed_experts_per_token": self.experts_per_token,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedSetting:
+    """What throughput is measured on; recorded with every result."""
+
+    batch_size: int = 8
+    sequence: int = 256
+    forwards: int = 2  # per block
+
+    def to_dict(self) -> dict[str, int]:
+        """For result files."""
+        return {
+            "batch_size": self.batch_size,
+            "sequence": self.sequence,
+            "forwards_per_block": self.forwards,
+            "threads": torch.get_num_threads(),
+        }
+
+
+@dataclass
+class Evaluator:
+    """Measures policies on one model and one text against the unmodified model.
+
+    The baseline's losses, its fastest backend and the cost of an executed pair are measured
+    once, when first needed.
+    """
+
+    loaded: LoadedModel
+    documents: Sequence[EncodedDocument]
+    setting: SpeedSetting = field(default_factory=SpeedSetting)
+    tokens_per_batch: int = 4096
+    backend: str = "auto"
+    progress: Progress | None = None
+
+    @property
+    def model(self) -> Any:
+        """The transformers model."""
+        return self.loaded.model
+
+    @cached_property
+    def top_k(self) -> int:
+        """K of the unmodified model."""
+        return self.loaded.top_k
+
+    @cached_property
+    def timing_batches(self) -> list[Tensor]:
+        """The batches that throughput is measured on."""
+        return full_batches(
+            self.documents,
+            batch_size=self.setting.batch_size,
+            sequence=min(self.setting.sequence, self.loaded.window),
+            count=self.setting.forwards,
+        )
+
+    @cached_property
+    def _fastest(self) -> tuple[str, dict[str, float]]:
+        return fastest_backend(self.model, self.timing_batches, top_k=self.top_k)
+
+    @property
+    def baseline_backend(self) -> str:
+        """The fastest of transformers' experts backends here."""
+        return self._fastest[0]
+
+    @property
+    def backend_throughputs(self) -> dict[str, float]:
+        """Tokens per second of each of transformers' backends."""
+        return self._fastest[1]
+
+    @cached_property
+    def baseline_losses(self) -> DocumentLosses:
+        """Losses of the unmodified model, on its fastest backend."""
+        with backend_arm(self.model, self.baseline_backend)():
+            return self._losses("baseline perplexity")
+
+    def _losses(self, what: str, session: Any = None) -> DocumentLosses:
+        report = self.progress
+        return document_losses(
+            self.model,
+            self.documents,
+            window=self.loaded.window,
+            session=session,
+            tokens_per_batch=self.tokens_per_batch,
+            progress=(lambda done, total: report(what, done, total)) if report else None,
+        )
+
+    def quality(self, policy: RoutingPolicy, *, what: str = "perplexity") -> Quality:
+        """Perplexity of a policy against the baseline, from empty caches."""
+        baseline = self.baseline_losses
+        with routed(self.model, policy, backend=self.backend) as session:
+            session.reset()
+            losses = self._losses(what, session)
+            return Quality(change=degradation(baseline, losses), report=session.report())
+
+    def speed(self, policy: RoutingPolicy, *, blocks: int, factors: bool = True) -> Speed:
+        """Throughput of a policy against the baseline, in alternating blocks.
+
+        With ``factors``, our path keeping all pairs is timed in the same run.
+        """
+        counted = _Recorded(self.model, policy, self.backend)
+        arms = {"baseline": backend_arm(self.model, self.baseline_backend)}
+        if factors:
+            arms["keep_all"] = policy_arm(self.model, None, backend=self.backend)
+        arms["policy"] = counted.arm
+        timings = self._time(arms, blocks, "throughput")
+        return Speed(
+            speedup=timings.ratio("baseline", "policy"),
+            backend_factor=timings.ratio("baseline", "keep_all") if factors else None,
+            skipping_factor=timings.ratio("keep_all", "policy") if factors else None,
+            baseline_tps=timings.throughput("baseline"),
+            tps=timings.throughput("policy"),
+            keep_all_tps=timings.throughput("keep_all") if factors else None,
+            baseline_backend=self.baseline_backend,
+            blocks=blocks,
+            experts_per_token=counted.report().experts_per_token,
+        )
+
+    def _time(self, arms: dict[str, Any], blocks: int, what: str) -> Timings:
+        report = self.progress
+        return time_arms(
+            self.model,
+            arms,
+            self.timing_batches,
+            blocks=blocks,
+            progress=(lambda done, total: report(what, done, total)) if report else None,
+        )
+
+    def noise_floor(self, *, blocks: int) -> Ratio:
+        """Baseline against baseline: what the measurement itself makes of no difference."""
+        name = self.baseline_backend
+        arms = {"one": backend_arm(self.model, name), "two": backend_arm(self.model, name)}
+        return self._time(arms, blocks, "noise floor").ratio("one", "two")
+
+    @cached_property
+    def _pair_cost(self) -> tuple[float, float]:
+        """Relative forward time (baseline = 1) at K and at ceil(K/2) experts per token."""
+        arms = {
+            "baseline": backend_arm(self.model, self.baseline_backend),
+            "all": policy_arm(self.model, None, backend=self.backend),
+            "half": policy_arm(
+                self.model, FixedKPolicy(leading_count(self.top_k)), backend=self.backend
+            ),
+        }
+        timings = self._time(arms, 5, "cost of an expert")
+        return 1 / timings.ratio("baseline", "all").median, 1 / timings.ratio(
+            "baseline", "half"
+        ).median
+
+    def predicted_speedup(self, experts_per_token: float) -> float:
+        """Speedup that the executed pairs alone predict: linear in experts per token."""
+        at_all, at_half = self._pair_cost
+        half = leading_count(self.top_k)
+        if half == self.top_k:
+            return 1 / at_all
+        share = (experts_per_token - half) / (self.top_k - half)
+        return 1 / (at_half + (at_all - at_half) * share)
+
+    def geometry(self) -> dict[str, int]:
+        """L, E and K of the model."""
+        modules = experts_modules(self.model)
+        return {
+            "layers": len(modules),
+            "experts": int(getattr(modules[0][1], "num_experts", 0)),
+            "top_k": self.top_k,
+        }
+
+    def with_documents(self, documents: Sequence[EncodedDocument]) -> Evaluator:
+        """The same measurements on other text; the backend choice and pair cost are kept."""
+        other = Evaluator(
+            loaded=self.loaded,
+            documents=documents,
+            setting=self.setting,
+            tokens_per_batch=self.tokens_per_batch,
+            backend=self.backend,
+            progress=self.progress,
+        )
+        for name in ("_fastest", "_pair_cost", "timing_batches"):
+            if name in self.__dict__:
+                other.__dict__[name] = self.__dict__[name]
+        return other
+
+
+class _Recorded:
+    """An arm whose executed pairs are added up over its blocks."""
+
+    def __init__(self, model: Any, policy: RoutingPolicy, backend: str) -> None:
+        self._make = policy_arm(model, policy, backend=backend)
+        self._last: RoutingReport | None = None
+
+    def arm(self) -> Any:
+        from contextlib import contextmanager
+
+        @contextmanager
+        def run() -> Any:
+            with self._make() as session:
+                yield session
+                self._last = session.report()
+
+        return run()
+
+    def report(self) -> RoutingReport:
+        """Decisions of the last block (every block decides alike)."""
+        assert self._last is not None
+        return self._last
+
+
+def keep_all() -> RoutingPolicy:
+    """The control that executes every pair through our path."""
+    return NativePolicy()

@@ -1,0 +1,172 @@
+"""Throughput: arms timed in alternating blocks, so that a drifting machine hits all alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from var_moe.apply import routed
+from var_moe.models.seam import experts_modules
+from var_moe.routing.base import RoutingPolicy
+from var_moe.routing.native import NativePolicy
+
+HF_BACKENDS = ("eager", "grouped_mm", "batched_mm")
+_GATHER_LIMIT_BYTES = 2**30  # batched_mm copies each pair's weights; above this it can't win
+
+# Enters whatever the arm needs; the context's value is reset before each timed block.
+Arm = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Median over blocks of time(a) / time(b), with a 95% bootstrap interval."""
+
+    median: float
+    low: float
+    high: float
+
+    def to_dict(self) -> dict[str, float]:
+        """For result files."""
+        return {"median": self.median, "low": self.low, "high": self.high}
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds per block and arm, and how many tokens a block holds."""
+
+    seconds: dict[str, np.ndarray]  # (blocks,)
+    tokens: int
+
+    def throughput(self, arm: str) -> float:
+        """Median tokens per second."""
+        return self.tokens / float(np.median(self.seconds[arm]))
+
+    def ratio(self, slow: str, fast: str, *, seed: int = 0) -> Ratio:
+        """Speedup of ``fast`` over ``slow``: the median of block ratios."""
+        ratios = self.seconds[slow] / self.seconds[fast]
+        rng = np.random.default_rng(seed)
+        draws = np.median(rng.choice(ratios, size=(2000, len(ratios))), axis=1)
+        low, high = np.quantile(draws, (0.025, 0.975))
+        return Ratio(median=float(np.median(ratios)), low=float(low), high=float(high))
+
+
+def time_arms(
+    model: Any,
+    arms: Mapping[str, Arm],
+    batches: Sequence[Tensor],
+    *,
+    blocks: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Timings:
+    """Time full forwards of each arm in alternating blocks (A B B A ...).
+
+    Args:
+        model: the model that the arms' contexts act on.
+        arms: name -> context to run a block in.
+        batches: (B, S) token ids, one forward each; a block is one pass over them.
+        blocks: how many blocks of each arm are timed; one more is run first as warm-up.
+        progress: called with blocks done and in all.
+    """
+    device = next(model.parameters()).device
+    inputs = [batch.to(device) for batch in batches]
+    names = list(arms)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    with torch.inference_mode():
+        for block in range(-1, blocks):
+            for name in names if block % 2 == 0 else names[::-1]:
+                with arms[name]() as state:
+                    if state is not None:
+                        state.reset()
+                    elapsed = _run(model, inputs[:1] if block < 0 else inputs, device)
+                if block >= 0:
+                    seconds[name].append(elapsed)
+            if progress and block >= 0:
+                progress(block + 1, blocks)
+    return Timings(
+        seconds={name: np.array(values) for name, values in seconds.items()},
+        tokens=sum(batch.numel() for batch in batches),
+    )
+
+
+def _run(model: Any, inputs: list[Tensor], device: torch.device) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    for ids in inputs:
+        model(input_ids=ids, use_cache=False)
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def backend_arm(model: Any, backend: str) -> Arm:
+    """The unmodified model on one of transformers' experts backends."""
+
+    class _Context(AbstractContextManager[None]):
+        def __enter__(self) -> None:
+            self.before = model.get_experts_implementation()
+            model.set_experts_implementation(backend)
+
+        def __exit__(self, *_: object) -> None:
+            model.set_experts_implementation(self.before)
+
+    return _Context
+
+
+def policy_arm(model: Any, policy: RoutingPolicy | None, *, backend: str = "auto") -> Arm:
+    """The model routed by ``policy``; None keeps all pairs through the same path."""
+    chosen = policy or NativePolicy()
+    return lambda: routed(model, chosen, backend=backend)
+
+
+def usable_backends(model: Any, tokens: int, top_k: int) -> list[str]:
+    """transformers' experts backends that can run a forward of this size here."""
+    usable = []
+    _, module = experts_modules(model)[0]
+    parameters = sum(p.numel() * p.element_size() for p in module.parameters())
+    per_expert = parameters / max(1, int(getattr(module, "num_experts", 1)))
+    for name in HF_BACKENDS:
+        if name == "batched_mm" and per_expert * tokens * top_k > _GATHER_LIMIT_BYTES:
+            continue
+        try:
+            with backend_arm(model, name)():
+                usable.append(name)
+        except (ValueError, ImportError):
+            continue
+    return usable
+
+
+def fastest_backend(
+    model: Any, batches: Sequence[Tensor], *, top_k: int, blocks: int = 4
+) -> tuple[str, dict[str, float]]:
+    """Measure which of transformers' backends is fastest: the baseline of every speedup.
+
+    Returns its name and the median tokens per second of all that were tried.
+    """
+    names = usable_backends(model, batches[0].numel(), top_k)
+    timings = time_arms(
+        model, {name: backend_arm(model, name) for name in names}, batches[:1], blocks=blocks
+    )
+    speeds = {name: timings.throughput(name) for name in names}
+    return max(speeds, key=lambda name: speeds[name]), speeds
+
+
+__all__ = [
+    "Arm",
+    "Ratio",
+    "Timings",
+    "backend_arm",
+    "fastest_backend",
+    "policy_arm",
+    "time_arms",
+]

@@ -1,0 +1,199 @@
+"""The objective: perplexity first, then throughput for what keeps the bound."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from var_moe.config import DOCUMENTED_FIELDS, VARConfig
+from var_moe.errors import UsageError
+from var_moe.evaluation.compare import Evaluator, SpeedSetting
+from var_moe.optimization.objective_protocol import documented_score
+from var_moe.optimization.results import Evaluation
+from var_moe.profiling.profile import RoutingProfile
+from var_moe.routing.var import VARPolicy
+
+log = logging.getLogger(__name__)
+
+SEARCH_BLOCKS = 4
+"""Timed blocks per arm during a search; the final measurement takes more."""
+
+
+class VARObjective:
+    """Score of a VAR configuration: the documented formula, with everything behind it.
+
+    Calling it with a dict of parameters returns the score; `evaluate` returns all figures.
+
+    Args:
+        evaluator: the model and the text it is measured on.
+        profile: routing statistics of calibration text.
+        max_degradation: bound on the relative perplexity change.
+        mode: VAR's mode for configurations that do not name one.
+        blocks: timed blocks per arm for each feasible configuration.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        profile: RoutingProfile,
+        *,
+        max_degradation: float = 0.01,
+        mode: str = "verified",
+        blocks: int = SEARCH_BLOCKS,
+    ) -> None:
+        self.evaluator, self.profile = evaluator, profile
+        self.max_degradation = check_bound(max_degradation)
+        self.mode, self.blocks = mode, blocks
+        self._table = profile.table()
+
+    def __call__(self, params: Mapping[str, Any]) -> float:
+        score = self.evaluate(dict(params)).score
+        assert score is not None
+        return score
+
+    def config(self, params: Mapping[str, Any]) -> VARConfig:
+        """The configuration that ``params`` (or a part of them) stands for."""
+        return VARConfig.from_dict({"mode": self.mode, **params})
+
+    def policy(self, config: VARConfig) -> VARPolicy:
+        """A fresh policy for a configuration."""
+        return VARPolicy(config, self._table, residuals=self.profile.residuals)
+
+    def evaluate(self, params: Mapping[str, Any]) -> Evaluation:
+        """Measure one configuration on the search's text."""
+        policy = self.policy(self.config(params))
+        quality = self.evaluator.quality(policy)
+        change, report = quality.change, quality.report
+        predicted = self.evaluator.predicted_speedup(report.experts_per_token)
+        feasible = change.value <= self.max_degradation
+        speed = None
+        if feasible:
+            speed = self.evaluator.speed(policy, blocks=self.blocks, factors=False)
+        score = documented_score(
+            degradation=change.value,
+            max_degradation=self.max_degradation,
+            speedup=speed.speedup.median if speed else None,
+            learned_pct=report.learned_pct,
+        )
+        return Evaluation(
+            params=dict(params),
+            score=score,
+            degradation=change.value,
+            degradation_se=change.standard_error,
+            speedup=speed.speedup.median if speed else None,
+            predicted_speedup=predicted,
+            perplexity=change.perplexity,
+            throughput_tps=speed.tps if speed else None,
+            fast_pct=report.fast_pct,
+            cached_pct=report.cached_pct,
+            learned_pct=report.learned_pct,
+            cache_hit_rate=report.cache_hit_rate,
+            experts_per_token=report.experts_per_token,
+            feasible=feasible,
+        )
+
+
+def check_bound(value: float) -> float:
+    """A degradation bound that can be met.
+
+    Raises:
+        UsageError: it is negative or not finite.
+    """
+    if not math.isfinite(value) or value < 0:
+        raise UsageError(
+            f"max_degradation = {value}: expected a number of at least 0 (0.01 allows 1%)"
+        )
+    return float(value)
+
+
+def create_objective_function(
+    *,
+    model: Any,
+    tokenizer: Any,
+    validation_data: Any,
+    baseline_perplexity: float | None = None,
+    baseline_throughput: float | None = None,
+    max_quality_degradation: float = 0.01,
+    profile: RoutingProfile | None = None,
+    max_samples: int | None = None,
+    mode: str = "verified",
+    seed: int = 0,
+    setting: SpeedSetting | None = None,
+) -> VARObjective:
+    """The documented objective for a model and a text.
+
+    Args:
+        model: a transformers MoE causal language model.
+        tokenizer: its tokenizer.
+        validation_data: a list of texts, a datasets.Dataset with a text column, or token
+            tensors; each text is a document.
+        baseline_perplexity: checked on the same tokens; where it is off by more than 1%, a
+            warning names both figures and the measured one counts.
+        baseline_throughput: tokens per second, checked likewise.
+        max_quality_degradation: bound on the relative perplexity change.
+        profile: routing statistics of other text. Without one, half of the documents
+            calibrate and the other half is scored, and this is logged.
+        max_samples: at most so many documents are scored.
+        mode: ``"verified"`` or ``"plain"``.
+        seed: draws the halves and the sample.
+        setting: batch, sequence and forwards of a timed block.
+
+    Returns:
+        A callable from a dict of parameters to the score, with `evaluate` for all figures.
+
+    Raises:
+        UsageError: too few documents, a bad bound, a model that is no MoE.
+    """
+    import numpy as np
+
+    from var_moe.evaluation.text import as_documents, require_documents
+    from var_moe.models.loading import LoadedModel
+    from var_moe.profiling.collect import collect_profile
+
+    bound = check_bound(max_quality_degradation)
+    loaded = LoadedModel.of(model, tokenizer)
+    documents = as_documents(validation_data, tokenizer)
+    order = np.random.default_rng(seed).permutation(len(documents))
+    if profile is None:
+        require_documents(documents, 4, "calibrating on one half and scoring the other")
+        half = len(documents) // 2
+        calibration = [documents[i] for i in sorted(order[:half])]
+        scored = [documents[i] for i in sorted(order[half:])]
+        log.warning(
+            "no profile given: %d of the %d documents calibrate, the other %d are scored",
+            half,
+            len(documents),
+            len(scored),
+        )
+        profile = collect_profile(
+            loaded, calibration, dataset="validation_data", data_hash="given", max_tokens=None
+        )
+    else:
+        require_documents(documents, 2, "comparing perplexities")
+        scored = [documents[i] for i in sorted(order)]
+        profile.check_loaded(loaded)
+    if max_samples is not None:
+        scored = scored[:max_samples]
+    evaluator = Evaluator(loaded, scored, setting=setting or SpeedSetting())
+    if baseline_perplexity is not None:
+        _check_given("perplexity", baseline_perplexity, evaluator.baseline_losses.perplexity)
+    if baseline_throughput is not None:
+        measured = evaluator.backend_throughputs[evaluator.baseline_backend]
+        _check_given("throughput", baseline_throughput, measured)
+    return VARObjective(evaluator, profile, max_degradation=bound, mode=mode)
+
+
+def _check_given(what: str, given: float, measured: float) -> None:
+    if abs(given / measured - 1) > 0.01:
+        log.warning(
+            "baseline_%s given as %.4g, measured as %.4g on the same tokens: the measured one "
+            "counts",
+            what,
+            given,
+            measured,
+        )
+
+
+__all__ = ["DOCUMENTED_FIELDS", "VARObjective", "check_bound", "create_objective_function"]

@@ -1,0 +1,138 @@
+"""What a tuning or validation run needs before its first evaluation: model, text, profile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from var_moe.errors import UsageError
+from var_moe.evaluation.compare import Progress
+from var_moe.profiling.collect import DEFAULT_TOKENS, collect_profile
+from var_moe.profiling.profile import HEAD_FILE, RoutingProfile
+
+if TYPE_CHECKING:
+    from var_moe.evaluation.text import EncodedDocument
+    from var_moe.models.loading import LoadedModel
+
+PROFILE_FOLDER = "profile"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedText:
+    """A split, tokenised, with its identity."""
+
+    dataset: str
+    split: str
+    data_hash: str
+    documents: Sequence[EncodedDocument]
+    independent: bool
+    note: str
+
+    def to_dict(self) -> dict[str, object]:
+        """For result files."""
+        return {
+            "dataset": self.dataset,
+            "split": self.split,
+            "data_hash": self.data_hash,
+            "documents": len(self.documents),
+            "tokens": sum(len(document.ids) for document in self.documents),
+            "independent_documents": self.independent,
+            "note": self.note,
+        }
+
+
+def read_text(dataset: str, split: str, loaded: LoadedModel) -> EncodedText:
+    """Load and tokenise one split."""
+    from var_moe.evaluation.text import encode, load_text
+
+    text = load_text(dataset, split)
+    return EncodedText(
+        dataset=dataset,
+        split=split,
+        data_hash=text.content_hash,
+        documents=encode(text, loaded.tokenizer),
+        independent=text.independent,
+        note=text.note,
+    )
+
+
+def sample_documents(
+    documents: Sequence[EncodedDocument], at_most: int | None, seed: int = 0
+) -> list[EncodedDocument]:
+    """A seeded sample in the original order; all of them where there are no more."""
+    if at_most is None or at_most >= len(documents):
+        return list(documents)
+    chosen = np.random.default_rng(seed).permutation(len(documents))[:at_most]
+    return [documents[i] for i in sorted(chosen)]
+
+
+def halves(documents: Sequence[EncodedDocument]) -> tuple[list[EncodedDocument], ...]:
+    """Validation's two halves, the same in every run: one to search on, one to order on."""
+    order = np.random.default_rng(20_26).permutation(len(documents))
+    middle = len(documents) // 2
+    return (
+        [documents[i] for i in order[:middle]],
+        [documents[i] for i in order[middle:]],
+    )
+
+
+def obtain_profile(
+    loaded: LoadedModel,
+    dataset: str,
+    *,
+    given: Path | None,
+    folder: Path | None,
+    tokens: int = DEFAULT_TOKENS,
+    progress: Progress | None = None,
+) -> tuple[RoutingProfile, Path | None]:
+    """The profile asked for, one that an earlier run left in the folder, or a fresh one.
+
+    Args:
+        loaded: the model.
+        dataset: its calibration split is profiled.
+        given: a profile folder to use as it is.
+        folder: results folder; a fresh profile is kept in its ``profile`` subfolder, and an
+            interrupted one goes on there.
+        tokens: calibration size of a fresh profile.
+        progress: called with tokens done and in all.
+
+    Returns:
+        The profile and where it lies.
+
+    Raises:
+        UsageError: the given profile is of another model; names both.
+    """
+    if given is not None:
+        profile = RoutingProfile.load(given)
+        profile.check_loaded(loaded)
+        return profile, given
+    text = read_text(dataset, "calibration", loaded)
+    place = folder / PROFILE_FOLDER if folder else None
+    if place and (place / HEAD_FILE).is_file():
+        try:
+            kept = RoutingProfile.load(place)
+            kept.check_loaded(loaded)
+        except UsageError:
+            kept = None
+        if kept and (kept.head["data_hash"], kept.head["tokens_asked"]) == (text.data_hash, tokens):
+            return kept, place
+    if place:
+        place.mkdir(parents=True, exist_ok=True)
+    profile = collect_profile(
+        loaded,
+        text.documents,
+        dataset=dataset,
+        data_hash=text.data_hash,
+        max_tokens=tokens,
+        checkpoint=place / "checkpoint.safetensors" if place else None,
+        progress=(lambda done, total: progress("profiling the routing", done, total))
+        if progress
+        else None,
+    )
+    if place:
+        profile.save(place)
+    return profile, place

@@ -1,0 +1,82 @@
+"""Random search: point number i is drawn from (seed, i) alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from var_moe.optimization.journal import SearchHeader, TrialJournal, as_store
+from var_moe.optimization.objective_protocol import Objective
+from var_moe.optimization.results import Evaluation, OptimizationResult
+from var_moe.optimization.search import (
+    OnEvaluation,
+    SearchOptions,
+    ShouldStop,
+    Suggest,
+    run_search,
+)
+from var_moe.optimization.search_space import (
+    SEARCH_SPACE,
+    Params,
+    SearchSpace,
+    check_count,
+    check_seed,
+    sample,
+)
+
+
+def random_search(
+    objective_fn: Objective,
+    search_space: SearchSpace = SEARCH_SPACE,
+    n_calls: int = 50,
+    verbose: bool = True,
+    *,
+    seed: int | None = None,
+    journal: TrialJournal | str | Path | None = None,
+    resume: bool = False,
+    mode: str = "verified",
+    settings: dict[str, Any] | None = None,
+    on_evaluation: OnEvaluation | None = None,
+    should_stop: ShouldStop | None = None,
+) -> OptimizationResult:
+    """Evaluate `n_calls` independent random points.
+
+    Args:
+        objective_fn: a callable of a dict of parameters, or a rich objective.
+        search_space: see `SEARCH_SPACE`.
+        n_calls: evaluations, failed ones included.
+        verbose: progress on stderr.
+        seed: a fresh one by default, recorded in the result.
+        journal: file that keeps each finished evaluation.
+        resume: go on with the search in `journal`, to its original number of evaluations,
+            with the points that an unbroken run would have had.
+        mode, settings, on_evaluation, should_stop: see `SearchOptions`.
+
+    Raises:
+        UsageError: an argument is not valid, or `journal` holds another search.
+    """
+
+    def make_suggest(header: SearchHeader) -> Suggest:
+        def suggest(number: int, evaluations: Sequence[Evaluation]) -> Params:
+            return sample(search_space, header.known_seed, number)
+
+        return suggest
+
+    return run_search(
+        objective_fn,
+        search_space,
+        store=as_store(journal),
+        make_suggest=make_suggest,
+        total=check_count("n_calls", n_calls),
+        seed=check_seed(seed),
+        options=SearchOptions(
+            method="random",
+            mode=mode,
+            verbose=verbose,
+            resume=resume,
+            settings=settings,
+            on_evaluation=on_evaluation,
+            should_stop=should_stop,
+        ),
+    )

@@ -1,0 +1,111 @@
+"""The result files of a search."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from var_moe.config import VARConfig
+from var_moe.optimization.progress import duration
+from var_moe.optimization.results import OptimizationResult, jsonable
+from var_moe.storage import (
+    SCHEMA_VERSION,
+    atomic_write_json,
+    atomic_write_text,
+    check_output_folder,
+    provenance,
+)
+
+CONFIG_FILE = "best_config.json"
+RESULTS_FILE = "optimization_results.json"
+METADATA_FILE = "optimization_metadata.json"
+SUMMARY_FILE = "optimization_summary.txt"
+NEAREST_MISS_FILE = "nearest_miss.json"
+
+
+def save_optimization_results(
+    result: OptimizationResult,
+    dir: str | Path,
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    summary: str | None = None,
+) -> None:
+    """Write a search's files into the folder `dir`, each whole or not at all.
+
+    ``best_config.json``, ``optimization_results.json``, ``optimization_metadata.json`` and
+    ``optimization_summary.txt``; also ``nearest_miss.json`` where nothing was feasible, else
+    one of an earlier search is removed. What JSON has no word for (NaN) is written as null.
+
+    Args:
+        result: the search.
+        dir: folder, created if needed.
+        metadata: further entries of the metadata, over those that are always there.
+        summary: text of the summary; a short one by default.
+
+    Raises:
+        UsageError: `dir` is a file or cannot be written.
+    """
+    folder = check_output_folder(dir)
+    origin = provenance()
+    best = result.best_params
+    config = best.to_dict() if isinstance(best, VARConfig) else jsonable(best)
+    atomic_write_json(folder / CONFIG_FILE, config)
+    atomic_write_json(
+        folder / RESULTS_FILE,
+        {
+            "schema_version": SCHEMA_VERSION,
+            "best_score": jsonable(result.best_score),
+            "best_params": config,
+            "optimization_time": jsonable(result.optimization_time),
+            "num_evaluations": result.num_evaluations,
+            "converged": result.converged,
+            "method": result.method,
+            "seed": result.seed,
+            "all_results": result.all_results,
+            "provenance": origin,
+        },
+    )
+    atomic_write_json(
+        folder / METADATA_FILE,
+        jsonable(
+            {
+                "schema_version": SCHEMA_VERSION,
+                "method": result.method,
+                "seed": result.seed,
+                "max_degradation": result.max_degradation,
+                "search": result.extra,
+                "provenance": origin,
+                **(metadata or {}),
+            }
+        ),
+    )
+    atomic_write_text(folder / SUMMARY_FILE, summary or default_summary(result))
+    miss = folder / NEAREST_MISS_FILE
+    if "nearest_miss" in result.extra:
+        atomic_write_json(miss, jsonable(result.extra["nearest_miss"]))
+    else:
+        miss.unlink(missing_ok=True)
+
+
+def default_summary(result: OptimizationResult) -> str:
+    """A few lines for people about a search of any objective."""
+    best = result.best_params
+    params = best.documented() if isinstance(best, VARConfig) else best
+    failed = sum(e.failed for e in result.evaluations)
+    lines = [
+        f"{result.method} search, seed {result.seed}",
+        f"{result.num_evaluations} evaluations ({failed} failed) in "
+        f"{duration(result.optimization_time)}",
+        f"best score: {result.best_score:.6g}",
+        f"converged: {'yes' if result.converged else 'no'}",
+        "best parameters:",
+        *(f"  {name} = {value}" for name, value in params.items()),
+    ]
+    if "nearest_miss" in result.extra:
+        degradation = 100 * result.extra["nearest_miss"]["degradation"]
+        lines.append(
+            "All configurations violate the constraint; these are the defaults. Smallest "
+            f"degradation: {degradation:.2f}% ({NEAREST_MISS_FILE})"
+        )
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,103 @@
+"""The result table for people: the winner against the baseline and the presets."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from var_moe.optimization.criteria import success_criteria
+from var_moe.optimization.remeasure import Measured
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+
+def result_table(rows: Sequence[Measured], *, baseline_tps: float | None, top_k: int) -> Any:
+    """One row per configuration, the unmodified model first."""
+    from rich.table import Table
+
+    table = Table(title="Measured on text that was not searched on", title_justify="left")
+    for heading in (
+        "configuration",
+        "PPL",
+        "change (95% upper)",
+        "speedup [95%]",
+        "experts/token",
+        "fast/cached/learned %",
+    ):
+        table.add_column(heading, justify="left" if heading == "configuration" else "right")
+    if rows:
+        ppl = rows[0].quality.change.baseline_perplexity
+        speed = "1.00" if baseline_tps is None else f"1.00 ({baseline_tps:,.0f} tokens/s)"
+        table.add_row("baseline", f"{ppl:.3f}", "", speed, f"{top_k:.2f}", "0 / 0 / 100")
+    for row in rows:
+        change, report, speedup = row.quality.change, row.quality.report, row.speed
+        table.add_row(
+            row.name,
+            f"{change.perplexity:.3f}",
+            f"{100 * change.value:+.2f}% ({100 * change.upper:+.2f}%)",
+            f"{speedup.speedup.median:.3f} [{speedup.speedup.low:.3f}, {speedup.speedup.high:.3f}]"
+            if speedup
+            else "over the bound",
+            f"{report.experts_per_token:.3f}",
+            f"{report.fast_pct:.1f} / {report.cached_pct:.1f} / {report.learned_pct:.1f}",
+        )
+    return table
+
+
+def summary_parts(
+    *,
+    best: Measured | None,
+    others: Sequence[Measured],
+    answer: str,
+    notes: Sequence[str],
+    max_degradation: float,
+    top_k: int,
+) -> list[RenderableType]:
+    """What is printed at the end and stands in ``optimization_summary.txt``."""
+    from rich.table import Table
+
+    rows = [*([best] if best else []), *others]
+    tps = next((row.speed.baseline_tps for row in rows if row.speed), None)
+    parts: list[RenderableType] = [answer, ""]
+    if rows:
+        parts += [result_table(rows, baseline_tps=tps, top_k=top_k), ""]
+    if best and best.speed:
+        back, skip = best.speed.backend_factor, best.speed.skipping_factor
+        if back and skip:
+            parts.append(
+                f"Speedup against {best.speed.baseline_backend}, the fastest Hugging Face experts "
+                f"backend here: {best.speed.speedup.median:.3f} ~ backend {back.median:.3f} x "
+                f"skipping {skip.median:.3f}."
+            )
+        parts.append(f"Best configuration: {best.config.documented()} (mode {best.config.mode})")
+        criteria = Table(title="Success criteria", title_justify="left")
+        for heading in ("criterion", "measured", "met"):
+            criteria.add_column(heading)
+        for row in success_criteria(
+            degradation=best.quality.change.value,
+            upper=best.quality.change.upper,
+            max_degradation=max_degradation,
+            speedups=[best.speed.speedup.median],
+            learned_pct=best.quality.report.learned_pct,
+        ):
+            criteria.add_row(row["name"], row["measured"], "yes" if row["met"] else "NO")
+        parts += ["", criteria]
+    parts += [f"Note: {note}" for note in notes]
+    return parts
+
+
+def as_text(parts: Sequence[RenderableType], *, width: int = 118) -> str:
+    """The parts as plain text."""
+    from rich.console import Console
+
+    buffer = io.StringIO()
+    show(parts, Console(file=buffer, width=width, no_color=True))
+    return buffer.getvalue()
+
+
+def show(parts: Sequence[RenderableType], console: Console) -> None:
+    """Print the parts."""
+    for part in parts:
+        console.print(part, highlight=False, markup=False)

@@ -1,0 +1,143 @@
+"""Validation: one configuration on held-out text, with the search's own profile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from var_moe.config import VARConfig
+from var_moe.errors import UsageError
+from var_moe.evaluation.compare import Evaluator, Progress, Speed, SpeedSetting
+from var_moe.optimization.criteria import success_criteria
+from var_moe.optimization.objective import VARObjective, check_bound
+from var_moe.optimization.preparation import PROFILE_FOLDER, read_text, sample_documents
+from var_moe.optimization.results import jsonable
+from var_moe.optimization.saving import METADATA_FILE
+from var_moe.profiling.profile import RoutingProfile
+from var_moe.storage import SCHEMA_VERSION, atomic_write_json, provenance, read_json
+
+if TYPE_CHECKING:
+    from var_moe.models.loading import LoadedModel
+
+VALIDATION_FILE = "validation_results.json"
+RUNS = 3
+BLOCKS = 10
+
+
+def find_profile(config_path: Path, given: Path | None) -> RoutingProfile:
+    """The profile that the search used, recognised by its hash.
+
+    Args:
+        config_path: the configuration; the search's metadata lie beside it.
+        given: a profile folder, for a configuration that no search left.
+
+    Raises:
+        UsageError: there is none, or its hash is not the one that the search recorded.
+    """
+    metadata_path = config_path.parent / METADATA_FILE
+    recorded: dict[str, Any] = {}
+    if metadata_path.is_file():
+        recorded = read_json(metadata_path, what="metadata of a search").get("profile", {})
+    places = [given] if given else []
+    if not given and recorded.get("path"):
+        # Beside the configuration first: a results folder may have been moved.
+        places = [config_path.parent / PROFILE_FOLDER, Path(recorded["path"])]
+    for place in places:
+        if given or place.is_dir():
+            profile = RoutingProfile.load(place)
+            if recorded.get("hash") not in (None, profile.hash):
+                raise UsageError(
+                    f"{place}: not the profile that {config_path} was found with (hash "
+                    f"{profile.hash[:12]}, expected {str(recorded['hash'])[:12]})"
+                )
+            return profile
+    raise UsageError(
+        f"{config_path}: no profile beside it; give the one it was tuned with as --profile FOLDER"
+    )
+
+
+def validate(
+    loaded: LoadedModel,
+    config_path: Path,
+    *,
+    dataset: str,
+    split: str = "test",
+    max_degradation: float = 0.01,
+    output: Path | None = None,
+    profile_path: Path | None = None,
+    max_samples: int | None = None,
+    runs: int = RUNS,
+    blocks: int = BLOCKS,
+    setting: SpeedSetting | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure a configuration on held-out text and write ``validation_results.json``.
+
+    Perplexity is deterministic, so it is scored once, on all documents; throughput is
+    measured in ``runs`` separate runs of alternating blocks.
+
+    Args:
+        loaded: the model.
+        config_path: ``best_config.json`` or any VARConfig file.
+        dataset: name or path of the text.
+        split: its part; ``test`` unless there is a reason.
+        max_degradation: bound on the relative perplexity change.
+        output: folder for the result; the configuration's own by default.
+        profile_path: profile folder, where none lies beside the configuration.
+        max_samples: score at most so many documents (a seeded sample).
+        runs: throughput runs.
+        blocks: timed blocks per arm and run.
+        setting: batch that throughput is measured on.
+        progress: called with a stage's name, steps done and in all.
+
+    Raises:
+        UsageError: a file is missing or wrong, or the profile is not the search's.
+    """
+    from var_moe.evaluation.text import require_documents
+
+    bound = check_bound(max_degradation)
+    if runs < 3:
+        raise UsageError(f"runs = {runs}: expected at least 3, to tell a spread")
+    config = VARConfig.load(config_path)
+    profile = find_profile(config_path, profile_path)
+    profile.check_loaded(loaded)
+    text = read_text(dataset, split, loaded)
+    documents = sample_documents(text.documents, max_samples)
+    require_documents(documents, 2, "comparing perplexities")
+    evaluator = Evaluator(loaded, documents, setting=setting or SpeedSetting(), progress=progress)
+    objective = VARObjective(evaluator, profile, max_degradation=bound, mode=config.mode)
+    quality = evaluator.quality(objective.policy(config))
+    speeds = [evaluator.speed(objective.policy(config), blocks=blocks) for _ in range(runs)]
+    noise = evaluator.noise_floor(blocks=blocks)
+    middle = sorted(speeds, key=lambda one: one.speedup.median)[len(speeds) // 2]
+    result = {
+        "schema_version": SCHEMA_VERSION,
+        "config": config.to_dict(),
+        "text": text.to_dict(),
+        **quality.to_dict(),
+        **middle.to_dict(),
+        "predicted_speedup": evaluator.predicted_speedup(quality.report.experts_per_token),
+        "noise_floor": noise.to_dict(),
+        "runs": [one.to_dict() for one in speeds],
+        "speedup_spread": _spread(speeds),
+        "criteria": success_criteria(
+            degradation=quality.change.value,
+            upper=quality.change.upper,
+            max_degradation=bound,
+            speedups=[one.speedup.median for one in speeds],
+            learned_pct=quality.report.learned_pct,
+        ),
+        "max_degradation": bound,
+        "profile_hash": profile.hash,
+        "setting": evaluator.setting.to_dict(),
+        "model": {"name": loaded.name, "revision": loaded.revision, "dtype": loaded.dtype},
+        "provenance": provenance(),
+    }
+    clean: dict[str, Any] = jsonable(result)
+    atomic_write_json((output or config_path.parent) / VALIDATION_FILE, clean)
+    return clean
+
+
+def _spread(speeds: list[Speed]) -> float:
+    values = [one.speedup.median for one in speeds]
+    return (max(values) - min(values)) / sorted(values)[len(values) // 2]

@@ -1,0 +1,159 @@
+"""RoutingProfile: routing statistics of one model on calibration text, and its folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from var_moe.errors import UsageError
+from var_moe.routing.fast_path import ResidualMeans, RoutingTable
+from var_moe.storage import (
+    SCHEMA_VERSION,
+    atomic_write,
+    atomic_write_json,
+    read_json,
+    sha256_of,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from var_moe.models.loading import LoadedModel
+
+STATS_FILE = "routing_stats.parquet"
+RESIDUALS_FILE = "residuals.safetensors"
+HEAD_FILE = "profile.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingProfile:
+    """Statistics per (layer, token id), residual means, and where they come from.
+
+    ``stats`` has the columns of ``routing_stats.parquet``: layer, token_id, token_str,
+    frequency, mean/std/min/max_entropy (nats), mean/std_confidence, routing_consistency (share
+    of occurrences whose first expert was top_expert), top_expert, leading_experts and
+    leading_weights (mean routing mass).
+    """
+
+    stats: pd.DataFrame
+    residuals: ResidualMeans
+    head: dict[str, Any]
+
+    @property
+    def layers(self) -> int:
+        """L, the number of MoE layers."""
+        return int(self.head["layers"])
+
+    @property
+    def hash(self) -> str:
+        """Identity of the content: which model, which text, which statistics."""
+        return str(self.head["hash"])
+
+    def table(self) -> RoutingTable:
+        """The statistics as dense tensors for the fast path. (L, V)"""
+        stats, layers = self.stats, self.layers
+        vocabulary = int(self.head["vocabulary"])
+        leading = int(self.head["leading"])
+        at = (
+            torch.from_numpy(stats["layer"].to_numpy(np.int64)),
+            torch.from_numpy(stats["token_id"].to_numpy(np.int64)),
+        )
+        count = torch.zeros((layers, vocabulary), dtype=torch.float64)
+        entropy = torch.full((layers, vocabulary), torch.inf, dtype=torch.float64)
+        index = torch.zeros((layers, vocabulary, leading), dtype=torch.int64)
+        weight = torch.ones((layers, vocabulary, leading), dtype=torch.float32)
+        count[at] = torch.from_numpy(stats["frequency"].to_numpy(np.float64))
+        entropy[at] = torch.from_numpy(stats["mean_entropy"].to_numpy(np.float64))
+        index[at] = torch.from_numpy(np.stack(stats["leading_experts"].to_list()).astype(np.int64))
+        weight[at] = torch.from_numpy(
+            np.stack(stats["leading_weights"].to_list()).astype(np.float32)
+        )
+        return RoutingTable(count=count, entropy=entropy, index=index, weight=weight)
+
+    def check_loaded(self, loaded: LoadedModel) -> None:
+        """Refuse a profile of another model.
+
+        Raises:
+            UsageError: names the profile's model and the one at hand.
+        """
+        from var_moe.models.seam import experts_modules
+
+        head, modules = self.head, experts_modules(loaded.model)
+        experts = int(getattr(modules[0][1], "num_experts", 0)) if modules else 0
+        for what, mine, theirs in (
+            ("tokenizer", head["tokenizer_hash"], loaded.tokenizer_hash),
+            ("number of MoE layers", head["layers"], len(modules)),
+            ("number of experts", head["experts"], experts),
+            ("top-k", head["top_k"], loaded.top_k),
+        ):
+            if mine != theirs:
+                raise UsageError(
+                    f"profile of model {head['model']!r} does not fit model {loaded.name!r}: "
+                    f"another {what}; make one with `var-moe profile --model {loaded.name}`"
+                )
+
+    def save(self, folder: str | Path) -> None:
+        """Write the folder; the head comes last, so that a folder with a head is whole."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / HEAD_FILE).unlink(missing_ok=True)
+        atomic_write(
+            folder / STATS_FILE,
+            lambda path: self.stats.to_parquet(path, index=False, compression="zstd"),
+        )
+        tensors = {f"layer.{i}": table for i, table in enumerate(self.residuals.table)}
+        note = {"by_pair": json.dumps(self.residuals.by_pair)}
+        atomic_write(folder / RESIDUALS_FILE, lambda path: save_file(tensors, path, metadata=note))
+        atomic_write_json(folder / HEAD_FILE, self.head)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> RoutingProfile:
+        """Read a folder that `save` wrote.
+
+        Raises:
+            UsageError: no such folder, not a profile, or its parts do not belong together.
+        """
+        import pandas as pd
+        from safetensors import safe_open
+
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise UsageError(f"{folder}: no such profile folder; make one with `var-moe profile`")
+        head = read_json(folder / HEAD_FILE, what="routing profile")
+        if not isinstance(head, dict) or head.get("schema_version") != SCHEMA_VERSION:
+            raise UsageError(f"{folder / HEAD_FILE}: not a profile of schema {SCHEMA_VERSION}")
+        try:
+            stats = pd.read_parquet(folder / STATS_FILE)
+            with safe_open(folder / RESIDUALS_FILE, framework="pt") as file:
+                by_pair = json.loads(file.metadata()["by_pair"])
+                tables = tuple(file.get_tensor(f"layer.{i}") for i in range(head["layers"]))
+        except Exception as error:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UsageError(
+                f"{folder}: damaged profile ({first}); make it again with `var-moe profile`"
+            ) from None
+        residuals = ResidualMeans(table=tables, by_pair=by_pair, experts=head["experts"])
+        profile = cls(stats=stats, residuals=residuals, head=head)
+        if profile_hash(stats, residuals, head) != head["hash"]:
+            raise UsageError(
+                f"{folder}: {STATS_FILE} or {RESIDUALS_FILE} does not belong to {HEAD_FILE}; "
+                "make it again with `var-moe profile`"
+            )
+        return profile
+
+
+def profile_hash(stats: pd.DataFrame, residuals: ResidualMeans, head: dict[str, Any]) -> str:
+    """Hash over the statistics, the residual means and the identity of model and text."""
+    parts: list[str | bytes] = [str(head[key]) for key in ("model", "tokenizer_hash", "data_hash")]
+    for column in ("layer", "token_id", "frequency", "mean_entropy", "top_expert"):
+        parts.append(stats[column].to_numpy().astype(np.float64).tobytes())
+    parts.append(np.concatenate(stats["leading_experts"].to_list()).astype(np.float64).tobytes())
+    parts.extend(table.numpy().tobytes() for table in residuals.table)
+    return sha256_of(parts)
