@@ -18,11 +18,12 @@ from var_moe.config import VARConfig
 from var_moe.routing.reference import ReferenceRow, RouterChoice
 
 GRID = 64
+BESIDE = 1e-5  # shares of at most 8 weights of at most 16 lie further apart
 CONFIDENCE = (0.3001, 0.5, 0.5001, 0.5503, 0.625, 0.7001, 0.75, 0.8503, 1.0)
 ENTROPY = (0.25, 0.5, 1.0, 1.5)
 TTL = (0.001, 0.002, 0.0025, 0.004, 0.007, 0.012, 0.02, 0.03, 60, 60)
 SIZES = (0, 1, 2, 2, 3, 3, 4, 5, 6)
-WINDOWS = (1, 1, 1, 2, 2, 2, 3, 4, 5, 6, 7, 8)  # mostly short, so that contexts come back
+WINDOWS = (1, 1, 2, 2, 2, 3, 3, 4, 5, 6, 7, 8)  # mostly short, so that contexts come back
 
 SETTINGS = settings(
     max_examples=200,
@@ -38,11 +39,21 @@ def numbers(draw: st.DrawFn, size: int, below: int) -> list[int]:
 
 
 @st.composite
-def configs(draw: st.DrawFn) -> VARConfig:
+def confidences(draw: st.DrawFn, pool: list[RouterChoice]) -> float:
+    """A threshold of `CONFIDENCE`, or one just beside the confidence of a choice of ``pool``."""
+    if draw(st.booleans()):
+        return draw(st.sampled_from(CONFIDENCE))
+    weights = sorted(draw(st.sampled_from(pool))[1], reverse=True)
+    share = sum(weights[: (len(weights) + 1) // 2]) / sum(weights)
+    return min(share + draw(st.sampled_from([-BESIDE, BESIDE])), 1.0)
+
+
+@st.composite
+def configs(draw: st.DrawFn, pool: list[RouterChoice]) -> VARConfig:
     return VARConfig(
         frequency_threshold=draw(st.integers(0, 3)),
         entropy_threshold=draw(st.sampled_from(ENTROPY)),
-        confidence_threshold=draw(st.sampled_from(CONFIDENCE)),
+        confidence_threshold=draw(confidences(pool)),
         cache_size=draw(st.sampled_from(SIZES)),
         cache_ttl_seconds=draw(st.sampled_from(TTL)),
         context_window_size=draw(st.sampled_from(WINDOWS)),
@@ -128,19 +139,19 @@ class Documents:
 
 @st.composite
 def streams(draw: st.DrawFn) -> Stream:
-    config = draw(configs())
     layers = draw(st.integers(1, 3))
     vocabulary = draw(st.sampled_from([3, 3, 4, 4, 5, 6, 7, 8]))
-    top_k = draw(st.sampled_from([1, 2, 3, 8]))
+    top_k = draw(st.sampled_from([2, 3, 8, 1, 2, 3]))
     experts = draw(st.integers(top_k, 10))
     table = draw(tables(layers, vocabulary, experts, (top_k + 1) // 2))
-    pool = draw(st.lists(weighted_experts(experts, top_k), min_size=2, max_size=5))
+    pool = draw(st.lists(weighted_experts(experts, top_k), min_size=3, max_size=6))
+    config = draw(configs(pool))
     stream = Stream(config, layers, vocabulary, top_k, table)
     stream.spare_prefix = draw(st.integers(0, 2))
     documents = Documents()
 
     ids: list[int] = []
-    for _ in range(draw(st.integers(1, 5))):
+    for _ in range(draw(st.sampled_from([2, 3, 4, 5, 1]))):
         width = draw(st.sampled_from([1, 3, 5, 7, 9, 11]))
         rows = []
         for _ in range(draw(st.integers(1, 3))):
@@ -151,7 +162,7 @@ def streams(draw: st.DrawFn) -> Stream:
                 ids,
                 length=max(width - draw(st.sampled_from([0, 0, 1, 2, 20])), 0),
                 overlap=draw(st.integers(0, 3)),
-                fresh=draw(st.sampled_from([False, False, True])),
+                fresh=draw(st.sampled_from([False, False, False, True])),
                 left=draw(st.booleans()),
                 looks_only=draw(st.sampled_from([False, False, False, True])),
             )

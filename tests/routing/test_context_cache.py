@@ -109,6 +109,14 @@ def test_a_row_of_storage_passes_empty_to_its_next_key() -> None:
     assert cache.forward([8]) == [2]
 
 
+def test_an_evicted_entry_does_not_write_into_its_successors_row() -> None:
+    cache = Cache(size=2)
+    assert cache.forward([1, 2]) == [NONE, NONE]
+    # 3 takes the place of 2; 1 is met once more, and 4 takes its place.
+    assert cache.forward([3, 1, 3, 4]) == [NONE, 0, 2, NONE]
+    assert cache.forward([3, 4]) == [2, 5]
+
+
 def test_size_zero_never_hits() -> None:
     cache = Cache(size=0)
     assert cache.forward([7, 7, 7]) == [NONE] * 3
@@ -207,10 +215,11 @@ def test_looking_up_an_expired_entry_finds_nothing_and_leaves_it() -> None:
 
 def test_a_fresh_row_starts_empty_and_time_goes_on() -> None:
     clock = TokenClock()
-    cache = Cache(clock=clock)
+    cache = Cache(ttl=0.003, clock=clock)
     assert cache.forward([7, 7]) == [NONE, 0]
-    assert cache.forward([7, 7], emptied=True) == [NONE, 2]
-    assert clock.advance(0) == 4
+    assert cache.forward([7, 7], emptied=True) == [NONE, 2]  # born at tick 2
+    assert cache.forward([7, 7]) == [2, NONE]  # ticks 4 and 5
+    assert clock.advance(0) == 6
 
 
 def test_only_the_fresh_row_of_a_batch_empties() -> None:

@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from muon import Muon
 from scoring import document_losses, perplexity
 from torch import nn
 from transformers import (
@@ -36,6 +37,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 MIX = {"postgres": 0.27, "python": 0.36, "wordnet": 0.37}
 FIRST_SAVE_SECONDS, SAVE_SECONDS = 100.0, 600.0
 LOG_STEPS = 20
+MUON_FACTOR = 1.5  # on AdamW's learning rate
 
 
 def build_config(vocabulary: int) -> MixtralConfig:
@@ -128,14 +130,30 @@ def learning_rate(progress: float, step: int, peak: float, warmup: int) -> float
     return peak * min(1.0, (step + 1) / warmup) * decay
 
 
-def parameter_groups(model: nn.Module, decay: float) -> list[dict]:
-    """Weight decay on matrices, none on norms."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    return [
-        {"params": matrices, "weight_decay": decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+def build_optimizers(
+    model: MixtralForCausalLM, decay: float, beta2: float, muon: bool
+) -> list[tuple[torch.optim.Optimizer, float]]:
+    """Optimizers, each with its factor on the learning rate.
+
+    Muon for the experts and the attention's projections, AdamW for the rest (embeddings, head,
+    routers, norms); without `muon`, AdamW for all. Norms are not decayed.
+    """
+    named = list(model.named_parameters())
+    matrices = [p for n, p in named if ".experts." in n or ".self_attn." in n] if muon else []
+    chosen = {id(p) for p in matrices}
+    rest = [p for _, p in named if id(p) not in chosen]
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [p for p in rest if p.dim() >= 2], "weight_decay": decay},
+            {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+        ],
+        lr=0.0,
+        betas=(0.9, beta2),
+        fused=True,
+    )
+    if not muon:
+        return [(adamw, 1.0)]
+    return [(adamw, 1.0), (Muon(matrices, weight_decay=decay), MUON_FACTOR)]
 
 
 def save(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -177,9 +195,10 @@ def main() -> None:
     parser.add_argument("--eval-tokens", type=int, default=100_000)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--float32", action="store_true", help="no bfloat16 matmuls")
+    parser.add_argument("--adamw", action="store_true", help="AdamW for all, no Muon")
     parser.add_argument("--beta2", type=float, default=0.999)
     parser.add_argument(
-        "--resume", action="store_true", help="go on from ckpt-latest; AdamW starts afresh"
+        "--resume", action="store_true", help="go on from ckpt-latest; optimizers start afresh"
     )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -211,12 +230,7 @@ def main() -> None:
     else:
         model = MixtralForCausalLM(build_config(len(tokenizer)))
     model.set_experts_implementation("sorted_training")
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, options.weight_decay),
-        lr=0.0,
-        betas=(0.9, options.beta2),
-        fused=True,
-    )
+    optimizers = build_optimizers(model, options.weight_decay, options.beta2, not options.adamw)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters:,} parameters, {len(held_out)} validation documents", flush=True)
 
@@ -239,7 +253,7 @@ def main() -> None:
                 "step": before["step"] + step,
                 "tokens": tokens,
                 "elapsed_seconds": round(elapsed, 1),
-                "lr": optimizer.param_groups[0]["lr"],
+                "lr": optimizers[0][0].param_groups[0]["lr"],
                 "train_loss": running / max(seen, 1),
                 "aux_loss": running_aux / max(seen, 1),
                 "val_ppl": perplexity(losses, counts),
@@ -256,14 +270,17 @@ def main() -> None:
             next_save = SAVE_SECONDS * (elapsed // SAVE_SECONDS + 1)
         if done:
             break
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(elapsed / budget, step, options.peak, options.warmup)
+        rate = learning_rate(elapsed / budget, step, options.peak, options.warmup)
+        for optimizer, factor in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = factor * rate
         with torch.autocast("cpu", torch.bfloat16, enabled=not options.float32):
             output = model(input_ids=ids, labels=ids, use_cache=False)
         output.loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer, _ in optimizers:
+            optimizer.step()
+        model.zero_grad(set_to_none=True)
         tokens += ids.numel()
         aux = output.aux_loss.item()
         running += output.loss.item() - model.config.router_aux_loss_coef * aux
@@ -271,12 +288,12 @@ def main() -> None:
         seen += 1
         if step % LOG_STEPS == 0:
             now = time.monotonic()
-            rate = ids.numel() * min(step, LOG_STEPS) / (now - last_time)
+            speed = ids.numel() * min(step, LOG_STEPS) / (now - last_time)
             last_time = now
             print(
                 f"step {step} tokens {tokens} elapsed {now - start:.0f}s loss "
                 f"{output.loss.item() - model.config.router_aux_loss_coef * aux:.3f} "
-                f"aux {aux:.3f} norm {float(norm):.2f} {rate:.0f} tokens/s",
+                f"aux {aux:.3f} norm {float(norm):.2f} {speed:.0f} tokens/s",
                 flush=True,
             )
     (options.train_dir / "FINISHED").write_text(f"{tokens} tokens\n", encoding="utf-8")

@@ -116,7 +116,10 @@ def starting_points(space: SearchSpace) -> list[Params]:
 
 def distinct(points: Sequence[Params]) -> list[Params]:
     """`points` without repeats, the first of each kept."""
-    return list({point_key(point): point for point in reversed(points)}.values())[::-1]
+    first: dict[object, Params] = {}
+    for point in points:
+        first.setdefault(point_key(point), point)
+    return list(first.values())
 
 
 def point_key(params: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:

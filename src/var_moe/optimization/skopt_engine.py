@@ -31,9 +31,9 @@ def require_skopt() -> None:
             "scikit-optimize not found: pip install scikit-optimize (or pip install var-moe[skopt])"
         ) from None
     except Exception as error:  # an old release breaks on a new numpy in many ways
+        cause = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UsageError(
-            f"scikit-optimize cannot be imported ({type(error).__name__}: {error}); "
-            f"pip install --upgrade scikit-optimize"
+            f"scikit-optimize cannot be imported ({cause}); pip install -U scikit-optimize"
         ) from None
 
 

@@ -1,0 +1,98 @@
+"""Validation data as the documented API takes it: texts, a data set, or token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from var_moe.errors import UsageError
+from var_moe.evaluation.text import text_column
+
+_EXPECTED = (
+    "expected a non-empty list of texts, a datasets.Dataset with a text column, or token ids"
+)
+
+
+def given_rows(data: Any) -> list[Any]:
+    """One row per document: all of them texts, or all of them ids (S,) int64.
+
+    Raises:
+        UsageError: it is neither, or empty; names the first row that does not fit.
+    """
+    data = _column(data)
+    if isinstance(data, Mapping) or _dimensions(data):
+        return _ids(data, "validation_data")
+    rows = list(data) if hasattr(data, "__iter__") and not isinstance(data, str | bytes) else []
+    if not rows:
+        raise UsageError(f"validation_data: {_EXPECTED}, got {_what(data)}")
+    if isinstance(rows[0], str):
+        for number, row in enumerate(rows):
+            if not isinstance(row, str):
+                raise UsageError(f"validation_data[{number}]: expected a text, got {_what(row)}")
+        return rows
+    if isinstance(rows[0], int | np.integer):  # a flat list is one document
+        return _ids(rows, "validation_data")
+    return [ids for i, row in enumerate(rows) for ids in _ids(row, f"validation_data[{i}]")]
+
+
+def _column(data: Any) -> Any:
+    """The column of a datasets.Dataset that holds texts, else its token ids; else the data."""
+    columns = getattr(data, "column_names", None)
+    if columns is None:
+        return data
+    if isinstance(columns, Mapping):  # a DatasetDict
+        names = ", ".join(map(str, columns))
+        raise UsageError(f"validation_data: expected one split of the data set, of {names}")
+    features = getattr(data, "features", None) or {}
+    kinds = {
+        name: getattr(feature, "dtype", "") in ("string", "large_string")
+        for name, feature in features.items()
+    }
+    if "input_ids" in columns and not any(kinds.values()):
+        masked = "attention_mask" in columns
+        return [
+            {
+                name: row[name]
+                for name in (("input_ids", "attention_mask") if masked else ("input_ids",))
+            }
+            for row in data
+        ]
+    name = text_column(columns, kinds, "validation_data")
+    return [row[name] or "" for row in data]
+
+
+def _ids(row: Any, where: str) -> list[np.ndarray]:
+    """The documents (S,) of a 1-D or 2-D row of token ids, or of a tokenizer's output."""
+    mask = None
+    if isinstance(row, Mapping):
+        row, mask = row.get("input_ids"), row.get("attention_mask")
+        if isinstance(row, list | tuple) and row and isinstance(row[0], list | tuple):
+            masks = [None] * len(row) if mask is None else list(mask)
+            pairs = [{"input_ids": r, "attention_mask": m} for r, m in zip(row, masks, strict=True)]
+            return [ids for pair in pairs for ids in _ids(pair, where)]
+    try:
+        ids = np.asarray(row.tolist() if hasattr(row, "tolist") else row)
+    except (TypeError, ValueError):  # ragged, or no numbers at all
+        raise UsageError(f"{where}: expected a text or token ids, got {_what(row)}") from None
+    if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2):
+        raise UsageError(f"{where}: expected a text or token ids, got {_what(row)}")
+    if ids.size and ids.min() < 0:
+        raise UsageError(f"{where}: expected token ids from 0, got {ids.min()}")
+    rows = np.atleast_2d(ids.astype(np.int64))  # (documents, S)
+    if mask is None:
+        return list(rows)
+    kept = np.atleast_2d(np.asarray(mask.tolist() if hasattr(mask, "tolist") else mask)) != 0
+    return [ids[keep] for ids, keep in zip(rows, kept, strict=True)]
+
+
+def _dimensions(data: Any) -> int:
+    """Dimensions of a tensor or array; 0 for anything else, and for single numbers."""
+    return int(getattr(data, "ndim", 0)) if hasattr(data, "tolist") else 0
+
+
+def _what(value: Any) -> str:
+    kind = type(value).__name__
+    shape = getattr(value, "shape", None)
+    return kind if shape is None else f"{kind} of shape {tuple(shape)} and {value.dtype}"

@@ -1,0 +1,179 @@
+"""The commands end to end, on a tiny random model and tiny local text."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from var_moe.cli import main
+
+RESULT_KEYS = {"best_score", "optimization_time", "num_evaluations", "converged", "all_results"}
+
+
+@pytest.fixture(scope="module")
+def common(tiny_model_folder, tiny_text_folder):
+    return ["--model", str(tiny_model_folder), "--dataset", str(tiny_text_folder)]
+
+
+@pytest.fixture(scope="module")
+def tuned(common, tmp_path_factory):
+    """One finished search, for the tests that look at its files."""
+    folder = tmp_path_factory.mktemp("results") / "phase3"
+    words = ["tune", *common, "--n_calls", "6", "--max_degradation", "0.5", "--seed", "3"]
+    assert main([*words, "--output", str(folder), "--quiet"]) == 0
+    return folder
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_tune_writes_the_documented_files(tuned):
+    results = read(tuned / "optimization_results.json")
+    assert results.keys() >= RESULT_KEYS
+    assert results["num_evaluations"] == len(results["all_results"]) == 6
+    for row in results["all_results"]:
+        assert row.keys() >= {
+            "params",
+            "score",
+            "degradation",
+            "speedup",
+            "fast_pct",
+            "cached_pct",
+            "learned_pct",
+            "experts_per_token",
+            "state",
+        }
+    config = read(tuned / "best_config.json")
+    assert list(config)[:6] == [
+        "frequency_threshold",
+        "entropy_threshold",
+        "confidence_threshold",
+        "cache_size",
+        "cache_ttl_seconds",
+        "context_window_size",
+    ]
+    metadata = read(tuned / "optimization_metadata.json")
+    assert metadata["baseline"]["perplexity"] > 1
+    assert metadata["profile"]["hash"] == read(tuned / "profile" / "profile.json")["hash"]
+    assert metadata["settings"]["seed"] is not None or metadata["seed"] is not None
+    summary = (tuned / "optimization_summary.txt").read_text()
+    for word in ("best", "baseline", "conservative", "balanced", "aggressive", "criterion"):
+        assert word in summary
+
+
+def test_best_was_measured_again_and_keeps_its_bound(tuned):
+    metadata = read(tuned / "optimization_metadata.json")
+    config = read(tuned / "best_config.json")
+    same = [row for row in metadata["remeasured"] if row["config"] == config]
+    assert same
+    assert same[0]["degradation_upper_95"] < 0.5
+    fastest = max(row["speedup"] for row in metadata["remeasured"] if row["passed"])
+    assert same[0]["speedup"] == fastest
+
+
+def test_validate_on_the_test_split(tuned, common, capsys):
+    words = ["tune", "--validate", str(tuned / "best_config.json"), *common]
+    assert main([*words, "--max_degradation", "0.5", "--quiet"]) == 0
+    found = read(tuned / "validation_results.json")
+    assert found["text"]["split"] == "test"
+    assert len(found["runs"]) >= 3
+    assert [row["met"] in (True, False) for row in found["criteria"]] == [True] * 4
+    for key in ("baseline_perplexity", "perplexity", "degradation", "speedup", "speedup_95"):
+        assert found[key]
+    assert "Success criteria" in capsys.readouterr().out
+
+
+def test_validate_refuses_another_profile(tuned, common, tmp_path, capsys):
+    other = tmp_path / "profile"
+    words = ["profile", *common, "--max_tokens", "300", "--output", str(other), "--quiet"]
+    assert main(words) == 0
+    words = ["tune", "--validate", str(tuned / "best_config.json"), *common]
+    assert main([*words, "--profile", str(other), "--quiet"]) == 2
+    assert "not the profile that" in capsys.readouterr().err
+
+
+def test_evaluate_compares_presets(common, tuned, tmp_path, capsys):
+    words = ["evaluate", *common, "--profile", str(tuned / "profile"), "--output", str(tmp_path)]
+    words += ["--preset", "balanced", "--preset", "keep_all", "--blocks", "2", "--quiet"]
+    assert main(words) == 0
+    rows = {row["name"]: row for row in read(tmp_path / "evaluation.json")["rows"]}
+    assert rows.keys() == {"baseline", "balanced", "keep_all"}
+    assert rows["keep_all"]["experts_per_token"] == 2.0
+    assert abs(rows["keep_all"]["degradation"]) < 1e-5
+    assert rows["balanced"]["experts_per_token"] < 2.0
+    assert "experts/token" in capsys.readouterr().out
+
+
+def test_nothing_feasible_is_said_and_saved(common, tmp_path, capsys):
+    """On a random model every cut costs more than this bound."""
+    words = ["tune", *common, "--n_calls", "3", "--max_degradation", "1e-9", "--method", "random"]
+    words += ["--bounds", "confidence_threshold=0.5:0.55", "--bounds", "frequency_threshold=0:1"]
+    code = main([*words, "--seed", "1", "--output", str(tmp_path), "--quiet"])
+    assert code == 1
+    error = capsys.readouterr().err
+    assert "All configurations violate constraint" in error
+    assert error.count("\n") == 1
+    miss = read(tmp_path / "nearest_miss.json")
+    assert miss["config"]["frequency_threshold"] >= 0
+    assert (tmp_path / "optimization_results.json").is_file()
+
+
+@pytest.mark.parametrize("method", ["random", "bayesian"])
+def test_killed_and_resumed(common, tmp_path, method):
+    """kill -9 loses at most the running evaluation; --resume goes on to the original number."""
+    folder = tmp_path / "run"
+    words = ["tune", *common, "--method", method, "--n_calls", "8", "--seed", "5"]
+    words += ["--max_degradation", "0.5", "--output", str(folder), "--quiet"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "var_moe.cli", *words], env=environment, stderr=subprocess.DEVNULL
+    )
+    log = folder / ("trials.jsonl" if method == "random" else "optuna_study.log")
+    deadline = time.monotonic() + 120
+    finished = 0
+    while finished < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+        if log.exists():
+            text = log.read_text(errors="replace")
+            finished = text.count('"score"') if method == "random" else text.count('"values"')
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert finished >= 3
+    assert main([*words, "--resume"]) == 0
+    resumed = read(folder / "optimization_results.json")["all_results"]
+    assert len(resumed) == 8
+    points = [json.dumps(row["params"], sort_keys=True) for row in resumed]
+    assert len(set(points)) == 8
+    if method == "random":
+        whole = tmp_path / "whole"
+        words[words.index(str(folder))] = str(whole)
+        assert main(words) == 0
+        unbroken = read(whole / "optimization_results.json")["all_results"]
+        assert [row["params"] for row in unbroken] == [row["params"] for row in resumed]
+        assert [row["degradation"] for row in unbroken] == pytest.approx(
+            [row["degradation"] for row in resumed], rel=1e-6
+        )
+
+
+def test_the_documented_script_is_the_same_command():
+    script = "experiments/03_hyperparameter_optimization.py"
+    found = subprocess.run(
+        [sys.executable, script, "--help"], capture_output=True, text=True, check=True
+    )
+    for option in ("--method", "--n_calls", "--n_points", "--max_degradation", "--validate"):
+        assert option in found.stdout
+
+
+def test_help_is_quick_and_light():
+    code = (
+        "import sys\nfrom var_moe.cli import main\nmain(['--help'])\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

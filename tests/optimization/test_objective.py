@@ -1,0 +1,135 @@
+"""The documented objective and API on a tiny model."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from var_moe.errors import UsageError
+from var_moe.evaluation.compare import SpeedSetting
+
+SMALL = SpeedSetting(batch_size=2, sequence=64, forwards=1)
+
+
+@pytest.fixture(scope="module")
+def tiny(make_tiny_mixtral, tiny_tokenizer, tiny_texts):
+    return {"model": make_tiny_mixtral(), "tokenizer": tiny_tokenizer, "texts": tiny_texts}
+
+
+def create(tiny, **options):
+    from optimization.hyperparameter_optimization import create_objective_function
+
+    options = {"validation_data": tiny["texts"], "setting": SMALL, **options}
+    return create_objective_function(model=tiny["model"], tokenizer=tiny["tokenizer"], **options)
+
+
+def test_the_documented_snippet(tiny, tmp_path):
+    from optimization.hyperparameter_optimization import (
+        SEARCH_SPACE,
+        bayesian_optimization,
+        create_objective_function,
+        grid_search,
+        save_optimization_results,
+    )
+
+    objective = create_objective_function(
+        model=tiny["model"],
+        tokenizer=tiny["tokenizer"],
+        validation_data=tiny["texts"],
+        baseline_perplexity=300.0,
+        baseline_throughput=5000.0,
+        max_quality_degradation=0.5,
+    )
+    small = {name: {**entry} for name, entry in SEARCH_SPACE.items()}
+    for name in list(small)[2:]:
+        small[name]["low"] = small[name]["high"] = small[name]["default"]
+    result = grid_search(
+        objective_fn=objective, search_space=small, n_points_per_dim=2, verbose=False
+    )
+    assert result.num_evaluations == 4
+    result = bayesian_optimization(
+        objective_fn=objective, search_space=SEARCH_SPACE, n_calls=5, verbose=False
+    )
+    save_optimization_results(result, tmp_path)
+    assert result.best_params.frequency_threshold >= 0
+    assert result.num_evaluations == 5
+    assert result.best_score == max(row["score"] for row in result.all_results)
+    assert result.optimization_time > 0
+    assert result.converged in (True, False)
+    assert (tmp_path / "best_config.json").is_file()
+
+
+def test_score_follows_the_documented_formula(tiny):
+    objective = create(tiny, max_quality_degradation=0.5)
+    found = objective.evaluate({"confidence_threshold": 0.9})
+    assert found.feasible
+    bonus = max(0.0, (15 - found.learned_pct) / 100)
+    assert found.score == pytest.approx(found.speedup + bonus)
+    objective.max_degradation = -1.0
+    over = objective.evaluate({"confidence_threshold": 0.9})
+    assert over.score == pytest.approx(-100 * (1 + over.degradation))
+    assert over.speedup is None
+    assert over.predicted_speedup > 0
+
+
+def test_evaluations_repeat_exactly(tiny):
+    objective = create(tiny)
+    one, two = (objective.evaluate({"confidence_threshold": 0.7}) for _ in range(2))
+    assert one.degradation == two.degradation
+    assert one.experts_per_token == two.experts_per_token
+
+
+def test_wrong_baselines_are_warned_about_with_both_figures(tiny, caplog):
+    with caplog.at_level(logging.WARNING):
+        objective = create(tiny, baseline_perplexity=123.0)
+    measured = objective.evaluator.baseline_losses.perplexity
+    text = caplog.text
+    assert "baseline_perplexity given as 123" in text
+    assert f"{measured:.4g}" in text
+
+
+def test_half_calibrates_and_this_is_logged(tiny, caplog):
+    with caplog.at_level(logging.WARNING):
+        objective = create(tiny)
+    assert "30 of the 60 documents calibrate, the other 30 are scored" in caplog.text
+    assert len(objective.evaluator.documents) == 30
+
+
+@pytest.mark.parametrize("kind", ["dataset", "tensor", "list of tensors"])
+def test_other_forms_of_validation_data(tiny, kind):
+    if kind == "dataset":
+        import datasets
+
+        data = datasets.Dataset.from_dict({"text": tiny["texts"][:8]})
+    else:
+        data = torch.randint(1, 300, (8, 50), generator=torch.Generator().manual_seed(0))
+        data = list(data) if kind == "list of tensors" else data
+    objective = create(tiny, validation_data=data)
+    assert len(objective.evaluator.documents) == 4
+
+
+@pytest.mark.parametrize("data", [[], "one text", [1.5, 2.5], None])
+def test_bad_validation_data(tiny, data):
+    with pytest.raises(UsageError, match="validation_data"):
+        create(tiny, validation_data=data)
+
+
+def test_negative_bound(tiny):
+    with pytest.raises(UsageError, match="max_degradation = -1"):
+        create(tiny, max_quality_degradation=-1)
+
+
+def test_a_dense_model_is_refused(tiny):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    with pytest.raises(UsageError, match="not a Mixture of Experts"):
+        create({**tiny, "model": LlamaForCausalLM(config)})

@@ -1,0 +1,54 @@
+"""Files are written whole or not at all."""
+
+from __future__ import annotations
+
+import pytest
+
+from var_moe.errors import UsageError
+from var_moe.storage import (
+    atomic_write,
+    atomic_write_json,
+    check_output_folder,
+    provenance,
+    read_json,
+    sha256_of,
+)
+
+
+def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "result.json"
+    atomic_write_json(path, {"a": 1})
+
+    def fail(temporary):
+        temporary.write_text("half")
+        raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        atomic_write(path, fail)
+    assert read_json(path) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_nan_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        atomic_write_json(tmp_path / "x.json", {"a": float("nan")})
+    assert not list(tmp_path.iterdir())
+
+
+def test_output_folder(tmp_path):
+    assert check_output_folder(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "f").write_text("")
+    with pytest.raises(UsageError, match="is a file"):
+        check_output_folder(tmp_path / "f" / "b")
+
+
+def test_hash_tells_joins_apart():
+    assert sha256_of(["ab", "c"]) != sha256_of(["a", "bc"])
+    assert sha256_of(["ab"]) == sha256_of([b"ab"])
+
+
+def test_provenance_names_versions_and_hardware():
+    found = provenance()
+    assert found["versions"]["torch"]
+    assert found["hardware"]["cpus"] >= 1
