@@ -59,10 +59,10 @@ def test_the_documented_call():
 
 def test_the_process_finds_a_feasible_point_that_beats_the_default():
     objective = SixObjective()
-    result = bayesian_optimization(objective, n_calls=14, verbose=False, seed=1)
+    result = bayesian_optimization(objective, n_calls=12, verbose=False, seed=1)
     # The default scores 1.163, the aggressive preset breaks the bound, the optimum is 1.256.
     default = objective(starting_points(SEARCH_SPACE)[0])
-    assert result.best_score > default + 0.05
+    assert result.best_score > default + 0.035
     assert SixObjective().evaluate(result.best_params.documented()).degradation <= 0.01
     assert any(e.feasible is False for e in result.evaluations)
 
@@ -91,6 +91,7 @@ def test_a_resumed_search_equals_an_unbroken_one(stop_at, tmp_path, unbroken):
     assert (states.count("COMPLETE"), states.count("FAIL")) == (CALLS, 1)
     lost, again = study.trials[stop_at - 1], study.trials[stop_at]
     assert (lost.state.name, again.params) == ("FAIL", lost.params)
+    assert again.user_attrs["again"] == lost.number
 
 
 def test_a_killed_search_is_resumed(tmp_path):

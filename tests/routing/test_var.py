@@ -117,15 +117,6 @@ def test_a_refused_fast_licence_does_not_fall_through_to_the_cache() -> None:
     assert rows(routing)[1] == (LEARNED, [5, 2], [0.5, 0.25])  # its slot holds 5, which leads
 
 
-def test_a_fast_token_fills_its_slot() -> None:
-    decisions = [SURE, UNSURE]
-    table: Table = {(0, 0): (KNOWN, 0.1, [(9, 0.6)])}
-    var = policy(PLAIN, table)
-    assert route(var, [0, 0], decisions).tier.tolist() == [FAST, FAST]
-    var._any_eligible = [False]  # as if the table had forgotten the token
-    assert rows(route(var, [0], [OTHER])) == [(CACHED, [2, -1], [1.0])]
-
-
 def test_one_leading_expert_of_several_is_licence_enough() -> None:
     choice: Choice = ([1, 2, 3], [0.25, 0.25, 0.5])  # 3 leads, then 1; mass 0.75
     config = replace(VERIFIED, confidence_threshold=0.9)

@@ -15,7 +15,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +55,6 @@ def build_config(vocabulary: int) -> MixtralConfig:
         max_position_embeddings=1024,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         sliding_window=None,
-        initializer_range=0.04,
         router_aux_loss_coef=0.02,
         output_router_logits=True,
         tie_word_embeddings=False,
@@ -63,6 +62,29 @@ def build_config(vocabulary: int) -> MixtralConfig:
         eos_token_id=0,
         pad_token_id=None,
     )
+
+
+@torch.no_grad()
+def initialise(model: MixtralForCausalLM) -> None:
+    """Random weights that suit a width of 128.
+
+    Token embeddings large, what writes to the residual stream small: at first each position
+    carries its own token, which later layers can look up, instead of early layers' noise. With
+    transformers' one scale for all, loss stayed flat over positions for millions of tokens.
+    """
+    width = model.config.hidden_size
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            continue
+        if "embed_tokens" in name:
+            scale = 0.5
+        elif "o_proj" in name or "down_proj" in name:
+            scale = 0.01
+        elif "mlp.gate" in name or "lm_head" in name:
+            scale = 0.02
+        else:
+            scale = width**-0.5
+        parameter.normal_(0.0, scale)
 
 
 def sorted_experts(
@@ -114,14 +136,27 @@ class Stream:
 
 
 def batches(
-    streams: dict[str, Stream], batch: int, length: int, rng: np.random.Generator
+    streams: dict[str, Stream],
+    batch: int,
+    length: int,
+    rng: np.random.Generator,
+    repeat: Callable[[], float],
 ) -> Iterator[torch.Tensor]:
-    """Endless (batch, length) token ids; each row is of one source, drawn by MIX."""
+    """Endless (batch, length) token ids; each row is of one source, drawn by MIX.
+
+    A share `repeat()` of the rows is 32-256 tokens of text over and over. What has been said
+    is said again in every document, but so weakly in so little text that a small model would
+    learn to look back late or never; a plain repetition teaches it in minutes.
+    """
     names = list(MIX)
     share = np.array([MIX[name] for name in names])
     while True:
-        chosen = rng.choice(len(names), size=batch, p=share)
-        yield torch.from_numpy(np.stack([streams[names[i]].take(length) for i in chosen]))
+        rows = []
+        for i in rng.choice(len(names), size=batch, p=share):
+            repeated = rng.random() < repeat()
+            period = int(rng.integers(32, length // 2 + 1)) if repeated else length
+            rows.append(np.resize(streams[names[i]].take(period), length))
+        yield torch.from_numpy(np.stack(rows))
 
 
 def learning_rate(progress: float, step: int, peak: float, warmup: int) -> float:
@@ -195,6 +230,8 @@ def main() -> None:
     parser.add_argument("--eval-tokens", type=int, default=100_000)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--float32", action="store_true", help="no bfloat16 matmuls")
+    parser.add_argument("--repeat-share", type=float, default=0.125)
+    parser.add_argument("--repeat-minutes", type=float, default=15.0)
     parser.add_argument("--adamw", action="store_true", help="AdamW for all, no Muon")
     parser.add_argument("--beta2", type=float, default=0.999)
     parser.add_argument(
@@ -229,6 +266,7 @@ def main() -> None:
         model.config.output_router_logits = True
     else:
         model = MixtralForCausalLM(build_config(len(tokenizer)))
+        initialise(model)
     model.set_experts_implementation("sorted_training")
     optimizers = build_optimizers(model, options.weight_decay, options.beta2, not options.adamw)
     parameters = sum(p.numel() for p in model.parameters())
@@ -242,7 +280,12 @@ def main() -> None:
         next_save = SAVE_SECONDS * (before["elapsed_seconds"] // SAVE_SECONDS + 1)
     log = log_file.open("a" if options.resume else "w", encoding="utf-8")
     tokens, running, running_aux, seen = before["tokens"], 0.0, 0.0, 0
-    for step, ids in enumerate(batches(streams, options.batch, options.length, rng)):
+
+    def repeat() -> float:
+        early = time.monotonic() - start < options.repeat_minutes * 60.0
+        return options.repeat_share if early else 0.0
+
+    for step, ids in enumerate(batches(streams, options.batch, options.length, rng, repeat)):
         elapsed = time.monotonic() - start
         done = elapsed >= budget
         if done or elapsed >= next_save:

@@ -22,9 +22,15 @@ def given_rows(data: Any) -> list[Any]:
         UsageError: it is neither, or empty; names the first row that does not fit.
     """
     data = _column(data)
-    if isinstance(data, Mapping) or _dimensions(data):
+    if hasattr(data, "tolist") and isinstance(listed := data.tolist(), list):
+        if not listed or not isinstance(listed[0], str):  # an array of texts is a list of them
+            return _ids(data, "validation_data")
+        data = listed
+    if isinstance(data, Mapping):
         return _ids(data, "validation_data")
-    rows = list(data) if hasattr(data, "__iter__") and not isinstance(data, str | bytes) else []
+    # A number is an array without dimensions: it has __iter__ and can't be iterated.
+    listable = hasattr(data, "__iter__") and not isinstance(data, str | bytes)
+    rows = list(data) if listable and not hasattr(data, "tolist") else []
     if not rows:
         raise UsageError(f"validation_data: {_EXPECTED}, got {_what(data)}")
     if isinstance(rows[0], str):
@@ -51,16 +57,10 @@ def _column(data: Any) -> Any:
         for name, feature in features.items()
     }
     if "input_ids" in columns and not any(kinds.values()):
-        masked = "attention_mask" in columns
-        return [
-            {
-                name: row[name]
-                for name in (("input_ids", "attention_mask") if masked else ("input_ids",))
-            }
-            for row in data
-        ]
-    name = text_column(columns, kinds, "validation_data")
-    return [row[name] or "" for row in data]
+        kept = [name for name in ("input_ids", "attention_mask") if name in columns]
+        return [{name: row[name] for name in kept} for row in data.select_columns(kept)]
+    column = text_column(columns, kinds, "validation_data")
+    return [row[column] or "" for row in data.select_columns([column])]
 
 
 def _ids(row: Any, where: str) -> list[np.ndarray]:
@@ -76,6 +76,8 @@ def _ids(row: Any, where: str) -> list[np.ndarray]:
         ids = np.asarray(row.tolist() if hasattr(row, "tolist") else row)
     except (TypeError, ValueError):  # ragged, or no numbers at all
         raise UsageError(f"{where}: expected a text or token ids, got {_what(row)}") from None
+    if ids.size == 0 and ids.ndim == 1:
+        ids = ids.astype(np.int64)  # a document of nothing, which numpy takes for floats
     if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2):
         raise UsageError(f"{where}: expected a text or token ids, got {_what(row)}")
     if ids.size and ids.min() < 0:
@@ -85,11 +87,6 @@ def _ids(row: Any, where: str) -> list[np.ndarray]:
         return list(rows)
     kept = np.atleast_2d(np.asarray(mask.tolist() if hasattr(mask, "tolist") else mask)) != 0
     return [ids[keep] for ids, keep in zip(rows, kept, strict=True)]
-
-
-def _dimensions(data: Any) -> int:
-    """Dimensions of a tensor or array; 0 for anything else, and for single numbers."""
-    return int(getattr(data, "ndim", 0)) if hasattr(data, "tolist") else 0
 
 
 def _what(value: Any) -> str:

@@ -28,7 +28,8 @@ def cache_only(kind: str, name: str, *, repo: str) -> bool:
     Raises:
         UsageError: no Hub id can be written like this, or it is neither cached nor in reach.
     """
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(repo)
@@ -67,6 +68,14 @@ def in_cache(kind: str, repo: str) -> bool:
         if place.is_dir() and _plain(place.parts[-4]) == wanted:
             return True
     return False
+
+
+def cached_revision(repo: str) -> str | None:
+    """The commit of a Hub model whose configuration was just loaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo, "config.json")
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def _plain(name: str) -> str:

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import importlib.util
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from var_moe.errors import UsageError, VarMoeError
+from var_moe.models import checks
+from var_moe.models.hub import cache_only, cached_revision, one_line
 from var_moe.storage import sha256_of
 
 DEMO_FOLDER = Path(__file__).resolve().parents[1] / "demo" / "model"
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 LONGEST_WINDOW = 1024
+
+# Where the families' configurations say how many experts run per token.
+TOP_K_FIELDS = (
+    *("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk"),
+    *("top_k", "moe_k"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
     """A causal language model with its tokenizer, and what identifies them.
 
-    ``window`` is the longest row that text is scored in: the model's context, at most 1,024.
+    ``top_k`` is K and ``num_experts`` E of the design; ``moe_layers`` is L. ``window`` is the
+    longest row that text is scored in: the model's context, at most 1,024. ``revision`` is the
+    commit of a Hub model, None for a local one.
     """
 
     model: Any
@@ -28,6 +40,8 @@ class LoadedModel:
     revision: str | None = None
     tokenizer_hash: str = ""
     top_k: int = 0
+    num_experts: int = 0
+    moe_layers: int = 0
     window: int = LONGEST_WINDOW
 
     @property
@@ -41,7 +55,9 @@ class LoadedModel:
         return str(next(self.model.parameters()).dtype).removeprefix("torch.")
 
     @classmethod
-    def of(cls, model: Any, tokenizer: Any, *, name: str | None = None) -> LoadedModel:
+    def of(
+        cls, model: Any, tokenizer: Any, *, name: str | None = None, revision: str | None = None
+    ) -> LoadedModel:
         """Wrap a model that is loaded already.
 
         Raises:
@@ -50,38 +66,45 @@ class LoadedModel:
         from var_moe.models.seam import experts_modules
 
         config = model.config.get_text_config()
-        label = name or getattr(model, "name_or_path", "") or type(model).__name__
-        if not experts_modules(model):
-            raise UsageError(
-                f"model {label!r} (type {model.config.model_type!r}) is not a Mixture of Experts "
-                "that transformers dispatches; expected one such as Mixtral, OLMoE, Qwen3-MoE"
-            )
+        label = str(name or getattr(model, "name_or_path", "") or type(model).__name__)
+        checks.check_moe(f"model {label!r} (type {model.config.model_type!r})", model)
+        experts = [module for _, module in experts_modules(model)]
         context = getattr(config, "max_position_embeddings", None) or LONGEST_WINDOW
         return cls(
             model=model.eval(),
             tokenizer=tokenizer,
-            name=str(label),
-            revision=getattr(config, "_commit_hash", None),
+            name=label,
+            revision=revision,
             tokenizer_hash=tokenizer_hash(tokenizer),
-            top_k=_top_k(config, str(label)),
+            top_k=_top_k(config, label),
+            num_experts=int(getattr(experts[0], "num_experts", 0)),
+            moe_layers=len(experts),
             window=min(int(context), LONGEST_WINDOW),
         )
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Hash over the vocabulary with its ids."""
+    """Hash over the vocabulary with its ids, and the special tokens.
+
+    Those as a set: giving a tokenizer its end token as padding does not make it another one.
+    """
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
-    return sha256_of(f"{index}:{token}" for token, index in vocabulary)
+    special = sorted({str(token) for token in tokenizer.all_special_tokens})
+    tokens = (f"{index}:{token}" for token, index in vocabulary)
+    return sha256_of([*tokens, *(f"special:{token}" for token in special)])
 
 
 def _top_k(config: Any, name: str) -> int:
-    for field in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k", "moe_k"):
+    for field in TOP_K_FIELDS:
         value = getattr(config, field, None)
+        if isinstance(value, list) and value:
+            value = value[0]
         if isinstance(value, int) and value > 0:
             return value
-        if isinstance(value, list) and value:
-            return int(value[0])
-    raise UsageError(f"model {name!r}: its config does not say how many experts run per token")
+    raise UsageError(
+        f"model {name!r}: its configuration does not say how many experts run per token; "
+        "extend TOP_K_FIELDS in var_moe/models/loading.py"
+    )
 
 
 def load_model(
@@ -91,124 +114,118 @@ def load_model(
 
     Args:
         name: ``demo``, a local folder, or a Hub id such as ``mistralai/Mixtral-8x7B-v0.1``.
-        device: ``auto`` (``device_map="auto"`` where there is a GPU, else the CPU), or a torch
-            device such as ``cuda:0``.
-        dtype: ``auto`` takes the model's own, except float32 for half-precision on a CPU demo.
-        trust_remote_code: run code that comes with a Hub model.
+        device: ``auto`` (``device_map="auto"`` for a Hub model and where there is a GPU, else
+            the CPU), or a torch device such as ``cuda:0``.
+        dtype: ``auto`` takes the model's own, except that the demo, stored as float16 to be
+            small, computes in float32 on a CPU.
+        trust_remote_code: run code that comes with the model.
 
     Raises:
-        UsageError: the model is missing, out of reach, or no MoE; in one line.
-        VarMoeError: loading failed.
+        UsageError: the model is missing, out of reach, damaged, or none that VAR can serve.
+        VarMoeError: loading failed for another reason, such as memory. Both in one line.
     """
-    _check_choices(device, dtype)
-    where = str(DEMO_FOLDER) if name == "demo" else str(Path(name).expanduser())
-    if name != "demo" and not Path(where).is_dir():
-        where = _hub_id(name)
+    checks.check_dtype(dtype)
+    folder = DEMO_FOLDER if name == "demo" else checks.local_folder(name)
+    common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if folder is not None:
+        checks.check_folder(name, folder)
     else:
-        _check_folder(name, Path(where))
-    import torch
+        # Asked before torch is imported: that takes longer than a refusal may.
+        common["local_files_only"] = cache_only("model", name, repo=name)
+    checks.check_device(device)
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    config = _attempt(name, AutoConfig.from_pretrained, where, trust_remote_code=trust_remote_code)
-    _check_config(name, config, trust_remote_code)
+    where = name if folder is None else str(folder)
+    downloading = folder is None and not common["local_files_only"]
+    options = _options(name, folder, device, dtype)
+    with quiet(downloads=downloading):
+        config = _attempt(name, AutoConfig.from_pretrained, where, **common)
+        experts = checks.check_config(name, config, trust_remote_code=trust_remote_code)
+        revision = None if folder is not None else cached_revision(name)
+        if revision:
+            common["revision"] = revision  # all parts of one commit, also while it is pushed to
+        tokenizer = _attempt(name, AutoTokenizer.from_pretrained, where, **common)
+        model, info = _attempt(
+            name, AutoModelForCausalLM.from_pretrained, where, **common, **options
+        )
+        checks.check_weights(name, info)
+        checks.check_experts(name, model, experts)
+    if device != "auto" and "device_map" not in options:
+        model = _attempt(name, model.to, device)
+    model.requires_grad_(False)
+    return LoadedModel.of(model, tokenizer, name=name, revision=revision)
+
+
+def _options(name: str, folder: Path | None, device: str, dtype: str) -> dict[str, Any]:
+    """What `from_pretrained` is told beside the name."""
+    import torch
+
+    gpu = device not in ("auto", "cpu") or (device == "auto" and torch.cuda.is_available())
     wanted: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
-    if name == "demo" and dtype == "auto":
-        wanted = torch.float32  # stored as float16 to be small; a CPU computes in float32
+    if name == "demo" and dtype == "auto" and not gpu:
+        wanted = torch.float32
     options: dict[str, Any] = {
         "dtype": wanted,
         "use_safetensors": True,
-        "trust_remote_code": trust_remote_code,
+        "output_loading_info": True,
     }
-    if device == "auto" and torch.cuda.is_available():
-        options["device_map"] = "auto"
-    tokenizer = _attempt(
-        name, AutoTokenizer.from_pretrained, where, trust_remote_code=trust_remote_code
-    )
-    model = _attempt(name, AutoModelForCausalLM.from_pretrained, where, **options)
-    if device not in ("auto", "cpu"):
-        model = model.to(device)
-    model.requires_grad_(False)
-    return LoadedModel.of(model, tokenizer, name=name)
+    # A device map spares a copy in the CPU's memory; without accelerate there is none.
+    if (gpu or (folder is None and device == "auto")) and importlib.util.find_spec("accelerate"):
+        options["device_map"] = device
+    return options
 
 
-def _check_choices(device: str, dtype: str) -> None:
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-    if device in ("auto", "cpu"):
-        return
-    import torch
+def _attempt(name: str, load: Callable[..., Any], where: str, **options: Any) -> Any:
+    """Call a loader of transformers; what it raises becomes one line."""
+    from safetensors import SafetensorError
 
     try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise UsageError(f"device {device!r}: expected auto, cpu, cuda, cuda:0, ...") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device {device!r}: no CUDA device here; use --device cpu")
-
-
-def _check_folder(name: str, folder: Path) -> None:
-    """A local folder must hold a config and weights, before anything is loaded."""
-    config = folder / "config.json"
-    if not config.is_file():
-        raise UsageError(f"model {name!r}: no config.json in the folder; expected a model folder")
-    try:
-        json.loads(config.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UsageError(f"model {name!r}: {config.name} is not valid JSON") from None
-    if not any(folder.glob("*.safetensors")):
-        raise UsageError(
-            f"model {name!r}: no .safetensors weights in the folder; convert the model first"
-        )
-
-
-def _hub_id(name: str) -> str:
-    if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or name.endswith("/"):
-        raise UsageError(f"model {name!r}: no such folder; expected a model folder or a Hub id")
-    from var_moe.hub import require_reachable
-
-    require_reachable("model", name, repo=name)
-    return name
-
-
-def _check_config(name: str, config: Any, trust_remote_code: bool) -> None:
-    """Refuse what is no MoE from its config alone: built without weights, on the meta device."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from var_moe.models.seam import experts_modules
-
-    quantization = getattr(config, "quantization_config", None) or {}
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if method and "fp8" in str(method):
-        raise UsageError(f"model {name!r}: FP8 experts do not go through the seam; use bfloat16")
-    try:
-        with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return load(where, **options)
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        if not options.get("trust_remote_code") and "trust_remote_code" in str(error):
+            raise UsageError(
+                f"model {name!r}: needs code of its own; read it, then allow it with "
+                "--trust-remote-code (trust_remote_code=True)"
+            ) from None
+        raise UsageError(f"model {name!r}: cannot be loaded ({one_line(error)})") from error
     except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise UsageError(
-            f"model {name!r} (type {config.model_type!r}): no causal language model ({first})"
-        ) from None
-    if not experts_modules(empty):
-        raise UsageError(
-            f"model {name!r} (type {config.model_type!r}) is not a Mixture of Experts that "
-            "transformers dispatches; expected one such as Mixtral, OLMoE, Qwen3-MoE"
-        )
+        raise VarMoeError(f"model {name!r}: cannot be loaded ({one_line(error)})") from error
 
 
-def _attempt(name: str, load: Any, where: str, **options: Any) -> Any:
+@contextlib.contextmanager
+def quiet(*, downloads: bool = False) -> Iterator[None]:
+    """Silence transformers' bars and warnings, unless its verbosity asks for debugging.
+
+    Args:
+        downloads: let the Hub's download bars show: gigabytes deserve them.
+    """
+    import logging as levels
+
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
     from transformers.utils import logging
 
     level = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
+    if level <= levels.DEBUG:
+        yield
+        return
+    bars, hub_bars = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # the Hub's as well
+    if downloads and hub_bars:
+        enable_progress_bars()
     try:
-        return load(where, **options)
-    except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        raise VarMoeError(f"model {name!r}: cannot be loaded ({first})") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+        if hub_bars:
+            enable_progress_bars()
+        else:
+            disable_progress_bars()

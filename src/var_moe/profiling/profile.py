@@ -60,15 +60,15 @@ class RoutingProfile:
         vocabulary = int(self.head["vocabulary"])
         leading = int(self.head["leading"])
         at = (
-            torch.from_numpy(stats["layer"].to_numpy(np.int64)),
-            torch.from_numpy(stats["token_id"].to_numpy(np.int64)),
+            torch.tensor(stats["layer"].to_numpy(np.int64)),
+            torch.tensor(stats["token_id"].to_numpy(np.int64)),
         )
         count = torch.zeros((layers, vocabulary), dtype=torch.float64)
         entropy = torch.full((layers, vocabulary), torch.inf, dtype=torch.float64)
         index = torch.zeros((layers, vocabulary, leading), dtype=torch.int64)
         weight = torch.ones((layers, vocabulary, leading), dtype=torch.float32)
-        count[at] = torch.from_numpy(stats["frequency"].to_numpy(np.float64))
-        entropy[at] = torch.from_numpy(stats["mean_entropy"].to_numpy(np.float64))
+        count[at] = torch.tensor(stats["frequency"].to_numpy(np.float64))
+        entropy[at] = torch.tensor(stats["mean_entropy"].to_numpy(np.float64))
         index[at] = torch.from_numpy(np.stack(stats["leading_experts"].to_list()).astype(np.int64))
         weight[at] = torch.from_numpy(
             np.stack(stats["leading_weights"].to_list()).astype(np.float32)
