@@ -5,6 +5,8 @@ from analytic import SMALL_SPACE, SmallObjective
 
 from var_moe.errors import UsageError
 from var_moe.optimization.bayesian import bayesian_optimization
+from var_moe.optimization.guided import GuidedPlan
+from var_moe.optimization.results import Evaluation
 from var_moe.optimization.search_space import point_key
 
 
@@ -51,6 +53,18 @@ def test_it_searches_and_resumes_as_if_unbroken(tmp_path):
     assert kept(resumed) == kept(unbroken)
     assert len(rest.seen) == 2
     assert (tmp_path / "trials.jsonl").exists()
+
+
+def test_the_model_goes_where_the_score_is_high():
+    pytest.importorskip("skopt")
+    from var_moe.optimization.skopt_engine import skopt_suggest
+
+    space = {"x": SMALL_SPACE["x"]}
+    plan = GuidedPlan(space, seed=0, total=5, n_startup=5)
+    for sign in (1, -1):
+        done = [Evaluation(params={"x": i / 10}, score=sign * i / 10) for i in range(2, 9)]
+        point = skopt_suggest(space, plan)(len(done), done)
+        assert point["x"] > 0.8 if sign == 1 else point["x"] < 0.2
 
 
 def test_failures_and_fixed_names():

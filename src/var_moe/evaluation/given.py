@@ -49,8 +49,8 @@ def _column(data: Any) -> Any:
     if columns is None:
         return data
     if isinstance(columns, Mapping):  # a DatasetDict
-        names = ", ".join(map(str, columns))
-        raise UsageError(f"validation_data: expected one split of the data set, of {names}")
+        splits = ", ".join(map(str, columns))
+        raise UsageError(f"validation_data: expected one split of the data set, of {splits}")
     features = getattr(data, "features", None) or {}
     kinds = {
         name: getattr(feature, "dtype", "") in ("string", "large_string")
