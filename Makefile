@@ -9,7 +9,7 @@ RESULTS ?= results/phase3
 # The CPU build unless a GPU answers: the default build brings gigabytes of CUDA libraries.
 TORCH ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 CONSTRAINT = $(if $(filter cpu,$(TORCH)),--constraint constraints-cpu.txt,)
-PIP = "$(VENV)/bin/python" -m pip install --quiet --disable-pip-version-check
+PIP = "$(VENV)/bin/python" -m pip install --quiet --quiet --disable-pip-version-check
 
 .PHONY: tune test test-fast lint clean
 tune: $(VENV)/.installed

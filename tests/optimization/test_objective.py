@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import pytest
@@ -134,3 +135,24 @@ def test_a_dense_model_is_refused(tiny):
     )
     with pytest.raises(UsageError, match="not a Mixture of Experts"):
         create({**tiny, "model": LlamaForCausalLM(config)})
+
+
+def test_a_doubtful_speedup_is_measured_again(tiny, monkeypatch):
+    """A figure far from what the executed pairs predict is not believed at once."""
+    objective = create(tiny, max_quality_degradation=0.5)
+    evaluator = objective.evaluator
+    predicted = evaluator.predicted_speedup(1.5)
+    real, blocks = evaluator.speed, []
+
+    def lucky_first(policy, **options):
+        blocks.append(options["blocks"])
+        speed = real(policy, **options)
+        if len(blocks) > 1:
+            return speed
+        ratio = dataclasses.replace(speed.speedup, median=3 * predicted)
+        return dataclasses.replace(speed, speedup=ratio)
+
+    monkeypatch.setattr(evaluator, "speed", lucky_first)
+    found = objective.evaluate({"confidence_threshold": 0.7})
+    assert blocks == [objective.blocks, 3 * objective.blocks]
+    assert found.speedup < 2.5 * predicted

@@ -15,14 +15,13 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from muon import Muon
 from scoring import document_losses, perplexity
 from torch import nn
 from transformers import (
@@ -32,12 +31,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 # Share of training tokens per source: the smaller a source, the more often it repeats.
 MIX = {"postgres": 0.27, "python": 0.36, "wordnet": 0.37}
-FIRST_SAVE_SECONDS, SAVE_SECONDS = 100.0, 600.0
-LOG_STEPS = 20
-MUON_FACTOR = 1.5  # on AdamW's learning rate
+FIRST_SAVE_SECONDS, SAVE_SECONDS = 170.0, 600.0
+LOG_STEPS = 40
 
 
 def build_config(vocabulary: int) -> MixtralConfig:
@@ -55,7 +54,7 @@ def build_config(vocabulary: int) -> MixtralConfig:
         max_position_embeddings=1024,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         sliding_window=None,
-        router_aux_loss_coef=0.02,
+        router_aux_loss_coef=0.01,
         output_router_logits=True,
         tie_word_embeddings=False,
         bos_token_id=0,
@@ -66,11 +65,13 @@ def build_config(vocabulary: int) -> MixtralConfig:
 
 @torch.no_grad()
 def initialise(model: MixtralForCausalLM) -> None:
-    """Random weights that suit a width of 128.
+    """Random weights that suit a width of 128 and rotary positions.
 
-    Token embeddings large, what writes to the residual stream small: at first each position
-    carries its own token, which later layers can look up, instead of early layers' noise. With
-    transformers' one scale for all, loss stayed flat over positions for millions of tokens.
+    Token embeddings are large, and what writes to the residual stream is small: at first each
+    position carries its own token. All token embeddings share one random direction: without
+    biases, a rotary head can look at "the token before" only through what all its inputs have
+    in common. Without it such heads formed in the last layer alone, where no later layer can
+    use them, and loss stayed flat over a document's positions for millions of tokens.
     """
     width = model.config.hidden_size
     for name, parameter in model.named_parameters():
@@ -85,6 +86,8 @@ def initialise(model: MixtralForCausalLM) -> None:
         else:
             scale = width**-0.5
         parameter.normal_(0.0, scale)
+        if "embed_tokens" in name:
+            parameter += scale * torch.randn(width)
 
 
 def sorted_experts(
@@ -136,27 +139,14 @@ class Stream:
 
 
 def batches(
-    streams: dict[str, Stream],
-    batch: int,
-    length: int,
-    rng: np.random.Generator,
-    repeat: Callable[[], float],
+    streams: dict[str, Stream], batch: int, length: int, rng: np.random.Generator
 ) -> Iterator[torch.Tensor]:
-    """Endless (batch, length) token ids; each row is of one source, drawn by MIX.
-
-    A share `repeat()` of the rows is 32-256 tokens of text over and over. What has been said
-    is said again in every document, but so weakly in so little text that a small model would
-    learn to look back late or never; a plain repetition teaches it in minutes.
-    """
+    """Endless (batch, length) token ids; each row is of one source, drawn by MIX."""
     names = list(MIX)
     share = np.array([MIX[name] for name in names])
     while True:
-        rows = []
-        for i in rng.choice(len(names), size=batch, p=share):
-            repeated = rng.random() < repeat()
-            period = int(rng.integers(32, length // 2 + 1)) if repeated else length
-            rows.append(np.resize(streams[names[i]].take(period), length))
-        yield torch.from_numpy(np.stack(rows))
+        chosen = rng.choice(len(names), size=batch, p=share)
+        yield torch.from_numpy(np.stack([streams[names[i]].take(length) for i in chosen]))
 
 
 def learning_rate(progress: float, step: int, peak: float, warmup: int) -> float:
@@ -165,30 +155,32 @@ def learning_rate(progress: float, step: int, peak: float, warmup: int) -> float
     return peak * min(1.0, (step + 1) / warmup) * decay
 
 
-def build_optimizers(
-    model: MixtralForCausalLM, decay: float, beta2: float, muon: bool
-) -> list[tuple[torch.optim.Optimizer, float]]:
-    """Optimizers, each with its factor on the learning rate.
+def parameter_groups(model: MixtralForCausalLM, decay: float) -> list[dict]:
+    """Weight decay on matrices, none on norms."""
+    return [
+        {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": decay},
+        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+    ]
 
-    Muon for the experts and the attention's projections, AdamW for the rest (embeddings, head,
-    routers, norms); without `muon`, AdamW for all. Norms are not decayed.
+
+def balance_loss(router_logits: tuple[torch.Tensor, ...], config: MixtralConfig) -> torch.Tensor:
+    """The ordinary load-balancing loss, layer by layer, summed over layers (each at least 2).
+
+    transformers' own pools all layers before it compares the experts' shares. Then every layer
+    may settle on one expert of its own, and the loss sees nothing.
     """
-    named = list(model.named_parameters())
-    matrices = [p for n, p in named if ".experts." in n or ".self_attn." in n] if muon else []
-    chosen = {id(p) for p in matrices}
-    rest = [p for _, p in named if id(p) not in chosen]
-    adamw = torch.optim.AdamW(
-        [
-            {"params": [p for p in rest if p.dim() >= 2], "weight_decay": decay},
-            {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
-        ],
-        lr=0.0,
-        betas=(0.9, beta2),
-        fused=True,
-    )
-    if not muon:
-        return [(adamw, 1.0)]
-    return [(adamw, 1.0), (Muon(matrices, weight_decay=decay), MUON_FACTOR)]
+    experts, top_k = config.num_local_experts, config.num_experts_per_tok
+    losses = [load_balancing_loss_func((layer,), experts, top_k) for layer in router_logits]
+    return torch.stack(losses).sum()
+
+
+def largest_shares(router_logits: tuple[torch.Tensor, ...]) -> list[float]:
+    """Per layer, the largest share of tokens that one expert leads (even: 1/E)."""
+    out = []
+    for layer in router_logits:
+        counts = layer.argmax(-1).bincount(minlength=layer.shape[-1])
+        out.append(round(counts.max().item() / layer.shape[0], 3))
+    return out
 
 
 def save(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -222,25 +214,23 @@ def main() -> None:
     parser.add_argument("--train-dir", type=Path, required=True)
     parser.add_argument("--text-dir", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=95.0)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--peak", type=float, default=2.5e-3)
-    parser.add_argument("--warmup", type=int, default=100, help="steps")
+    parser.add_argument("--peak", type=float, default=2e-3)
+    parser.add_argument("--warmup", type=int, default=200, help="steps")
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--eval-tokens", type=int, default=100_000)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--float32", action="store_true", help="no bfloat16 matmuls")
-    parser.add_argument("--repeat-share", type=float, default=0.125)
-    parser.add_argument("--repeat-minutes", type=float, default=15.0)
-    parser.add_argument("--adamw", action="store_true", help="AdamW for all, no Muon")
     parser.add_argument("--beta2", type=float, default=0.999)
     parser.add_argument(
-        "--resume", action="store_true", help="go on from ckpt-latest; optimizers start afresh"
+        "--resume", action="store_true", help="go on from ckpt-latest, on the same clock"
     )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
     log_file, checkpoint = options.train_dir / "log.jsonl", options.train_dir / "ckpt-latest"
+    state_file = options.train_dir / "optimizer.pt"
     before = {"step": 0, "tokens": 0, "elapsed_seconds": 0.0, "epochs": dict.fromkeys(MIX, 0.0)}
     if options.resume:
         before = json.loads(log_file.read_text(encoding="utf-8").splitlines()[-1])
@@ -268,7 +258,14 @@ def main() -> None:
         model = MixtralForCausalLM(build_config(len(tokenizer)))
         initialise(model)
     model.set_experts_implementation("sorted_training")
-    optimizers = build_optimizers(model, options.weight_decay, options.beta2, not options.adamw)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, options.weight_decay),
+        lr=0.0,
+        betas=(0.9, options.beta2),
+        fused=True,
+    )
+    if options.resume:
+        optimizer.load_state_dict(torch.load(state_file, weights_only=True))
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters:,} parameters, {len(held_out)} validation documents", flush=True)
 
@@ -281,11 +278,7 @@ def main() -> None:
     log = log_file.open("a" if options.resume else "w", encoding="utf-8")
     tokens, running, running_aux, seen = before["tokens"], 0.0, 0.0, 0
 
-    def repeat() -> float:
-        early = time.monotonic() - start < options.repeat_minutes * 60.0
-        return options.repeat_share if early else 0.0
-
-    for step, ids in enumerate(batches(streams, options.batch, options.length, rng, repeat)):
+    for step, ids in enumerate(batches(streams, options.batch, options.length, rng)):
         elapsed = time.monotonic() - start
         done = elapsed >= budget
         if done or elapsed >= next_save:
@@ -296,7 +289,7 @@ def main() -> None:
                 "step": before["step"] + step,
                 "tokens": tokens,
                 "elapsed_seconds": round(elapsed, 1),
-                "lr": optimizers[0][0].param_groups[0]["lr"],
+                "lr": optimizer.param_groups[0]["lr"],
                 "train_loss": running / max(seen, 1),
                 "aux_loss": running_aux / max(seen, 1),
                 "val_ppl": perplexity(losses, counts),
@@ -309,34 +302,35 @@ def main() -> None:
             log.flush()
             print(json.dumps(row), flush=True)
             save(model, tokenizer, checkpoint)
+            torch.save(optimizer.state_dict(), state_file)
             running, running_aux, seen = 0.0, 0.0, 0
             next_save = SAVE_SECONDS * (elapsed // SAVE_SECONDS + 1)
         if done:
             break
-        rate = learning_rate(elapsed / budget, step, options.peak, options.warmup)
-        for optimizer, factor in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = factor * rate
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(
+                elapsed / budget, before["step"] + step, options.peak, options.warmup
+            )
         with torch.autocast("cpu", torch.bfloat16, enabled=not options.float32):
-            output = model(input_ids=ids, labels=ids, use_cache=False)
-        output.loss.backward()
+            output = model(input_ids=ids, use_cache=False)
+        loss = F.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+        balance = balance_loss(output.router_logits, model.config)
+        (loss + model.config.router_aux_loss_coef * balance).backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, _ in optimizers:
-            optimizer.step()
-        model.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         tokens += ids.numel()
-        aux = output.aux_loss.item()
-        running += output.loss.item() - model.config.router_aux_loss_coef * aux
-        running_aux += aux
+        running += loss.item()
+        running_aux += balance.item()
         seen += 1
         if step % LOG_STEPS == 0:
             now = time.monotonic()
             speed = ids.numel() * min(step, LOG_STEPS) / (now - last_time)
             last_time = now
             print(
-                f"step {step} tokens {tokens} elapsed {now - start:.0f}s loss "
-                f"{output.loss.item() - model.config.router_aux_loss_coef * aux:.3f} "
-                f"aux {aux:.3f} norm {float(norm):.2f} {speed:.0f} tokens/s",
+                f"step {step} tokens {tokens} elapsed {now - start:.0f}s loss {loss.item():.3f} "
+                f"balance {balance.item():.3f} {largest_shares(output.router_logits)} "
+                f"norm {float(norm):.2f} {speed:.0f} tokens/s",
                 flush=True,
             )
     (options.train_dir / "FINISHED").write_text(f"{tokens} tokens\n", encoding="utf-8")

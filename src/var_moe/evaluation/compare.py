@@ -111,6 +111,9 @@ class Evaluator:
     tokens_per_batch: int = 4096
     backend: str = "auto"
     progress: Progress | None = None
+    cost_policies: tuple[RoutingPolicy, RoutingPolicy] | None = None
+    """Policies that run all pairs and only the leading ones, for `predicted_speedup`; by default
+    without any routing cost of their own."""
 
     @property
     def model(self) -> Any:
@@ -213,12 +216,14 @@ class Evaluator:
     @cached_property
     def _pair_cost(self) -> tuple[float, float]:
         """Relative forward time (baseline = 1) at K and at ceil(K/2) experts per token."""
+        most, least = self.cost_policies or (
+            NativePolicy(),
+            FixedKPolicy(leading_count(self.top_k)),
+        )
         arms = {
             "baseline": backend_arm(self.model, self.baseline_backend),
-            "all": policy_arm(self.model, None, backend=self.backend),
-            "half": policy_arm(
-                self.model, FixedKPolicy(leading_count(self.top_k)), backend=self.backend
-            ),
+            "all": policy_arm(self.model, most, backend=self.backend),
+            "half": policy_arm(self.model, least, backend=self.backend),
         }
         timings = self._time(arms, 5, "cost of an expert")
         return 1 / timings.ratio("baseline", "all").median, 1 / timings.ratio(
@@ -252,6 +257,7 @@ class Evaluator:
             tokens_per_batch=self.tokens_per_batch,
             backend=self.backend,
             progress=self.progress,
+            cost_policies=self.cost_policies,
         )
         for name in ("_fastest", "_pair_cost", "timing_batches"):
             if name in self.__dict__:
