@@ -168,7 +168,7 @@ def test_output_that_is_a_file(refused, tmp_path):
         (["tune", "--bounds", "entropy=0:1"], "entropy"),
         (["tune", "--n_calls", "0"], "n_calls = 0"),
         (["evaluate", "--preset", "bold"], "preset 'bold'"),
-        (["tune", "--dtype", "int4", "--dataset", "x.txt"], "int4"),
+        (["tune", "--dtype", "int4"], "int4"),
         (["profile", "--dataset", "demo-klingon"], "demo-klingon"),
         (["evaluate", "--split", "train"], "split 'train'"),
         (["bogus"], "bogus"),

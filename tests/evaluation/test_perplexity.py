@@ -9,8 +9,8 @@ import torch
 from var_moe.apply import routed
 from var_moe.errors import UsageError
 from var_moe.evaluation.batching import batches, collate, full_batches, windows
+from var_moe.evaluation.documents import EncodedDocument
 from var_moe.evaluation.perplexity import document_losses
-from var_moe.evaluation.text import EncodedDocument
 from var_moe.routing.native import NativePolicy
 
 

@@ -59,6 +59,9 @@ def evaluate(
         configs[name] = None if name == "keep_all" else VARConfig.preset(name, **changes)
     if blocks < 1 or (max_samples is not None and max_samples < 2):
         raise UsageError("blocks: expected at least 1; max_samples: expected at least 2")
+    from var_moe.evaluation.text import check_dataset
+
+    check_dataset(dataset)
     from var_moe.cli.progress import StageProgress
     from var_moe.cli.tables import print_comparison
     from var_moe.storage import atomic_write_json

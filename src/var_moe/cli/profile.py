@@ -40,6 +40,9 @@ def profile(
     check_output_folder(output)
     if max_tokens is not None and max_tokens < 1:
         raise UsageError(f"max_tokens = {max_tokens}: expected at least 1")
+    from var_moe.evaluation.text import check_dataset
+
+    check_dataset(dataset)
     from var_moe.cli.progress import StageProgress
     from var_moe.models.loading import load_model
     from var_moe.optimization.preparation import read_text

@@ -83,6 +83,7 @@ def tune(
             trust_remote_code=trust_remote_code,
             quiet=quiet,
         )
+    from var_moe.evaluation.text import check_dataset
     from var_moe.optimization.objective import check_bound
     from var_moe.optimization.search_space import SEARCH_SPACE, grid_size, parse_bounds
 
@@ -90,6 +91,7 @@ def tune(
     check_bound(max_degradation)
     check_output_folder(output)
     space = parse_bounds(bounds or [], SEARCH_SPACE)
+    check_dataset(dataset)
     if method == "grid" and not yes:
         _confirm_grid(grid_size(space, n_points))
     if method == "bayesian" and engine == "skopt":

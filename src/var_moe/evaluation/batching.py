@@ -14,7 +14,7 @@ from var_moe.errors import UsageError
 from var_moe.routing.decision import TokenBatch
 
 if TYPE_CHECKING:
-    from var_moe.evaluation.text import EncodedDocument
+    from var_moe.evaluation.documents import EncodedDocument
 
 PREFIX = 16  # ids before a window, so that context keys of up to 17 ids span the document
 

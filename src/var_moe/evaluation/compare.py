@@ -30,7 +30,7 @@ from var_moe.routing.native import NativePolicy
 from var_moe.routing.ranking import leading_count
 
 if TYPE_CHECKING:
-    from var_moe.evaluation.text import EncodedDocument
+    from var_moe.evaluation.documents import EncodedDocument
     from var_moe.models.loading import LoadedModel
 
 Progress = Callable[[str, int, int], None]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from var_moe.errors import UsageError
-from var_moe.evaluation.text import text_column
+from var_moe.evaluation.documents import text_column
 
 _EXPECTED = (
     "expected a non-empty list of texts, a datasets.Dataset with a text column, or token ids"

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from var_moe.errors import UsageError
+from var_moe.evaluation.documents import TextDocument, TextSplit, text_column
 from var_moe.evaluation.splitting import SHARES, SPLITS, share_of
-from var_moe.evaluation.text import TextDocument, TextSplit, text_column
 
 # The one documented alias: the name alone stands for wikitext-2-raw-v1.
 WIKITEXT_REPO, WIKITEXT_CONFIG = "Salesforce/wikitext", "wikitext-2-raw-v1"

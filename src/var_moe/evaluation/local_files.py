@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from var_moe.errors import UsageError
+from var_moe.evaluation.documents import TextDocument, TextSplit, text_column
 from var_moe.evaluation.splitting import SPLITS, split_of
-from var_moe.evaluation.text import TextDocument, TextSplit, text_column
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 PACK_CHARACTERS = 2_000  # about 512 tokens, without asking a tokenizer

@@ -16,7 +16,7 @@ from var_moe.evaluation.batching import Window, batches, collate
 
 if TYPE_CHECKING:
     from var_moe.apply import Session
-    from var_moe.evaluation.text import EncodedDocument
+    from var_moe.evaluation.documents import EncodedDocument
 
 _LOGITS_BYTES = 256 * 2**20  # float32 logits held at once
 

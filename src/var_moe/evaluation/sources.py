@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from var_moe.errors import UsageError
+from var_moe.evaluation.documents import TextDocument, TextSplit
 from var_moe.evaluation.hub_data import articles, check_hub, hub_split
 from var_moe.evaluation.local_files import check_local, local_split, looks_local, read_file
 from var_moe.evaluation.splitting import SPLITS, split_of
-from var_moe.evaluation.text import TextDocument, TextSplit
 
 __all__ = ["articles", "check", "load", "read_file", "split_of"]
 

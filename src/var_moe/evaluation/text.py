@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from var_moe.errors import UsageError
+from var_moe.evaluation.documents import (
+    EncodedDocument,
+    TextDocument,
+    TextSplit,
+    text_column,
+)
 from var_moe.evaluation.splitting import SPLITS
-from var_moe.storage import sha256_of
 
 __all__ = [
     "SPLITS",
@@ -27,44 +31,6 @@ __all__ = [
 ]
 
 MIN_TOKENS = 2  # the first token of a document has no loss
-
-
-@dataclass(frozen=True)
-class TextDocument:
-    """A unit of text that is independent of the others."""
-
-    id: str
-    source: str
-    text: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextSplit:
-    """The documents of one split of a data set.
-
-    ``independent`` is False where documents are parts of one text, so that intervals over
-    documents are too narrow; ``note`` says how the split came about.
-    """
-
-    dataset: str
-    split: str
-    documents: tuple[TextDocument, ...]
-    independent: bool = True
-    note: str = ""
-
-    @cached_property
-    def content_hash(self) -> str:
-        """Hash over the documents, in order."""
-        return sha256_of(document.text for document in self.documents)
-
-
-@dataclass(frozen=True)
-class EncodedDocument:
-    """A document's token ids."""
-
-    id: str
-    source: str
-    ids: np.ndarray  # (S,) int64
 
 
 def check_dataset(dataset: str) -> None:
@@ -204,20 +170,3 @@ def require_documents(documents: Sequence[Any], needed: int, step: str) -> None:
         raise UsageError(
             f"too few documents for {step}: {len(documents)}, at least {needed} needed"
         )
-
-
-def text_column(columns: Sequence[str], kinds: dict[str, bool], where: str) -> str:
-    """The column that holds the text: ``text``, else the only one of strings.
-
-    Args:
-        columns: names.
-        kinds: whether a column holds strings, where known.
-        where: for the message.
-    """
-    if "text" in columns:
-        return "text"
-    strings = [name for name in columns if kinds.get(name)]
-    if len(strings) == 1:
-        return strings[0]
-    have = ", ".join(map(str, columns)) or "none"
-    raise UsageError(f"{where}: no column 'text'; it has {have}; rename the one that is meant")

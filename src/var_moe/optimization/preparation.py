@@ -15,7 +15,7 @@ from var_moe.profiling.collect import DEFAULT_TOKENS, collect_profile
 from var_moe.profiling.profile import HEAD_FILE, RoutingProfile
 
 if TYPE_CHECKING:
-    from var_moe.evaluation.text import EncodedDocument
+    from var_moe.evaluation.documents import EncodedDocument
     from var_moe.models.loading import LoadedModel
 
 PROFILE_FOLDER = "profile"

@@ -24,7 +24,7 @@ from var_moe.storage import SCHEMA_VERSION, atomic_write, provenance
 if TYPE_CHECKING:
     import pandas as pd
 
-    from var_moe.evaluation.text import EncodedDocument
+    from var_moe.evaluation.documents import EncodedDocument
     from var_moe.models.loading import LoadedModel
 
 DEFAULT_TOKENS = 400_000
