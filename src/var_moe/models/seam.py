@@ -10,20 +10,21 @@ over K, with zeros where a pair was dropped: so keeping all pairs is bit-identic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from var_moe.errors import UsageError
-from var_moe.models.sorted_experts import sorted_experts
+from var_moe.models.sorted_experts import SortedExperts
 
 IMPLEMENTATION = "var_moe"
 SORTED = "sorted"
 REFUSED_BACKENDS = ("deepgemm_megamoe",)
 
-# (module, hidden (P, D), expert (P,)) -> (P, D): each row through its expert, unit weight.
+# (module, hidden (T, D), index (T, K), -1 where dropped) -> (T, K, D): the output of every pair
+# with unit weight, zero where it was dropped.
 PairBackend = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
@@ -118,36 +119,29 @@ def pair_backend(name: str) -> PairBackend:
         UsageError: no such backend.
     """
     if name == SORTED:
-        return sorted_experts
+        return SortedExperts()
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     if name != "eager" and name not in ALL_EXPERTS_FUNCTIONS:
         known = ", ".join([SORTED, "eager", *sorted(set(ALL_EXPERTS_FUNCTIONS) - {IMPLEMENTATION})])
         raise UsageError(f"experts backend {name!r}: expected one of {known}")
 
-    def run(module: nn.Module, hidden: Tensor, expert: Tensor) -> Tensor:
+    def run(module: nn.Module, hidden: Tensor, index: Tensor) -> Tensor:
         original = type(module).forward.__wrapped__  # type: ignore[attr-defined]
         function = ALL_EXPERTS_FUNCTIONS.get_interface(name, original)
-        ones = torch.ones((expert.shape[0], 1), dtype=hidden.dtype, device=hidden.device)
-        result: Tensor = function(module, hidden, expert[:, None], ones)
-        return result
+        return _compacted(function, module, hidden, index)
 
     return run
 
 
-def execute(
-    module: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor, backend: PairBackend
+def _compacted(
+    function: Callable[..., Tensor], module: nn.Module, hidden: Tensor, index: Tensor
 ) -> Tensor:
-    """Run the pairs of ``index`` that are not -1 and sum them by weight. Returns (T, D)."""
-    return weighted_sum(pair_outputs(module, hidden, index, backend), weight, hidden.dtype)
-
-
-def pair_outputs(module: nn.Module, hidden: Tensor, index: Tensor, backend: PairBackend) -> Tensor:
-    """Unweighted output of every pair, zero where it was dropped. (T, K, D)"""
+    """Hand the pairs that are not dropped to one of transformers' backends, as a top-1 problem."""
     tokens, top_k = index.shape
     pair = (index.reshape(-1) >= 0).nonzero().squeeze(1)  # the one wait for the device
-    expert = index.reshape(-1)[pair]
-    out = backend(module, hidden[pair // top_k], expert)
+    ones = torch.ones((pair.shape[0], 1), dtype=hidden.dtype, device=hidden.device)
+    out = function(module, hidden[pair // top_k], index.reshape(-1)[pair, None], ones)
     if pair.shape[0] == tokens * top_k:
         return out.view(tokens, top_k, -1)
     full = out.new_zeros((tokens * top_k, out.shape[1]))
@@ -155,11 +149,14 @@ def pair_outputs(module: nn.Module, hidden: Tensor, index: Tensor, backend: Pair
     return full.view(tokens, top_k, -1)
 
 
+def execute(
+    module: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor, backend: PairBackend
+) -> Tensor:
+    """Run the pairs of ``index`` that are not -1 and sum them by weight. Returns (T, D)."""
+    return weighted_sum(backend(module, hidden, index), weight, hidden.dtype)
+
+
 def weighted_sum(outputs: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum (T, K, D) by (T, K) weights as transformers' ``grouped_mm`` does. (T, D)"""
     return (outputs * weight.unsqueeze(-1)).sum(dim=1).to(dtype)
 
-
-def layers_of(model: nn.Module) -> Iterator[str]:
-    """Names of the experts modules, for messages."""
-    return (name for name, _ in experts_modules(model))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from var_moe.errors import UsageError, VarMoeError
 from var_moe.evaluation.batching import Window, batches, collate
 from var_moe.models.router_hooks import RouterLogits
-from var_moe.models.seam import attach, detach, experts_modules, pair_backend, pair_outputs
+from var_moe.models.seam import attach, detach, experts_modules, pair_backend
 from var_moe.models.seam import weighted_sum as weighted
 from var_moe.profiling.profile import RoutingProfile, profile_hash
 from var_moe.profiling.residuals import ResidualFit
@@ -63,7 +63,7 @@ class _Collector:
         self, layer: int, module: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor
     ) -> Tensor:
         """One layer: run every pair, note the decision and what each expert gave."""
-        outputs = pair_outputs(module, hidden, index, self._backend)
+        outputs = self._backend(module, hidden, index)
         at = self._counted.to(index.device)
         rank = rank_slots(index[at], weight[at])
         ranked_index, ranked_weight = index[at].gather(1, rank), weight[at].gather(1, rank)
