@@ -1,6 +1,6 @@
 # make tune   creates the environment, then tunes VAR on the bundled model
 # make test   the same for lint, types and all tests
-# A user with a GPU: make TORCH=torch tune (see README, "Install")
+# make TORCH=gpu tune   with pip's ordinary build of torch (see README, "Install")
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
@@ -10,6 +10,10 @@ RESULTS ?= results/phase3
 TORCH ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 CONSTRAINT = $(if $(filter cpu,$(TORCH)),--constraint constraints-cpu.txt,)
 PIP = "$(VENV)/bin/python" -m pip install --quiet --quiet --disable-pip-version-check
+# Not every pip finds the CPU build (README, "Install"); then the ordinary one serves as well.
+INSTALL = $(if $(CONSTRAINT),$(PIP) $(CONSTRAINT) --editable $(1) || { \
+	echo "pip finds no CPU build of torch: installing the ordinary one (may be gigabytes; README, Install)"; \
+	$(PIP) --editable $(1); },$(PIP) --editable $(1))
 
 .PHONY: tune test test-fast lint clean
 tune: $(VENV)/.installed
@@ -34,12 +38,12 @@ $(VENV)/.created:
 
 $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints-cpu.txt
 	@echo "installing var-moe and what it needs ($(TORCH) build of torch) ..."
-	@$(PIP) $(CONSTRAINT) --editable .
+	@$(call INSTALL,.)
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "installing the test tools ..."
-	@$(PIP) $(CONSTRAINT) --editable ".[dev]"
+	@$(call INSTALL,".[dev]")
 	@touch $@
 
 clean:

@@ -163,3 +163,9 @@ def test_importing_is_light(module: str) -> None:
     )
     loaded = {name.split(".")[0] for name in done.stdout.split()}
     assert loaded.isdisjoint({"torch", "transformers", "optuna", "pandas", "datasets"})
+
+
+def test_every_public_name_is_there() -> None:
+    import var_moe
+
+    assert [name for name in var_moe.__all__ if getattr(var_moe, name, None) is None] == []

@@ -20,7 +20,7 @@ _PUBLIC = {
     "collect_profile": "var_moe.profiling.collect",
     "VARPolicy": "var_moe.routing.var",
     "perplexity": "var_moe.evaluation.perplexity",
-    "compare": "var_moe.evaluation.compare",
+    "Evaluator": "var_moe.evaluation.compare",
     "tune": "var_moe.optimization.run",
 }
 

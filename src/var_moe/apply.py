@@ -92,7 +92,9 @@ class Session:
         out = execute(module, hidden, routing.index, routing.weight, self._backend)
         extra = routing.residual
         if extra is not None:
-            out = out + extra.table[extra.row] * extra.scale[:, None].to(out.dtype)
+            # The means are float32; what they are added to must keep the model's dtype.
+            added = extra.table[extra.row] * extra.scale[:, None].to(extra.table.dtype)
+            out = out + added.to(out.dtype)
         return out
 
 

@@ -6,40 +6,7 @@ import os
 import threading
 from functools import cache
 
-from var_moe.errors import UsageError
-
 PROBE_SECONDS = 3.0
-
-
-def require_reachable(kind: str, name: str, *, repo: str) -> None:
-    """Refuse what is neither in the local cache nor within reach, in one line.
-
-    Args:
-        kind: ``"model"`` or ``"dataset"``.
-        name: what the user asked for, for the message.
-        repo: the Hub's id.
-
-    Raises:
-        UsageError: it is not cached and the Hub does not answer, or it is offline by setting.
-    """
-    if in_cache(kind, repo) or reachable():
-        return
-    raise UsageError(
-        f"{kind} {name!r}: neither a local path nor in the local Hub cache, and the Hugging Face "
-        f"Hub does not answer within {PROBE_SECONDS:g} s; give a local path, or download it "
-        f"where there is a network (hf download {repo}"
-        + (" --repo-type dataset)" if kind == "dataset" else ")")
-    )
-
-
-def in_cache(kind: str, repo: str) -> bool:
-    """Whether any revision of a repository lies in the local Hub cache."""
-    from pathlib import Path
-
-    from huggingface_hub import constants
-
-    folder = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repo.replace('/', '--')}" / "snapshots"
-    return folder.is_dir() and any(folder.iterdir())
 
 
 @cache

@@ -79,9 +79,14 @@ def test_best_was_measured_again_and_keeps_its_bound(tuned):
 
 
 def test_validate_on_the_test_split(tuned, common, capsys):
-    words = ["tune", "--validate", str(tuned / "best_config.json"), *common]
-    assert main([*words, "--max_degradation", "0.5", "--quiet"]) == 0
+    """Model, text and bound are those of the search, unless others are given."""
+    assert main(["tune", "--validate", str(tuned / "best_config.json"), "--quiet"]) == 0
     found = read(tuned / "validation_results.json")
+    assert found["max_degradation"] == 0.5
+    assert found["model"]["name"] == common[1]
+    assert found["random_skip"]["experts_per_token"] == pytest.approx(
+        found["experts_per_token"], abs=0.05
+    )
     assert found["text"]["split"] == "test"
     assert len(found["runs"]) >= 3
     assert [row["met"] in (True, False) for row in found["criteria"]] == [True] * 4
@@ -123,6 +128,7 @@ def test_nothing_feasible_is_said_and_saved(common, tmp_path, capsys):
     miss = read(tmp_path / "nearest_miss.json")
     assert miss["config"]["frequency_threshold"] >= 0
     assert (tmp_path / "optimization_results.json").is_file()
+    assert not (tmp_path / "best_config.json").exists()
 
 
 @pytest.mark.parametrize("method", ["random", "bayesian"])
@@ -177,3 +183,25 @@ def test_help_is_quick_and_light():
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_six_field_file_is_validated_in_the_mode_asked_for(tuned, common, tmp_path):
+    config = read(tuned / "best_config.json")
+    documented = tmp_path / "six.json"
+    documented.write_text(json.dumps(dict(list(config.items())[:6])))
+    words = ["tune", "--validate", str(documented), *common, "--mode", "plain", "--quiet"]
+    words += ["--profile", str(tuned / "profile"), "--max_degradation", "0.5"]
+    assert main([*words, "--output", str(tmp_path)]) == 0
+    found = read(tmp_path / "validation_results.json")["config"]
+    assert (found["mode"], found["residuals"]) == ("plain", None)
+
+
+def test_a_ready_profile_is_shown(tuned, capsys):
+    assert main(["profile", "--profile", str(tuned / "profile")]) == 0
+    assert "entropy (nats)" in capsys.readouterr().out
+
+
+def test_text_that_was_profiled_is_marked(common, tuned, tmp_path, capsys):
+    words = ["evaluate", *common, "--profile", str(tuned / "profile"), "--output", str(tmp_path)]
+    assert main([*words, "--split", "calibration", "--blocks", "1", "--quiet"]) == 0
+    assert "this text was profiled" in capsys.readouterr().out

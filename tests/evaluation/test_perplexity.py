@@ -45,7 +45,7 @@ def test_windows_score_every_token_but_the_first_once(model):
     long = document(0, 45)
     found = document_losses(model, [long], window=16)
     assert found.tokens.tolist() == [44]
-    cut = windows(0, long.ids, 16)
+    cut = windows(0, long.ids, 16, prefix=16)
     assert [len(w.ids) for w in cut] == [16, 16, 16, 9]
     assert [w.overlap for w in cut] == [0, 4, 4, 4]
     assert [w.prefix.tolist() for w in cut[1:]] == [
@@ -78,7 +78,7 @@ def test_batches_hold_every_document_once_within_the_budget():
 
 
 def test_collate_marks_padding_and_overlap():
-    batch = collate(windows(7, np.arange(20), 8)[1:3])
+    batch = collate(windows(7, np.arange(20), 8, prefix=16)[1:3])
     assert batch.ids.tolist()[0] == list(range(6, 14))
     assert batch.counted[0].tolist() == [False, False] + [True] * 6
     assert batch.document == (7, 7)
@@ -103,7 +103,28 @@ def test_text_shorter_than_a_timing_row_is_refused():
         full_batches([document(0, 20)], batch_size=2, sequence=32, count=1)
 
 
-def test_timing_batches_repeat_short_text():
-    batch = full_batches([document(0, 40)], batch_size=2, sequence=32, count=2)
-    joined = torch.cat([b.reshape(-1) for b in batch])
-    assert torch.equal(joined[:40], joined[40:80])
+def test_timing_rows_are_spread_over_the_text():
+    ids = np.arange(1000)
+    text = [EncodedDocument(id=str(i), source="s", ids=ids[i : i + 100]) for i in (0, 100, 200)]
+    rows = torch.cat(full_batches(text, batch_size=2, sequence=20, count=2))
+    assert rows[:, 0].tolist() == [0, 93, 186, 280]
+    assert (rows.diff(dim=1) == 1).all()
+
+
+def test_timing_rows_overlap_where_the_text_is_short():
+    rows = torch.cat(full_batches([document(0, 40)], batch_size=2, sequence=32, count=2))
+    assert rows.shape == (4, 32)
+    assert torch.equal(rows[0, 8:], rows[3, :-8])
+
+
+def test_a_policy_is_told_as_many_ids_before_a_window_as_it_looks_at(model):
+    class Long(NativePolicy):
+        context_window = 30
+
+        def begin(self, batch):
+            self.prefix = batch.prefix
+
+    policy = Long()
+    with routed(model, policy) as session:
+        document_losses(model, [document(0, 45)], window=16, session=session)
+    assert policy.prefix.shape[1] == 29

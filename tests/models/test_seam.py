@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from var_moe.apply import routed
+from var_moe.config import VARConfig
 from var_moe.errors import UsageError
 from var_moe.models.seam import experts_modules
 from var_moe.routing.decision import Routing, Tier
+from var_moe.routing.fast_path import ResidualMeans, RoutingTable
 from var_moe.routing.native import NativePolicy
+from var_moe.routing.var import VARPolicy
 
 
 class DropLastPair(NativePolicy):
@@ -154,3 +157,40 @@ def test_counts_leave_padding_out(model, ids):
     assert report.tier_counts == ((0, 0, 110),) * 3
     assert report.experts_per_token == report.top_k
     assert int(Tier.LEARNED) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["sorted", "grouped_mm"])
+def test_keep_all_on_the_demo_at_the_size_that_is_timed(dtype, backend):
+    """Matrix products may depend on their shapes: here the real ones, one pair dropped."""
+    from var_moe.models.loading import load_model
+
+    model = load_model("demo").model.to(dtype)
+    ids = torch.randint(0, 4096, (8, 256), generator=torch.Generator().manual_seed(1))
+    expected = logits(model, ids, "grouped_mm")
+    with routed(model, NativePolicy(), backend=backend):
+        assert torch.equal(logits(model, ids), expected)
+    with routed(model, DropLastPair(layer=4), backend=backend):
+        got = logits(model, ids)
+    assert torch.equal(got.flatten(0, 1)[:-1], expected.flatten(0, 1)[:-1])
+    assert not torch.equal(got[-1, -1], expected[-1, -1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_residual_means_keep_the_models_dtype(model, ids, dtype):
+    model.to(dtype)
+    means = ResidualMeans(table=(torch.randn(9, 64),) * 3, by_pair=False, experts=8)
+    config = VARConfig(frequency_threshold=10**9, confidence_threshold=0.3, cache_size=0)
+    table = RoutingTable(
+        count=torch.zeros(3, 300, dtype=torch.float64),
+        entropy=torch.zeros(3, 300, dtype=torch.float64),
+        index=torch.zeros(3, 300, (model.config.num_experts_per_tok + 1) // 2, dtype=torch.int64),
+        weight=torch.ones(3, 300, (model.config.num_experts_per_tok + 1) // 2),
+    )
+    with routed(model, VARPolicy(config, table, residuals=means)) as session:
+        found = logits(model, ids)
+    assert found.dtype == dtype
+    assert found.isfinite().all()
+    if model.config.num_experts_per_tok > 1:
+        assert session.report().experts_per_token < model.config.num_experts_per_tok

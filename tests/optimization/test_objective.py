@@ -8,8 +8,11 @@ import logging
 import pytest
 import torch
 
+from var_moe.config import VARConfig
 from var_moe.errors import UsageError
 from var_moe.evaluation.compare import SpeedSetting
+from var_moe.optimization.random_points import random_search
+from var_moe.optimization.results import OptimizationResult
 
 SMALL = SpeedSetting(batch_size=2, sequence=64, forwards=1)
 
@@ -57,7 +60,10 @@ def test_the_documented_snippet(tiny, tmp_path):
     save_optimization_results(result, tmp_path)
     assert result.best_params.frequency_threshold >= 0
     assert result.num_evaluations == 3
-    assert result.best_score == max(row["score"] for row in result.all_results)
+    measured = {str(row["config"]): row for row in result.extra["remeasured"]}
+    best = measured[str(result.best_params.to_dict())]
+    assert best["passed"]
+    assert result.best_score >= best["speedup"]  # the re-measured one
     assert result.optimization_time > 0
     assert result.converged in (True, False)
     assert (tmp_path / "best_config.json").is_file()
@@ -156,3 +162,35 @@ def test_a_doubtful_speedup_is_measured_again(tiny, monkeypatch):
     found = objective.evaluate({"confidence_threshold": 0.7})
     assert blocks == [objective.blocks, 3 * objective.blocks]
     assert found.speedup < 2.5 * predicted
+
+
+@pytest.mark.slow
+def test_the_best_is_measured_again_on_all_documents_and_in_its_own_mode(tiny):
+    objective = create(tiny, max_quality_degradation=0.5, max_samples=5, mode="plain")
+    assert len(objective.evaluator.documents) == 5
+    result = random_search(objective, n_calls=3, verbose=False, seed=0)
+    assert result.best_params.mode == "plain"
+    assert {row["documents"] for row in result.extra["remeasured"]} == {len(tiny["texts"]) // 2}
+    with pytest.raises(UsageError, match="mode = 'verified': the objective measures mode 'plain'"):
+        random_search(objective, n_calls=1, verbose=False, mode="verified")
+
+
+def test_where_the_upper_bound_breaks_the_limit_the_default_is_returned(tiny):
+    objective = create(tiny, max_quality_degradation=1e-9)
+    point = {"frequency_threshold": 0, "confidence_threshold": 0.5, "entropy_threshold": 1.5}
+    searched = OptimizationResult(
+        best_params=VARConfig(),
+        best_score=1.5,
+        optimization_time=1.0,
+        evaluations=(objective.evaluate(point),),
+        converged=False,
+    )
+    found = objective.confirm(searched)
+    assert found.best_params == VARConfig()
+    assert found.best_score < -100
+    assert found.extra["nearest_miss"]["config"]["frequency_threshold"] == 0
+
+
+def test_too_few_samples(tiny):
+    with pytest.raises(UsageError, match="max_samples = 1: expected at least 2"):
+        create(tiny, max_samples=1)

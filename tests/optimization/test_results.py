@@ -10,10 +10,10 @@ from var_moe.optimization.results import Evaluation, OptimizationResult, jsonabl
 from var_moe.optimization.saving import save_optimization_results
 from var_moe.optimization.selection import (
     best_evaluation,
+    distinct_evaluations,
     has_converged,
     highest_score,
     nearest_miss,
-    top_candidates,
 )
 
 
@@ -94,23 +94,14 @@ def test_converged_looks_at_feasible_evaluations_alone():
     assert not has_converged([*(rich(i, 1.9, 0.02) for i in range(10)), rich(10, 1.1, 0.0)])
 
 
-def test_top_candidates_are_distinct_and_ordered_by_speedup():
-    evaluations = [
-        rich(0, 1.1, 0.001),
-        rich(1, 1.4, 0.009),
-        rich(1, 1.45, 0.009),  # the same point once more
-        rich(2, 1.3, 0.005),
-        rich(3, 1.2, 0.005),
-        rich(4, 1.6, 0.0119),  # within two standard errors of the bound
-        rich(5, 1.7, 0.0121),  # not
-        rich(6, 1.8, 0.0119, se=None),
-        failed(7),
-    ]
-    top = top_candidates(result_of(evaluations), 2)
-    assert [(e.params["i"], e.predicted_speedup) for e in top] == [(4, 1.6), (1, 1.45), (2, 1.3)]
+def test_distinct_evaluations_are_ordered_by_what_their_pairs_predict():
+    lucky = rich(0, 1.1, 0.001).replace(speedup=1.9)  # a lucky timing does not come first
+    evaluations = [lucky, rich(1, 1.4, 0.009), rich(1, 1.45, 0.009), rich(4, 1.6, 0.0119)]
+    found = distinct_evaluations(evaluations)
+    assert [(e.params["i"], e.predicted_speedup) for e in found] == [(4, 1.6), (1, 1.45), (0, 1.1)]
 
 
-def test_top_candidates_that_decided_alike_count_once():
+def test_evaluations_that_decided_alike_count_once():
     same = {
         "perplexity": 11.25,
         "experts_per_token": 1.5,
@@ -123,12 +114,11 @@ def test_top_candidates_that_decided_alike_count_once():
         rich(1, 1.31, 0.005, **same),
         rich(2, 1.32, 0.005, **{**same, "cached_pct": 2.1}),
     ]
-    assert [e.params["i"] for e in top_candidates(result_of(evaluations), 3)] == [2, 1]
+    assert [e.params["i"] for e in distinct_evaluations(evaluations)] == [2, 1]
 
 
-def test_top_candidates_of_a_bare_objective_go_by_score():
-    top = top_candidates(result_of(scored(1.0, 3.0, 2.0), max_degradation=None), 2)
-    assert [e.score for e in top] == [3.0, 2.0]
+def test_evaluations_of_a_bare_objective_go_by_score():
+    assert [e.score for e in distinct_evaluations(scored(1.0, 3.0, 2.0))] == [3.0, 2.0, 1.0]
 
 
 def test_json_values():
@@ -204,9 +194,11 @@ def test_saving_a_miss_and_then_a_hit(tmp_path):
     save_optimization_results(missed, tmp_path)
     assert json.loads((tmp_path / "nearest_miss.json").read_text())["degradation"] == 0.02
     assert json.loads((tmp_path / "optimization_results.json").read_text())["best_score"] is None
+    assert not (tmp_path / "best_config.json").exists()
     assert "2.00%" in (tmp_path / "optimization_summary.txt").read_text()
     save_optimization_results(result_of(scored(1.0)), tmp_path, summary="all well\n")
     assert not (tmp_path / "nearest_miss.json").exists()
+    assert (tmp_path / "best_config.json").is_file()
     assert (tmp_path / "optimization_summary.txt").read_text() == "all well\n"
 
 

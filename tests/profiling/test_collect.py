@@ -156,3 +156,18 @@ def test_the_model_is_left_as_it_was(loaded, documents):
 def test_nothing_to_profile(loaded):
     with pytest.raises(UsageError, match="no calibration text"):
         profiled(loaded, [])
+
+
+def test_a_profile_of_other_weights_is_refused(profile, make_tiny_mixtral, tiny_tokenizer):
+    other = make_tiny_mixtral()
+    other.model.layers[1].mlp.gate.weight.mul_(1.02)
+    with pytest.raises(UsageError, match="'tiny' does not fit model 'other': the routers have"):
+        profile.check_loaded(LoadedModel.of(other, tiny_tokenizer, name="other"))
+
+
+def test_a_profile_serves_the_same_weights_in_another_dtype(
+    profile, make_tiny_mixtral, tiny_tokenizer
+):
+    for dtype in (torch.bfloat16, torch.float16):
+        model = make_tiny_mixtral().to(dtype)
+        profile.check_loaded(LoadedModel.of(model, tiny_tokenizer, name="tiny"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -89,7 +89,8 @@ def assert_agrees(stream: Stream) -> list[str]:
     """Run both and compare every decision; returns the tiers met, in order."""
     leading = (stream.top_k + 1) // 2
     policy = VARPolicy(
-        stream.config, dense_table(stream.table, stream.layers, stream.vocabulary, leading)
+        replace(stream.config, residuals=False),
+        dense_table(stream.table, stream.layers, stream.vocabulary, leading),
     )
     oracle = ReferenceVAR(stream.config, stream.table)
     prefix_ids = stream.config.context_window_size - 1 + stream.spare_prefix

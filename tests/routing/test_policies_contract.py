@@ -58,6 +58,7 @@ def var(mode: str) -> Callable[[int], RoutingPolicy]:
         cache_size=12,
         cache_ttl_seconds=0.05,
         context_window_size=2,
+        residuals=False,
     )
     return lambda top_k: VARPolicy(config, table(top_k))
 

@@ -9,6 +9,7 @@ import torch
 from routing_streams import Table, dense_table
 
 from var_moe.config import VARConfig
+from var_moe.errors import UsageError
 from var_moe.routing.decision import Routing, Tier, TokenBatch
 from var_moe.routing.fast_path import ResidualMeans
 from var_moe.routing.var import VARPolicy
@@ -27,6 +28,7 @@ OTHER: Choice = ([7, 1], [0.75, 0.25])  # expert 7 leads with 0.75 of a sum of 1
 
 
 def policy(config: VARConfig, table: Table | None = None, top_k: int = 2) -> VARPolicy:
+    config = replace(config, residuals=False)
     return VARPolicy(config, dense_table(table or {}, 1, VOCABULARY, (top_k + 1) // 2))
 
 
@@ -213,3 +215,8 @@ def test_no_residuals_where_nothing_is_dropped_or_none_are_wanted() -> None:
     assert route(without, [0], [SURE]).residual is None
     top_1 = VARPolicy(VERIFIED, table, residuals=means)
     assert route(top_1, [0], [([3], [0.5])]).residual is None
+
+
+def test_residuals_that_are_wanted_must_be_given() -> None:
+    with pytest.raises(UsageError, match="give VARPolicy the profile's"):
+        VARPolicy(VERIFIED, dense_table({}, 1, VOCABULARY, 1))

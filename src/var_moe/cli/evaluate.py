@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -60,8 +61,12 @@ def evaluate(
     if blocks < 1 or (max_samples is not None and max_samples < 2):
         raise UsageError("blocks: expected at least 1; max_samples: expected at least 2")
     from var_moe.evaluation.text import check_dataset
+    from var_moe.models.loading import check_name
 
+    check_name(model)
     check_dataset(dataset)
+    if not quiet:
+        print(f"loading model {model} ...", file=sys.stderr, flush=True)
     from var_moe.cli.progress import StageProgress
     from var_moe.cli.tables import print_comparison
     from var_moe.storage import atomic_write_json
@@ -88,6 +93,8 @@ def evaluate(
         result["rows"],
         title=f"{model} on {text['dataset']} ({text['split']}, {result['documents']} documents)",
     )
+    for note in result["notes"]:
+        print(f"Note: {note}")
     print(f"Saved: {output / 'evaluation.json'}")
     return 0
 
@@ -123,6 +130,9 @@ def _measure(
     stats, _ = obtain_profile(loaded, dataset, given=profile, folder=output, progress=progress)
     table = stats.table()
     evaluator = Evaluator(loaded, documents, progress=progress)
+    notes = evaluator.timing_notes()
+    if text.data_hash == stats.head["data_hash"]:
+        notes.append("this text was profiled: VAR looks better on it than on unseen text")
     rows: list[dict[str, Any]] = []
     for name, config in configs.items():
         policy = (
@@ -152,6 +162,7 @@ def _measure(
         {
             "schema_version": SCHEMA_VERSION,
             "rows": rows,
+            "notes": notes,
             "documents": len(documents),
             "text": text.to_dict(),
             "profile_hash": stats.hash,

@@ -60,12 +60,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return _fail("interrupted; what was finished is saved, go on with --resume", INTERRUPTED)
+        return _fail("interrupted" + _what_is_kept(words), INTERRUPTED)
     except Exception as error:
         if debug:
             raise
         return _fail(f"{type(error).__name__}: {error}", 1, "--debug shows where")
     return code if isinstance(code, int) else 0
+
+
+def _what_is_kept(words: Sequence[str]) -> str:
+    if words[:1] == ["profile"]:
+        return "; the same command goes on where it stopped"
+    if words[:1] == ["tune"] and not any(word.startswith("--validate") for word in words):
+        return "; finished evaluations are saved, go on with --resume"
+    return "; nothing was written"
 
 
 def _fail(message: str, code: int, hint: str = "") -> int:

@@ -13,6 +13,7 @@ def profile(
     model: str = "demo",
     dataset: str = "demo",
     split: str = "calibration",
+    profile: Path | None = None,
     output: Path = Path("results/profile"),
     max_tokens: int | None = None,
     seed: int = 0,
@@ -27,6 +28,7 @@ def profile(
         model: demo, a local folder, or a Hub id.
         dataset: demo (or demo-postgres, ...), wikitext, a Hub name[:config], or a local file.
         split: part of the text to profile.
+        profile: show this ready profile instead of making one.
         output: folder for the profile; an interrupted one goes on there.
         max_tokens: calibration size; frequency_threshold counts in a text of this size.
         seed: draws the documents when max_tokens takes a part of them.
@@ -37,12 +39,21 @@ def profile(
     """
     from var_moe.storage import check_output_folder
 
+    if profile is not None:
+        from var_moe.profiling.profile import RoutingProfile
+
+        _print(RoutingProfile.load(profile), profile)
+        return 0
     check_output_folder(output)
     if max_tokens is not None and max_tokens < 1:
         raise UsageError(f"max_tokens = {max_tokens}: expected at least 1")
     from var_moe.evaluation.text import check_dataset
+    from var_moe.models.loading import check_name
 
+    check_name(model)
     check_dataset(dataset)
+    if not quiet:
+        print(f"loading model {model} ...", file=sys.stderr, flush=True)
     from var_moe.cli.progress import StageProgress
     from var_moe.models.loading import load_model
     from var_moe.optimization.preparation import read_text
@@ -96,4 +107,4 @@ def _print(profile: object, output: Path) -> None:
             f"{100 * reach:.1f}%",
         )
     console.print(table, highlight=False)
-    console.print(f"Saved: {output}", highlight=False)
+    console.print(f"Profile: {output}", highlight=False)

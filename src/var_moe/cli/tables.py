@@ -18,6 +18,8 @@ def print_validation(result: Mapping[str, Any], *, folder: Path) -> None:
     """The result of ``--validate``: figures, factors, criteria."""
     from rich.table import Table
 
+    from var_moe.optimization.summary import MET
+
     console = _console()
     text, low_high = result["text"], result["speedup_95"]
     console.print(
@@ -32,7 +34,8 @@ def print_validation(result: Mapping[str, Any], *, folder: Path) -> None:
     console.print(
         f"speedup {result['speedup']:.3f}x [{low_high[0]:.3f}, {low_high[1]:.3f}] against "
         f"{result['baseline_backend']} ~ backend {back['median']:.3f} x skipping "
-        f"{skip['median']:.3f}; {result['baseline_throughput_tps']:,.0f} -> "
+        f"{skip['median']:.3f} (the executed pairs predict {result['predicted_speedup']:.3f}x); "
+        f"{result['baseline_throughput_tps']:,.0f} -> "
         f"{result['throughput_tps']:,.0f} tokens/s; baseline against itself "
         f"{result['noise_floor']['median']:.3f}",
         highlight=False,
@@ -46,12 +49,21 @@ def print_validation(result: Mapping[str, Any], *, folder: Path) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    control = result["random_skip"]
+    console.print(
+        f"control: random skipping at {control['experts_per_token']:.3f} experts per token costs "
+        f"{100 * control['degradation']:+.2f}%",
+        highlight=False,
+        soft_wrap=True,
+    )
     table = Table(title="Success criteria", title_justify="left")
     for heading in ("criterion", "measured", "met"):
         table.add_column(heading)
     for row in result["criteria"]:
-        table.add_row(row["name"], row["measured"], "yes" if row["met"] else "NO")
+        table.add_row(row["name"], row["measured"], MET[row["met"]])
     console.print(table, highlight=False)
+    for note in result["notes"]:
+        console.print(f"Note: {note}", highlight=False)
     console.print(f"Saved: {folder / 'validation_results.json'}", highlight=False)
 
 

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from var_moe.errors import UsageError
 
+DEFAULT_OUTPUT = Path("results/phase3")
+DEFAULT_BOUND = 0.01
+
 
 def tune(
     *,
     method: Literal["bayesian", "grid", "random"] = "bayesian",
-    model: str = "demo",
-    dataset: str = "demo",
+    model: str | None = None,
+    dataset: str | None = None,
     n_calls: int = 50,
     n_points: int = 3,
-    max_degradation: float = 0.01,
-    output: Path = Path("results/phase3"),
+    max_degradation: float | None = None,
+    output: Path | None = None,
     validate: Path | None = None,
     seed: int | None = None,
-    mode: Literal["verified", "plain"] = "verified",
+    mode: Literal["verified", "plain"] | None = None,
     engine: Literal["optuna", "skopt"] = "optuna",
     max_samples: int | None = None,
     final_samples: int | None = None,
@@ -41,15 +44,17 @@ def tune(
 
     Args:
         method: how points are chosen; grid takes n_points^6 evaluations.
-        model: demo, a local folder, or a Hub id.
-        dataset: demo (or demo-postgres, ...), wikitext, a Hub name[:config], or a local file.
+        model: demo (default), a local folder, or a Hub id.
+        dataset: demo (default; or demo-postgres, ...), wikitext, a Hub name[:config], or a
+            local file.
         n_calls: evaluations of the bayesian and random methods.
         n_points: values per dimension of the grid.
-        max_degradation: bound on the relative perplexity change; 0.01 allows 1%.
-        output: folder for the result files.
-        validate: measure this configuration on held-out text instead of searching.
+        max_degradation: bound on the relative perplexity change; 0.01 (default) allows 1%.
+        output: folder for the result files; results/phase3 by default.
+        validate: measure this configuration on held-out text instead of searching; model,
+            dataset, bound and folder are then by default those of its search.
         seed: of the search; by default a fresh one, which is recorded.
-        mode: verified asks the router and lets table and cache only license a cut.
+        mode: verified (default) asks the router and lets table and cache only license a cut.
         engine: of the bayesian method.
         max_samples: documents that each evaluation (or --validate) scores.
         final_samples: documents of the last measurement; by default half of validation.
@@ -65,7 +70,7 @@ def tune(
         quiet: no progress.
     """
     from var_moe.cli.progress import StageProgress
-    from var_moe.models.loading import load_model
+    from var_moe.models.loading import check_name, load_model
     from var_moe.storage import check_output_folder
 
     if validate is not None:
@@ -75,8 +80,9 @@ def tune(
             dataset=dataset,
             split=split,
             max_degradation=max_degradation,
-            output=output if output != Path("results/phase3") else None,
+            output=output,
             profile=profile,
+            mode=mode,
             max_samples=max_samples,
             device=device,
             dtype=dtype,
@@ -84,13 +90,15 @@ def tune(
             quiet=quiet,
         )
     from var_moe.evaluation.text import check_dataset
-    from var_moe.optimization.objective import check_bound
+    from var_moe.optimization.objective_protocol import check_bound
     from var_moe.optimization.search_space import SEARCH_SPACE, grid_size, parse_bounds
 
     # Everything that can be wrong is looked at before the model is loaded.
-    check_bound(max_degradation)
+    model, dataset, output = model or "demo", dataset or "demo", output or DEFAULT_OUTPUT
+    max_degradation = check_bound(DEFAULT_BOUND if max_degradation is None else max_degradation)
     check_output_folder(output)
     space = parse_bounds(bounds or [], SEARCH_SPACE)
+    check_name(model)
     check_dataset(dataset)
     if method == "grid" and not yes:
         _confirm_grid(grid_size(space, n_points))
@@ -98,6 +106,9 @@ def tune(
         from var_moe.optimization.skopt_engine import require_skopt
 
         require_skopt()
+    if not quiet:
+        print(f"loading model {model} ...", file=sys.stderr, flush=True)
+    from var_moe.optimization.conclusion import NothingFitsError
     from var_moe.optimization.run import DEFAULT_SAMPLES, TuneSettings
     from var_moe.optimization.run import tune as run_tune
     from var_moe.optimization.summary import show
@@ -112,7 +123,7 @@ def tune(
         max_degradation=max_degradation,
         output=output,
         seed=seed,
-        mode=mode,
+        mode=mode or "verified",
         max_samples=DEFAULT_SAMPLES if max_samples is None else max_samples,
         final_samples=final_samples,
         space=space,
@@ -120,25 +131,26 @@ def tune(
         profile=profile,
         calibration_tokens=DEFAULT_TOKENS if calibration_tokens is None else calibration_tokens,
     )
-    with StageProgress() as progress:
-        if not quiet:
-            progress.say(f"loading model {model} ...")
-        loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        outcome = run_tune(
-            loaded,
-            settings,
-            progress=None if quiet else progress,
-            say=(lambda _line: None) if quiet else progress.say,
-            verbose=not quiet,
-        )
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 118)
+    with StageProgress() as progress:
+        loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        try:
+            outcome = run_tune(
+                loaded,
+                settings,
+                progress=None if quiet else progress,
+                say=(lambda _line: None) if quiet else progress.say,
+                verbose=not quiet,
+            )
+        except NothingFitsError as error:
+            show(error.parts[1:], console)  # the first part is the error's own line
+            raise
     show(outcome.parts, console)
     console.print(f"Results: {output}", highlight=False)
     console.print(
-        f"Next: var-moe tune --validate {output / 'best_config.json'} --model {model} "
-        f"--dataset {dataset} --max_degradation {max_degradation:g}",
+        f"Next: var-moe tune --validate {output / 'best_config.json'}",
         highlight=False,
         soft_wrap=True,
     )
@@ -163,12 +175,13 @@ def _confirm_grid(size: int) -> None:
 def _validate(
     config: Path,
     *,
-    model: str,
-    dataset: str,
+    model: str | None,
+    dataset: str | None,
     split: str,
-    max_degradation: float,
+    max_degradation: float | None,
     output: Path | None,
     profile: Path | None,
+    mode: str | None,
     max_samples: int | None,
     device: str,
     dtype: str,
@@ -176,13 +189,24 @@ def _validate(
     quiet: bool,
 ) -> int:
     from var_moe.config import VARConfig
-    from var_moe.optimization.objective import check_bound
+    from var_moe.evaluation.text import check_dataset
+    from var_moe.models.loading import check_name
+    from var_moe.optimization.objective_protocol import check_bound
     from var_moe.storage import check_output_folder
 
-    check_bound(max_degradation)
     VARConfig.load(config)
+    searched = _search_of(config)
+    model = model or searched.get("model", "demo")
+    dataset = dataset or searched.get("dataset", "demo")
+    if max_degradation is None:
+        max_degradation = searched.get("max_degradation", DEFAULT_BOUND)
+    bound = check_bound(max_degradation)
     if output:
         check_output_folder(output)
+    check_name(model)
+    check_dataset(dataset)
+    if not quiet:
+        print(f"validating {config} of {model} on {dataset} ({split}) ...", file=sys.stderr)
     from var_moe.cli.progress import StageProgress
     from var_moe.cli.tables import print_validation
     from var_moe.models.loading import load_model
@@ -197,11 +221,25 @@ def _validate(
             config,
             dataset=dataset,
             split=split,
-            max_degradation=max_degradation,
+            max_degradation=bound,
             output=output,
             profile_path=profile,
+            mode=mode,
             max_samples=max_samples,
             progress=None if quiet else progress,
         )
     print_validation(result, folder=output or config.parent)
     return 0
+
+
+def _search_of(config: Path) -> dict[str, Any]:
+    """Model, dataset and bound of the search that left a configuration, where it says so."""
+    from var_moe.optimization.saving import METADATA_FILE
+    from var_moe.storage import read_json
+
+    beside = config.parent / METADATA_FILE
+    if not beside.is_file():
+        return {}
+    metadata = read_json(beside, what="metadata of a search")
+    known = {**metadata.get("identity", {}), **metadata.get("settings", {})}
+    return {key: known[key] for key in ("model", "dataset", "max_degradation") if key in known}

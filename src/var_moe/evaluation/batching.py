@@ -16,8 +16,6 @@ from var_moe.routing.decision import TokenBatch
 if TYPE_CHECKING:
     from var_moe.evaluation.documents import EncodedDocument
 
-PREFIX = 16  # ids before a window, so that context keys of up to 17 ids span the document
-
 
 @dataclass(frozen=True)
 class Window:
@@ -25,35 +23,36 @@ class Window:
 
     document: int  # position among the documents given
     ids: np.ndarray  # (S,) int64
-    prefix: np.ndarray  # up to PREFIX ids just before it
+    prefix: np.ndarray  # ids just before it, so that context keys span the document
     overlap: int  # leading tokens that the window before has counted already
 
 
-def windows(document: int, ids: np.ndarray, window: int) -> list[Window]:
+def windows(document: int, ids: np.ndarray, window: int, *, prefix: int = 0) -> list[Window]:
     """Cut a document into windows that overlap by a quarter."""
     overlap, start = window // 4, 0
     cut = [Window(document, ids[:window], ids[:0], 0)]
     while start + window < len(ids):
         start += window - overlap
-        before = ids[max(0, start - PREFIX) : start]
+        before = ids[max(0, start - prefix) : start]
         cut.append(Window(document, ids[start : start + window], before, overlap))
     return cut
 
 
 def batches(
-    documents: Sequence[EncodedDocument], tokens_per_batch: int, *, window: int
+    documents: Sequence[EncodedDocument], tokens_per_batch: int, *, window: int, prefix: int = 0
 ) -> Iterator[list[Window]]:
     """Rows of similar length, the longest first, at most ``tokens_per_batch`` padded tokens.
 
     The order depends on the documents alone, so a pass repeats exactly. Windows of one
-    document stay in order.
+    document stay in order; each knows up to ``prefix`` ids before it.
     """
     if window < 4:
         raise UsageError(f"window of {window} tokens: expected at least 4")
     order = sorted(range(len(documents)), key=lambda i: -min(len(documents[i].ids), window))
     rows: list[Window] = []
     for number in order:
-        for cut in windows(number, np.asarray(documents[number].ids, dtype=np.int64), window):
+        ids = np.asarray(documents[number].ids, dtype=np.int64)
+        for cut in windows(number, ids, window, prefix=prefix):
             width = max(len(cut.ids), len(rows[0].ids) if rows else 0)
             if rows and width * (len(rows) + 1) > tokens_per_batch:
                 yield rows
@@ -69,7 +68,8 @@ def collate(rows: Sequence[Window]) -> TokenBatch:
     ids = torch.zeros((len(rows), width), dtype=torch.int64)
     valid = torch.zeros((len(rows), width), dtype=torch.bool)
     counted = torch.zeros((len(rows), width), dtype=torch.bool)
-    prefix = torch.full((len(rows), PREFIX), -1, dtype=torch.int64)
+    longest = max(len(row.prefix) for row in rows)
+    prefix = torch.full((len(rows), longest), -1, dtype=torch.int64)
     for number, row in enumerate(rows):
         size = len(row.ids)
         ids[number, :size] = torch.from_numpy(row.ids)
@@ -82,14 +82,17 @@ def collate(rows: Sequence[Window]) -> TokenBatch:
         valid=valid,
         counted=counted,
         document=tuple(row.document for row in rows),
-        prefix=prefix if any(len(row.prefix) for row in rows) else None,
+        prefix=prefix if longest else None,
     )
 
 
 def full_batches(
     documents: Sequence[EncodedDocument], *, batch_size: int, sequence: int, count: int
 ) -> list[Tensor]:
-    """``count`` batches (B, S) without padding, for timing: documents end to end, cut in rows.
+    """``count`` batches (B, S) without padding, for timing.
+
+    Documents stand end to end, and rows start evenly spaced over all of them, so that a sorted
+    file is timed on all its parts. Where the text is short, rows overlap.
 
     Raises:
         UsageError: there is less than one row of text.
@@ -100,6 +103,6 @@ def full_batches(
             f"text of {len(joined)} tokens is shorter than one row of {sequence} tokens that "
             "throughput is measured on; give more text"
         )
-    need = batch_size * sequence * count
-    joined = np.tile(joined, -(-need // len(joined)))[:need]
-    return list(torch.from_numpy(joined).view(count, batch_size, sequence))
+    starts = np.linspace(0, len(joined) - sequence, batch_size * count).astype(np.int64)
+    rows = joined[starts[:, None] + np.arange(sequence)]
+    return list(torch.from_numpy(rows).view(count, batch_size, sequence))

@@ -239,6 +239,17 @@ class Evaluator:
         share = (experts_per_token - half) / (self.top_k - half)
         return 1 / (at_half + (at_all - at_half) * share)
 
+    def timing_notes(self) -> list[str]:
+        """What the reader of a speedup must know about the text it was measured on."""
+        have = sum(len(document.ids) for document in self.documents)
+        need = sum(batch.numel() for batch in self.timing_batches)
+        if have >= need:
+            return []
+        return [
+            f"throughput was measured on {have:,} tokens of text repeated to {need:,}: contexts "
+            "recur more than in real text, so the cache and the speedup look better than they are"
+        ]
+
     def geometry(self) -> dict[str, int]:
         """L, E and K of the model."""
         modules = experts_modules(self.model)
@@ -259,7 +270,7 @@ class Evaluator:
             progress=self.progress,
             cost_policies=self.cost_policies,
         )
-        for name in ("_fastest", "_pair_cost", "timing_batches"):
+        for name in ("_fastest", "_pair_cost"):
             if name in self.__dict__:
                 other.__dict__[name] = self.__dict__[name]
         return other

@@ -147,7 +147,7 @@ def usable_backends(model: Any, tokens: int, top_k: int) -> list[str]:
 
 
 def fastest_backend(
-    model: Any, batches: Sequence[Tensor], *, top_k: int, blocks: int = 4
+    model: Any, batches: Sequence[Tensor], *, top_k: int, blocks: int = 8
 ) -> tuple[str, dict[str, float]]:
     """Measure which of transformers' backends is fastest: the baseline of every speedup.
 

@@ -107,6 +107,19 @@ def _top_k(config: Any, name: str) -> int:
     )
 
 
+def check_name(name: str) -> None:
+    """Refuse a model that is not there, before anything heavy is imported.
+
+    Raises:
+        UsageError: no such folder, not a model folder, or a Hub id that is out of reach.
+    """
+    folder = DEMO_FOLDER if name == "demo" else checks.local_folder(name)
+    if folder is not None:
+        checks.check_folder(name, folder)
+    else:
+        cache_only("model", name, repo=name)
+
+
 def load_model(
     name: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
 ) -> LoadedModel:

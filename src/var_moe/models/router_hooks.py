@@ -15,6 +15,21 @@ from torch import Tensor
 from var_moe.errors import UsageError
 
 
+def router_fingerprint(model: Any) -> list[float]:
+    """Norms of the routers' rows, (L x E): tells two models of one shape apart.
+
+    Nearly the same in every dtype that the weights are loaded in. Empty where the routers are
+    not found or their weights are not in memory (offloaded).
+    """
+    norms: list[float] = []
+    for module, _ in _recorders(model):
+        weight = next((p for p in module.parameters() if p.dim() == 2), None)
+        if weight is None or weight.device.type == "meta":
+            return []
+        norms += [round(value, 6) for value in weight.detach().float().norm(dim=1).tolist()]
+    return norms
+
+
 class RouterLogits:
     """Holds the newest router logits of each MoE layer while the ``with`` block runs.
 

@@ -159,4 +159,3 @@ def execute(
 def weighted_sum(outputs: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum (T, K, D) by (T, K) weights as transformers' ``grouped_mm`` does. (T, D)"""
     return (outputs * weight.unsqueeze(-1)).sum(dim=1).to(dtype)
-

@@ -21,7 +21,6 @@ _PUBLIC = {
     "bayesian_optimization": "bayesian",
     "grid_search": "grid",
     "random_search": "random_points",
-    "top_candidates": "selection",
     "save_optimization_results": "saving",
     "create_objective_function": "objective",
 }

@@ -43,7 +43,8 @@ def bayesian_optimization(
     resume: bool = False,
     enqueue: Sequence[Mapping[str, Any]] = (),
     n_startup: int | None = None,
-    mode: str = "verified",
+    mode: str | None = None,
+    confirm: bool = True,
     settings: dict[str, Any] | None = None,
     on_evaluation: OnEvaluation | None = None,
     should_stop: ShouldStop | None = None,
@@ -67,7 +68,7 @@ def bayesian_optimization(
             each suggestion depends on the finished evaluations, the seed and its number alone.
         enqueue: further points to evaluate after the presets.
         n_startup: evaluations before the process is asked, see `GuidedPlan`.
-        mode, settings, on_evaluation, should_stop: see `SearchOptions`.
+        mode, confirm, settings, on_evaluation, should_stop: see `SearchOptions`.
 
     Raises:
         UsageError: an argument is not valid, scikit-optimize is not installed, or the folder
@@ -119,6 +120,7 @@ def bayesian_optimization(
         options=SearchOptions(
             method=f"bayesian-{engine}",
             mode=mode,
+            confirm=confirm,
             verbose=verbose,
             resume=resume,
             settings={"enqueue": points, "n_startup": n_startup, **(settings or {})},

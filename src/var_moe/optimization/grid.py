@@ -38,7 +38,8 @@ def grid_search(
     seed: int | None = None,
     journal: TrialJournal | str | Path | None = None,
     resume: bool = False,
-    mode: str = "verified",
+    mode: str | None = None,
+    confirm: bool = True,
     settings: dict[str, Any] | None = None,
     on_evaluation: OnEvaluation | None = None,
     should_stop: ShouldStop | None = None,
@@ -53,7 +54,7 @@ def grid_search(
         seed: recorded in the result; the grid itself does not depend on it.
         journal: file that keeps each finished evaluation.
         resume: go on with the grid in `journal`.
-        mode, settings, on_evaluation, should_stop: see `SearchOptions`.
+        mode, confirm, settings, on_evaluation, should_stop: see `SearchOptions`.
 
     Raises:
         UsageError: an argument is not valid, or `journal` holds another search.
@@ -75,6 +76,7 @@ def grid_search(
         options=SearchOptions(
             method="grid",
             mode=mode,
+            confirm=confirm,
             verbose=verbose,
             resume=resume,
             settings={"n_points_per_dim": n_points_per_dim, **(settings or {})},

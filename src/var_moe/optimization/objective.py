@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from var_moe.config import DOCUMENTED_FIELDS, VARConfig
 from var_moe.errors import UsageError
 from var_moe.evaluation.compare import Evaluator, Speed, SpeedSetting
-from var_moe.optimization.objective_protocol import documented_score
-from var_moe.optimization.results import Evaluation
+from var_moe.optimization.objective_protocol import check_bound, documented_score
+from var_moe.optimization.results import Evaluation, OptimizationResult
 from var_moe.profiling.profile import RoutingProfile
 from var_moe.routing.var import VARPolicy
 
@@ -20,6 +19,7 @@ log = logging.getLogger(__name__)
 SEARCH_BLOCKS = 4
 """Timed blocks per arm during a search; the final measurement takes more."""
 
+CONFIRM_BLOCKS, CONFIRM_AT_MOST = 10, 5
 
 DOUBTFUL = 0.1
 """Relative distance from the predicted speedup at which a measurement is taken again."""
@@ -36,6 +36,7 @@ class VARObjective:
         max_degradation: bound on the relative perplexity change.
         mode: VAR's mode for configurations that do not name one.
         blocks: timed blocks per arm for each feasible configuration.
+        confirmation: measures the best again at a search's end; by default `evaluator`.
     """
 
     def __init__(
@@ -46,8 +47,10 @@ class VARObjective:
         max_degradation: float = 0.01,
         mode: str = "verified",
         blocks: int = SEARCH_BLOCKS,
+        confirmation: Evaluator | None = None,
     ) -> None:
         self.evaluator, self.profile = evaluator, profile
+        self.confirmation = confirmation or evaluator
         self.max_degradation = check_bound(max_degradation)
         self.mode, self.blocks = mode, blocks
         self._table = profile.table()
@@ -116,6 +119,39 @@ class VARObjective:
             feasible=feasible,
         )
 
+    def confirm(self, result: OptimizationResult) -> OptimizationResult:
+        """Measure the best again: longer, and by the upper bound of the degradation.
+
+        `best_params` becomes the fastest that keeps the bound then; where none does, the
+        default configuration, with ``nearest_miss`` in the result's `extra`.
+        """
+        from var_moe.optimization.remeasure import remeasure, winner
+
+        measured = remeasure(
+            self.confirmation,
+            self,
+            result.evaluations,
+            blocks=CONFIRM_BLOCKS,
+            at_most=CONFIRM_AT_MOST,
+        )
+        if not measured:
+            return result
+        extra = {**result.extra, "remeasured": [one.to_dict() for one in measured]}
+        best = winner(measured)
+        if best is not None:
+            extra.pop("nearest_miss", None)
+            return result.replace(best_params=best.config, best_score=best.score, extra=extra)
+        near = min(measured, key=lambda one: one.quality.change.upper)
+        log.warning(
+            "All configurations violate the constraint: the smallest degradation is %+.2f%%, "
+            "95%% upper bound %+.2f%%; try a larger max_quality_degradation or wider bounds",
+            100 * near.quality.change.value,
+            100 * near.quality.change.upper,
+        )
+        extra["nearest_miss"] = near.to_dict()
+        default = VARConfig(mode=self.mode)
+        return result.replace(best_params=default, best_score=near.score, extra=extra)
+
 
 def _cutting(mode: str, *, confidence: float) -> VARConfig:
     """Verified VAR that cuts all decisions or none, with the residual means of ``mode``."""
@@ -124,19 +160,6 @@ def _cutting(mode: str, *, confidence: float) -> VARConfig:
         confidence_threshold=confidence,
         residuals=VARConfig(mode=mode).uses_residuals,
     )
-
-
-def check_bound(value: float) -> float:
-    """A degradation bound that can be met.
-
-    Raises:
-        UsageError: it is negative or not finite.
-    """
-    if not math.isfinite(value) or value < 0:
-        raise UsageError(
-            f"max_degradation = {value}: expected a number of at least 0 (0.01 allows 1%)"
-        )
-    return float(value)
 
 
 def create_objective_function(
@@ -166,7 +189,8 @@ def create_objective_function(
         max_quality_degradation: bound on the relative perplexity change.
         profile: routing statistics of other text. Without one, half of the documents
             calibrate and the other half is scored, and this is logged.
-        max_samples: at most so many documents are scored.
+        max_samples: at most so many documents are scored in each evaluation (a sample); the
+            best are measured again on all of them.
         mode: ``"verified"`` or ``"plain"``.
         seed: draws the halves and the sample.
         setting: batch, sequence and forwards of a timed block.
@@ -184,6 +208,8 @@ def create_objective_function(
     from var_moe.profiling.collect import collect_profile
 
     bound = check_bound(max_quality_degradation)
+    if max_samples is not None and max_samples < 2:
+        raise UsageError(f"max_samples = {max_samples}: expected at least 2 documents")
     loaded = LoadedModel.of(model, tokenizer)
     documents = as_documents(validation_data, tokenizer)
     order = np.random.default_rng(seed).permutation(len(documents))
@@ -191,29 +217,32 @@ def create_objective_function(
         require_documents(documents, 4, "calibrating on one half and scoring the other")
         half = len(documents) // 2
         calibration = [documents[i] for i in sorted(order[:half])]
-        scored = [documents[i] for i in sorted(order[half:])]
+        order = order[half:]
         log.warning(
             "no profile given: %d of the %d documents calibrate, the other %d are scored",
             half,
             len(documents),
-            len(scored),
+            len(order),
         )
         profile = collect_profile(
             loaded, calibration, dataset="validation_data", data_hash="given", max_tokens=None
         )
     else:
         require_documents(documents, 2, "comparing perplexities")
-        scored = [documents[i] for i in sorted(order)]
         profile.check_loaded(loaded)
-    if max_samples is not None:
-        scored = scored[:max_samples]
+    scored = [documents[i] for i in sorted(order[:max_samples])]
     evaluator = Evaluator(loaded, scored, setting=setting or SpeedSetting())
     if baseline_perplexity is not None:
         _check_given("perplexity", baseline_perplexity, evaluator.baseline_losses.perplexity)
     if baseline_throughput is not None:
         measured = evaluator.backend_throughputs[evaluator.baseline_backend]
         _check_given("throughput", baseline_throughput, measured)
-    return VARObjective(evaluator, profile, max_degradation=bound, mode=mode)
+    confirmation = None
+    if len(scored) < len(order):
+        confirmation = evaluator.with_documents([documents[i] for i in sorted(order)])
+    return VARObjective(
+        evaluator, profile, max_degradation=bound, mode=mode, confirmation=confirmation
+    )
 
 
 def _check_given(what: str, given: float, measured: float) -> None:
@@ -227,4 +256,4 @@ def _check_given(what: str, given: float, measured: float) -> None:
         )
 
 
-__all__ = ["DOCUMENTED_FIELDS", "VARObjective", "check_bound", "create_objective_function"]
+__all__ = ["DOCUMENTED_FIELDS", "VARObjective", "create_objective_function"]

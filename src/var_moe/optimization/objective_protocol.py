@@ -71,6 +71,19 @@ def bound_of(objective: Objective) -> float | None:
     return bound
 
 
+def check_bound(value: float) -> float:
+    """A degradation bound that can be met.
+
+    Raises:
+        UsageError: it is negative or not finite.
+    """
+    if not math.isfinite(value) or value < 0:
+        raise UsageError(
+            f"max_degradation = {value}: expected a number of at least 0 (0.01 allows 1%)"
+        )
+    return float(value)
+
+
 def run_evaluation(objective: Objective, params: Mapping[str, Any]) -> Evaluation:
     """Evaluate one point, its wall time included.
 

@@ -71,13 +71,22 @@ def sample_documents(
 
 
 def halves(documents: Sequence[EncodedDocument]) -> tuple[list[EncodedDocument], ...]:
-    """Validation's two halves, the same in every run: one to search on, one to order on."""
-    order = np.random.default_rng(20_26).permutation(len(documents))
-    middle = len(documents) // 2
-    return (
-        [documents[i] for i in order[:middle]],
-        [documents[i] for i in order[middle:]],
-    )
+    """Validation's two halves, the same in every run: one to search on, one to order on.
+
+    Sections of one page (ids ``page#number``) stay in one half.
+    """
+    pages: dict[str, list[EncodedDocument]] = {}
+    for document in documents:
+        page, _, number = document.id.rpartition("#")
+        pages.setdefault(page if page and number.isdigit() else document.id, []).append(document)
+    groups = list(pages.values())
+    rng = np.random.default_rng(20_26)
+    found: tuple[list[EncodedDocument], list[EncodedDocument]] = ([], [])
+    for at in rng.permutation(len(groups)):
+        smaller = found[0] if len(found[0]) <= len(found[1]) else found[1]
+        smaller.extend(groups[at])
+    # Shuffled, because a search takes the first of its half.
+    return tuple([half[i] for i in rng.permutation(len(half))] for half in found)
 
 
 def obtain_profile(

@@ -35,7 +35,8 @@ def random_search(
     seed: int | None = None,
     journal: TrialJournal | str | Path | None = None,
     resume: bool = False,
-    mode: str = "verified",
+    mode: str | None = None,
+    confirm: bool = True,
     settings: dict[str, Any] | None = None,
     on_evaluation: OnEvaluation | None = None,
     should_stop: ShouldStop | None = None,
@@ -51,7 +52,7 @@ def random_search(
         journal: file that keeps each finished evaluation.
         resume: go on with the search in `journal`, to its original number of evaluations,
             with the points that an unbroken run would have had.
-        mode, settings, on_evaluation, should_stop: see `SearchOptions`.
+        mode, confirm, settings, on_evaluation, should_stop: see `SearchOptions`.
 
     Raises:
         UsageError: an argument is not valid, or `journal` holds another search.
@@ -73,6 +74,7 @@ def random_search(
         options=SearchOptions(
             method="random",
             mode=mode,
+            confirm=confirm,
             verbose=verbose,
             resume=resume,
             settings=settings,

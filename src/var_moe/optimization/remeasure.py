@@ -1,24 +1,25 @@
 """The large measurement after the search: who wins is decided here, on text not searched on.
 
-Candidates are taken fastest first. On the ordering half of validation each must keep the
-bound with the one-sided 95% upper bound of its degradation, not with its point estimate;
-those that do are timed with more blocks. The fastest of them wins.
+On text that the search has not seen, a candidate must keep the bound with the one-sided 95%
+upper bound of its degradation, not with its point estimate; those that do are timed with more
+blocks. The fastest of them wins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from var_moe.config import VARConfig
 from var_moe.evaluation.compare import Evaluator, Quality, Speed
 from var_moe.optimization.objective import VARObjective
-from var_moe.optimization.objective_protocol import documented_score
+from var_moe.optimization.objective_protocol import INFEASIBLE_PENALTY, documented_score
 from var_moe.optimization.results import Evaluation
-from var_moe.optimization.selection import pace
+from var_moe.optimization.selection import distinct_evaluations, nearest_miss, promise
 
-ENOUGH_PASSED = 2
+Z_95 = 1.645
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +39,13 @@ class Measured:
 
     @property
     def score(self) -> float:
-        """The documented score of this measurement."""
+        """The documented score, with the upper bound as the degradation."""
+        if not self.passed or self.speed is None:
+            return INFEASIBLE_PENALTY * (1 + self.quality.change.upper)
         return documented_score(
-            degradation=self.quality.change.value,
+            degradation=self.quality.change.upper,
             max_degradation=self.max_degradation,
-            speedup=self.speed.speedup.median if self.speed else 0.0,
+            speedup=self.speed.speedup.median,
             learned_pct=self.quality.report.learned_pct,
         )
 
@@ -84,27 +87,54 @@ def measure(
 def remeasure(
     evaluator: Evaluator,
     objective: VARObjective,
-    candidates: Sequence[Evaluation],
+    evaluations: Sequence[Evaluation],
     *,
     blocks: int,
     at_most: int,
-    on_measured: Callable[[Measured], None] | None = None,
 ) -> list[Measured]:
-    """Measure candidates, fastest first, until two keep the bound or `at_most` are done."""
+    """Measure a search's evaluations again until no faster one is likely to keep the bound.
+
+    A candidate's upper bound on the new text is predicted as its degradation in the search
+    plus what the upper bounds measured so far were above theirs (at first: the search's own
+    error). The fastest that is predicted to keep the bound is measured next, as long as it is
+    faster than what did so far; so a search that hugs the bound costs a few measurements, and
+    a safe configuration is reached when the bold ones fail. Where nothing passes, the
+    evaluation with the smallest degradation is measured last. "Fast" is what the executed
+    pairs predict: a search's few timed blocks would put the luckiest first.
+    """
+    bound = objective.max_degradation
+    waiting = distinct_evaluations(
+        [one for one in evaluations if not one.failed and one.degradation is not None]
+    )
     done: list[Measured] = []
-    for candidate in sorted(candidates, key=pace, reverse=True)[:at_most]:
+    above: list[float] = []
+
+    def likely(one: Evaluation) -> bool:
+        assert one.degradation is not None
+        error = Z_95 * (one.degradation_se or 0.0)
+        return one.degradation + (sum(above) / len(above) if above else error) < bound
+
+    def take(one: Evaluation) -> bool:
+        waiting.remove(one)
+        name = f"candidate {len(done) + 1}"
         found = measure(
-            evaluator,
-            objective,
-            objective.config(candidate.params),
-            name=f"candidate {len(done) + 1}",
-            blocks=blocks,
+            evaluator, objective, objective.config(one.params), name=name, blocks=blocks
         )
+        above.append(found.quality.change.upper - (one.degradation or 0.0))
         done.append(found)
-        if on_measured:
-            on_measured(found)
-        if sum(one.passed for one in done) >= ENOUGH_PASSED:
+        return found.passed
+
+    fastest = -math.inf
+    while len(done) < at_most:
+        fitting = [one for one in waiting if likely(one) and promise(one) > fastest]
+        if not fitting:
             break
+        chosen = max(fitting, key=promise)
+        if take(chosen):
+            fastest = promise(chosen)
+    calmest = nearest_miss(waiting)
+    if winner(done) is None and calmest is not None:
+        take(calmest)
     return done
 
 

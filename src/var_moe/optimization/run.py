@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from var_moe.config import PRESETS, VARConfig
-from var_moe.errors import UsageError, VarMoeError
+from var_moe.errors import UsageError
 from var_moe.evaluation.compare import Evaluator, Progress, SpeedSetting
 from var_moe.optimization.bayesian import bayesian_optimization
+from var_moe.optimization.conclusion import TuneOutcome, conclude, profile_notes, search_notes
 from var_moe.optimization.grid import grid_search
-from var_moe.optimization.journal import JOURNAL_NAME
-from var_moe.optimization.objective import VARObjective, check_bound
+from var_moe.optimization.journal import JOURNAL_NAME, STUDY_NAME
+from var_moe.optimization.objective import VARObjective
+from var_moe.optimization.objective_protocol import check_bound
 from var_moe.optimization.preparation import halves, obtain_profile, read_text
 from var_moe.optimization.random_points import random_search
-from var_moe.optimization.remeasure import Measured, measure, remeasure, winner
+from var_moe.optimization.remeasure import Measured, measure, remeasure
 from var_moe.optimization.results import OptimizationResult, jsonable
-from var_moe.optimization.saving import NEAREST_MISS_FILE, save_optimization_results
-from var_moe.optimization.search_space import SEARCH_SPACE, SearchSpace
-from var_moe.optimization.selection import top_candidates
-from var_moe.optimization.summary import as_text, summary_parts
+from var_moe.optimization.search_space import SEARCH_SPACE, SearchSpace, check_seed
 from var_moe.profiling.collect import DEFAULT_TOKENS
-from var_moe.profiling.profile import RoutingProfile
 from var_moe.storage import check_output_folder
 
 if TYPE_CHECKING:
@@ -33,7 +29,11 @@ if TYPE_CHECKING:
 
 METHODS = ("bayesian", "grid", "random")
 DEFAULT_SAMPLES = 200
-GAIN_WORTH_NAMING = 1.005
+_AT_LEAST = {
+    **dict.fromkeys(("n_calls", "n_points", "final_blocks", "candidates"), 1),
+    **dict.fromkeys(("max_samples", "final_samples"), 2),  # an error needs two documents
+    "calibration_tokens": 1,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,21 +83,12 @@ class TuneSettings:
         check_bound(self.max_degradation)
         if self.method not in METHODS:
             raise UsageError(f"method {self.method!r}: expected one of {', '.join(METHODS)}")
-        for name in ("n_calls", "n_points", "max_samples", "final_blocks", "candidates"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} = {getattr(self, name)}: expected at least 1")
+        check_seed(self.seed)
+        for name, least in _AT_LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UsageError(f"{name} = {value}: expected at least {least}")
         check_output_folder(self.output)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TuneOutcome:
-    """What `tune` found."""
-
-    result: OptimizationResult
-    best: Measured
-    others: tuple[Measured, ...]
-    answer: str
-    parts: tuple[Any, ...]
 
 
 def tune(
@@ -133,6 +124,9 @@ def tune(
         tokens=settings.calibration_tokens,
         progress=progress,
     )
+    kept = [settings.output / name for name in (JOURNAL_NAME, STUDY_NAME)]
+    if settings.resume and not any(path.is_file() for path in kept):
+        say(f"nothing to resume in {settings.output}: a new search begins")
     search_half, ordering_half = halves(validation.documents)
     searched = search_half[: settings.max_samples]
     evaluator = Evaluator(loaded, searched, setting=settings.setting, progress=progress)
@@ -142,6 +136,9 @@ def tune(
     say(_baseline_line(evaluator))
     identity = {
         "model": loaded.name,
+        "revision": loaded.revision,
+        "dtype": loaded.dtype,
+        "device": str(loaded.device.type),
         "dataset": settings.dataset,
         "data_hash": validation.data_hash,
         "profile_hash": profile.hash,
@@ -155,23 +152,20 @@ def tune(
     ordering = ordering_half[: settings.final_samples]
     final = evaluator.with_documents(ordering)
     final.progress = progress
-    candidates = top_candidates(result, settings.candidates)
     measured = remeasure(
-        final, objective, candidates, blocks=settings.final_blocks, at_most=settings.candidates
+        final,
+        objective,
+        result.evaluations,
+        blocks=settings.final_blocks,
+        at_most=settings.candidates,
     )
-    presets = [
-        measure(
-            final,
-            objective,
-            VARConfig.preset(name, mode=settings.mode),
-            name=name,
-            blocks=settings.final_blocks,
-            always_time=True,
-        )
-        for name in PRESETS
+    presets = [_preset(name, measured, final, objective, settings) for name in PRESETS]
+    measured = [one for one in measured if all(one.config != p.config for p in presets)]
+    notes = [
+        *profile_notes(profile, settings.space),
+        *search_notes(result, validation.independent),
+        *final.timing_notes(),
     ]
-    best = winner([*measured, *presets])
-    notes = [*_profile_notes(profile, settings), *_search_notes(result, validation.independent)]
     metadata = {
         "settings": _settings_dict(settings),
         "identity": identity,
@@ -188,8 +182,32 @@ def tune(
         "remeasured": [one.to_dict() for one in (*measured, *presets)],
         "notes": notes,
     }
-    return _conclude(
-        result, best, measured, presets, settings, notes, metadata, top_k=evaluator.top_k
+    return conclude(
+        result,
+        measured=measured,
+        presets=presets,
+        output=settings.output,
+        max_degradation=settings.max_degradation,
+        notes=notes,
+        metadata=metadata,
+        top_k=evaluator.top_k,
+    )
+
+
+def _preset(
+    name: str,
+    measured: Sequence[Measured],
+    final: Evaluator,
+    objective: VARObjective,
+    settings: TuneSettings,
+) -> Measured:
+    """A preset's measurement: the candidate's, where the search proposed the same."""
+    config = VARConfig.preset(name, mode=settings.mode)
+    for one in measured:
+        if one.config == config:
+            return replace(one, name=name)
+    return measure(
+        final, objective, config, name=name, blocks=settings.final_blocks, always_time=True
     )
 
 
@@ -201,6 +219,7 @@ def _search(
         "seed": settings.seed,
         "mode": settings.mode,
         "resume": settings.resume,
+        "confirm": False,  # `tune` measures the best again on text of its own
         "settings": identity,
         "verbose": verbose,
     }
@@ -220,80 +239,6 @@ def _search(
     )
 
 
-def _conclude(
-    result: OptimizationResult,
-    best: Measured | None,
-    measured: Sequence[Measured],
-    presets: Sequence[Measured],
-    settings: TuneSettings,
-    notes: Sequence[str],
-    metadata: Mapping[str, Any],
-    *,
-    top_k: int,
-) -> TuneOutcome:
-    """Choose the answer, write every file, and fail where nothing keeps the bound."""
-    limit = f"{100 * settings.max_degradation:g}%"
-    everything = [*measured, *presets]
-    if best is None:
-        near = min(everything, key=lambda one: one.quality.change.upper)
-        answer = (
-            f"All configurations violate constraint: the smallest degradation is "
-            f"{100 * near.quality.change.value:+.2f}% (95% upper bound "
-            f"{100 * near.quality.change.upper:+.2f}%, bound {limit}) with "
-            f"{near.config.documented()}. It is saved in {settings.output / NEAREST_MISS_FILE}; "
-            "try a larger --max_degradation or wider --bounds."
-        )
-        result = result.replace(best_params=near.config, best_score=near.score)
-        result.extra["nearest_miss"] = near.to_dict()
-    else:
-        assert best.speed is not None
-        default = next(one for one in presets if one.name == "balanced")
-        answer = (
-            f"Fastest configuration with degradation below {limit}: "
-            f"{best.speed.speedup.median:.3f}x at "
-            f"{100 * best.quality.change.value:+.2f}% perplexity (95% upper bound "
-            f"{100 * best.quality.change.upper:+.2f}%), "
-            f"{best.quality.report.experts_per_token:.2f} of {top_k} experts per token."
-        )
-        if _no_better(best, default):
-            answer = (
-                "No improvement found: no configuration that keeps the bound is faster than the "
-                f"default. {answer} Try a larger --max_degradation or wider --bounds."
-            )
-        result = result.replace(best_params=best.config, best_score=best.score)
-        result.extra.pop("nearest_miss", None)
-    others = tuple(one for one in everything if one is not best)
-    named = [_renamed(best)] if best else []
-    parts = summary_parts(
-        best=named[0] if named else None,
-        others=others,
-        answer=answer,
-        notes=notes,
-        max_degradation=settings.max_degradation,
-        top_k=top_k,
-    )
-    save_optimization_results(
-        result, settings.output, metadata={**metadata, "answer": answer}, summary=as_text(parts)
-    )
-    if best is None:
-        raise VarMoeError(answer)
-    return TuneOutcome(result=result, best=best, others=others, answer=answer, parts=tuple(parts))
-
-
-def _renamed(best: Measured) -> Measured:
-    from dataclasses import replace
-
-    return replace(best, name=f"best ({best.name})")
-
-
-def _no_better(best: Measured, default: Measured) -> bool:
-    if best is default:
-        return True
-    if best.speed is None or default.speed is None or not default.passed:
-        return False
-    return best.speed.speedup.median <= GAIN_WORTH_NAMING * default.speed.speedup.median
-
-
 def _baseline_line(evaluator: Evaluator) -> str:
     speeds = ", ".join(
         f"{name} {speed:,.0f}" for name, speed in evaluator.backend_throughputs.items()
@@ -304,44 +249,7 @@ def _baseline_line(evaluator: Evaluator) -> str:
     )
 
 
-def _profile_notes(profile: RoutingProfile, settings: TuneSettings) -> list[str]:
-    """Say plainly where thresholds can't bite on this model."""
-    stats = profile.stats
-    weight = stats["frequency"].to_numpy(np.float64)
-    entropy = stats["mean_entropy"].to_numpy(np.float64)
-    space = settings.space
-    default = VARConfig()
-    reach = float(weight[entropy <= default.entropy_threshold].sum() / weight.sum())
-    top = float(space["entropy_threshold"]["high"]) if "entropy_threshold" in space else 1.5
-    within = float(weight[entropy <= top].sum() / weight.sum())
-    notes = []
-    if reach < 0.001:
-        share = np.quantile(np.repeat(entropy, 1), 0.1)
-        notes.append(
-            f"with the default entropy_threshold {default.entropy_threshold} the fast path is "
-            f"never taken on this model (a tenth of its table entries lie below {share:.2f} nats, "
-            f"of at most {profile.head['entropy_max_nats']:.2f}); what cuts pairs here is "
-            "confidence_threshold"
-            + ("" if within > 0.001 else f", also at the search's highest entropy, {top:g}")
-        )
-    return notes
-
-
-def _search_notes(result: OptimizationResult, independent: bool) -> list[str]:
-    notes = []
-    failed = sum(1 for one in result.evaluations if one.failed)
-    if failed:
-        notes.append(f"{failed} of {result.num_evaluations} evaluations failed; see all_results")
-    if not result.converged:
-        notes.append("the search was still improving at its end: a larger --n_calls may find more")
-    if not independent:
-        notes.append("the text's documents are cut from one text: intervals are too narrow")
-    return notes
-
-
 def _settings_dict(settings: TuneSettings) -> dict[str, Any]:
-    from dataclasses import fields
-
     values = {f.name: getattr(settings, f.name) for f in fields(settings)}
     values["setting"] = settings.setting.to_dict()
     found: dict[str, Any] = jsonable(values)

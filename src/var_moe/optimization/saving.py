@@ -34,8 +34,9 @@ def save_optimization_results(
     """Write a search's files into the folder `dir`, each whole or not at all.
 
     ``best_config.json``, ``optimization_results.json``, ``optimization_metadata.json`` and
-    ``optimization_summary.txt``; also ``nearest_miss.json`` where nothing was feasible, else
-    one of an earlier search is removed. What JSON has no word for (NaN) is written as null.
+    ``optimization_summary.txt``. Where nothing was feasible, ``nearest_miss.json`` takes the
+    place of ``best_config.json``; of the two, one that an earlier search left is removed. What
+    JSON has no word for (NaN) is written as null.
 
     Args:
         result: the search.
@@ -50,13 +51,13 @@ def save_optimization_results(
     origin = provenance()
     best = result.best_params
     config = best.to_dict() if isinstance(best, VARConfig) else jsonable(best)
-    atomic_write_json(folder / CONFIG_FILE, config)
+    found = "nearest_miss" not in result.extra
     atomic_write_json(
         folder / RESULTS_FILE,
         {
             "schema_version": SCHEMA_VERSION,
             "best_score": jsonable(result.best_score),
-            "best_params": config,
+            "best_params": config if found else None,
             "optimization_time": jsonable(result.optimization_time),
             "num_evaluations": result.num_evaluations,
             "converged": result.converged,
@@ -81,11 +82,12 @@ def save_optimization_results(
         ),
     )
     atomic_write_text(folder / SUMMARY_FILE, summary or default_summary(result))
-    miss = folder / NEAREST_MISS_FILE
-    if "nearest_miss" in result.extra:
-        atomic_write_json(miss, jsonable(result.extra["nearest_miss"]))
+    if found:
+        (folder / NEAREST_MISS_FILE).unlink(missing_ok=True)
+        atomic_write_json(folder / CONFIG_FILE, config)
     else:
-        miss.unlink(missing_ok=True)
+        (folder / CONFIG_FILE).unlink(missing_ok=True)
+        atomic_write_json(folder / NEAREST_MISS_FILE, jsonable(result.extra["nearest_miss"]))
 
 
 def default_summary(result: OptimizationResult) -> str:
@@ -99,13 +101,13 @@ def default_summary(result: OptimizationResult) -> str:
         f"{duration(result.optimization_time)}",
         f"best score: {result.best_score:.6g}",
         f"converged: {'yes' if result.converged else 'no'}",
-        "best parameters:",
-        *(f"  {name} = {value}" for name, value in params.items()),
     ]
-    if "nearest_miss" in result.extra:
+    if "nearest_miss" not in result.extra:
+        lines += ["best parameters:", *(f"  {name} = {value}" for name, value in params.items())]
+    else:
         degradation = 100 * result.extra["nearest_miss"]["degradation"]
         lines.append(
-            "All configurations violate the constraint; these are the defaults. Smallest "
+            "All configurations violate the constraint; no best_config.json. Smallest "
             f"degradation: {degradation:.2f}% ({NEAREST_MISS_FILE})"
         )
     return "\n".join(lines) + "\n"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from var_moe.config import VARConfig
+from var_moe.errors import UsageError
 from var_moe.optimization.journal import SearchHeader, Session
 from var_moe.optimization.objective_protocol import Objective, bound_of, run_evaluation
 from var_moe.optimization.progress import SearchProgress
@@ -48,13 +49,24 @@ class Store(Protocol):
         ...
 
 
+@runtime_checkable
+class Confirming(Protocol):
+    """An objective that can measure a search's best again, on more text and for longer."""
+
+    def confirm(self, result: OptimizationResult, /) -> OptimizationResult:
+        """The result with the best configuration as measured again."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions:
     """What every search method takes besides its points.
 
     Args:
         method: name of the method, in the result and in the journal.
-        mode: of the VARConfig in `best_params`.
+        mode: of the VARConfig in `best_params`; None takes the objective's own, else verified.
+        confirm: measure the best again on more text, where the objective can (`Confirming`);
+            what is then best is the fastest that keeps the bound with its upper bound.
         verbose: progress on stderr.
         resume: go on with the search in the store.
         settings: JSON values that decide the results besides the space and the seed (model,
@@ -65,7 +77,8 @@ class SearchOptions:
     """
 
     method: str
-    mode: str = "verified"
+    mode: str | None = None
+    confirm: bool = True
     verbose: bool = True
     resume: bool = False
     settings: dict[str, Any] | None = None
@@ -89,18 +102,16 @@ def run_search(
     Whatever interrupts the search leaves everything finished in the store and passes through.
     """
     started = time.perf_counter()
-    bound = bound_of(objective)
+    bound, mode = bound_of(objective), mode_of(objective, options.mode)
     header = SearchHeader(
         method=options.method,
         seed=seed,
         total=total,
         space={d.name: d.to_dict() for d in dimensions(space)},
-        settings=jsonable(
-            {"mode": options.mode, "max_degradation": bound, **(options.settings or {})}
-        ),
+        settings=jsonable({"mode": mode, "max_degradation": bound, **(options.settings or {})}),
     )
     # Fails on a wrong mode now rather than after the last evaluation.
-    as_best_params(space, defaults(space), options.mode)
+    as_best_params(space, defaults(space), mode)
     session = store.begin(header, resume=options.resume)
     try:
         evaluations = list(session.evaluations)
@@ -110,15 +121,30 @@ def run_search(
     finally:
         store.close()
     earlier = sum(e.seconds + e.suggestion_seconds for e in session.evaluations)
-    return _result(
+    result = _result(
         evaluations,
         space,
         header=session.header,
         bound=bound,
-        mode=options.mode,
+        mode=mode,
         seconds=earlier + time.perf_counter() - started,
         resumed=len(session.evaluations),
     )
+    if options.confirm and isinstance(objective, Confirming) and is_config_space(space):
+        result = objective.confirm(result)
+    return result
+
+
+def mode_of(objective: Objective, asked: str | None) -> str:
+    """The mode of VAR that a search is about.
+
+    Raises:
+        UsageError: the one asked for is not the one that the objective measures.
+    """
+    own = getattr(objective, "mode", None)
+    if asked is not None and own is not None and asked != own:
+        raise UsageError(f"mode = {asked!r}: the objective measures mode {own!r}")
+    return str(asked or own or "verified")
 
 
 def as_best_params(space: SearchSpace, params: Params, mode: str) -> VARConfig | dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 
-from var_moe.optimization.results import Evaluation, OptimizationResult
+from var_moe.optimization.results import Evaluation
 from var_moe.optimization.search_space import point_key
 
 CONVERGENCE_WINDOW = 10
@@ -47,40 +47,22 @@ def has_converged(
     return _score(last) - _score(before) <= gain * abs(_score(before))
 
 
-def top_candidates(result: OptimizationResult, n: int = 5) -> list[Evaluation]:
-    """What deserves a larger measurement, by speedup descending (else by score).
-
-    Up to `n` distinct feasible evaluations, and up to `n` that miss the bound by no more
-    than two standard errors of their degradation: on more text they may well be feasible.
-    An infeasible evaluation counts with its predicted speedup where none was measured.
-    Evaluations that decided alike (equal perplexity, experts per token and tiers, as when
-    only a time to live differs that never expired) count once.
-    """
-    complete = [e for e in result.evaluations if not e.failed and e.score is not None]
-    feasible = _distinct_by_pace([e for e in complete if e.eligible])[:n]
-    near = _distinct_by_pace([e for e in complete if _is_near(e, result.max_degradation)])[:n]
-    return sorted([*feasible, *near], key=pace, reverse=True)
-
-
-def pace(evaluation: Evaluation) -> float:
-    """What orders candidates: the measured speedup, else the predicted one, else the score."""
-    for value in (evaluation.speedup, evaluation.predicted_speedup, evaluation.score):
+def promise(evaluation: Evaluation) -> float:
+    """How fast it should be: by its executed pairs, else as measured, else the score."""
+    for value in (evaluation.predicted_speedup, evaluation.speedup, evaluation.score):
         if value is not None and math.isfinite(value):
             return value
     return -math.inf
 
 
-def _is_near(evaluation: Evaluation, bound: float | None) -> bool:
-    if evaluation.feasible is not False or bound is None:
-        return False
-    if evaluation.degradation is None or evaluation.degradation_se is None:
-        return False
-    return evaluation.degradation <= bound + 2 * evaluation.degradation_se
+def distinct_evaluations(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """The most promising first; those that decided alike count once.
 
-
-def _distinct_by_pace(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    Alike: equal perplexity, experts per token and tiers, as when only a time to live differs
+    that never expired.
+    """
     kept: dict[Hashable, Evaluation] = {}
-    for evaluation in sorted(evaluations, key=pace, reverse=True):
+    for evaluation in sorted(evaluations, key=promise, reverse=True):
         kept.setdefault(_behaviour(evaluation), evaluation)
     by_point: dict[Hashable, Evaluation] = {}
     for evaluation in kept.values():

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 
+MET = {True: "yes", False: "NO", None: "-"}
+"""How a criterion's `met` is shown."""
+
+
 def result_table(rows: Sequence[Measured], *, baseline_tps: float | None, top_k: int) -> Any:
     """One row per configuration, the unmodified model first."""
     from rich.table import Table
@@ -82,7 +86,7 @@ def summary_parts(
             speedups=[best.speed.speedup.median],
             learned_pct=best.quality.report.learned_pct,
         ):
-            criteria.add_row(row["name"], row["measured"], "yes" if row["met"] else "NO")
+            criteria.add_row(row["name"], row["measured"], MET[row["met"]])
         parts += ["", criteria]
     parts += [f"Note: {note}" for note in notes]
     return parts

@@ -9,11 +9,14 @@ from var_moe.config import VARConfig
 from var_moe.errors import UsageError
 from var_moe.evaluation.compare import Evaluator, Progress, Speed, SpeedSetting
 from var_moe.optimization.criteria import success_criteria
-from var_moe.optimization.objective import VARObjective, check_bound
+from var_moe.optimization.objective import VARObjective
+from var_moe.optimization.objective_protocol import check_bound
 from var_moe.optimization.preparation import PROFILE_FOLDER, read_text, sample_documents
 from var_moe.optimization.results import jsonable
 from var_moe.optimization.saving import METADATA_FILE
 from var_moe.profiling.profile import RoutingProfile
+from var_moe.routing.random_skip import RandomSkipPolicy
+from var_moe.routing.ranking import leading_count
 from var_moe.storage import SCHEMA_VERSION, atomic_write_json, provenance, read_json
 
 if TYPE_CHECKING:
@@ -38,19 +41,23 @@ def find_profile(config_path: Path, given: Path | None) -> RoutingProfile:
     recorded: dict[str, Any] = {}
     if metadata_path.is_file():
         recorded = read_json(metadata_path, what="metadata of a search").get("profile", {})
-    places = [given] if given else []
+    # Beside the configuration first: a results folder may have been moved.
+    places = [given] if given else [config_path.parent / PROFILE_FOLDER]
     if not given and recorded.get("path"):
-        # Beside the configuration first: a results folder may have been moved.
-        places = [config_path.parent / PROFILE_FOLDER, Path(recorded["path"])]
+        places.append(Path(recorded["path"]))
+    other = ""
     for place in places:
-        if given or place.is_dir():
-            profile = RoutingProfile.load(place)
-            if recorded.get("hash") not in (None, profile.hash):
-                raise UsageError(
-                    f"{place}: not the profile that {config_path} was found with (hash "
-                    f"{profile.hash[:12]}, expected {str(recorded['hash'])[:12]})"
-                )
+        if not given and not place.is_dir():
+            continue
+        profile = RoutingProfile.load(place)
+        if recorded.get("hash") in (None, profile.hash):
             return profile
+        other = (
+            f"{place}: not the profile that {config_path} was found with (hash "
+            f"{profile.hash[:12]}, expected {str(recorded['hash'])[:12]})"
+        )
+    if other:
+        raise UsageError(other)
     raise UsageError(
         f"{config_path}: no profile beside it; give the one it was tuned with as --profile FOLDER"
     )
@@ -66,6 +73,7 @@ def validate(
     output: Path | None = None,
     profile_path: Path | None = None,
     max_samples: int | None = None,
+    mode: str | None = None,
     runs: int = RUNS,
     blocks: int = BLOCKS,
     setting: SpeedSetting | None = None,
@@ -85,6 +93,7 @@ def validate(
         output: folder for the result; the configuration's own by default.
         profile_path: profile folder, where none lies beside the configuration.
         max_samples: score at most so many documents (a seeded sample).
+        mode: overrides the configuration's mode, for a file with the six fields alone.
         runs: throughput runs.
         blocks: timed blocks per arm and run.
         setting: batch that throughput is measured on.
@@ -99,6 +108,8 @@ def validate(
     if runs < 3:
         raise UsageError(f"runs = {runs}: expected at least 3, to tell a spread")
     config = VARConfig.load(config_path)
+    if mode is not None and mode != config.mode:
+        config = config.replace(mode=mode, residuals=None)
     profile = find_profile(config_path, profile_path)
     profile.check_loaded(loaded)
     text = read_text(dataset, split, loaded)
@@ -107,6 +118,12 @@ def validate(
     evaluator = Evaluator(loaded, documents, setting=setting or SpeedSetting(), progress=progress)
     objective = VARObjective(evaluator, profile, max_degradation=bound, mode=config.mode)
     quality = evaluator.quality(objective.policy(config))
+    half = leading_count(evaluator.top_k)
+    kept = quality.report.experts_per_token
+    share = (evaluator.top_k - kept) / max(1, evaluator.top_k - half)
+    control = evaluator.quality(
+        RandomSkipPolicy(min(max(share, 0.0), 1.0)), what="random skip: perplexity"
+    )
     speeds = [evaluator.speed(objective.policy(config), blocks=blocks) for _ in range(runs)]
     noise = evaluator.noise_floor(blocks=blocks)
     middle = sorted(speeds, key=lambda one: one.speedup.median)[len(speeds) // 2]
@@ -116,6 +133,10 @@ def validate(
         "text": text.to_dict(),
         **quality.to_dict(),
         **middle.to_dict(),
+        # Perplexity is deterministic: scored once, it holds for every run.
+        "perplexity_scored_once": True,
+        "random_skip": control.to_dict(),
+        "notes": evaluator.timing_notes(),
         "predicted_speedup": evaluator.predicted_speedup(quality.report.experts_per_token),
         "noise_floor": noise.to_dict(),
         "runs": [one.to_dict() for one in speeds],

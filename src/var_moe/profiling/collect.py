@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from var_moe.errors import UsageError, VarMoeError
 from var_moe.evaluation.batching import Window, batches, collate
-from var_moe.models.router_hooks import RouterLogits
+from var_moe.models.router_hooks import RouterLogits, router_fingerprint
 from var_moe.models.seam import attach, detach, experts_modules, pair_backend
 from var_moe.models.seam import weighted_sum as weighted
 from var_moe.profiling.profile import RoutingProfile, profile_hash
 from var_moe.profiling.residuals import ResidualFit
 from var_moe.profiling.statistics import RoutingStatistics
 from var_moe.routing.ranking import leading_count, rank_slots, routing_mass
-from var_moe.storage import SCHEMA_VERSION, atomic_write, provenance
+from var_moe.storage import SCHEMA_VERSION, atomic_write, provenance, sha256_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 DEFAULT_TOKENS = 400_000
 """Calibration size unless told otherwise: `frequency_threshold` counts in a text of this size."""
-_CHECKPOINT_EVERY = 50  # forwards
+_CHECKPOINT_EVERY = 10  # forwards: some seconds of work
 
 
 class _Collector:
@@ -123,7 +123,8 @@ def collect_profile(
     modules = experts_modules(model)
     experts = int(getattr(modules[0][1], "num_experts", 0)) if modules else 0
     collector = _Collector(len(modules), experts, backend)
-    key = f"{data_hash}:{loaded.tokenizer_hash}:{sum(len(d.ids) for d in chosen)}"
+    weights = sha256_of([str(router_fingerprint(model))])
+    key = f"{data_hash}:{loaded.tokenizer_hash}:{weights}:{sum(len(d.ids) for d in chosen)}"
     done = _resume(collector, checkpoint, key)
     total = sum(len(document.ids) for document in chosen)
     before = attach(model, collector)
@@ -211,6 +212,7 @@ def _finish(loaded: LoadedModel, collector: _Collector, source: dict[str, Any]) 
         "model": loaded.name,
         "revision": loaded.revision,
         "tokenizer_hash": loaded.tokenizer_hash,
+        "routers": router_fingerprint(loaded.model),
         **source,
         "tokens": statistics.tokens,
         "layers": collector.layers,

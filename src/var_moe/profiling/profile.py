@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from var_moe.errors import UsageError
+from var_moe.models.router_hooks import router_fingerprint
 from var_moe.routing.fast_path import ResidualMeans, RoutingTable
 from var_moe.storage import (
     SCHEMA_VERSION,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 STATS_FILE = "routing_stats.parquet"
 RESIDUALS_FILE = "residuals.safetensors"
 HEAD_FILE = "profile.json"
+FINGERPRINT_TOLERANCE = 0.005  # a dtype's rounding stays far below, another training far above
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,14 @@ class RoutingProfile:
                     f"profile of model {head['model']!r} does not fit model {loaded.name!r}: "
                     f"another {what}; make one with `var-moe profile --model {loaded.name}`"
                 )
+        before, now = head.get("routers", []), router_fingerprint(loaded.model)
+        comparable = len(before) == len(now) > 0
+        if comparable and not np.allclose(before, now, rtol=FINGERPRINT_TOLERANCE):
+            raise UsageError(
+                f"profile of model {head['model']!r} does not fit model {loaded.name!r}: the "
+                "routers have other weights; make one with "
+                f"`var-moe profile --model {loaded.name}`"
+            )
 
     def save(self, folder: str | Path) -> None:
         """Write the folder; the head comes last, so that a folder with a head is whole."""

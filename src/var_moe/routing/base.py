@@ -16,6 +16,9 @@ class RoutingPolicy(ABC):
     layer in order. It looks at no future token and changes neither the model nor its inputs.
     """
 
+    context_window: int = 1
+    """Token ids that a decision depends on, the token's own included."""
+
     @abstractmethod
     def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
         """Decide one layer.

@@ -40,6 +40,17 @@ class _Meeting:
     position: Tensor  # (T,) 0..T-1
     entries: int
 
+    def to(self, device: torch.device) -> _Meeting:
+        """The same on another device."""
+        return _Meeting(
+            local=self.local.to(device),
+            inserts=self.inserts.to(device),
+            before=self.before.to(device),
+            after=self.after.to(device),
+            position=self.position.to(device),
+            entries=self.entries,
+        )
+
 
 @dataclass(frozen=True)
 class Hits:
@@ -66,7 +77,7 @@ class ContextCache:
         self._rows = 0
         self._forward = 0
         self._store: dict[int, tuple[Tensor, Tensor]] = {}
-        self._meeting: _Meeting | None = None
+        self._meetings: dict[torch.device, _Meeting] = {}  # the running forward's, per device
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -77,7 +88,7 @@ class ContextCache:
         self._store.clear()
         self._free.clear()
         self._rows = 0
-        self._meeting = None
+        self._meetings.clear()
         self.clock.reset()
 
     def _drop(self, entry: _Entry) -> None:
@@ -108,7 +119,7 @@ class ContextCache:
             if row in fresh_rows:
                 self._drop_all()
             walk.row(key_rows[row], valid_rows[row], counted_rows[row])
-        self._meeting = walk.meeting(counted_flat, keys.device)
+        self._meetings = {keys.device: walk.meeting(counted_flat, keys.device)}
         self._forward += 1
 
     def layer(self, layer: int, index: Tensor, weight: Tensor, admit: Tensor) -> Hits:
@@ -120,9 +131,11 @@ class ContextCache:
             weight: (T, leading) their weights.
             admit: (T,) bool, whether the decision is confident enough to be stored.
         """
-        met = self._meeting
-        if met is None:
+        if not self._meetings:
             raise RuntimeError("ContextCache.layer before begin")
+        if index.device not in self._meetings:
+            self._meetings[index.device] = next(iter(self._meetings.values())).to(index.device)
+        met = self._meetings[index.device]
         store_index, store_weight = self._storage(layer, index, weight)
         known = met.before >= 0  # (entries + 1,)
         held_index = store_index[met.before]

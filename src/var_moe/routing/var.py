@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from var_moe.config import VARConfig
+from var_moe.errors import UsageError
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.clock import Clock, TokenClock
-from var_moe.routing.context_cache import ContextCache
+from var_moe.routing.context_cache import ContextCache, Hits
 from var_moe.routing.decision import Residual, Routing, Tier, TokenBatch
 from var_moe.routing.fast_path import ResidualMeans, RoutingTable
 from var_moe.routing.keys import context_keys
 from var_moe.routing.ranking import leading_count, rank_slots, routing_mass
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer's part of the profile, on the device that the layer runs on."""
+
+    eligible: Tensor | None  # (V,) bool, None where no token can be on the fast path
+    index: Tensor  # (V, leading) leading experts of the table
+    weight: Tensor  # (V, leading)
+    residual: Tensor | None  # (rows + 1, D)
 
 
 class VARPolicy(RoutingPolicy):
@@ -23,6 +36,9 @@ class VARPolicy(RoutingPolicy):
         table: the static table of a profile of the same model.
         residuals: residual means of the same profile; needed where the config uses them.
         clock: time for the cache's entries; by default virtual, a thousand tokens a second.
+
+    Raises:
+        UsageError: the config uses residual means, and none are given.
     """
 
     def __init__(
@@ -33,6 +49,11 @@ class VARPolicy(RoutingPolicy):
         residuals: ResidualMeans | None = None,
         clock: Clock | None = None,
     ) -> None:
+        if config.uses_residuals and residuals is None:
+            raise UsageError(
+                "this VARConfig adds residual means: give VARPolicy the profile's "
+                "(residuals=profile.residuals), or set residuals=False in the config"
+            )
         self.config = config
         self.table = table
         self.residuals = residuals if config.uses_residuals else None
@@ -41,9 +62,11 @@ class VARPolicy(RoutingPolicy):
             ttl_seconds=config.cache_ttl_seconds,
             clock=clock or TokenClock(),
         )
+        self.context_window = config.context_window_size
         self._eligible = table.eligible(config.frequency_threshold, config.entropy_threshold)
         self._any_eligible = self._eligible.any(dim=1).tolist()
-        self._ids = torch.empty(0, dtype=torch.int64)
+        self._layers: dict[int, _Layer] = {}
+        self._ids: dict[torch.device, Tensor] = {}  # (T,) this forward's ids, per device
         self._document: int | None = None
 
     def reset(self) -> None:
@@ -51,7 +74,8 @@ class VARPolicy(RoutingPolicy):
         self._document = None
 
     def begin(self, batch: TokenBatch) -> None:
-        self._ids = batch.ids.reshape(-1)
+        ids = batch.ids.reshape(-1)
+        self._ids = {ids.device: ids}
         fresh = self._fresh_rows(batch) if self.config.cache_scope == "document" else set()
         keys = context_keys(batch, self.config.context_window_size)
         self.cache.begin(keys, batch.valid, batch.counted, fresh)
@@ -66,6 +90,25 @@ class VARPolicy(RoutingPolicy):
             self._document = document
         return fresh
 
+    def _on(self, device: torch.device) -> Tensor:
+        """The forward's token ids on a layer's device; a model may be spread over several."""
+        if device not in self._ids:
+            self._ids[device] = next(iter(self._ids.values())).to(device)
+        return self._ids[device]
+
+    def _part(self, layer: int, device: torch.device) -> _Layer:
+        """The layer's part of the profile, moved to its device when first needed there."""
+        part = self._layers.get(layer)
+        if part is None or part.index.device != device:
+            means = self.residuals
+            part = self._layers[layer] = _Layer(
+                eligible=self._eligible[layer].to(device) if self._any_eligible[layer] else None,
+                index=self.table.index[layer].to(device),
+                weight=self.table.weight[layer].to(device),
+                residual=None if means is None else means.table[layer].to(device),
+            )
+        return part
+
     def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
         lead = leading_count(index.shape[1])
         rank = rank_slots(index, weight)  # (T, K)
@@ -73,9 +116,10 @@ class VARPolicy(RoutingPolicy):
         lead_index, lead_weight = ranked_index[:, :lead], ranked_weight[:, :lead]
         confident = routing_mass(lead_weight, weight) >= self.config.confidence_threshold
         hits = self.cache.layer(layer, lead_index, lead_weight, confident)
-        fast = self._fast(layer, index)
+        part, ids = self._part(layer, index.device), self._on(index.device)
+        fast = None if part.eligible is None else part.eligible[ids]
         if self.config.mode == "plain":
-            return self._plain(layer, index, weight, fast, hits.hit, hits.index, hits.weight)
+            return self._plain(part, ids, index, weight, fast, hits)
 
         # Verified: the table or the slot only licenses the cut; its first expert must be among
         # those that the router itself puts first. A refused licence makes the token LEARNED.
@@ -83,7 +127,7 @@ class VARPolicy(RoutingPolicy):
         licensed_cached = hits.hit & agree
         tier = torch.where(licensed_cached, int(Tier.CACHED), int(Tier.LEARNED))
         if fast is not None:
-            expected = self.table.index[layer, self._ids, :1]
+            expected = part.index[ids, :1]
             licensed_fast = (lead_index == expected).any(dim=1)
             fast_tier = torch.where(licensed_fast, int(Tier.FAST), int(Tier.LEARNED))
             tier = torch.where(fast, fast_tier, tier)
@@ -99,35 +143,26 @@ class VARPolicy(RoutingPolicy):
             index=torch.empty_like(index).scatter_(1, rank, out_index),
             weight=torch.empty_like(weight).scatter_(1, rank, out_weight),
             tier=tier.to(torch.uint8),
-            residual=self._residual(layer, ranked_index, cut, total - kept, lead),
+            residual=self._residual(part, ranked_index, cut, total - kept, lead),
         )
-
-    def _fast(self, layer: int, index: Tensor) -> Tensor | None:
-        """(T,) bool, or None where no token of this layer can be on the fast path."""
-        if not self._any_eligible[layer]:
-            return None
-        return self._eligible[layer, self._ids].to(index.device)
 
     def _plain(
         self,
-        layer: int,
+        part: _Layer,
+        ids: Tensor,
         index: Tensor,
         weight: Tensor,
         fast: Tensor | None,
-        hit: Tensor,
-        hit_index: Tensor,
-        hit_weight: Tensor,
+        hits: Hits,
     ) -> Routing:
         """Documented VAR: the stored experts run unseen, in the first slots."""
-        lead = hit_index.shape[1]
-        tier = torch.where(hit, int(Tier.CACHED), int(Tier.LEARNED))
-        stored_index, stored_weight = hit_index, hit_weight
+        lead = hits.index.shape[1]
+        tier = torch.where(hits.hit, int(Tier.CACHED), int(Tier.LEARNED))
+        stored_index, stored_weight = hits.index, hits.weight
         if fast is not None:
             tier = torch.where(fast, int(Tier.FAST), tier)
-            stored_index = torch.where(
-                fast[:, None], self.table.index[layer, self._ids], stored_index
-            )
-            table_weight = self.table.weight[layer, self._ids].to(weight.dtype)
+            stored_index = torch.where(fast[:, None], part.index[ids], stored_index)
+            table_weight = part.weight[ids].to(weight.dtype)
             stored_weight = torch.where(fast[:, None], table_weight, stored_weight)
         replaced = (tier != Tier.LEARNED)[:, None]
         share = stored_weight / stored_weight.sum(dim=1, keepdim=True)
@@ -139,9 +174,9 @@ class VARPolicy(RoutingPolicy):
         return Routing(index=out_index, weight=out_weight, tier=tier.to(torch.uint8))
 
     def _residual(
-        self, layer: int, ranked_index: Tensor, cut: Tensor, dropped_weight: Tensor, lead: int
+        self, part: _Layer, ranked_index: Tensor, cut: Tensor, dropped_weight: Tensor, lead: int
     ) -> Residual | None:
-        if self.residuals is None or lead == ranked_index.shape[1]:
+        if self.residuals is None or part.residual is None or lead == ranked_index.shape[1]:
             return None
         row = self.residuals.row(ranked_index[:, 0], ranked_index[:, -1], cut)
-        return Residual(table=self.residuals.table[layer], row=row, scale=dropped_weight)
+        return Residual(table=part.residual, row=row, scale=dropped_weight)

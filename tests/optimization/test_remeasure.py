@@ -1,0 +1,99 @@
+"""Which evaluations are measured again, and who wins, on figures made by hand."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from var_moe.config import VARConfig
+from var_moe.optimization import remeasure as room
+from var_moe.optimization.results import Evaluation
+
+BOUND = 0.01
+
+
+def evaluation(number, pace, degradation, *, se=0.001):
+    return Evaluation(
+        params={"frequency_threshold": number},
+        score=pace,
+        predicted_speedup=pace,
+        degradation=degradation,
+        degradation_se=se,
+        feasible=degradation <= BOUND,
+    )
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Runs `remeasure` where the new text costs `shift` more than the search's; names tried."""
+
+    def start(evaluations, *, shift, at_most=8):
+        truth = {e.params["frequency_threshold"]: e for e in evaluations}
+        tried = []
+
+        def measure(_evaluator, objective, config, *, name, blocks):
+            number = config.frequency_threshold
+            tried.append(number)
+            value = truth[number].degradation + shift
+            change = SimpleNamespace(value=value, upper=value + 0.001)
+            passed = change.upper < objective.max_degradation
+            pace = truth[number].predicted_speedup
+            speed = SimpleNamespace(speedup=SimpleNamespace(median=pace)) if passed else None
+            return room.Measured(
+                name=name,
+                config=config,
+                quality=SimpleNamespace(change=change, report=SimpleNamespace(learned_pct=90)),
+                speed=speed,
+                max_degradation=BOUND,
+            )
+
+        monkeypatch.setattr(room, "measure", measure)
+        objective = SimpleNamespace(
+            max_degradation=BOUND, config=lambda params: VARConfig.from_dict(params)
+        )
+        done = room.remeasure(None, objective, evaluations, blocks=1, at_most=at_most)
+        return tried, room.winner(done)
+
+    return start
+
+
+LINE = [evaluation(n, 1.0 + n / 100, 0.001 * n) for n in range(1, 15)]
+"""The faster, the worse: number n costs n tenths of a percent."""
+
+
+def test_the_fastest_that_is_likely_to_pass_comes_first(run):
+    tried, best = run(LINE, shift=0.0)
+    # 8 + 1.645 standard errors is the last below 10 tenths; by its measurement, nothing faster is.
+    assert tried == [8]
+    assert best.config.frequency_threshold == 8
+
+
+def test_kinder_text_lets_a_near_miss_win(run):
+    tried, best = run(LINE, shift=-0.004)
+    assert tried[0] == 8
+    assert best.config.frequency_threshold == 12  # 1.2 - 0.4 + 0.1 is below 1
+    assert best.config.frequency_threshold == max(tried)
+
+
+def test_harsher_text_leads_down_to_a_safe_one(run):
+    tried, best = run(LINE, shift=0.005)
+    assert tried == [8, 3]  # learned from the first: 0.6 above what the search saw
+    assert best.config.frequency_threshold == 3
+
+
+def test_where_nothing_passes_the_calmest_is_measured_last(run):
+    tried, best = run(LINE, shift=0.02)
+    assert best is None
+    assert tried[-1] == 1
+
+
+def test_no_more_than_asked_but_for_the_calmest(run):
+    tried, best = run(LINE, shift=0.02, at_most=1)
+    assert best is None
+    assert tried == [8, 1]
+
+
+def test_the_bound_itself_is_not_below_the_bound(run):
+    tried, best = run([evaluation(1, 1.5, 0.009, se=0.0)], shift=0.0)
+    assert (tried, best) == ([1], None)
