@@ -94,6 +94,17 @@ def test_no_more_than_asked_but_for_the_calmest(run):
     assert tried == [8, 1]
 
 
-def test_the_bound_itself_is_not_below_the_bound(run):
-    tried, best = run([evaluation(1, 1.5, 0.009, se=0.0)], shift=0.0)
-    assert (tried, best) == ([1], None)
+@pytest.mark.parametrize(("upper", "passes"), [(0.0099, True), (BOUND, False), (0.02, False)])
+def test_the_bound_itself_is_not_below_the_bound(upper, passes):
+    measured = room.Measured(
+        name="one",
+        config=VARConfig(),
+        quality=SimpleNamespace(
+            change=SimpleNamespace(value=0.005, upper=upper), report=SimpleNamespace(learned_pct=5)
+        ),
+        speed=SimpleNamespace(speedup=SimpleNamespace(median=1.25)),
+        max_degradation=BOUND,
+    )
+    assert measured.passed is passes
+    assert measured.score == pytest.approx(1.35 if passes else -100 * (1 + upper))
+    assert (room.winner([measured]) is not None) is passes
