@@ -6,38 +6,16 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from torch import Tensor
+from contract import DropLastPair, Failing, logits
 
 from var_moe.apply import routed
 from var_moe.config import VARConfig
 from var_moe.errors import UsageError
 from var_moe.models.seam import experts_modules
-from var_moe.routing.decision import Routing, Tier
+from var_moe.routing.decision import Tier
 from var_moe.routing.fast_path import ResidualMeans, RoutingTable
 from var_moe.routing.native import NativePolicy
 from var_moe.routing.var import VARPolicy
-
-
-class DropLastPair(NativePolicy):
-    """Keeps all pairs but one, the last token's last, in the last layer."""
-
-    def __init__(self, layer: int) -> None:
-        self.layer = layer
-
-    def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
-        routing = super().route(layer, index, weight)
-        if layer != self.layer:
-            return routing
-        index = index.clone()
-        index[-1, -1] = -1
-        return Routing(index=index, weight=weight, tier=routing.tier)
-
-
-class Failing(NativePolicy):
-    def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
-        if layer == 1:
-            raise RuntimeError("policy failed")
-        return super().route(layer, index, weight)
 
 
 @pytest.fixture(params=[1, 2, 8], ids=lambda k: f"top{k}")
@@ -48,13 +26,6 @@ def model(request, make_tiny_mixtral):
 @pytest.fixture
 def ids():
     return torch.randint(0, 300, (3, 40), generator=torch.Generator().manual_seed(1))
-
-
-def logits(model, ids, backend=None):
-    if backend:
-        model.set_experts_implementation(backend)
-    with torch.inference_mode():
-        return model(input_ids=ids, use_cache=False).logits
 
 
 # Relative to the logits' norm: below float32 a rounding can turn a near-tie between experts.

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from var_moe.routing.ranking import leading_count, rank_slots, routing_mass
+from var_moe.routing.ranking import leading_count, rank_slots, rescaled, routing_mass, shares
 
 
 @pytest.mark.parametrize(("top_k", "leading"), [(1, 1), (2, 1), (3, 2), (4, 2), (5, 3), (8, 4)])
@@ -54,3 +54,12 @@ def test_routing_mass_is_the_share_of_the_leading_weights() -> None:
 def test_routing_mass_of_all_experts_is_exactly_one() -> None:
     weight = torch.tensor([[0.1], [0.7], [0.0]])
     assert routing_mass(weight, weight).tolist() == [1.0, 1.0, 1.0]
+
+
+def test_shares_and_rescaled_weights_by_hand():
+    weight = torch.tensor([[3.0, 1.0], [0.5, 0.0], [0.0, 0.0]])
+    assert shares(weight).tolist() == [[0.75, 0.25], [1.0, 0.0], [0.0, 0.0]]
+    scaled = rescaled(weight, kept=weight[:, 0], total=weight.sum(1))
+    # A token without any weight, as of a router that can skip the experts, stays without.
+    assert scaled[:, 0].tolist() == [4.0, 0.5, 0.0]
+    assert scaled[2].tolist() == [0.0, 0.0]

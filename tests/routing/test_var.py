@@ -95,6 +95,15 @@ def test_tokens_rare_or_hard_to_predict_are_not_fast(entry: tuple[int, float]) -
         assert route(policy(config, table), [0], [UNSURE]).tier.tolist() == [LEARNED]
 
 
+@pytest.mark.parametrize("config", [PLAIN, VERIFIED], ids=["plain", "verified"])
+@pytest.mark.parametrize("choice", [([5], [0.0]), ([5, 2], [0.0, 0.0])], ids=["top1", "top2"])
+def test_a_token_without_any_weight_stays_without(config: VARConfig, choice: Choice) -> None:
+    """A router that can skip the experts gives such tokens a weight of zero."""
+    for table in ({}, known((5, 0.6))):
+        routing = route(policy(config, table, top_k=len(choice[0])), [0], [choice])
+        assert routing.weight.eq(0).all()
+
+
 # -- verified ----------------------------------------------------------------------------------
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from var_moe.errors import UsageError
+from var_moe.models.router_scores import Score, entropy, find_score
+from var_moe.models.seam import experts_modules
 
 
 def router_fingerprint(model: Any) -> list[float]:
@@ -21,8 +22,12 @@ def router_fingerprint(model: Any) -> list[float]:
     Nearly the same in every dtype that the weights are loaded in. Empty where the routers are
     not found or their weights are not in memory (offloaded).
     """
+    try:
+        routers = _routers(model)
+    except UsageError:
+        return []
     norms: list[float] = []
-    for module, _ in _recorders(model):
+    for module, _ in routers:
         weight = next((p for p in module.parameters() if p.dim() == 2), None)
         if weight is None or weight.device.type == "meta":
             return []
@@ -34,25 +39,17 @@ class RouterLogits:
     """Holds the newest router logits of each MoE layer while the ``with`` block runs.
 
     Raises:
-        UsageError: the model does not say where its router logits are, or not one per layer.
+        UsageError: the model does not say where its router logits are, or not of every layer.
     """
 
     def __init__(self, model: Any, layers: int) -> None:
-        self._model, self._layers = model, layers
+        self._model = model
         self._newest: list[Tensor | None] = [None] * layers
+        self._scores: list[Score | None] = [None] * layers
         self._handles: list[Any] = []
-        config = model.config.get_text_config()
-        self._sigmoid = "sigmoid" in str(getattr(config, "scoring_func", "softmax"))
 
     def __enter__(self) -> RouterLogits:
-        found = _recorders(self._model)
-        if len(found) != self._layers:
-            raise UsageError(
-                f"model type {self._model.config.model_type!r}: found {len(found)} routers for "
-                f"{self._layers} experts modules; its _can_record_outputs['router_logits'] must "
-                "name the router of every layer"
-            )
-        for layer, (module, position) in enumerate(found):
+        for layer, (module, position) in enumerate(_routers(self._model)):
             self._handles.append(module.register_forward_hook(self._keep(layer, position)))
         return self
 
@@ -72,36 +69,61 @@ class RouterLogits:
 
         return hook
 
-    def entropy(self, layer: int) -> Tensor:
-        """Router entropy in nats over all E experts, for the forward that runs. (T,)"""
+    def entropy(self, layer: int, index: Tensor, weight: Tensor) -> Tensor:
+        """Router entropy in nats over all E experts, for the forward that runs. (T,)
+
+        Args:
+            layer: MoE layer number.
+            index: (T, K) the router's decision, which tells what its logits mean.
+            weight: (T, K) its weights.
+        """
         logits = self._newest[layer]
         assert logits is not None
         self._newest[layer] = None
         logits = logits.reshape(-1, logits.shape[-1]).float()
-        if self._sigmoid:
-            scores = logits.sigmoid()
-            shares = scores / scores.sum(dim=-1, keepdim=True)
-        else:
-            shares = logits.softmax(dim=-1)
-        total: Tensor = torch.special.entr(shares).sum(dim=-1)
-        return total
+        score = self._scores[layer] or find_score(logits, index, weight)
+        self._scores[layer] = score
+        return entropy(score(logits))
 
 
-def _recorders(model: Any) -> list[tuple[Any, int]]:
-    """Router modules in layer order, each with the place of the logits in its output."""
+def _routers(model: Any) -> list[tuple[Any, int]]:
+    """The router of each experts module, in layer order, with the place of its logits."""
+    recorder = _recorder(model)
+    names = [name for name, _ in experts_modules(model)]
+    blocks = [name.rpartition(".")[0] + "." for name in names]
+    recorded = [
+        name
+        for name, module in model.named_modules()
+        if recorder is not None
+        and isinstance(module, recorder.target_class)
+        and (recorder.layer_name is None or recorder.layer_name in name)
+    ]
+    # A block's router stands at one place in it. A layer with a router of another class (one
+    # that looks experts up by token id) is not recorded, but has it at the same place.
+    places = {
+        name.removeprefix(block) for block in blocks for name in recorded if name.startswith(block)
+    }
+    modules = dict(model.named_modules())
+    found = []
+    for name, block in zip(names, blocks, strict=True):
+        routers = [modules[block + place] for place in sorted(places) if block + place in modules]
+        if recorder is None or len(routers) != 1:
+            raise UsageError(
+                f"model type {model.config.model_type!r}: {len(routers)} routers found for experts "
+                f"module {name!r}; expected one at the place that its "
+                "_can_record_outputs['router_logits'] names"
+            )
+        found.append((routers[0], int(recorder.index)))
+    return found
+
+
+def _recorder(model: Any) -> Any:
+    """Where the model says that its router logits are, or None."""
     from transformers.utils.output_capturing import OutputRecorder
 
     for part in model.modules():
-        recorded = getattr(part, "_can_record_outputs", None) or {}
-        recorder = recorded.get("router_logits")
-        if recorder is None:
-            continue
-        if not isinstance(recorder, OutputRecorder):
-            recorder = OutputRecorder(recorder, index=0)
-        return [
-            (module, recorder.index)
-            for name, module in part.named_modules()
-            if isinstance(module, recorder.target_class)
-            and (recorder.layer_name is None or recorder.layer_name in name)
-        ]
-    return []
+        recorder = (getattr(part, "_can_record_outputs", None) or {}).get("router_logits")
+        if recorder is not None:
+            known = isinstance(recorder, OutputRecorder)
+            return recorder if known else OutputRecorder(recorder, index=0)
+    return None

@@ -96,11 +96,11 @@ class SortedExperts:
 
 def _product(rows: Tensor, right: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
     """(P, I) @ (I, O) + (O,)."""
-    if out is None:
-        return F.linear(rows, right.t(), bias)
+    product = F.linear(rows, right.t()) if out is None else torch.mm(rows, right, out=out)
     if bias is None:
-        return torch.mm(rows, right, out=out)
-    return torch.addmm(bias, rows, right, out=out)
+        return product
+    # Added after rounding, as `grouped_mm` does: `addmm` rounds once, which is not the same.
+    return product.add_(bias)
 
 
 def _activate(module: Any, inner: Tensor, *, in_place: bool) -> Tensor:
@@ -119,8 +119,9 @@ def _is_plain_silu(module: Any) -> bool:
     from transformers.activations import SiLUActivation
     from transformers.integrations.moe import _default_apply_gate
 
-    silu = isinstance(module.act_fn, (SiLUActivation, nn.SiLU))
-    return silu and type(module)._apply_gate is _default_apply_gate
+    if type(module)._apply_gate is not _default_apply_gate:
+        return False  # such a class need not have an act_fn
+    return isinstance(module.act_fn, (SiLUActivation, nn.SiLU))
 
 
 def _width(module: Any) -> int:

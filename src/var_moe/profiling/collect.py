@@ -18,7 +18,7 @@ from var_moe.models.seam import weighted_sum as weighted
 from var_moe.profiling.profile import RoutingProfile, profile_hash
 from var_moe.profiling.residuals import ResidualFit
 from var_moe.profiling.statistics import RoutingStatistics
-from var_moe.routing.ranking import leading_count, rank_slots, routing_mass
+from var_moe.routing.ranking import leading_count, rank_slots, routing_mass, shares
 from var_moe.storage import SCHEMA_VERSION, atomic_write, provenance, sha256_of
 
 if TYPE_CHECKING:
@@ -72,10 +72,10 @@ class _Collector:
         self.statistics.add(
             layer,
             self._rows,
-            entropy=self.logits.entropy(layer)[at],
+            entropy=self.logits.entropy(layer, index, weight)[at],
             confidence=routing_mass(ranked_weight[:, :lead], ranked_weight),
             index=ranked_index,
-            mass=ranked_weight / ranked_weight.sum(dim=1, keepdim=True),
+            mass=shares(ranked_weight),
         )
         fit = self.residuals or self.prepare(index.shape[1], hidden.shape[1])
         ranked_outputs = outputs[at].gather(1, rank[:, :, None].expand(-1, -1, outputs.shape[2]))

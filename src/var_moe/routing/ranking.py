@@ -29,3 +29,23 @@ def routing_mass(leading_weight: Tensor, weight: Tensor) -> Tensor:
     if leading_weight.shape[1] == weight.shape[1]:
         return torch.ones_like(weight[:, 0])
     return leading_weight.sum(dim=1) / weight.sum(dim=1)
+
+
+def shares(weight: Tensor) -> Tensor:
+    """Each weight's share of the token's sum; zeros where the sum is zero. (T, K)
+
+    A router may give a token no weight at all, as one does that can skip the experts.
+    """
+    return weight / _not_zero(weight.sum(dim=1, keepdim=True))
+
+
+def rescaled(weight: Tensor, kept: Tensor, total: Tensor) -> Tensor:
+    """Weights (T, K) whose kept part, now summing to ``kept`` (T,), sums to ``total`` (T,).
+
+    Divided first, so that a lone expert gets exactly the sum, in any dtype.
+    """
+    return weight / _not_zero(kept)[:, None] * total[:, None]
+
+
+def _not_zero(divisor: Tensor) -> Tensor:
+    return torch.where(divisor == 0, 1.0, divisor)

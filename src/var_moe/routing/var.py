@@ -15,7 +15,7 @@ from var_moe.routing.context_cache import ContextCache, Hits
 from var_moe.routing.decision import Residual, Routing, Tier, TokenBatch
 from var_moe.routing.fast_path import ResidualMeans, RoutingTable
 from var_moe.routing.keys import context_keys
-from var_moe.routing.ranking import leading_count, rank_slots, routing_mass
+from var_moe.routing.ranking import leading_count, rank_slots, rescaled, routing_mass, shares
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,7 @@ class VARPolicy(RoutingPolicy):
             tier = torch.where(fast, fast_tier, tier)
         cut = (tier != Tier.LEARNED) | confident
         total, kept = weight.sum(dim=1), lead_weight.sum(dim=1)
-        # Divided first, so that a lone expert gets exactly the sum, in any dtype.
-        scaled = ranked_weight / kept[:, None] * total[:, None]
+        scaled = rescaled(ranked_weight, kept, total)
         out_weight = torch.where(cut[:, None], scaled, ranked_weight)
         out_index = ranked_index.clone()
         out_index[:, lead:].masked_fill_(cut[:, None], -1)
@@ -165,8 +164,7 @@ class VARPolicy(RoutingPolicy):
             table_weight = part.weight[ids].to(weight.dtype)
             stored_weight = torch.where(fast[:, None], table_weight, stored_weight)
         replaced = (tier != Tier.LEARNED)[:, None]
-        share = stored_weight / stored_weight.sum(dim=1, keepdim=True)
-        scaled = share * weight.sum(dim=1, keepdim=True)
+        scaled = shares(stored_weight) * weight.sum(dim=1, keepdim=True)
         out_index = torch.where(replaced, -1, index)
         out_index[:, :lead] = torch.where(replaced, stored_index, out_index[:, :lead])
         out_weight = weight.clone()
