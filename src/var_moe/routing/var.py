@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, Self
+
 import torch
 from torch import Tensor
 
-from var_moe.config import VARConfig
+from var_moe.config import SEARCH_SPACE, VARConfig
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.clock import Clock, TokenClock
 from var_moe.routing.context_cache import ContextCache
@@ -45,6 +48,14 @@ class VARPolicy(RoutingPolicy):
         self._any_eligible = self._eligible.any(dim=1).tolist()
         self._ids = torch.empty(0, dtype=torch.int64)
         self._document: int | None = None
+
+    @classmethod
+    def search_space(cls, top_k: int) -> dict[str, dict[str, Any]]:
+        return {name: dict(entry) for name, entry in SEARCH_SPACE.items()}
+
+    @classmethod
+    def build(cls, settings: Mapping[str, Any], calibration: Mapping[str, Any]) -> Self:
+        return cls(VARConfig.from_dict(settings), **calibration)
 
     def reset(self) -> None:
         self.cache.clear()
