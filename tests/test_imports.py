@@ -155,7 +155,10 @@ def test_the_documented_import_path_is_not_used_inside() -> None:
     assert [place for place, name in all_imports() if name.split(".")[0] == "optimization"] == []
 
 
-@pytest.mark.parametrize("module", ["var_moe", "var_moe.config", "var_moe.errors", "var_moe.cli"])
+@pytest.mark.parametrize(
+    "module",
+    ["var_moe", "var_moe.config", "var_moe.errors", "var_moe.cli", "var_moe.routing.registry"],
+)
 def test_importing_is_light(module: str) -> None:
     code = f"import sys, {module}; print(*sys.modules)"
     done = subprocess.run(

@@ -62,14 +62,18 @@ class VARConfig:
     cache_scope: str = "shared"
 
     def __post_init__(self) -> None:
-        _check_number("frequency_threshold", self.frequency_threshold, integer=True, low=0)
-        _check_number("entropy_threshold", self.entropy_threshold, low=0)
-        _check_number(
-            "confidence_threshold", self.confidence_threshold, low=0, high=1, open_low=True
+        check_number("VARConfig.frequency_threshold", self.frequency_threshold, integer=True, low=0)
+        check_number("VARConfig.entropy_threshold", self.entropy_threshold, low=0)
+        check_number(
+            "VARConfig.confidence_threshold",
+            self.confidence_threshold,
+            low=0,
+            high=1,
+            open_low=True,
         )
-        _check_number("cache_size", self.cache_size, integer=True, low=0)
-        _check_number("cache_ttl_seconds", self.cache_ttl_seconds, low=0, open_low=True)
-        _check_number("context_window_size", self.context_window_size, integer=True, low=1)
+        check_number("VARConfig.cache_size", self.cache_size, integer=True, low=0)
+        check_number("VARConfig.cache_ttl_seconds", self.cache_ttl_seconds, low=0, open_low=True)
+        check_number("VARConfig.context_window_size", self.context_window_size, integer=True, low=1)
         _check_choice("mode", self.mode, MODES)
         _check_choice("cache_scope", self.cache_scope, CACHE_SCOPES)
         if self.residuals not in (None, True, False):
@@ -137,8 +141,8 @@ def _check_choice(field: str, value: Any, choices: tuple[str, ...]) -> None:
         raise UsageError(f"VARConfig.{field} = {value!r}: expected one of {', '.join(choices)}")
 
 
-def _check_number(
-    field: str,
+def check_number(
+    name: str,
     value: Any,
     *,
     integer: bool = False,
@@ -146,10 +150,11 @@ def _check_number(
     high: float = math.inf,
     open_low: bool = False,
 ) -> None:
+    """Raise UsageError, with ``name``, value and range, unless the value lies in [low, high]."""
     kind = "an integer" if integer else "a number"
     bracket = "(" if open_low else "["
     upper = "∞)" if math.isinf(high) else f"{high}]"
-    expected = f"VARConfig.{field} = {value!r}: expected {kind} in {bracket}{low}, {upper}"
+    expected = f"{name} = {value!r}: expected {kind} in {bracket}{low}, {upper}"
     if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
         raise UsageError(expected)
     if not math.isfinite(value) or value > high or value < low or (open_low and value == low):
@@ -170,3 +175,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "aggressive": _preset(25, 0.7, 0.7, 2000, 120, 4),
 }
 """The documented presets; each is a full configuration in the default mode."""
+
+SEARCH_SPACE: dict[str, dict[str, Any]] = {
+    "frequency_threshold": {"type": "int", "low": 10, "high": 200, "default": 50},
+    "entropy_threshold": {"type": "float", "low": 0.1, "high": 1.5, "default": 0.5},
+    "confidence_threshold": {"type": "float", "low": 0.5, "high": 0.95, "default": 0.8},
+    "cache_size": {"type": "int", "low": 100, "high": 5000, "default": 1000},
+    "cache_ttl_seconds": {"type": "int", "low": 10, "high": 300, "default": 60},
+    "context_window_size": {"type": "int", "low": 2, "high": 8, "default": 4},
+}
+"""The documented search space of VARConfig's six thresholds."""

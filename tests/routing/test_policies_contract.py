@@ -15,8 +15,14 @@ from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.decision import Routing, Tier, TokenBatch
 from var_moe.routing.fast_path import RoutingTable
 from var_moe.routing.fixed_k import FixedKPolicy
+from var_moe.routing.layer_sensitivity import LayerSensitivity
+from var_moe.routing.naee import NAEEPolicy
 from var_moe.routing.native import NativePolicy
+from var_moe.routing.per_layer_k import PerLayerKPolicy
 from var_moe.routing.random_skip import RandomSkipPolicy
+from var_moe.routing.ratios import RatioQuantiles
+from var_moe.routing.ser import SERPolicy
+from var_moe.routing.top_p import TopPPolicy
 from var_moe.routing.var import VARPolicy
 
 LAYERS, VOCABULARY, EXPERTS = 2, 8, 10
@@ -33,6 +39,7 @@ class Case:
     make: Callable[[int], RoutingPolicy]
     runs_unseen_experts: bool = False  # may execute experts that the router did not choose
     cuts: bool = True  # executes less than everything in the stream below, where K > 1
+    stateless: bool = False  # decides each token by its own router choice alone
 
 
 def table(top_k: int) -> RoutingTable:
@@ -63,10 +70,28 @@ def var(mode: str) -> Callable[[int], RoutingPolicy]:
     return lambda top_k: VARPolicy(config, table(top_k))
 
 
+def naee(top_k: int) -> RoutingPolicy:
+    rows = ((0.0, 0.4, 1.0), (0.0, 0.6, 1.0))
+    return NAEEPolicy(0.5, ratios=RatioQuantiles(top_k=top_k, tokens=1, quantiles=rows))
+
+
+def per_layer_k(top_k: int) -> RoutingPolicy:
+    """Half of the experts after the first, as a budget; the second layer is worth more."""
+    loss = tuple(
+        tuple(worth * float(top_k - k) for k in range(1, top_k + 1)) for worth in (1.0, 2.0)
+    )
+    sensitivity = LayerSensitivity(measure="made up", loss=loss)
+    return PerLayerKPolicy((1 + top_k) / 2, sensitivity=sensitivity)
+
+
 POLICIES = {
-    "native": Case(lambda top_k: NativePolicy(), cuts=False),
-    "fixed_k": Case(lambda top_k: FixedKPolicy(1)),
-    "fixed_k as many": Case(lambda top_k: FixedKPolicy(8), cuts=False),
+    "native": Case(lambda top_k: NativePolicy(), cuts=False, stateless=True),
+    "fixed_k": Case(lambda top_k: FixedKPolicy(1), stateless=True),
+    "fixed_k as many": Case(lambda top_k: FixedKPolicy(8), cuts=False, stateless=True),
+    "naee": Case(naee, stateless=True),
+    "ser": Case(lambda top_k: SERPolicy(1, 0.4), stateless=True),
+    "top_p": Case(lambda top_k: TopPPolicy(0.8), stateless=True),
+    "per_layer_k": Case(per_layer_k, stateless=True),
     "random_skip": Case(lambda top_k: RandomSkipPolicy(0.5, seed=3)),
     "var plain": Case(var("plain"), runs_unseen_experts=True),
     "var verified": Case(var("verified")),
@@ -76,6 +101,11 @@ POLICIES = {
 @pytest.fixture(params=POLICIES.values(), ids=POLICIES)
 def case(request: pytest.FixtureRequest) -> Case:
     return request.param
+
+
+@pytest.fixture(params=[name for name, case in POLICIES.items() if case.stateless])
+def stateless(request: pytest.FixtureRequest) -> Case:
+    return POLICIES[request.param]
 
 
 @pytest.fixture(params=[1, 2, 3, 8], ids=lambda k: f"K={k}")
@@ -249,10 +279,55 @@ def test_padding_decides_nothing(case: Case, top_k: int) -> None:
             assert_equal(left[layer], right[layer], batch.valid.reshape(-1))
 
 
+def at(routing: Routing, tokens: Tensor) -> Routing:
+    """The decision of some tokens, in the order of ``tokens``."""
+    return Routing(
+        index=routing.index[tokens], weight=routing.weight[tokens], tier=routing.tier[tokens]
+    )
+
+
+def test_a_token_is_decided_by_its_own_choice_alone(stateless: Case, top_k: int) -> None:
+    """Shuffled tokens are decided as before, and so is each as the only one of a forward."""
+    policy = stateless.make(top_k)
+    shuffled = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(2))
+    for layer, (index, weight) in enumerate(stream(top_k)[0][1]):
+        whole = policy.route(layer, index, weight)
+        moved = policy.route(layer, index[shuffled], weight[shuffled])
+        assert_equal(moved, at(whole, shuffled))
+        for token in torch.arange(TOKENS).split(1):
+            assert_equal(policy.route(layer, index[token], weight[token]), at(whole, token))
+
+
+def test_the_order_of_slots_decides_nothing(stateless: Case, top_k: int) -> None:
+    """Also not between equal weights, of which there are many here."""
+    policy = stateless.make(top_k)
+    slots = torch.randperm(top_k, generator=torch.Generator().manual_seed(5))
+    for layer, (index, weight) in enumerate(stream(top_k)[0][1]):
+        coarse = (weight * 4).ceil() / 4
+        left = policy.route(layer, index, coarse)
+        right = policy.route(layer, index[:, slots], coarse[:, slots])
+        assert torch.equal(left.index[:, slots], right.index)
+        torch.testing.assert_close(left.weight[:, slots], right.weight)
+
+
+def test_no_wait_for_the_device(stateless: Case, top_k: int) -> None:
+    """Tensors without values: whatever would read one, as ``.item()`` does, fails."""
+    index = torch.empty((5, top_k), dtype=torch.int64, device="meta")
+    weight = torch.empty((5, top_k), device="meta")
+    policy = stateless.make(top_k)
+    for layer in range(LAYERS):
+        assert policy.route(layer, index, weight).index.device.type == "meta"
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: FixedKPolicy(0), r"FixedKPolicy\.k = 0"),
+        (lambda: FixedKPolicy(1.5), r"FixedKPolicy\.k = 1\.5: expected an integer"),
+        (lambda: SERPolicy(0, 0.5), r"SERPolicy\.min_experts = 0: expected an integer in \[1"),
+        (lambda: SERPolicy(1, -0.1), r"SERPolicy\.threshold = -0\.1: .* in \[0, 1\]"),
+        (lambda: TopPPolicy(0.0), r"TopPPolicy\.p = 0\.0: expected a number in \(0, 1\]"),
+        (lambda: TopPPolicy(1.01), r"TopPPolicy\.p = 1\.01"),
         (lambda: RandomSkipPolicy(1.5), r"RandomSkipPolicy\.share = 1\.5"),
         (lambda: RandomSkipPolicy(float("nan")), r"RandomSkipPolicy\.share = nan"),
     ],

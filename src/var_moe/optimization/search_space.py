@@ -16,20 +16,11 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from var_moe.config import DOCUMENTED_FIELDS, PRESETS, VARConfig
+from var_moe.config import SEARCH_SPACE as SEARCH_SPACE  # part of this module's interface
 from var_moe.errors import UsageError
 
 Params: TypeAlias = dict[str, int | float]
 SearchSpace: TypeAlias = Mapping[str, Mapping[str, Any]]
-
-SEARCH_SPACE: dict[str, dict[str, Any]] = {
-    "frequency_threshold": {"type": "int", "low": 10, "high": 200, "default": 50},
-    "entropy_threshold": {"type": "float", "low": 0.1, "high": 1.5, "default": 0.5},
-    "confidence_threshold": {"type": "float", "low": 0.5, "high": 0.95, "default": 0.8},
-    "cache_size": {"type": "int", "low": 100, "high": 5000, "default": 1000},
-    "cache_ttl_seconds": {"type": "int", "low": 10, "high": 300, "default": 60},
-    "context_window_size": {"type": "int", "low": 2, "high": 8, "default": 4},
-}
-"""The documented search space of VARConfig's six thresholds."""
 
 _KEYS = ("type", "low", "high", "default")
 # Far more draws than a space with any free point needs, and a small one gives up at once.

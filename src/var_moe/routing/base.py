@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from inspect import Parameter, signature
+from typing import Any, Self
 
 from torch import Tensor
 
+from var_moe.errors import UsageError
 from var_moe.routing.decision import Routing, TokenBatch
 
 
@@ -34,3 +38,35 @@ class RoutingPolicy(ABC):
 
     def reset(self) -> None:  # noqa: B027 - optional by design
         """Forget everything that earlier forwards left (caches, clocks)."""
+
+    @classmethod
+    def search_space(cls, top_k: int) -> dict[str, dict[str, Any]]:
+        """What a tuner may vary, for a model with K = ``top_k`` experts per token.
+
+        Returns:
+            Name of a setting of `build` -> ``{"type": "int" | "float", "low", "high",
+            "default"}``; empty where there is nothing to vary.
+        """
+        return {}
+
+    @classmethod
+    def build(cls, settings: Mapping[str, Any], calibration: Mapping[str, Any]) -> Self:
+        """Make the policy from what a search or a command line holds.
+
+        Args:
+            settings: the constructor's own values, by name.
+            calibration: what was fitted on calibration text, by the constructor's names.
+
+        Raises:
+            UsageError: a setting is unknown or missing, or out of its range.
+        """
+        parameters = signature(cls).parameters
+        own = [name for name in parameters if name not in calibration]
+        expected = ", ".join(own) or "none"
+        for name in settings:
+            if name not in own:
+                raise UsageError(f"{cls.__name__}: unknown setting {name!r}; expected {expected}")
+        for name in own:
+            if name not in settings and parameters[name].default is Parameter.empty:
+                raise UsageError(f"{cls.__name__}: setting {name!r} is missing")
+        return cls(**settings, **calibration)

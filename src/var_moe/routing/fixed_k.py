@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
-from var_moe.errors import UsageError
+from var_moe.config import check_number
 from var_moe.routing.base import RoutingPolicy
-from var_moe.routing.decision import Routing, Tier
-from var_moe.routing.ranking import rank_slots
+from var_moe.routing.decision import Routing
+from var_moe.routing.keeping import all_pairs, kept_pairs, leading_slots
+from var_moe.routing.ranking import leading_count
 
 
 class FixedKPolicy(RoutingPolicy):
@@ -22,16 +24,14 @@ class FixedKPolicy(RoutingPolicy):
     """
 
     def __init__(self, k: int) -> None:
-        if k < 1:
-            raise UsageError(f"FixedKPolicy.k = {k!r}: expected an integer in [1, ∞)")
+        check_number("FixedKPolicy.k", k, integer=True, low=1)
         self.k = k
 
+    @classmethod
+    def search_space(cls, top_k: int) -> dict[str, dict[str, Any]]:
+        return {"k": {"type": "int", "low": 1, "high": top_k, "default": leading_count(top_k)}}
+
     def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
-        tier = torch.full_like(index[:, 0], Tier.LEARNED, dtype=torch.uint8)
         if self.k >= index.shape[1]:
-            return Routing(index=index, weight=weight, tier=tier)
-        kept = rank_slots(index, weight)[:, : self.k]
-        kept_sum = weight.gather(1, kept).sum(dim=1, keepdim=True)
-        scaled = weight / kept_sum * weight.sum(dim=1, keepdim=True)
-        out = torch.full_like(index, -1).scatter(1, kept, index.gather(1, kept))
-        return Routing(index=out, weight=scaled, tier=tier)
+            return all_pairs(index, weight)
+        return kept_pairs(index, weight, leading_slots(index, weight, self.k))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from var_moe.routing.base import RoutingPolicy
-from var_moe.routing.decision import Routing, Tier
+from var_moe.routing.decision import Routing
+from var_moe.routing.keeping import all_pairs
 
 
 class NativePolicy(RoutingPolicy):
     """Keep all: the router's decision, unchanged."""
 
     def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
-        tier = torch.full_like(index[:, 0], Tier.LEARNED, dtype=torch.uint8)
-        return Routing(index=index, weight=weight, tier=tier)
+        return all_pairs(index, weight)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from var_moe.errors import UsageError
+from var_moe.config import check_number
 from var_moe.routing.base import RoutingPolicy
-from var_moe.routing.decision import Routing, Tier
-from var_moe.routing.ranking import leading_count, rank_slots
+from var_moe.routing.decision import Routing
+from var_moe.routing.keeping import kept_pairs, leading_slots
+from var_moe.routing.ranking import leading_count
 
 
 class RandomSkipPolicy(RoutingPolicy):
@@ -25,11 +28,14 @@ class RandomSkipPolicy(RoutingPolicy):
     """
 
     def __init__(self, share: float, *, seed: int = 0) -> None:
-        if not 0 <= share <= 1:
-            raise UsageError(f"RandomSkipPolicy.share = {share!r}: expected a number in [0, 1]")
+        check_number("RandomSkipPolicy.share", share, low=0, high=1)
         self.share = share
         self.seed = seed
         self._generators: dict[torch.device, torch.Generator] = {}
+
+    @classmethod
+    def search_space(cls, top_k: int) -> dict[str, dict[str, Any]]:
+        return {"share": {"type": "float", "low": 0.0, "high": 1.0, "default": 0.5}}
 
     def reset(self) -> None:
         self._generators.clear()
@@ -39,16 +45,6 @@ class RandomSkipPolicy(RoutingPolicy):
         if device not in self._generators:
             self._generators[device] = torch.Generator(device).manual_seed(self.seed)
         dice = torch.rand(index.shape[0], generator=self._generators[device], device=device)
-        cut = dice < self.share
-        rank = rank_slots(index, weight)
-        lead = leading_count(index.shape[1])
-        kept = rank[:, :lead]
-        kept_sum = weight.gather(1, kept).sum(dim=1, keepdim=True)
-        scaled = weight / kept_sum * weight.sum(dim=1, keepdim=True)
-        dropped = torch.zeros_like(index, dtype=torch.bool).scatter(1, rank[:, lead:], True)
-        out = torch.where(cut[:, None] & dropped, -1, index)
-        return Routing(
-            index=out,
-            weight=torch.where(cut[:, None], scaled, weight),
-            tier=torch.full_like(index[:, 0], Tier.LEARNED, dtype=torch.uint8),
-        )
+        spared = (dice >= self.share)[:, None]
+        leading = leading_slots(index, weight, leading_count(index.shape[1]))
+        return kept_pairs(index, weight, spared | leading)

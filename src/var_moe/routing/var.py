@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from var_moe.config import VARConfig
+from var_moe.config import SEARCH_SPACE, VARConfig
 from var_moe.errors import UsageError
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.clock import Clock, TokenClock
@@ -68,6 +70,14 @@ class VARPolicy(RoutingPolicy):
         self._layers: dict[int, _Layer] = {}
         self._ids: dict[torch.device, Tensor] = {}  # (T,) this forward's ids, per device
         self._document: int | None = None
+
+    @classmethod
+    def search_space(cls, top_k: int) -> dict[str, dict[str, Any]]:
+        return {name: dict(entry) for name, entry in SEARCH_SPACE.items()}
+
+    @classmethod
+    def build(cls, settings: Mapping[str, Any], calibration: Mapping[str, Any]) -> Self:
+        return cls(VARConfig.from_dict(settings), **calibration)
 
     def reset(self) -> None:
         self.cache.clear()

@@ -1,0 +1,172 @@
+"""What it costs a layer to run fewer experts, and the best way to share out a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from var_moe.config import check_number
+from var_moe.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSensitivity:
+    """The loss of running only the first k experts, layer by layer.
+
+    Any measure will do whose sum over layers stands for the damage to the model. LExI takes the
+    Frobenius norm of the change of a layer's output.
+
+    Args:
+        measure: what the numbers are, in a few words.
+        loss: L rows of K values >= 0; ``loss[l][k - 1]`` belongs to k experts in layer l.
+
+    Raises:
+        UsageError: names the field, what it holds and what is expected.
+    """
+
+    measure: str
+    loss: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        if not self.loss or not self.loss[0]:
+            raise UsageError("LayerSensitivity.loss = (): expected a row of K values per layer")
+        for layer, row in enumerate(self.loss):
+            where = f"LayerSensitivity.loss[{layer}]"
+            if len(row) != self.top_k:
+                raise UsageError(f"{where} = {row!r}: expected {self.top_k} values")
+            for value in row:
+                check_number(where, value, low=0)
+
+    @property
+    def layers(self) -> int:
+        """L."""
+        return len(self.loss)
+
+    @property
+    def top_k(self) -> int:
+        """K."""
+        return len(self.loss[0])
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a file."""
+        return {"measure": self.measure, "loss": [list(row) for row in self.loss]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LayerSensitivity:
+        """Read what `to_dict` gave; a missing or unknown key is a UsageError."""
+        wrong = sorted(set(values) ^ {f.name for f in fields(cls)})
+        if wrong:
+            raise UsageError(f"LayerSensitivity: {wrong[0]!r} is missing or unknown")
+        rows = tuple(tuple(row) for row in values["loss"])
+        return cls(measure=values["measure"], loss=rows)
+
+
+class DroppedMass:
+    """Streaming mean of the routing mass after the k-th expert, for every k.
+
+    The cheapest sensitivity: it needs the router's weights alone. It does not know how large the
+    experts' outputs are, nor what later layers make of them.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[int, Tensor] = {}  # layer -> (K,) float64
+        self._tokens: dict[int, int] = {}
+
+    def add(self, layer: int, index: Tensor, weight: Tensor) -> None:
+        """Add one layer of one forward: (T, K) of the tokens that count, in any slot order."""
+        ranked = weight.double().sort(dim=1).values  # (T, K) the last expert first
+        total = ranked.sum(dim=1, keepdim=True)
+        mass = torch.where(total > 0, ranked / total, 0.0)
+        # after[:, k - 1]: mass of the experts after the k-th; nothing comes after the last.
+        after = (mass.cumsum(dim=1) - mass).flip(1)
+        row = after.sum(dim=0)
+        if layer in self._sums and self._sums[layer].shape != row.shape:
+            before = self._sums[layer].shape[0]
+            raise UsageError(f"layer {layer}: K = {row.shape[0]}, before it was {before}")
+        self._sums[layer] = self._sums[layer] + row if layer in self._sums else row
+        self._tokens[layer] = self._tokens.get(layer, 0) + index.shape[0]
+
+    def sensitivity(self) -> LayerSensitivity:
+        """Read the means (waits for the device).
+
+        Raises:
+            UsageError: nothing was added, or not the same tokens in each layer.
+        """
+        layers = range(len(self._sums))
+        tokens = {self._tokens.get(layer, 0) for layer in layers}
+        if len(tokens) != 1 or tokens == {0}:
+            raise UsageError(
+                "dropped mass: expected the same tokens in every layer from 0 on, "
+                f"got {self._tokens}"
+            )
+        count = tokens.pop()
+        rows = (self._sums[layer].cpu() / count for layer in layers)
+        loss = tuple(tuple(row.tolist()) for row in rows)
+        return LayerSensitivity(measure="mean routing mass dropped", loss=loss)
+
+
+def calibrate_dropped_mass(batches: Iterable[tuple[int, Tensor, Tensor]]) -> LayerSensitivity:
+    """Dropped mass from (layer, index (T, K), weight (T, K)) of calibration text."""
+    sums = DroppedMass()
+    for layer, index, weight in batches:
+        sums.add(layer, index, weight)
+    return sums.sensitivity()
+
+
+def allocate_experts(loss: Sequence[Sequence[float]], total: int) -> tuple[int, ...]:
+    """Experts per layer, ``total`` in all, of the smallest summed loss.
+
+    Exact, by dynamic programming over the layers: losses need not be convex nor decreasing. Of
+    equally good ways the most even one is taken (smallest sum of squares), then the one that
+    gives more to earlier layers.
+
+    Args:
+        loss: L rows of K values; ``loss[l][k - 1]`` belongs to k experts in layer l.
+        total: experts to share out, from L (one per layer) to L * K.
+
+    Returns:
+        k per layer, each in [1, K].
+
+    Raises:
+        UsageError: the total is out of its range.
+    """
+    layers, top_k = len(loss), len(loss[0])
+    check_number("total experts", total, integer=True, low=layers, high=layers * top_k)
+    rows = _exact(loss)
+    # best[n]: (loss, sum of squares) of the layers done so far, n experts spent on them.
+    best: dict[int, tuple[int, int]] = {0: (0, 0)}
+    chosen: list[dict[int, int]] = []
+    for layer in reversed(range(layers)):
+        done = layers - layer
+        # What the layers before this one, at one to K each, can leave to those done.
+        low, high = max(done, total - layer * top_k), min(done * top_k, total - layer)
+        reached: dict[int, tuple[int, int]] = {}
+        choice: dict[int, int] = {}
+        for spent in range(low, high + 1):
+            for k in range(top_k, 0, -1):  # of equals the first found stays: more, earlier
+                rest = best.get(spent - k)
+                if rest is None:
+                    continue
+                cost = (rest[0] + rows[layer][k - 1], rest[1] + k * k)
+                if spent not in reached or cost < reached[spent]:
+                    reached[spent], choice[spent] = cost, k
+        best = reached
+        chosen.append(choice)
+    left, experts = total, []
+    for choice in reversed(chosen):
+        experts.append(choice[left])
+        left -= choice[left]
+    return tuple(experts)
+
+
+def _exact(loss: Sequence[Sequence[float]]) -> list[list[int]]:
+    """The losses as whole numbers of one tiny unit, so that equal sums are equal."""
+    exact = [[Fraction(value) for value in row] for row in loss]
+    # Denominators of floats are powers of two: the largest is a multiple of all.
+    unit = max(value.denominator for row in exact for value in row)
+    return [[int(value * unit) for value in row] for row in exact]

@@ -1,0 +1,177 @@
+"""Routing policies by name. A policy's module is imported when it is first asked for."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+from var_moe.errors import UsageError
+
+if TYPE_CHECKING:
+    from var_moe.routing.base import RoutingPolicy
+
+CALIBRATION = {
+    "table": "the static table of a profile (RoutingTable)",
+    "residuals": "the residual means of a profile (ResidualMeans)",
+    "ratios": "per-layer quantiles of w_j / w_1 (RatioQuantiles)",
+    "sensitivity": "the loss of running k experts, per layer (LayerSensitivity)",
+}
+"""What a policy may need from calibration text, by the name under which it asks for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicySpec:
+    """How a policy is made.
+
+    Args:
+        name: under which it is asked for.
+        target: ``"module:class"``.
+        summary: one line for people.
+        needs: names of `CALIBRATION` without which it can't be made.
+        uses: names of `CALIBRATION` that it takes where there are any.
+        settings: settings that make it this policy and no other of its class.
+    """
+
+    name: str
+    target: str
+    summary: str
+    needs: tuple[str, ...] = ()
+    uses: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def load(self) -> type[RoutingPolicy]:
+        """The policy's class."""
+        module, _, name = self.target.partition(":")
+        found: type[RoutingPolicy] = getattr(importlib.import_module(module), name)
+        return found
+
+    def search_space(self, top_k: int) -> dict[str, dict[str, Any]]:
+        """What a tuner may vary, for a model with K = ``top_k``; empty: nothing."""
+        return self.load().search_space(top_k)
+
+    def make(
+        self, settings: Mapping[str, Any], calibration: Mapping[str, Any] | None = None
+    ) -> RoutingPolicy:
+        """Make the policy.
+
+        Args:
+            settings: its values, such as a point of its search space.
+            calibration: by the names of `CALIBRATION`; what it does not ask for is ignored.
+
+        Raises:
+            UsageError: a setting is unknown, missing or out of its range, or an input is missing.
+        """
+        for name, value in self.settings.items():
+            if settings.get(name, value) != value:
+                raise UsageError(
+                    f"policy {self.name!r}: {name} = {settings[name]!r}: expected {value!r}"
+                )
+        given = {name: value for name, value in (calibration or {}).items() if value is not None}
+        for name in self.needs:
+            if name not in given:
+                raise UsageError(f"policy {self.name!r} needs {name!r}: {CALIBRATION[name]}")
+        asked = {name: given[name] for name in (*self.needs, *self.uses) if name in given}
+        return self.load().build({**settings, **self.settings}, asked)
+
+
+_SPECS: dict[str, PolicySpec] = {}
+
+
+def register(spec: PolicySpec) -> None:
+    """Make a policy known by its name.
+
+    Raises:
+        UsageError: the name is taken, or it asks for an unknown calibration input.
+    """
+    if spec.name in _SPECS:
+        raise UsageError(f"policy {spec.name!r} is registered already ({_SPECS[spec.name].target})")
+    for name in (*spec.needs, *spec.uses):
+        if name not in CALIBRATION:
+            raise UsageError(
+                f"policy {spec.name!r} asks for {name!r}; expected one of {', '.join(CALIBRATION)}"
+            )
+    _SPECS[spec.name] = spec
+
+
+def policy_names() -> tuple[str, ...]:
+    """All names, in the order in which they were registered."""
+    return tuple(_SPECS)
+
+
+def policy_spec(name: str) -> PolicySpec:
+    """The policy of that name.
+
+    Raises:
+        UsageError: there is none; suggests the nearest name.
+    """
+    if name in _SPECS:
+        return _SPECS[name]
+    near = get_close_matches(name, _SPECS, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise UsageError(f"policy {name!r}: {hint}expected one of {', '.join(_SPECS)}")
+
+
+def make_policy(
+    name: str, settings: Mapping[str, Any], calibration: Mapping[str, Any] | None = None
+) -> RoutingPolicy:
+    """The policy ``name`` with these settings and calibration inputs; see `PolicySpec.make`."""
+    return policy_spec(name).make(settings, calibration)
+
+
+for _spec in (
+    PolicySpec(
+        name="native",
+        target="var_moe.routing.native:NativePolicy",
+        summary="all K experts: the unmodified model",
+    ),
+    PolicySpec(
+        name="fixed_k",
+        target="var_moe.routing.fixed_k:FixedKPolicy",
+        summary="the first k experts of every token",
+    ),
+    PolicySpec(
+        name="random_skip",
+        target="var_moe.routing.random_skip:RandomSkipPolicy",
+        summary="control: cuts a random share of decisions",
+    ),
+    PolicySpec(
+        name="naee",
+        target="var_moe.routing.naee:NAEEPolicy",
+        summary="skips experts below a calibrated share of the first one's weight",
+        needs=("ratios",),
+    ),
+    PolicySpec(
+        name="ser",
+        target="var_moe.routing.ser:SERPolicy",
+        summary="keeps Kmin experts, others only near the first one's weight",
+    ),
+    PolicySpec(
+        name="top_p",
+        target="var_moe.routing.top_p:TopPPolicy",
+        summary="the fewest experts that reach a routing mass",
+    ),
+    PolicySpec(
+        name="per_layer_k",
+        target="var_moe.routing.per_layer_k:PerLayerKPolicy",
+        summary="a budget of experts shared out over layers by sensitivity",
+        needs=("sensitivity",),
+    ),
+    PolicySpec(
+        name="var_plain",
+        target="var_moe.routing.var:VARPolicy",
+        summary="VAR: the table's and the cache's experts run unseen",
+        needs=("table",),
+        settings={"mode": "plain"},
+    ),
+    PolicySpec(
+        name="var_verified",
+        target="var_moe.routing.var:VARPolicy",
+        summary="VAR: table and cache license a cut, the router chooses",
+        needs=("table", "residuals"),
+        settings={"mode": "verified"},
+    ),
+):
+    register(_spec)

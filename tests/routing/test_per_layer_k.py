@@ -1,0 +1,62 @@
+"""A budget of experts per token shared out over layers, by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from var_moe.errors import UsageError
+from var_moe.routing.layer_sensitivity import LayerSensitivity
+from var_moe.routing.per_layer_k import PerLayerKPolicy
+
+TWO_LAYERS = LayerSensitivity(measure="made up", loss=((3.0, 1.0, 0.0), (1.0, 0.5, 0.0)))
+
+
+@pytest.mark.parametrize(
+    ("budget", "experts"),
+    [(1, (1, 1)), (1.5, (2, 1)), (1.7, (2, 1)), (1.99, (2, 1)), (2.0, (3, 1)), (3, (3, 3))],
+)
+def test_the_budget_is_a_mean_over_layers(budget: float, experts: tuple[int, ...]) -> None:
+    assert PerLayerKPolicy(budget, sensitivity=TWO_LAYERS).k == experts
+
+
+@pytest.mark.parametrize("layers", [3, 7, 49])
+def test_thirds_lose_no_expert_to_rounding(layers: int) -> None:
+    flat = LayerSensitivity(measure="made up", loss=((0.0,) * 8,) * layers)
+    for total in range(layers, 8 * layers + 1):
+        assert sum(PerLayerKPolicy(total / layers, sensitivity=flat).k) == total
+
+
+def test_each_layer_runs_its_own_number() -> None:
+    policy = PerLayerKPolicy(1.5, sensitivity=TWO_LAYERS)
+    index, weight = torch.tensor([[9, 2, 5]]), torch.tensor([[0.25, 0.5, 0.25]])
+    first, second = (policy.route(layer, index, weight) for layer in (0, 1))
+    assert first.index.tolist() == [[-1, 2, 5]]  # of the equal experts the lower id
+    torch.testing.assert_close(first.weight[0, 1:], torch.tensor([2 / 3, 1 / 3]))
+    assert second.index.tolist() == [[-1, 2, -1]]
+    assert second.weight[0, 1] == 1.0
+
+
+def test_eight_experts_in_any_order() -> None:
+    one_layer = LayerSensitivity(measure="made up", loss=((0.0,) * 8,))
+    index = torch.tensor([[9, 3, 12, 0, 5, 7, 1, 30]])
+    weight = torch.tensor([[2.0, 8.0, 4.0, 1.0, 8.0, 3.0, 4.0, 0.5]])
+    routing = PerLayerKPolicy(3, sensitivity=one_layer).route(0, index, weight)
+    assert routing.index.tolist() == [[-1, 3, -1, -1, 5, -1, 1, -1]]
+    everything = PerLayerKPolicy(8, sensitivity=one_layer).route(0, index, weight)
+    assert torch.equal(everything.index, index)
+    assert torch.equal(everything.weight, weight)
+
+
+@pytest.mark.parametrize("budget", [0.5, 3.1, float("nan")])
+def test_a_budget_outside_the_model_is_refused(budget: float) -> None:
+    with pytest.raises(UsageError, match=rf"experts_per_token = {budget}: .* in \[1, 3\]"):
+        PerLayerKPolicy(budget, sensitivity=TWO_LAYERS)
+
+
+def test_another_models_sensitivity_is_refused() -> None:
+    policy = PerLayerKPolicy(1.5, sensitivity=TWO_LAYERS)
+    with pytest.raises(UsageError, match="PerLayerKPolicy: calibrated for K = 3"):
+        policy.route(0, torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.5]]))
+    with pytest.raises(UsageError, match="calibrated for 2 MoE layers"):
+        policy.route(2, torch.tensor([[0, 1, 2]]), torch.ones(1, 3))
