@@ -3,7 +3,9 @@
 Order: read pages, drop near-copies, give each page to a split, train the tokenizer on the
 train split, cut pages into documents, drop near-copies among documents, write Parquet.
 
-    apt-get install postgresql-doc-15 python3.11-doc dict-wn bible-kjv
+    apt-get install postgresql-doc-15 python3.11-doc dict-wn bible-kjv perl-doc apache2-doc \
+        sqlite3-doc python-django-doc python-sqlalchemy-doc sphinx-doc python-werkzeug-doc \
+        python-flask-doc python-jinja2-doc
     python tools/demo/build_corpus.py --train-dir build --text-dir src/var_moe/demo/text
 """
 
@@ -18,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from manuals import SOURCE, manual_pages
 from sources import Page, kjv_pages, postgres_pages, python_pages, wordnet_pages
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -43,6 +46,7 @@ KJV_SPLIT = {"calibration": 0.2, "validation": 0.2, "certify": 0.3, "test": 0.3}
 MIN_TOKENS, HARD_MAX = 100, 500  # of a bundled document, the special token included
 SHINGLE = 8
 NEAR_COPY = 0.5
+OVERLAP = 0.2  # of a further manual's document with anything kept
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -273,6 +277,25 @@ def unique(documents: Sequence[Document]) -> list[Document]:
     return kept
 
 
+def further(
+    pages: Sequence[Page], kept: Sequence[Document], tokenizer: PreTrainedTokenizerFast
+) -> list[Document]:
+    """The manuals' documents, for training alone: nothing that stands in a bundled document."""
+    seen, texts = NearCopies(), {document.text for document in kept}
+    seen.add(seen.shingles(document.text) for document in kept)
+    found = []
+    for page in pages:
+        shingles = []
+        for document in cut(page, "train", tokenizer):
+            array = seen.shingles(document.text)
+            if seen.share(array) <= OVERLAP and document.text not in texts:
+                texts.add(document.text)
+                found.append(document)
+                shingles.append(array)
+        seen.add(shingles)
+    return found
+
+
 def statistics(documents: Sequence[Document]) -> pd.DataFrame:
     """Documents and tokens per split and source, with each source's share of tokens."""
     frame = pd.DataFrame([vars(document) for document in documents])
@@ -287,7 +310,7 @@ def statistics(documents: Sequence[Document]) -> pd.DataFrame:
 
 def check(documents: Sequence[Document]) -> None:
     """Raise ValueError where the corpus breaks a promise of tools/README.md."""
-    table = statistics([d for d in documents if d.source != "kjv"])
+    table = statistics([d for d in documents if d.source not in ("kjv", SOURCE)])
     by_page = defaultdict(set)
     for document in documents:
         by_page[document.source, document.page].add(document.split)
@@ -352,6 +375,8 @@ def main() -> None:
     documents = [doc for page, split in pages for doc in cut(page, split, tokenizer)]
     kept_documents = unique(documents)
     print(f"{len(documents)} documents, {len(kept_documents)} kept", flush=True)
+    manuals = drop_near_copies(manual_pages())
+    kept_documents += further(manuals, kept_documents, tokenizer)
     table = statistics(kept_documents)
     print(table.to_string(), flush=True)
     table.reset_index().to_csv(options.train_dir / "corpus.csv", index=False)

@@ -121,6 +121,7 @@ class _ManualParser(HTMLParser):
         }
     )
     SKIPPED = frozenset({"navheader", "navfooter", "toc", "list-of-tables", "list-of-figures"})
+    SKIPPED_TAGS = frozenset({"head", "script", "style"})
     VOID = frozenset({"br", "hr", "img", "col", "meta", "link", "input"})
 
     def __init__(self) -> None:
@@ -148,7 +149,7 @@ class _ManualParser(HTMLParser):
                 self._text.append("\n" if self._pre else " ")
             return
         classes = (dict(attrs).get("class") or "").split()
-        if self._skip_depth or tag == "head" or self.SKIPPED.intersection(classes):
+        if self._skip_depth or tag in self.SKIPPED_TAGS or self.SKIPPED.intersection(classes):
             self._skip_depth += 1
             return
         if tag == "tr":
@@ -206,15 +207,21 @@ def _merge_rows(blocks: list[Block]) -> Iterator[Block]:
         yield Block(text="\n".join(pending))
 
 
+def html_blocks(text: str) -> Iterator[Block]:
+    """The blocks of an HTML page."""
+    parser = _ManualParser()
+    parser.feed(text)
+    parser.close()
+    return _merge_rows(parser.blocks)
+
+
 def postgres_pages(folder: Path = POSTGRES_DIR) -> Iterator[Page]:
     """The PostgreSQL 15 manual, a page per HTML file."""
     for path in sorted(folder.glob("*.html")):
         if path.stem in POSTGRES_DROPPED:
             continue
-        parser = _ManualParser()
-        parser.feed(path.read_text(encoding="utf-8"))
-        parser.close()
-        yield Page(source="postgres", name=path.stem, blocks=tuple(_merge_rows(parser.blocks)))
+        blocks = tuple(html_blocks(path.read_text(encoding="utf-8")))
+        yield Page(source="postgres", name=path.stem, blocks=blocks)
 
 
 _RST_NOISE = re.compile(
@@ -224,7 +231,7 @@ _RST_NOISE = re.compile(
 _RST_RULE = re.compile(r"([=\-~^\"'*+#.])\1{3,}\s*")
 
 
-def _rst_blocks(text: str) -> Iterator[Block]:
+def rst_blocks(text: str) -> Iterator[Block]:
     """Paragraphs of an .rst file as they stand, without labels, index marks and comments."""
     for raw in re.split(r"\n\s*\n", text.expandtabs(8)):
         lines = [line.rstrip() for line in raw.strip("\n").split("\n")]
@@ -242,7 +249,7 @@ def python_pages(folder: Path = PYTHON_DIR) -> Iterator[Page]:
         name = str(path.relative_to(folder)).removesuffix(".rst.txt")
         if name in PYTHON_DROPPED:
             continue
-        blocks = tuple(_rst_blocks(path.read_text(encoding="utf-8")))
+        blocks = tuple(rst_blocks(path.read_text(encoding="utf-8")))
         yield Page(source="python", name=name, blocks=blocks)
 
 
