@@ -28,9 +28,9 @@ from sources import Block, Page, html_blocks, rst_blocks
 
 SOURCE = "manuals"
 HTML = {
-    "apache2-doc": ("/usr/share/doc/apache2-doc/manual/en", r"\.html$"),
-    "sqlite3-doc": ("/usr/share/doc/sqlite3", r"\.html$"),
-    "python-django-doc": ("/usr/share/doc/python-django-doc/html", r"\.html$"),
+    "apache2-doc": Path("/usr/share/doc/apache2-doc/manual/en"),
+    "sqlite3-doc": Path("/usr/share/doc/sqlite3"),
+    "python-django-doc": Path("/usr/share/doc/python-django-doc/html"),
 }
 RST = (
     *("python-sqlalchemy-doc", "sphinx-doc", "python-werkzeug-doc", "python-flask-doc"),
@@ -66,11 +66,10 @@ def _without_boilerplate(pages: list[Page]) -> Iterator[Page]:
 
 
 def _html_pages(package: str) -> Iterator[Page]:
-    folder, pattern = HTML[package]
-    pages = []
-    for path in sorted(Path(folder).rglob("*")):
+    folder, pages = HTML[package], []
+    for path in sorted(folder.rglob("*.html")):
         name = str(path.relative_to(folder))
-        if not path.is_file() or not re.search(pattern, name) or DROPPED.search(name):
+        if not path.is_file() or DROPPED.search(name):
             continue
         text = path.read_text(encoding="utf-8", errors="replace")
         blocks = tuple(html_blocks(text.replace("¶", "")))

@@ -113,11 +113,16 @@ def check_name(name: str) -> None:
     Raises:
         UsageError: no such folder, not a model folder, or a Hub id that is out of reach.
     """
+    _locate(name)
+
+
+def _locate(name: str) -> tuple[Path | None, bool]:
+    """The model's folder, None for a Hub id; and whether only the local Hub cache serves."""
     folder = DEMO_FOLDER if name == "demo" else checks.local_folder(name)
-    if folder is not None:
-        checks.check_folder(name, folder)
-    else:
-        cache_only("model", name, repo=name)
+    if folder is None:
+        return None, cache_only("model", name, repo=name)
+    checks.check_folder(name, folder)
+    return folder, False
 
 
 def load_model(
@@ -138,18 +143,16 @@ def load_model(
         VarMoeError: loading failed for another reason, such as memory. Both in one line.
     """
     checks.check_dtype(dtype)
-    folder = DEMO_FOLDER if name == "demo" else checks.local_folder(name)
+    # Asked before torch is imported: that takes longer than a refusal may.
+    folder, cached = _locate(name)
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if folder is not None:
-        checks.check_folder(name, folder)
-    else:
-        # Asked before torch is imported: that takes longer than a refusal may.
-        common["local_files_only"] = cache_only("model", name, repo=name)
+    if folder is None:
+        common["local_files_only"] = cached
     checks.check_device(device)
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     where = name if folder is None else str(folder)
-    downloading = folder is None and not common["local_files_only"]
+    downloading = folder is None and not cached
     options = _options(name, folder, device, dtype)
     with quiet(downloads=downloading):
         config = _attempt(name, AutoConfig.from_pretrained, where, **common)

@@ -123,7 +123,8 @@ def collect_profile(
     modules = experts_modules(model)
     experts = int(getattr(modules[0][1], "num_experts", 0)) if modules else 0
     collector = _Collector(len(modules), experts, backend)
-    weights = sha256_of([str(router_fingerprint(model))])
+    routers = router_fingerprint(model)
+    weights = sha256_of([str(routers)])
     key = f"{data_hash}:{loaded.tokenizer_hash}:{weights}:{sum(len(d.ids) for d in chosen)}"
     done = _resume(collector, checkpoint, key)
     total = sum(len(document.ids) for document in chosen)
@@ -143,7 +144,12 @@ def collect_profile(
         detach(model, before)
     if not torch.isfinite(collector.statistics.entropy.mean).all():
         raise VarMoeError(f"model {loaded.name!r} gives non-finite router logits; try float32")
-    head = {"dataset": dataset, "data_hash": data_hash, "tokens_asked": max_tokens}
+    head = {
+        "routers": routers,
+        "dataset": dataset,
+        "data_hash": data_hash,
+        "tokens_asked": max_tokens,
+    }
     profile = _finish(loaded, collector, head)
     if checkpoint:
         checkpoint.unlink(missing_ok=True)
@@ -212,7 +218,6 @@ def _finish(loaded: LoadedModel, collector: _Collector, source: dict[str, Any]) 
         "model": loaded.name,
         "revision": loaded.revision,
         "tokenizer_hash": loaded.tokenizer_hash,
-        "routers": router_fingerprint(loaded.model),
         **source,
         "tokens": statistics.tokens,
         "layers": collector.layers,

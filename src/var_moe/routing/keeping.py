@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from var_moe.routing.decision import Routing, Tier
-from var_moe.routing.ranking import rank_slots
+from var_moe.routing.ranking import rank_slots, rescaled
 
 
 def all_pairs(index: Tensor, weight: Tensor) -> Routing:
@@ -27,10 +27,9 @@ def kept_pairs(index: Tensor, weight: Tensor, keep: Tensor) -> Routing:
     Slots stay where they are; a dropped one gets the index -1. A token that keeps all its pairs
     keeps its exact weights, and so does one whose kept weights are all zero.
     """
-    kept_sum = weight.masked_fill(~keep, 0).sum(dim=1, keepdim=True)
-    # Divided first, so that a lone expert gets exactly the sum, in any dtype.
-    scaled = weight / kept_sum * weight.sum(dim=1, keepdim=True)
-    unchanged = keep.all(dim=1, keepdim=True) | (kept_sum == 0)
+    kept_sum = weight.masked_fill(~keep, 0).sum(dim=1)
+    scaled = rescaled(weight, kept_sum, weight.sum(dim=1))
+    unchanged = (keep.all(dim=1) | (kept_sum == 0))[:, None]
     return Routing(
         index=index.masked_fill(~keep, -1),
         weight=torch.where(unchanged, weight, scaled),

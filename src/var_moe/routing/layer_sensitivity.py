@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from var_moe.config import check_number
 from var_moe.errors import UsageError
+from var_moe.routing.shapes import check_keys, same_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +60,7 @@ class LayerSensitivity:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LayerSensitivity:
         """Read what `to_dict` gave; a missing or unknown key is a UsageError."""
-        wrong = sorted(set(values) ^ {f.name for f in fields(cls)})
-        if wrong:
-            raise UsageError(f"LayerSensitivity: {wrong[0]!r} is missing or unknown")
+        check_keys(cls, values)
         rows = tuple(tuple(row) for row in values["loss"])
         return cls(measure=values["measure"], loss=rows)
 
@@ -97,15 +96,9 @@ class DroppedMass:
         Raises:
             UsageError: nothing was added, or not the same tokens in each layer.
         """
-        layers = range(len(self._sums))
-        tokens = {self._tokens.get(layer, 0) for layer in layers}
-        if len(tokens) != 1 or tokens == {0}:
-            raise UsageError(
-                "dropped mass: expected the same tokens in every layer from 0 on, "
-                f"got {self._tokens}"
-            )
-        count = tokens.pop()
-        rows = (self._sums[layer].cpu() / count for layer in layers)
+        layers = len(self._sums)
+        count = same_tokens("dropped mass", self._tokens, layers=layers)
+        rows = (self._sums[layer].cpu() / count for layer in range(layers))
         loss = tuple(tuple(row.tolist()) for row in rows)
         return LayerSensitivity(measure="mean routing mass dropped", loss=loss)
 

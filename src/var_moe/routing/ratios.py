@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from var_moe.config import check_number
 from var_moe.errors import UsageError
+from var_moe.routing.shapes import check_keys, same_tokens
 
 BINS = 16384
 """Bins of the histogram, even in the fourth root of the ratio, which crowds towards zero where
@@ -69,9 +70,7 @@ class RatioQuantiles:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RatioQuantiles:
         """Read what `to_dict` gave; a missing or unknown key is a UsageError."""
-        wrong = sorted(set(values) ^ {f.name for f in fields(cls)})
-        if wrong:
-            raise UsageError(f"RatioQuantiles: {wrong[0]!r} is missing or unknown")
+        check_keys(cls, values)
         rows = tuple(tuple(row) for row in values["quantiles"])
         return cls(**{**values, "quantiles": rows})
 
@@ -112,16 +111,11 @@ class RatioHistogram:
         Raises:
             UsageError: nothing was counted, or not the same tokens in each layer.
         """
-        layers = range(len(self._counts))
-        tokens = {self._tokens.get(layer, 0) for layer in layers}
-        if len(tokens) != 1 or tokens == {0}:
-            raise UsageError(
-                f"ratios: expected the same tokens in every layer from 0 on, got {self._tokens}"
-            )
+        layers = len(self._counts)
         return RatioQuantiles(
             top_k=self._top_k,
-            tokens=tokens.pop(),
-            quantiles=tuple(_quantiles(self._counts[layer]) for layer in layers),
+            tokens=same_tokens("ratios", self._tokens, layers=layers),
+            quantiles=tuple(_quantiles(self._counts[layer]) for layer in range(layers)),
         )
 
 

@@ -31,7 +31,6 @@ class PolicySpec:
         target: ``"module:class"``.
         summary: one line for people.
         needs: names of `CALIBRATION` without which it can't be made.
-        uses: names of `CALIBRATION` that it takes where there are any.
         settings: settings that make it this policy and no other of its class.
     """
 
@@ -39,7 +38,6 @@ class PolicySpec:
     target: str
     summary: str
     needs: tuple[str, ...] = ()
-    uses: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def load(self) -> type[RoutingPolicy]:
@@ -73,7 +71,7 @@ class PolicySpec:
         for name in self.needs:
             if name not in given:
                 raise UsageError(f"policy {self.name!r} needs {name!r}: {CALIBRATION[name]}")
-        asked = {name: given[name] for name in (*self.needs, *self.uses) if name in given}
+        asked = {name: given[name] for name in self.needs}
         return self.load().build({**settings, **self.settings}, asked)
 
 
@@ -88,7 +86,7 @@ def register(spec: PolicySpec) -> None:
     """
     if spec.name in _SPECS:
         raise UsageError(f"policy {spec.name!r} is registered already ({_SPECS[spec.name].target})")
-    for name in (*spec.needs, *spec.uses):
+    for name in spec.needs:
         if name not in CALIBRATION:
             raise UsageError(
                 f"policy {spec.name!r} asks for {name!r}; expected one of {', '.join(CALIBRATION)}"

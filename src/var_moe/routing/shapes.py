@@ -1,6 +1,10 @@
-"""Whether a calibration belongs to the model at hand, as far as shapes can tell."""
+"""Whether a calibration is whole, and belongs to the model at hand as far as shapes can tell."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
 
 from torch import Tensor
 
@@ -20,3 +24,20 @@ def check_calibrated(policy: object, layer: int, index: Tensor, *, layers: int, 
             f"{name}: calibrated for {layers} MoE layers, the model has a layer {layer}; "
             "calibrate on this model"
         )
+
+
+def check_keys(kind: type[Any], values: Mapping[str, Any]) -> None:
+    """Raise UsageError unless the keys are the fields of the dataclass ``kind``."""
+    wrong = sorted(set(values) ^ {f.name for f in fields(kind)})
+    if wrong:
+        raise UsageError(f"{kind.__name__}: {wrong[0]!r} is missing or unknown")
+
+
+def same_tokens(what: str, tokens: Mapping[int, int], *, layers: int) -> int:
+    """The number of tokens that every layer has seen; UsageError where they differ or are 0."""
+    seen = {tokens.get(layer, 0) for layer in range(layers)}
+    if len(seen) != 1 or seen == {0}:
+        raise UsageError(
+            f"{what}: expected the same tokens in every layer from 0 on, got {dict(tokens)}"
+        )
+    return seen.pop()
