@@ -5,7 +5,7 @@ train split, cut pages into documents, drop near-copies among documents, write P
 
     apt-get install postgresql-doc-15 python3.11-doc dict-wn bible-kjv perl-doc apache2-doc \
         sqlite3-doc python-django-doc python-sqlalchemy-doc sphinx-doc python-werkzeug-doc \
-        python-flask-doc python-jinja2-doc
+        python-flask-doc python-jinja2-doc dict-gcide
     python tools/demo/build_corpus.py --train-dir build --text-dir src/var_moe/demo/text
 """
 
@@ -20,10 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from manuals import SOURCE, manual_pages
+from manuals import manual_pages
 from sources import Page, kjv_pages, postgres_pages, python_pages, wordnet_pages
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+from webster import webster_pages
 
 SPLITS = ("calibration", "validation", "certify", "test")
 SOURCES = ("postgres", "python", "wordnet")
@@ -46,7 +47,7 @@ KJV_SPLIT = {"calibration": 0.2, "validation": 0.2, "certify": 0.3, "test": 0.3}
 MIN_TOKENS, HARD_MAX = 100, 500  # of a bundled document, the special token included
 SHINGLE = 8
 NEAR_COPY = 0.5
-OVERLAP = 0.2  # of a further manual's document with anything kept
+OVERLAP = 0.2  # of a further text's document with anything kept
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -280,7 +281,7 @@ def unique(documents: Sequence[Document]) -> list[Document]:
 def further(
     pages: Sequence[Page], kept: Sequence[Document], tokenizer: PreTrainedTokenizerFast
 ) -> list[Document]:
-    """The manuals' documents, for training alone: nothing that stands in a bundled document."""
+    """Further texts' documents, for training alone: nothing that stands in a bundled document."""
     seen, texts = NearCopies(), {document.text for document in kept}
     seen.add(seen.shingles(document.text) for document in kept)
     found = []
@@ -310,7 +311,7 @@ def statistics(documents: Sequence[Document]) -> pd.DataFrame:
 
 def check(documents: Sequence[Document]) -> None:
     """Raise ValueError where the corpus breaks a promise of tools/README.md."""
-    table = statistics([d for d in documents if d.source not in ("kjv", SOURCE)])
+    table = statistics([d for d in documents if d.source in SOURCES])
     by_page = defaultdict(set)
     for document in documents:
         by_page[document.source, document.page].add(document.split)
@@ -375,8 +376,8 @@ def main() -> None:
     documents = [doc for page, split in pages for doc in cut(page, split, tokenizer)]
     kept_documents = unique(documents)
     print(f"{len(documents)} documents, {len(kept_documents)} kept", flush=True)
-    manuals = drop_near_copies(manual_pages())
-    kept_documents += further(manuals, kept_documents, tokenizer)
+    for pages_found in (manual_pages(), webster_pages(seed=options.seed)):
+        kept_documents += further(drop_near_copies(pages_found), kept_documents, tokenizer)
     table = statistics(kept_documents)
     print(table.to_string(), flush=True)
     table.reset_index().to_csv(options.train_dir / "corpus.csv", index=False)
