@@ -41,7 +41,7 @@ class Cache:
         *,
         looks_only: tuple[int, ...] = (),
         padding: tuple[int, ...] = (),
-        emptied: bool = False,
+        document: int | None = None,
     ) -> None:
         positions = range(len(keys))
         valid = [position not in padding for position in positions]
@@ -50,7 +50,7 @@ class Cache:
             torch.tensor([keys]),
             torch.tensor([valid]),
             torch.tensor([counted]),
-            {0} if emptied else set(),
+            None if document is None else [document],
         )
         self.first, self.seen = self.seen, self.seen + len(keys)
 
@@ -213,19 +213,45 @@ def test_looking_up_an_expired_entry_finds_nothing_and_leaves_it() -> None:
     assert cache.forward([7, 7]) == [NONE, 4]
 
 
-def test_a_fresh_row_starts_empty_and_time_goes_on() -> None:
+def test_each_document_has_its_own_keys_and_time() -> None:
     clock = TokenClock()
     cache = Cache(ttl=0.003, clock=clock)
-    assert cache.forward([7, 7]) == [NONE, 0]
-    assert cache.forward([7, 7], emptied=True) == [NONE, 2]  # born at tick 2
-    assert cache.forward([7, 7]) == [2, NONE]  # ticks 4 and 5
-    assert clock.advance(0) == 6
+    assert cache.forward([7, 7], document=1) == [NONE, 0]  # its ticks 0 and 1
+    assert cache.forward([7, 7], document=2) == [NONE, 2]
+    assert cache.forward([7, 7], document=1) == [0, NONE]  # ticks 2 and 3
+    assert clock.advance(0) == 0
 
 
-def test_only_the_fresh_row_of_a_batch_empties() -> None:
+def test_a_document_without_number_ends_with_its_forward() -> None:
+    cache = Cache()
+    assert cache.forward([7, 7], document=-1) == [NONE, 0]
+    assert len(cache.cache) == 0
+    assert cache.forward([7, 7], document=-1) == [NONE, 2]
+
+
+def test_size_holds_for_each_document() -> None:
+    cache = Cache(size=1)
+    for document, owner in ((1, 0), (2, 1), (3, 2)):
+        assert cache.forward([7], document=document) == [NONE]
+        assert owner == cache.seen - 1
+    assert [cache.forward([7], document=n) for n in (1, 2, 3)] == [[0], [1], [2]]
+
+
+def test_only_the_latest_documents_are_kept() -> None:
+    cache = Cache()
+    for document in range(40):
+        cache.forward([7], document=document)
+    assert len(cache.cache) == 32
+    assert cache.forward([7], document=39) == [39]
+    assert cache.forward([7], document=7) == [NONE]  # 0 to 7 went
+    cache.forward(list(range(5)), document=50)
+    assert cache.forward([4], document=50) == [46]
+
+
+def test_rows_of_a_batch_keep_to_their_documents() -> None:
     cache = ContextCache(size=4, ttl_seconds=60, clock=TokenClock())
     real = torch.ones((3, 2), dtype=torch.bool)
-    cache.begin(torch.tensor([[7, 8], [7, 8], [7, 8]]), real, real, {2})
+    cache.begin(torch.tensor([[7, 8], [7, 8], [7, 8]]), real, real, [1, 1, 2])
     index = torch.arange(6)[:, None]
     hits = cache.layer(0, index, index / 8, torch.ones(6, dtype=torch.bool))
     assert hits.hit.tolist() == [False, False, True, True, False, False]

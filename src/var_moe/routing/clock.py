@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from typing import Self
 
 
 class Clock(ABC):
@@ -18,6 +19,10 @@ class Clock(ABC):
 
     def reset(self) -> None:  # noqa: B027 - wall time can't be reset
         """Start again, where the clock can."""
+
+    def of_document(self) -> Self:
+        """A clock for one document, whose time no other text moves on."""
+        return self
 
 
 class TokenClock(Clock):
@@ -37,9 +42,12 @@ class TokenClock(Clock):
     def reset(self) -> None:
         self._tokens = 0
 
+    def of_document(self) -> Self:
+        return type(self)()
+
 
 class WallClock(Clock):
-    """Wall time for serving, read once per forward."""
+    """Wall time for serving, read once per row of a forward."""
 
     ticks_per_second = 1_000_000_000
     step = 0

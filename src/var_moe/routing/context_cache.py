@@ -1,32 +1,28 @@
 """The context cache: decisions keyed by a token's last N ids, LRU, with a time to live.
 
 What is in the cache depends on token ids and time alone, never on a decision, so one pass
-over the ids per forward (`ContextCache.begin`) serves all layers: it says for each token
-which entry it meets. An entry has one slot per layer; a layer's slot is filled by the first
-admitted decision of a token that meets the entry. That part is tensor maths
+over the ids per forward (`ContextCache.begin`, `lru.Walk`) serves all layers: it says for each
+token which entry it meets. An entry has one slot per layer; a layer's slot is filled by the
+first admitted decision of a token that meets the entry. That part is tensor maths
 (`ContextCache.layer`), with no loop over tokens.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from var_moe.routing.clock import Clock
+from var_moe.routing.lru import GONE, NEW, Stream, Walk
 
-
-@dataclass(slots=True)
-class _Entry:
-    """One stay of a key in the cache, from insertion to eviction or expiry."""
-
-    born: int  # ticks
-    row: int = -1  # row in the persistent storage, -1: none yet
-    forward: int = -1  # the last forward that met it
-    local: int = -1  # its number within that forward
-    gone: bool = False
+_SHARED = 0  # number of the one stream of a cache that all documents share
+_DOCUMENTS_KEPT = 32  # streams kept for documents that later forwards may continue
+# Rows of a layer's storage that belong to no entry: one is never written, one never read.
+_EMPTY, _WASTE, _FIRST = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -34,21 +30,19 @@ class _Meeting:
     """Which entry each token of the running forward meets."""
 
     local: Tensor  # (T,) number of the entry met, `entries` where there is none
-    inserts: Tensor  # (T,) bool: the token may fill slots
-    before: Tensor  # (entries + 1,) persistent row at the forward's start, -1: new
-    after: Tensor  # (entries,) persistent row at its end, -1: gone
-    position: Tensor  # (T,) 0..T-1
-    entries: int
+    position: Tensor  # (T,) 0..T-1, T for tokens that may not fill slots
+    own: Tensor  # (T,) 0..T-1
+    before: Tensor  # (entries + 1,) row of storage at the forward's start
+    after: Tensor  # (entries,) row at its end
 
     def to(self, device: torch.device) -> _Meeting:
         """The same on another device."""
         return _Meeting(
             local=self.local.to(device),
-            inserts=self.inserts.to(device),
+            position=self.position.to(device),
+            own=self.own.to(device),
             before=self.before.to(device),
             after=self.after.to(device),
-            position=self.position.to(device),
-            entries=self.entries,
         )
 
 
@@ -72,55 +66,93 @@ class ContextCache:
         self.size = size
         self.clock = clock
         self._ttl = ttl_seconds * clock.ticks_per_second
-        self._entries: OrderedDict[int, _Entry] = OrderedDict()
+        self._streams: OrderedDict[int, Stream] = OrderedDict()
         self._free: list[int] = []
-        self._rows = 0
-        self._forward = 0
+        self._rows = _FIRST
+        self._numbered = 0  # entries numbered by earlier forwards
         self._store: dict[int, tuple[Tensor, Tensor]] = {}
         self._meetings: dict[torch.device, _Meeting] = {}  # the running forward's, per device
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return sum(len(stream.entries) for stream in self._streams.values())
 
     def clear(self) -> None:
         """Empty the cache and reset its clock."""
-        self._drop_all()
+        self._streams.clear()
         self._store.clear()
         self._free.clear()
-        self._rows = 0
+        self._rows = _FIRST
         self._meetings.clear()
         self.clock.reset()
 
-    def _drop(self, entry: _Entry) -> None:
-        """Take an entry out of use; its row is given to another at the forward's end."""
-        entry.gone = True
-        if entry.row >= 0:
-            self._free.append(entry.row)
-
-    def _drop_all(self) -> None:
-        for entry in self._entries.values():
-            self._drop(entry)
-        self._entries.clear()
-
-    def begin(self, keys: Tensor, valid: Tensor, counted: Tensor, fresh_rows: set[int]) -> None:
+    def begin(
+        self, keys: Tensor, looks: Tensor, stays: Tensor, documents: Sequence[int] | None = None
+    ) -> None:
         """Walk the forward's tokens in row-major order, once for all layers.
 
         Args:
             keys: (B, S) context keys.
-            valid: (B, S) tokens that look up.
-            counted: (B, S) tokens that also insert; the clock ticks for these.
-            fresh_rows: rows before which the cache is emptied (``cache_scope="document"``).
+            looks: (B, S) bool, tokens that look up.
+            stays: (B, S) bool, tokens that also insert; the clock ticks for these.
+            documents: (B,) for a cache per document (``cache_scope="document"``), the document
+                of each row, a negative number for one that no later forward goes on with.
         """
-        counted_flat = counted.reshape(-1)
-        walk = _Walk(self, start=self.clock.advance(int(counted_flat.sum())))
+        walk = Walk(size=self.size, ttl=self._ttl, free=self._free, base=self._numbered)
         # A single transfer each; with ids on the CPU no device waits for it.
-        key_rows, valid_rows, counted_rows = keys.tolist(), valid.tolist(), counted.tolist()
-        for row in range(len(key_rows)):
-            if row in fresh_rows:
-                self._drop_all()
-            walk.row(key_rows[row], valid_rows[row], counted_rows[row])
-        self._meetings = {keys.device: walk.meeting(counted_flat, keys.device)}
-        self._forward += 1
+        key_rows, look_rows = keys.tolist(), looks.tolist()
+        stay_rows = look_rows if stays is looks else stays.tolist()
+        for row, (row_keys, look, stay) in enumerate(
+            zip(key_rows, look_rows, stay_rows, strict=True)
+        ):
+            stream = self._stream(None if documents is None else documents[row])
+            walk.row(stream, row_keys, look, stay)
+        if documents is not None:
+            self._forget(walk, keep=max(len(key_rows), _DOCUMENTS_KEPT))
+        self._meetings = {keys.device: self._meeting(walk, stays.reshape(-1))}
+        self._numbered += len(walk.met)
+
+    def _stream(self, document: int | None) -> Stream:
+        number = _SHARED if document is None else document
+        found = self._streams.get(number)
+        if found is None:
+            clock = self.clock if document is None else self.clock.of_document()
+            found = self._streams[number] = Stream(clock)
+        self._streams.move_to_end(number)
+        return found
+
+    def _forget(self, walk: Walk, keep: int) -> None:
+        """Drop the streams of documents that end with this forward, and the oldest others."""
+        ended = [number for number in self._streams if number < 0]
+        going = [number for number in self._streams if number >= 0]
+        for number in [*ended, *going[: max(len(going) - keep, 0)]]:
+            for entry in self._streams.pop(number).entries.values():
+                walk.drop(entry)
+
+    def _meeting(self, walk: Walk, stays: Tensor) -> _Meeting:
+        """Give rows to the entries that outlive the forward and pack everything as tensors."""
+        met, device = walk.met, stays.device
+        before = [_EMPTY if row == NEW else row for row in walk.before]
+        for entry in met:
+            if entry.row == NEW:
+                if self._free:
+                    entry.row = self._free.pop()
+                else:
+                    entry.row = self._rows
+                    self._rows += 1
+        after = [_WASTE if entry.row == GONE else entry.row for entry in met]
+        local = torch.tensor(walk.local, dtype=torch.int64) - walk.base
+        local[local < 0] = len(met)  # no entry
+        local = local.to(device)
+        own = torch.arange(len(local), device=device)
+        # A token that meets no entry, as with size 0, may not pass for one that shares an entry.
+        fills = stays & (local < len(met))
+        return _Meeting(
+            local=local,
+            position=torch.where(fills, own, len(local)),
+            own=own,
+            before=torch.tensor([*before, _EMPTY], dtype=torch.int64, device=device),
+            after=torch.tensor(after, dtype=torch.int64, device=device),
+        )
 
     def layer(self, layer: int, index: Tensor, weight: Tensor, admit: Tensor) -> Hits:
         """Look up and fill one layer's slots.
@@ -137,108 +169,37 @@ class ContextCache:
             self._meetings[index.device] = next(iter(self._meetings.values())).to(index.device)
         met = self._meetings[index.device]
         store_index, store_weight = self._storage(layer, index, weight)
-        known = met.before >= 0  # (entries + 1,)
-        held_index = store_index[met.before]
-        held_index.masked_fill_(~known[:, None], -1)
-        held_weight = store_weight[met.before]
-        empty = held_index[:, 0] < 0
+        held_index, held_weight = store_index[met.before], store_weight[met.before]
+        empty = held_index[:, 0] < 0  # (entries + 1,)
         # The first admitted token of each entry fills an empty slot; later ones hit it.
-        never = met.position.shape[0]
-        position = torch.where(admit & met.inserts, met.position, never)
-        filler = torch.full((met.entries + 1,), never, dtype=torch.int64, device=index.device)
+        never = len(met.own)
+        position = torch.where(admit, met.position, never)
+        filler = torch.full_like(met.before, never)
         filler.scatter_reduce_(0, met.local, position, "amin")
-        fills = empty & (filler < never)
+        fills = (empty & (filler < never))[:, None]
         source = filler.clamp(max=never - 1)
-        new_index = torch.where(fills[:, None], index[source], held_index)
-        new_weight = torch.where(fills[:, None], weight[source], held_weight)
-        filled_earlier = ~empty[met.local] | (filler[met.local] < met.position)
-        hit = filled_earlier & (new_index[met.local, 0] >= 0)
-        alive = met.after.clamp(min=0)  # gone entries write to the spare last row
-        alive = torch.where(met.after >= 0, alive, store_index.shape[0] - 1)
-        store_index[alive] = new_index[:-1]
-        store_weight[alive] = new_weight[:-1]
-        return Hits(hit=hit, index=new_index[met.local], weight=new_weight[met.local])
+        new_index = torch.where(fills, index[source], held_index)
+        new_weight = torch.where(fills, weight[source], held_weight)
+        store_index[met.after] = new_index[:-1]
+        store_weight[met.after] = new_weight[:-1]
+        # Held from before, or filled by a token that stands earlier in this forward.
+        since = torch.where(empty, filler, -1)
+        return Hits(
+            hit=since[met.local] < met.own,
+            index=new_index[met.local],
+            weight=new_weight[met.local],
+        )
 
     def _storage(self, layer: int, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer's persistent slots, one row per entry and a spare last row."""
+        """The layer's slots, one row per entry, after the two rows that belong to none."""
         stored = self._store.get(layer)
-        have = 0 if stored is None else stored[0].shape[0] - 1
+        have = 0 if stored is None else stored[0].shape[0]
         if stored is None or have < self._rows:
             # Grow by doubling, so that a large cache costs memory only when it is used.
-            rows = max(self._rows, min(2 * have, self.size), 64)
-            new_index = index.new_full((rows + 1, index.shape[1]), -1)
-            new_weight = weight.new_zeros((rows + 1, weight.shape[1]))
+            rows = max(self._rows, 2 * have, 64)
+            new_index = index.new_full((rows, index.shape[1]), -1)
+            new_weight = weight.new_zeros((rows, weight.shape[1]))
             if stored is not None:
-                new_index[:have], new_weight[:have] = stored[0][:have], stored[1][:have]
+                new_index[:have], new_weight[:have] = stored[0], stored[1]
             stored = self._store[layer] = (new_index, new_weight)
         return stored
-
-    def _new_row(self) -> int:
-        if self._free:
-            return self._free.pop()
-        self._rows += 1
-        return self._rows - 1
-
-
-class _Walk:
-    """The pass over one forward's ids; plain dictionary work, well below 1% of a forward."""
-
-    def __init__(self, cache: ContextCache, *, start: int) -> None:
-        self.cache = cache
-        self.now = start
-        self.met: list[_Entry] = []
-        self.before: list[int] = []
-        self.local: list[int] = []
-
-    def row(self, keys: list[int], valid: list[bool], counted: list[bool]) -> None:
-        """One row of the batch, token by token."""
-        cache, met, before, local = self.cache, self.met, self.before, self.local
-        entries, size, ttl, step = cache._entries, cache.size, cache._ttl, cache.clock.step
-        forward, now = cache._forward, self.now
-        if size == 0:
-            local.extend([-1] * len(keys))
-            return
-        for key, looks, inserts in zip(keys, valid, counted, strict=True):
-            if not looks:
-                local.append(-1)
-                continue
-            entry = entries.get(key)
-            expired = entry is not None and now - entry.born >= ttl
-            if inserts:
-                if entry is None or expired:
-                    if entry is not None:
-                        cache._drop(entry)
-                    entry = entries[key] = _Entry(born=now)
-                    if len(entries) > size:
-                        cache._drop(entries.popitem(last=False)[1])
-                entries.move_to_end(key)
-                now += step
-            elif entry is None or expired:
-                local.append(-1)
-                continue
-            if entry.forward != forward:
-                entry.forward = forward
-                entry.local = len(met)
-                met.append(entry)
-                before.append(entry.row)
-            local.append(entry.local)
-        self.now = now
-
-    def meeting(self, counted: Tensor, device: torch.device) -> _Meeting:
-        """Give rows to the entries that outlive the forward and pack everything as tensors."""
-        after = []
-        for entry in self.met:
-            if entry.row < 0 and not entry.gone:
-                entry.row = self.cache._new_row()
-            after.append(-1 if entry.gone else entry.row)
-        local = torch.tensor(self.local, dtype=torch.int64)
-        local[local < 0] = len(self.met)
-        return _Meeting(
-            local=local.to(device),
-            # With size 0 no token meets an entry, and none may pass for a shared one.
-            inserts=counted & (local < len(self.met)).to(counted.device),
-            before=torch.tensor([*self.before, -1], dtype=torch.int64, device=device),
-            after=torch.tensor(after, dtype=torch.int64, device=device),
-            position=torch.arange(local.shape[0], device=device),
-            entries=len(self.met),
-        )

@@ -47,7 +47,8 @@ class TokenBatch:
     there are none), so that context keys span the document. A token that is ``valid`` but not
     ``counted`` (the overlap of two windows) is routed and looks up in the cache, but inserts
     nothing and stands in no statistics. ``document`` tells rows of one document apart from
-    those of the next.
+    those of the next. Where ``inserting`` is off (beam search, whose rows are mostly thrown
+    away), counted tokens too look up in the cache and leave nothing there.
     """
 
     ids: Tensor  # (B, S) int64
@@ -55,6 +56,12 @@ class TokenBatch:
     counted: Tensor  # (B, S) bool, implies valid
     document: tuple[int, ...]  # (B,) document number per row
     prefix: Tensor | None = None  # (B, P) int64
+    inserting: bool = True
+
+    @property
+    def stays(self) -> Tensor:
+        """(B, S) bool: tokens that enter the cache or refresh their key, and move time on."""
+        return self.counted if self.inserting else torch.zeros_like(self.counted)
 
     @classmethod
     def of(cls, ids: Tensor, attention_mask: Tensor | None = None) -> TokenBatch:

@@ -57,6 +57,15 @@ class _Entry:
     slots: dict[int, list[Expert]] = field(default_factory=dict)
 
 
+@dataclass
+class _Cache:
+    """All contexts that are known, and how many tokens have been met."""
+
+    # Oldest meeting first, most recent last.
+    entries: OrderedDict[tuple[int, ...], _Entry] = field(default_factory=OrderedDict)
+    now: int = 0
+
+
 class ReferenceVAR:
     """VAR routing in its simplest form.
 
@@ -73,11 +82,8 @@ class ReferenceVAR:
         self.reset()
 
     def reset(self) -> None:
-        """Empty the cache and set the clock to zero."""
-        # Oldest meeting first, most recent last.
-        self._entries: OrderedDict[tuple[int, ...], _Entry] = OrderedDict()
-        self._now = 0
-        self._document: int | None = None
+        """Empty the caches and set their clocks to zero."""
+        self._caches: dict[int, _Cache] = {}
 
     def forward(
         self,
@@ -101,10 +107,10 @@ class ReferenceVAR:
                     for layer in router:
                         decisions[layer].append(None)
                     continue
-                self._enter_document(row.document)
+                cache = self._cache_of(row.document)
                 text.append(token)
                 context = tuple(text[-self.config.context_window_size :])
-                entry = self._meet(context) if counted else self._peek(context)
+                entry = self._meet(cache, context) if counted else self._peek(cache, context)
                 for layer, choices in router.items():
                     chosen = choices[len(decisions[layer])]
                     experts = list(zip(chosen[0], chosen[1], strict=True))
@@ -113,32 +119,32 @@ class ReferenceVAR:
                     if counted and entry and slot is None and self._confident(experts):
                         entry.slots[layer] = leading(experts, len(experts))
                 if counted:
-                    self._now += 1
+                    cache.now += 1
         return decisions
 
-    def _enter_document(self, document: int) -> None:
-        if document != self._document and self.config.cache_scope == "document":
-            self._entries.clear()
-        self._document = document
+    def _cache_of(self, document: int) -> _Cache:
+        """The cache that serves a document: its own, or the one for all."""
+        number = document if self.config.cache_scope == "document" else 0
+        return self._caches.setdefault(number, _Cache())
 
-    def _expired(self, entry: _Entry) -> bool:
-        return self._now - entry.born >= self.config.cache_ttl_seconds * TICKS_PER_SECOND
-
-    def _peek(self, context: tuple[int, ...]) -> _Entry | None:
+    def _peek(self, cache: _Cache, context: tuple[int, ...]) -> _Entry | None:
         """The living entry of `context`, leaving everything as it is."""
-        entry = self._entries.get(context)
-        return None if entry is None or self._expired(entry) else entry
+        entry = cache.entries.get(context)
+        if entry is None:
+            return None
+        expired = cache.now - entry.born >= self.config.cache_ttl_seconds * TICKS_PER_SECOND
+        return None if expired else entry
 
-    def _meet(self, context: tuple[int, ...]) -> _Entry | None:
+    def _meet(self, cache: _Cache, context: tuple[int, ...]) -> _Entry | None:
         """The entry of `context`, made or renewed when needed and now the most recent one."""
         if self.config.cache_size == 0:
             return None
-        entry = self._peek(context)
+        entry = self._peek(cache, context)
         if entry is None:
-            entry = self._entries[context] = _Entry(born=self._now)
-        self._entries.move_to_end(context)
-        if len(self._entries) > self.config.cache_size:
-            self._entries.popitem(last=False)
+            entry = cache.entries[context] = _Entry(born=cache.now)
+        cache.entries.move_to_end(context)
+        if len(cache.entries) > self.config.cache_size:
+            cache.entries.popitem(last=False)
         return entry
 
     def _decide(

@@ -69,7 +69,6 @@ class VARPolicy(RoutingPolicy):
         self._any_eligible = self._eligible.any(dim=1).tolist()
         self._layers: dict[int, _Layer] = {}
         self._ids: dict[torch.device, Tensor] = {}  # (T,) this forward's ids, per device
-        self._document: int | None = None
 
     @classmethod
     def search_space(cls, top_k: int) -> dict[str, dict[str, Any]]:
@@ -81,24 +80,16 @@ class VARPolicy(RoutingPolicy):
 
     def reset(self) -> None:
         self.cache.clear()
-        self._document = None
 
     def begin(self, batch: TokenBatch) -> None:
         ids = batch.ids.reshape(-1)
         self._ids = {ids.device: ids}
-        fresh = self._fresh_rows(batch) if self.config.cache_scope == "document" else set()
         keys = context_keys(batch, self.config.context_window_size)
-        self.cache.begin(keys, batch.valid, batch.counted, fresh)
-
-    def _fresh_rows(self, batch: TokenBatch) -> set[int]:
-        """Rows that start another document than the row before them."""
-        fresh = set()
-        for row, document in enumerate(batch.document):
-            # Negative numbers are anonymous: a document of its own each time.
-            if document != self._document or document < 0:
-                fresh.add(row)
-            self._document = document
-        return fresh
+        documents = None
+        if self.config.cache_scope == "document":
+            # Rows without a number are documents of their own, and end with the forward.
+            documents = [n if n >= 0 else -1 - row for row, n in enumerate(batch.document)]
+        self.cache.begin(keys, batch.valid, batch.stays, documents)
 
     def _on(self, device: torch.device) -> Tensor:
         """The forward's token ids on a layer's device; a model may be spread over several."""

@@ -1,0 +1,126 @@
+"""Which entry of the context cache each token meets: plain dictionary work on the ids.
+
+One pass per forward serves all layers, because what is in the cache depends on token ids and
+time alone, never on a decision. This loop runs once per token on the host, so it is written
+for speed: no call, no attribute that can be a local name.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from var_moe.routing.clock import Clock
+
+NEW, GONE = -1, -2  # instead of a row of storage: none yet, none any more
+
+
+class Entry:
+    """One stay of a key in the cache, from insertion to eviction or expiry."""
+
+    __slots__ = ("born", "number", "row")
+
+    def __init__(self, born: int, number: int) -> None:
+        self.born = born  # ticks
+        self.number = number  # in the order of being met; each forward numbers anew
+        self.row = NEW  # of the storage
+
+
+@dataclass
+class Stream:
+    """The keys of one cache, least recently met first, and its time."""
+
+    clock: Clock
+    entries: OrderedDict[int, Entry] = field(default_factory=OrderedDict)
+
+
+@dataclass
+class Walk:
+    """What one forward's tokens met, filled row by row.
+
+    Args:
+        size: keys that a stream holds.
+        ttl: ticks that an entry lives.
+        free: rows of storage that dropped entries give back.
+        base: number of the first entry that this forward meets; higher than all before.
+    """
+
+    size: int
+    ttl: float
+    free: list[int]
+    base: int
+    met: list[Entry] = field(default_factory=list)
+    before: list[int] = field(default_factory=list)  # per entry met: its row until then
+    local: list[int] = field(default_factory=list)  # per token: entry's number, `NEW` for none
+
+    def drop(self, entry: Entry) -> None:
+        """Take an entry out of use; its row is given to another at the forward's end."""
+        if entry.row >= 0:
+            self.free.append(entry.row)
+        entry.row = GONE
+
+    def row(self, stream: Stream, keys: list[int], looks: list[bool], stays: list[bool]) -> None:
+        """One row of the batch: ``looks`` up, and ``stays`` (inserts or refreshes its key)."""
+        now = stream.clock.advance(sum(stays))
+        if self.size == 0:
+            self.local.extend([NEW] * len(keys))
+            return
+        start, end = 0, len(keys)
+        while end and not looks[end - 1]:  # padding stands at one end, as a rule
+            end -= 1
+        while start < end and not looks[start]:
+            start += 1
+        self.local.extend([NEW] * start)
+        if all(stays[start:end]):
+            self._plain(stream, keys[start:end], now)
+        else:
+            self._mixed(stream, keys[start:end], looks[start:end], stays[start:end], now)
+        self.local.extend([NEW] * (len(keys) - end))
+
+    def _plain(self, stream: Stream, keys: list[int], now: int) -> None:
+        """Tokens that all insert."""
+        entries, met, base, size, ttl = stream.entries, self.met, self.base, self.size, self.ttl
+        step, number = stream.clock.step, base + len(met)
+        find, refresh, note = entries.get, entries.move_to_end, self.local.append
+        meet, held = met.append, self.before.append
+        for key in keys:
+            entry = find(key)
+            if entry is None or now - entry.born >= ttl:
+                if entry is not None:
+                    self.drop(entry)
+                    del entries[key]
+                entry = entries[key] = Entry(now, number)
+                meet(entry)
+                held(NEW)
+                note(number)
+                number += 1
+                if len(entries) > size:
+                    self.drop(entries.popitem(last=False)[1])
+            else:
+                refresh(key)
+                if entry.number < base:
+                    entry.number = number
+                    number += 1
+                    meet(entry)
+                    held(entry.row)
+                note(entry.number)
+            now += step
+
+    def _mixed(
+        self, stream: Stream, keys: list[int], looks: list[bool], stays: list[bool], now: int
+    ) -> None:
+        """Tokens of which some only look up, or are padding."""
+        for key, look, stay in zip(keys, looks, stays, strict=True):
+            if stay:
+                self._plain(stream, [key], now)
+                now += stream.clock.step
+                continue
+            entry = stream.entries.get(key) if look else None
+            if entry is None or now - entry.born >= self.ttl:
+                self.local.append(NEW)
+                continue
+            if entry.number < self.base:
+                entry.number = self.base + len(self.met)
+                self.met.append(entry)
+                self.before.append(entry.row)
+            self.local.append(entry.number)
