@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from var_moe.errors import UsageError
+from var_moe.generation import Texts
 from var_moe.models.seam import (
     SORTED,
     PairBackend,
@@ -33,9 +34,8 @@ class Session:
         self._layers = layers
         self._counts = TierCounts(layers)
         self._announced: TokenBatch | None = None
-        self._batch: TokenBatch | None = None
         self._counted: Tensor = torch.empty(0, dtype=torch.bool)
-        self._all_counted = True
+        self.texts = Texts(policy.context_window)
 
     def announce(self, batch: TokenBatch) -> None:
         """Describe the next forward's tokens, where ids and mask alone do not tell.
@@ -49,39 +49,33 @@ class Session:
         return self._counts.report()
 
     def reset(self) -> None:
-        """Empty the policy's caches and clocks and set the counts to zero."""
+        """Empty the policy's caches and clocks, forget texts, set the counts to zero."""
         self.policy.reset()
+        self.texts.forget()
         self._counts = TierCounts(self._layers)
 
     # -- called by the model ---------------------------------------------------------------
 
     def before_forward(self, _model: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
         """The model's forward pre-hook: sees the token ids, once for all layers."""
-        if kwargs.get("past_key_values") is not None:
-            raise UsageError(
-                "generation with a KV cache is not supported inside routed(...) yet; "
-                "score whole texts, or generate with use_cache=False"
-            )
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is None:
             raise UsageError("routed(...) needs input_ids: embeddings do not tell the token ids")
         batch, self._announced = self._announced, None
         if batch is None:
             mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-            if mask is not None and mask.dim() != 2:
-                raise UsageError(
-                    f"attention_mask with {mask.dim()} dimensions: routed(...) needs (batch, "
-                    "sequence), to know which positions are padding"
-                )
-            batch = TokenBatch.of(ids, mask)
+            batch = self.texts.batch(ids, mask, kwargs.get("past_key_values"))
         elif batch.ids.shape != ids.shape:
             raise UsageError(
                 f"announced tokens of shape {tuple(batch.ids.shape)}, but the forward has "
                 f"{tuple(ids.shape)}"
             )
-        self._batch = batch
         self._counted = batch.counted.reshape(-1)
         self.policy.begin(batch)
+
+    def after_forward(self, _model: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        """The model's forward hook: the output may hold a new KV cache."""
+        self.texts.bind(output)
 
     def experts(
         self, layer: int, module: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor
@@ -120,9 +114,14 @@ def routed(model: Any, policy: RoutingPolicy, *, backend: str = "auto") -> Itera
         backend = SORTED if next(model.parameters()).device.type == "cpu" else "grouped_mm"
     session = Session(policy, pair_backend(backend), len(experts_modules(model)))
     before = attach(model, session)
-    hook = model.register_forward_pre_hook(session.before_forward, with_kwargs=True)
+    hooks = [
+        model.register_forward_pre_hook(session.before_forward, with_kwargs=True),
+        model.register_forward_hook(session.after_forward),
+    ]
     try:
-        yield session
+        with session.texts.watching(model):
+            yield session
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         detach(model, before)

@@ -112,11 +112,6 @@ def test_an_unknown_backend_is_refused(model):
         pass
 
 
-def test_generation_with_a_cache_is_refused(model, ids):
-    with routed(model, NativePolicy()), pytest.raises(UsageError, match="KV cache"):
-        model.generate(ids, max_new_tokens=2)
-
-
 def test_counts_leave_padding_out(model, ids):
     mask = torch.ones_like(ids)
     mask[0, 30:] = 0

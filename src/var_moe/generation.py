@@ -1,0 +1,229 @@
+"""Generation with a KV cache: which ids stood before the tokens of a forward.
+
+A forward of `generate` sees only the new ids. Decisions depend on the ids before them as well
+(context keys) and on whose text they continue (``cache_scope="document"``). Both come from
+`generate` itself, which hands all ids to ``prepare_inputs_for_generation`` at each step, so that
+beams that change places are right; in a loop of the user's own they come from what this session
+has seen go into the same KV cache.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from var_moe.errors import UsageError
+from var_moe.routing.decision import TokenBatch
+
+_FIRST_DOCUMENT = 2**40  # numbers of generated texts, far from those of scored documents
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What stands in one KV cache."""
+
+    length: int  # positions, padding included
+    recent: Tensor  # (B, W - 1) the last ids before the next forward, -1 where there are none
+    documents: tuple[int, ...]  # (B,)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What `generate` holds before a forward: all ids, or all since it was called."""
+
+    ids: Tensor  # (B, P)
+    valid: Tensor  # (B, P) bool
+
+
+class Texts:
+    """The texts that a session's KV caches hold.
+
+    Args:
+        window: ids that a decision depends on, the token's own included.
+    """
+
+    def __init__(self, window: int) -> None:
+        self._before = max(window - 1, 0)
+        self._texts: WeakKeyDictionary[Any, _Text] = WeakKeyDictionary()
+        self._numbers = count(_FIRST_DOCUMENT)
+        self._step: _Step | None = None
+        self._call: _Call | None = None
+        self._unbound: _Text | None = None  # of a forward that makes its own KV cache
+
+    def forget(self) -> None:
+        """Forget all texts: a KV cache filled before can then not be continued."""
+        self._texts.clear()
+
+    def batch(self, ids: Tensor, mask: Tensor | None, cache: Any | None) -> TokenBatch:
+        """Describe a forward's tokens.
+
+        Args:
+            ids: (B, S) token ids of the forward.
+            mask: (B, N >= S) attention mask, None where nothing is padding.
+            cache: the forward's ``past_key_values``.
+
+        Raises:
+            UsageError: the KV cache holds tokens that this session has not seen, or the mask
+                does not tell what is padding.
+        """
+        step, self._step = self._step, None
+        if step is not None:
+            mask = step.valid.to(ids.device)
+        if mask is not None and mask.dim() != 2:
+            raise UsageError(
+                f"attention_mask with {mask.dim()} dimensions: routed(...) needs (batch, "
+                "sequence), to know which positions are padding"
+            )
+        length = ids.shape[1]
+        batch = TokenBatch.of(ids, None if mask is None else mask[:, -length:])
+        past = 0 if cache is None else int(cache.get_seq_length())
+        text = self._continued(cache, past, batch, step) if past else self._new(ids)
+        seen = torch.cat((text.recent, torch.where(batch.valid, ids, -1)), dim=1)
+        after = _Text(past + length, _last(seen, self._before), text.documents)
+        if cache is None:
+            self._unbound = after
+        else:
+            self._texts[cache] = after
+        return replace(
+            batch,
+            document=text.documents,
+            prefix=text.recent if past else None,
+            inserting=self._call is None or not self._call.beams,
+        )
+
+    def bind(self, output: Any) -> None:
+        """See a forward's output: it may hold a KV cache that the forward has made."""
+        text, self._unbound = self._unbound, None
+        cache = getattr(output, "past_key_values", None)
+        if text is not None and hasattr(cache, "get_seq_length"):
+            self._texts[cache] = text
+
+    def _new(self, ids: Tensor) -> _Text:
+        numbers = tuple(next(self._numbers) for _ in range(ids.shape[0]))
+        return _Text(0, ids.new_full((ids.shape[0], self._before), -1), numbers)
+
+    def _continued(self, cache: Any, past: int, batch: TokenBatch, step: _Step | None) -> _Text:
+        """The text in a KV cache with ``past`` tokens."""
+        known = self._texts.get(cache)
+        if known is not None and len(known.documents) != batch.ids.shape[0]:
+            known = None
+        if step is not None and step.ids.shape[1] == past + batch.ids.shape[1]:
+            earlier = torch.where(step.valid, step.ids, -1)[:, :past].to(batch.ids.device)
+            documents = (known or self._new(batch.ids)).documents
+            return _Text(past, _last(earlier, self._before), documents)
+        if known is None or known.length != past or (self._call and self._call.beams):
+            raise UsageError(
+                f"past_key_values holds {past} tokens that routed(...) has not seen: fill the "
+                "KV cache inside the same routed(...) block, or give generate() the whole "
+                "input_ids"
+            )
+        return known
+
+    # -- what `generate` tells -----------------------------------------------------------------
+
+    @contextmanager
+    def watching(self, model: Any) -> Iterator[None]:
+        """Listen to the model's `generate` until the block ends."""
+        if not callable(getattr(model, "generate", None)):
+            yield
+            return
+        names = ("generate", "prepare_inputs_for_generation")
+        before = {name: vars(model)[name] for name in names if name in vars(model)}
+        model.generate = self._generate(model, model.generate)
+        model.prepare_inputs_for_generation = self._prepare(model.prepare_inputs_for_generation)
+        try:
+            yield
+        finally:
+            for name in names:
+                delattr(model, name)
+            for name, value in before.items():
+                setattr(model, name, value)
+
+    def _generate(self, model: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            self._call = _Call.of(model, args, kwargs)
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self._call = self._step = None
+
+        return generate
+
+    def _prepare(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def prepare(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self._call is not None:
+                valid = self._call.unfinished(input_ids)
+                mask = kwargs.get("attention_mask")
+                if mask is not None and mask.dim() == 2:
+                    valid = valid & mask[:, -input_ids.shape[1] :].to(valid)
+                self._step = _Step(input_ids, valid)
+            return original(input_ids, *args, **kwargs)
+
+        return prepare
+
+
+class _Call:
+    """One call of `generate`."""
+
+    def __init__(self, *, beams: bool, ends: tuple[int, ...]) -> None:
+        self.beams = beams
+        self._ends = ends
+        self._prompt: int | None = None
+
+    @classmethod
+    def of(cls, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+        """Read the call's arguments as `generate` will.
+
+        Raises:
+            UsageError: a kind of generation that routed(...) does not follow.
+        """
+        from transformers.generation.configuration_utils import GenerationMode
+
+        given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+        config = copy.deepcopy(given if given is not None else model.generation_config)
+        for name in ("num_beams", "do_sample", "eos_token_id"):
+            if getattr(config, name, None) is None:
+                setattr(config, name, getattr(model.generation_config, name, None))
+        config.update(**kwargs)
+        mode = config.get_generation_mode(kwargs.get("assistant_model"))
+        beams = mode in (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
+        if not beams and mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            raise UsageError(
+                f"{mode.value.replace('_', ' ')} is not supported inside routed(...); expected "
+                "greedy search, sampling or beam search"
+            )
+        ends = config.eos_token_id
+        ends = [] if ends is None else ends if isinstance(ends, (list, tuple)) else [ends]
+        return cls(beams=beams, ends=tuple(int(token) for token in ends))
+
+    def unfinished(self, ids: Tensor) -> Tensor:
+        """(B, P) False where a row has ended: what follows its end token is padding.
+
+        A row that a stopping criterion of the user's ends counts on, until the batch is done.
+        """
+        if self._prompt is None:
+            self._prompt = ids.shape[1]
+        out = torch.ones_like(ids, dtype=torch.bool)
+        if ids.shape[1] > self._prompt and self._ends:
+            ended = torch.isin(ids[:, self._prompt :], ids.new_tensor(self._ends)).long()
+            out[:, self._prompt :] = ended.cumsum(dim=1) == ended
+        return out
+
+
+def _last(ids: Tensor, number: int) -> Tensor:
+    """The last ``number`` ids of each row that are not -1, at the right; (B, number)."""
+    if ids.shape[1] < number:
+        ids = torch.cat((ids.new_full((ids.shape[0], number - ids.shape[1]), -1), ids), dim=1)
+    order = (ids >= 0).to(torch.uint8).argsort(dim=1, stable=True)
+    return ids.gather(1, order)[:, ids.shape[1] - number :]
