@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from var_moe.models.loading import LoadedModel
 from var_moe.profiling import collect
 from var_moe.profiling.collect import collect_profile
 from var_moe.profiling.profile import RoutingProfile
+from var_moe.routing.registry import policy_names, policy_spec
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +106,23 @@ def test_round_trip(profile, tmp_path):
         assert torch.equal(mine, theirs)
 
 
+def test_what_peers_need_is_gathered_and_kept(profile, tmp_path):
+    ratios, sensitivity = profile.peers.ratios, profile.peers.sensitivity
+    assert (ratios.layers, ratios.top_k) == (sensitivity.layers, sensitivity.top_k) == (3, 2)
+    assert ratios.tokens == profile.head["tokens"]
+    assert all(row[0] > row[1] == 0 for row in sensitivity.loss)
+    profile.save(tmp_path)
+    assert RoutingProfile.load(tmp_path).peers == profile.peers
+    needed = profile.calibration()
+    for name in policy_names():
+        spec = policy_spec(name)
+        settings = {key: entry["default"] for key, entry in spec.search_space(2).items()}
+        spec.make(settings, needed)
+    replace(profile, peers=None).save(tmp_path)
+    assert RoutingProfile.load(tmp_path).peers is None
+    assert RoutingProfile.load(tmp_path).calibration()["ratios"] is None
+
+
 def test_parts_that_do_not_belong_together_are_refused(profile, tmp_path):
     profile.save(tmp_path / "p")
     head = json.loads((tmp_path / "p" / "profile.json").read_text())
@@ -135,6 +154,7 @@ def test_interrupted_and_resumed(loaded, documents, profile, tmp_path, monkeypat
     assert not place.exists()
     whole = profiled(loaded, documents, tokens_per_batch=400)
     assert again.hash == whole.hash
+    assert again.peers == whole.peers
 
 
 def test_a_part_of_the_text(loaded, documents):

@@ -8,15 +8,9 @@ import random
 from typing import Any
 
 import pytest
-import torch
 
 from var_moe.errors import UsageError
-from var_moe.routing.layer_sensitivity import (
-    DroppedMass,
-    LayerSensitivity,
-    allocate_experts,
-    calibrate_dropped_mass,
-)
+from var_moe.routing.layer_sensitivity import LayerSensitivity, allocate_experts
 
 
 @pytest.mark.parametrize(
@@ -68,29 +62,6 @@ def test_a_budget_outside_the_model_is_refused(total: Any) -> None:
         UsageError, match=rf"total experts = {total}: expected an integer in \[2, 6"
     ):
         allocate_experts([[2.0, 1.0, 0.0]] * 2, total)
-
-
-def test_dropped_mass_by_hand() -> None:
-    # 2, 1, 1 of 4: half is dropped after the first, a quarter after the second; then 8, 0, 0.
-    batches = [
-        (0, torch.tensor([[5, 2, 9]]), torch.tensor([[1.0, 2.0, 1.0]])),
-        (1, torch.tensor([[5, 2, 9], [1, 2, 3]]), torch.tensor([[0.0, 0.0, 8.0], [0.0] * 3])),
-        (0, torch.tensor([[5, 2, 9]]), torch.tensor([[8.0, 0.0, 0.0]])),
-    ]
-    found = calibrate_dropped_mass(batches)
-    assert found.loss == ((0.25, 0.125, 0.0), (0.0, 0.0, 0.0))
-    assert (found.layers, found.top_k) == (2, 3)
-
-
-def test_layers_of_other_text_are_refused() -> None:
-    sums = DroppedMass()
-    with pytest.raises(UsageError, match="same tokens in every layer"):
-        sums.sensitivity()
-    sums.add(1, torch.zeros(3, 2).long(), torch.rand(3, 2))
-    with pytest.raises(UsageError, match="same tokens in every layer"):
-        sums.sensitivity()
-    with pytest.raises(UsageError, match="K = 4, before it was 2"):
-        sums.add(1, torch.zeros(3, 4).long(), torch.rand(3, 4))
 
 
 def test_saved_and_read_again() -> None:

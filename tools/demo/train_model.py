@@ -15,7 +15,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,9 +33,11 @@ from transformers import (
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-# Share of training tokens per source. Further texts take nearly half, so that the small
-# sources that are judged on are not read until they are known by heart.
-MIX = {"postgres": 0.13, "python": 0.2, "wordnet": 0.22, "manuals": 0.28, "webster": 0.17}
+# Share of training tokens per source. Further texts take half at first, so that the small
+# sources that are judged on are not read until they are known by heart; later a fifth.
+EARLY_MIX = {"postgres": 0.13, "python": 0.2, "wordnet": 0.22, "manuals": 0.28, "webster": 0.17}
+LATE_MIX = {"postgres": 0.16, "python": 0.28, "wordnet": 0.36, "manuals": 0.12, "webster": 0.08}
+LATE = 0.36  # share of the time after which the second holds
 FIRST_SAVE_SECONDS, SAVE_SECONDS = 170.0, 600.0
 LOG_STEPS = 40
 
@@ -55,7 +57,6 @@ def build_config(vocabulary: int) -> MixtralConfig:
         max_position_embeddings=1024,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         sliding_window=None,
-        router_aux_loss_coef=0.01,
         output_router_logits=True,
         tie_word_embeddings=False,
         bos_token_id=0,
@@ -154,13 +155,17 @@ class Stream:
 
 
 def batches(
-    streams: dict[str, Stream], batch: int, length: int, rng: np.random.Generator
+    streams: dict[str, Stream],
+    batch: int,
+    length: int,
+    rng: np.random.Generator,
+    progress: Callable[[], float],
 ) -> Iterator[torch.Tensor]:
-    """Endless (batch, length) token ids; each row is of one source, drawn by MIX."""
-    names = list(MIX)
-    share = np.array([MIX[name] for name in names])
+    """Endless (batch, length) token ids; each row is of one source, drawn by the mix."""
+    names = list(EARLY_MIX)
     while True:
-        chosen = rng.choice(len(names), size=batch, p=share)
+        mix = LATE_MIX if progress() >= LATE else EARLY_MIX
+        chosen = rng.choice(len(names), size=batch, p=[mix[name] for name in names])
         yield torch.from_numpy(np.stack([streams[names[i]].take(length) for i in chosen]))
 
 
@@ -235,6 +240,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=200, help="steps")
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--balance", type=float, default=0.001, help="of the balancing loss")
     parser.add_argument("--start-from", type=Path, help="weights to start from, not random ones")
     parser.add_argument("--eval-tokens", type=int, default=100_000)
     parser.add_argument("--threads", type=int, default=2)
@@ -248,7 +254,7 @@ def main() -> None:
 
     log_file, checkpoint = options.train_dir / "log.jsonl", options.train_dir / "ckpt-latest"
     state_file = options.train_dir / "optimizer.pt"
-    before = {"step": 0, "tokens": 0, "elapsed_seconds": 0.0, "epochs": dict.fromkeys(MIX, 0.0)}
+    before = {"step": 0, "tokens": 0, "elapsed_seconds": 0.0, "epochs": dict.fromkeys(EARLY_MIX, 0.0)}
     if options.resume:
         before = json.loads(log_file.read_text(encoding="utf-8").splitlines()[-1])
     torch.manual_seed(options.seed)
@@ -257,10 +263,10 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.train_dir / "tokenizer")
     train = pd.read_parquet(options.train_dir / "train.parquet")
     encoded = tokenizer(list(train.text)).input_ids
-    documents: dict[str, list[np.ndarray]] = {name: [] for name in MIX}
+    documents: dict[str, list[np.ndarray]] = {name: [] for name in EARLY_MIX}
     for source, ids in zip(train.source, encoded, strict=True):
         documents[source].append(np.array(ids, dtype=np.int64))
-    streams = {name: Stream(documents[name], rng) for name in MIX}
+    streams = {name: Stream(documents[name], rng) for name in EARLY_MIX}
     for name, stream in streams.items():
         stream.served = round(before["epochs"][name] * stream.epoch_tokens)
     held_out = validation_texts(
@@ -277,6 +283,7 @@ def main() -> None:
     else:
         model = MixtralForCausalLM(build_config(len(tokenizer)))
         initialise(model)
+    model.config.router_aux_loss_coef = options.balance
     add_dropout(model, options.dropout)
     model.set_experts_implementation("sorted_training")
     optimizer = torch.optim.AdamW(
@@ -299,7 +306,10 @@ def main() -> None:
     log = log_file.open("a" if options.resume else "w", encoding="utf-8")
     tokens, running, running_aux, seen = before["tokens"], 0.0, 0.0, 0
 
-    for step, ids in enumerate(batches(streams, options.batch, options.length, rng)):
+    def progress() -> float:
+        return (time.monotonic() - start) / budget
+
+    for step, ids in enumerate(batches(streams, options.batch, options.length, rng, progress)):
         elapsed = time.monotonic() - start
         done = elapsed >= budget
         if done or elapsed >= next_save:

@@ -15,6 +15,7 @@ from var_moe.evaluation.batching import Window, batches, collate
 from var_moe.models.router_hooks import RouterLogits, router_fingerprint
 from var_moe.models.seam import attach, detach, experts_modules, pair_backend
 from var_moe.models.seam import weighted_sum as weighted
+from var_moe.profiling.peers import PeerStatistics
 from var_moe.profiling.profile import RoutingProfile, profile_hash
 from var_moe.profiling.residuals import ResidualFit
 from var_moe.profiling.statistics import RoutingStatistics
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 DEFAULT_TOKENS = 400_000
 """Calibration size unless told otherwise: `frequency_threshold` counts in a text of this size."""
+_CHECKPOINT_FORMAT = 2
 _CHECKPOINT_EVERY = 10  # forwards: some seconds of work
 
 
@@ -39,6 +41,7 @@ class _Collector:
         self.layers, self.experts_count = layers, experts
         self.statistics = RoutingStatistics(layers=layers, experts=experts)
         self.residuals: ResidualFit | None = None
+        self.peers = PeerStatistics()
         self.top_k = 0
         self.logits: RouterLogits | None = None
         self._backend = pair_backend(backend)
@@ -80,6 +83,7 @@ class _Collector:
         fit = self.residuals or self.prepare(index.shape[1], hidden.shape[1])
         ranked_outputs = outputs[at].gather(1, rank[:, :, None].expand(-1, -1, outputs.shape[2]))
         fit.add(layer, outputs=ranked_outputs, weight=ranked_weight, index=ranked_index, lead=lead)
+        self.peers.add(layer, ranked_index, ranked_weight, ranked_outputs)
         return weighted(outputs, weight, hidden.dtype)
 
 
@@ -125,7 +129,7 @@ def collect_profile(
     collector = _Collector(len(modules), experts, backend)
     routers = router_fingerprint(model)
     weights = sha256_of([str(routers)])
-    key = f"{data_hash}:{loaded.tokenizer_hash}:{weights}:{sum(len(d.ids) for d in chosen)}"
+    key = f"{_CHECKPOINT_FORMAT}:{data_hash}:{loaded.tokenizer_hash}:{weights}:{sum(len(d.ids) for d in chosen)}"
     done = _resume(collector, checkpoint, key)
     total = sum(len(document.ids) for document in chosen)
     before = attach(model, collector)
@@ -181,7 +185,7 @@ def _forward(model: Any, collector: _Collector, batch: list[Window], device: Any
 def _save_state(collector: _Collector, path: Path, key: str, done: int) -> None:
     from safetensors.torch import save_file
 
-    state = collector.statistics.state_dict()
+    state = collector.statistics.state_dict() | collector.peers.state_dict()
     if collector.residuals is not None:
         state |= collector.residuals.state_dict()
         state["top_k"] = torch.tensor(collector.top_k)
@@ -201,6 +205,7 @@ def _resume(collector: _Collector, path: Path | None, key: str) -> int:
             return 0
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     collector.statistics.load_state_dict(state)
+    collector.peers.load_state_dict(state)
     if "residual_moment" in state:
         fit = collector.prepare(int(state["top_k"]), state["residual_moment"].shape[2])
         fit.load_state_dict(state)
@@ -229,7 +234,8 @@ def _finish(loaded: LoadedModel, collector: _Collector, source: dict[str, Any]) 
         "provenance": provenance(),
     }
     head["hash"] = profile_hash(frame, residuals, head)
-    return RoutingProfile(stats=frame, residuals=residuals, head=head)
+    peers = collector.peers.calibration()
+    return RoutingProfile(stats=frame, residuals=residuals, head=head, peers=peers)
 
 
 def _frame(statistics: RoutingStatistics, leading: int, tokenizer: Any) -> pd.DataFrame:

@@ -12,6 +12,7 @@ import torch
 
 from var_moe.errors import UsageError
 from var_moe.models.router_hooks import router_fingerprint
+from var_moe.profiling.peers import PeerCalibration
 from var_moe.routing.fast_path import ResidualMeans, RoutingTable
 from var_moe.storage import (
     SCHEMA_VERSION,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 STATS_FILE = "routing_stats.parquet"
 RESIDUALS_FILE = "residuals.safetensors"
+PEERS_FILE = "peers.json"
 HEAD_FILE = "profile.json"
 FINGERPRINT_TOLERANCE = 0.005  # a dtype's rounding stays far below, another training far above
 
@@ -39,12 +41,14 @@ class RoutingProfile:
     ``stats`` has the columns of ``routing_stats.parquet``: layer, token_id, token_str,
     frequency, mean/std/min/max_entropy (nats), mean/std_confidence, routing_consistency (share
     of occurrences whose first expert was top_expert), top_expert, leading_experts and
-    leading_weights (mean routing mass).
+    leading_weights (mean routing mass). ``peers`` is what other policies than VAR need; a
+    profile that an earlier version made has none.
     """
 
     stats: pd.DataFrame
     residuals: ResidualMeans
     head: dict[str, Any]
+    peers: PeerCalibration | None = None
 
     @property
     def layers(self) -> int:
@@ -76,6 +80,16 @@ class RoutingProfile:
             np.stack(stats["leading_weights"].to_list()).astype(np.float32)
         )
         return RoutingTable(count=count, entropy=entropy, index=index, weight=weight)
+
+    def calibration(self) -> dict[str, Any]:
+        """All that a policy may ask for, by the names of `routing.registry.CALIBRATION`."""
+        peers = self.peers
+        return {
+            "table": self.table(),
+            "residuals": self.residuals,
+            "ratios": peers and peers.ratios,
+            "sensitivity": peers and peers.sensitivity,
+        }
 
     def check_loaded(self, loaded: LoadedModel) -> None:
         """Refuse a profile of another model.
@@ -113,7 +127,8 @@ class RoutingProfile:
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / HEAD_FILE).unlink(missing_ok=True)
+        for name in (HEAD_FILE, PEERS_FILE):
+            (folder / name).unlink(missing_ok=True)
         atomic_write(
             folder / STATS_FILE,
             lambda path: self.stats.to_parquet(path, index=False, compression="zstd"),
@@ -121,6 +136,8 @@ class RoutingProfile:
         tensors = {f"layer.{i}": table for i, table in enumerate(self.residuals.table)}
         note = {"by_pair": json.dumps(self.residuals.by_pair)}
         atomic_write(folder / RESIDUALS_FILE, lambda path: save_file(tensors, path, metadata=note))
+        if self.peers is not None:
+            atomic_write_json(folder / PEERS_FILE, self.peers.to_dict())
         atomic_write_json(folder / HEAD_FILE, self.head)
 
     @classmethod
@@ -144,13 +161,16 @@ class RoutingProfile:
             with safe_open(folder / RESIDUALS_FILE, framework="pt") as file:
                 by_pair = json.loads(file.metadata()["by_pair"])
                 tables = tuple(file.get_tensor(f"layer.{i}") for i in range(head["layers"]))
+            peers = None
+            if (folder / PEERS_FILE).is_file():
+                peers = PeerCalibration.from_dict(read_json(folder / PEERS_FILE, what="profile"))
         except Exception as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UsageError(
                 f"{folder}: damaged profile ({first}); make it again with `var-moe profile`"
             ) from None
         residuals = ResidualMeans(table=tables, by_pair=by_pair, experts=head["experts"])
-        profile = cls(stats=stats, residuals=residuals, head=head)
+        profile = cls(stats=stats, residuals=residuals, head=head, peers=peers)
         if profile_hash(stats, residuals, head) != head["hash"]:
             raise UsageError(
                 f"{folder}: {STATS_FILE} or {RESIDUALS_FILE} does not belong to {HEAD_FILE}; "

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from var_moe.config import check_number
 from var_moe.errors import UsageError
-from var_moe.routing.shapes import check_keys, same_tokens
+from var_moe.routing.shapes import check_keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,52 +60,6 @@ class LayerSensitivity:
         check_keys(cls, values)
         rows = tuple(tuple(row) for row in values["loss"])
         return cls(measure=values["measure"], loss=rows)
-
-
-class DroppedMass:
-    """Streaming mean of the routing mass after the k-th expert, for every k.
-
-    The cheapest sensitivity: it needs the router's weights alone. It does not know how large the
-    experts' outputs are, nor what later layers make of them.
-    """
-
-    def __init__(self) -> None:
-        self._sums: dict[int, Tensor] = {}  # layer -> (K,) float64
-        self._tokens: dict[int, int] = {}
-
-    def add(self, layer: int, index: Tensor, weight: Tensor) -> None:
-        """Add one layer of one forward: (T, K) of the tokens that count, in any slot order."""
-        ranked = weight.double().sort(dim=1).values  # (T, K) the last expert first
-        total = ranked.sum(dim=1, keepdim=True)
-        mass = torch.where(total > 0, ranked / total, 0.0)
-        # after[:, k - 1]: mass of the experts after the k-th; nothing comes after the last.
-        after = (mass.cumsum(dim=1) - mass).flip(1)
-        row = after.sum(dim=0)
-        if layer in self._sums and self._sums[layer].shape != row.shape:
-            before = self._sums[layer].shape[0]
-            raise UsageError(f"layer {layer}: K = {row.shape[0]}, before it was {before}")
-        self._sums[layer] = self._sums[layer] + row if layer in self._sums else row
-        self._tokens[layer] = self._tokens.get(layer, 0) + index.shape[0]
-
-    def sensitivity(self) -> LayerSensitivity:
-        """Read the means (waits for the device).
-
-        Raises:
-            UsageError: nothing was added, or not the same tokens in each layer.
-        """
-        layers = len(self._sums)
-        count = same_tokens("dropped mass", self._tokens, layers=layers)
-        rows = (self._sums[layer].cpu() / count for layer in range(layers))
-        loss = tuple(tuple(row.tolist()) for row in rows)
-        return LayerSensitivity(measure="mean routing mass dropped", loss=loss)
-
-
-def calibrate_dropped_mass(batches: Iterable[tuple[int, Tensor, Tensor]]) -> LayerSensitivity:
-    """Dropped mass from (layer, index (T, K), weight (T, K)) of calibration text."""
-    sums = DroppedMass()
-    for layer, index, weight in batches:
-        sums.add(layer, index, weight)
-    return sums.sensitivity()
 
 
 def allocate_experts(loss: Sequence[Sequence[float]], total: int) -> tuple[int, ...]:

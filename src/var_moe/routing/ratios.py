@@ -99,6 +99,8 @@ class RatioHistogram:
         bins = (ratio.sqrt().sqrt() * BINS).long().clamp(0, BINS - 1).reshape(-1)
         if layer not in self._counts:
             self._counts[layer] = torch.zeros(BINS, dtype=torch.int64, device=bins.device)
+        elif self._counts[layer].device != bins.device:  # read from a checkpoint
+            self._counts[layer] = self._counts[layer].to(bins.device)
         self._counts[layer].scatter_add_(0, bins, torch.ones_like(bins))
         self._tokens[layer] = self._tokens.get(layer, 0) + index.shape[0]
 
@@ -117,6 +119,24 @@ class RatioHistogram:
             tokens=same_tokens("ratios", self._tokens, layers=layers),
             quantiles=tuple(_quantiles(self._counts[layer]) for layer in range(layers)),
         )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The counts: for checkpoints."""
+        return {
+            **{f"ratio_counts.{layer}": row.cpu() for layer, row in self._counts.items()},
+            **{f"ratio_tokens.{layer}": torch.tensor(n) for layer, n in self._tokens.items()},
+            "ratio_top_k": torch.tensor(self._top_k),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a checkpoint."""
+        self._top_k = int(state["ratio_top_k"])
+        for name, value in state.items():
+            kind, _, layer = name.partition(".")
+            if kind == "ratio_counts":
+                self._counts[int(layer)] = value.clone()
+            elif kind == "ratio_tokens":
+                self._tokens[int(layer)] = int(value)
 
 
 def calibrate_ratios(batches: Iterable[tuple[int, Tensor, Tensor]]) -> RatioQuantiles:
