@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from var_moe.errors import UsageError
-from var_moe.generation import Texts
+from var_moe.models.generation import Texts
 from var_moe.models.seam import (
     SORTED,
     PairBackend,

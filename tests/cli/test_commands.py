@@ -205,3 +205,36 @@ def test_text_that_was_profiled_is_marked(common, tuned, tmp_path, capsys):
     words = ["evaluate", *common, "--profile", str(tuned / "profile"), "--output", str(tmp_path)]
     assert main([*words, "--split", "calibration", "--blocks", "1", "--quiet"]) == 0
     assert "this text was profiled" in capsys.readouterr().out
+
+
+def test_compare_writes_table_data_and_picture(common, tmp_path, capsys):
+    out = tmp_path / "compare"
+    words = ["compare", *common, "--policies", "naee,ser", "--experts", "1.5", "--blocks", "1"]
+    assert main([*words, "--max-samples", "12", "--output", str(out), "--quiet"]) == 0
+    shown = capsys.readouterr().out
+    result = read(out / "comparison.json")
+    assert [row["name"] for row in result["rows"]] == ["random_skip", "naee", "ser"]
+    for row in result["rows"]:
+        assert row["name"] in shown
+        assert row["experts_per_token"] == pytest.approx(1.5, abs=0.1)
+    lines = (out / "comparison.csv").read_text().splitlines()
+    assert len(lines) == 4
+    assert lines[0].startswith("name,target_experts_per_token,experts_per_token,degradation,")
+    assert (out / "comparison.html").read_text(errors="ignore").count("experts per token") >= 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--policies", "nae"], "did you mean 'naee'"),
+        (["--policies", "native"], "nothing to turn"),
+        (["--blocks", "0"], "blocks: expected at least 1"),
+        (["--experts", "3"], "experts = 3"),
+        (["--max_degradation", "-1"], "max_degradation"),
+    ],
+)
+def test_compare_refuses_in_one_line(common, words, message, tmp_path, capsys):
+    assert main(["compare", *common, *words, "--output", str(tmp_path / "o"), "--quiet"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert len(error.splitlines()) == 1

@@ -254,7 +254,12 @@ def main() -> None:
 
     log_file, checkpoint = options.train_dir / "log.jsonl", options.train_dir / "ckpt-latest"
     state_file = options.train_dir / "optimizer.pt"
-    before = {"step": 0, "tokens": 0, "elapsed_seconds": 0.0, "epochs": dict.fromkeys(EARLY_MIX, 0.0)}
+    before = {
+        "step": 0,
+        "tokens": 0,
+        "elapsed_seconds": 0.0,
+        "epochs": dict.fromkeys(EARLY_MIX, 0.0),
+    }
     if options.resume:
         before = json.loads(log_file.read_text(encoding="utf-8").splitlines()[-1])
     torch.manual_seed(options.seed)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError, Parameter
 
 from var_moe import __version__
+from var_moe.cli.compare import compare
 from var_moe.cli.evaluate import evaluate
 from var_moe.cli.profile import profile
 from var_moe.cli.tune import tune
@@ -28,7 +29,7 @@ def build_app() -> App:
         default_parameter=Parameter(negative=(), name_transform=lambda name: name),
         result_action="return_value",
     )
-    for command in (tune, profile, evaluate):
+    for command in (tune, profile, evaluate, compare):
         app.command(command)
     return app
 

@@ -129,9 +129,9 @@ def collect_profile(
     collector = _Collector(len(modules), experts, backend)
     routers = router_fingerprint(model)
     weights = sha256_of([str(routers)])
-    key = f"{_CHECKPOINT_FORMAT}:{data_hash}:{loaded.tokenizer_hash}:{weights}:{sum(len(d.ids) for d in chosen)}"
-    done = _resume(collector, checkpoint, key)
     total = sum(len(document.ids) for document in chosen)
+    key = f"{_CHECKPOINT_FORMAT}:{data_hash}:{loaded.tokenizer_hash}:{weights}:{total}"
+    done = _resume(collector, checkpoint, key)
     before = attach(model, collector)
     try:
         with RouterLogits(model, len(modules)) as collector.logits, torch.inference_mode():

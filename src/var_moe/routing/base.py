@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from inspect import Parameter, signature
 from typing import Any, Self
 
@@ -11,6 +11,9 @@ from torch import Tensor
 
 from var_moe.errors import UsageError
 from var_moe.routing.decision import Routing, TokenBatch
+
+Dial = Callable[[float], dict[str, Any]]
+"""From a strength in [0, 1] to settings of `RoutingPolicy.build`, with ever fewer pairs."""
 
 
 class RoutingPolicy(ABC):
@@ -46,6 +49,16 @@ class RoutingPolicy(ABC):
         Returns:
             Name of a setting of `build` -> ``{"type": "int" | "float", "low", "high",
             "default"}``; empty where there is nothing to vary.
+        """
+        return {}
+
+    @classmethod
+    def dials(cls, top_k: int) -> dict[str, Dial]:
+        """Ways from mild to hard, for comparing policies at equal experts per token.
+
+        Returns:
+            Name -> strength in [0, 1] to settings; executed pairs fall with strength. A policy
+            with one knob has one way, named ``""``; empty where there is nothing to turn.
         """
         return {}
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from var_moe.config import check_number
-from var_moe.routing.base import RoutingPolicy
+from var_moe.routing.base import Dial, RoutingPolicy
 from var_moe.routing.decision import Routing
 from var_moe.routing.keeping import all_pairs, kept_pairs, leading_slots
 from var_moe.routing.ranking import leading_count
@@ -30,6 +30,10 @@ class FixedKPolicy(RoutingPolicy):
     @classmethod
     def search_space(cls, top_k: int) -> dict[str, dict[str, Any]]:
         return {"k": {"type": "int", "low": 1, "high": top_k, "default": leading_count(top_k)}}
+
+    @classmethod
+    def dials(cls, top_k: int) -> dict[str, Dial]:
+        return {"": lambda strength: {"k": top_k - round(strength * (top_k - 1))}}
 
     def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
         if self.k >= index.shape[1]:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from var_moe.config import check_number
-from var_moe.routing.base import RoutingPolicy
+from var_moe.routing.base import Dial, RoutingPolicy
 from var_moe.routing.decision import Routing
 from var_moe.routing.keeping import kept_pairs
 from var_moe.routing.ratios import RatioQuantiles
@@ -44,6 +44,10 @@ class NAEEPolicy(RoutingPolicy):
     @classmethod
     def search_space(cls, top_k: int) -> dict[str, dict[str, Any]]:
         return {"quantile": {"type": "float", "low": 0.0, "high": 1.0, "default": 0.5}}
+
+    @classmethod
+    def dials(cls, top_k: int) -> dict[str, Dial]:
+        return {"": lambda strength: {"quantile": strength}}
 
     def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
         check_calibrated(self, layer, index, layers=self.ratios.layers, top_k=self.ratios.top_k)

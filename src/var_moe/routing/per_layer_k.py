@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from var_moe.config import check_number
-from var_moe.routing.base import RoutingPolicy
+from var_moe.routing.base import Dial, RoutingPolicy
 from var_moe.routing.decision import Routing
 from var_moe.routing.keeping import all_pairs, kept_pairs, leading_slots
 from var_moe.routing.layer_sensitivity import LayerSensitivity, allocate_experts
@@ -48,6 +48,10 @@ class PerLayerKPolicy(RoutingPolicy):
         high = float(top_k)
         entry = {"type": "float", "low": 1.0, "high": high, "default": (1 + high) / 2}
         return {"experts_per_token": entry}
+
+    @classmethod
+    def dials(cls, top_k: int) -> dict[str, Dial]:
+        return {"": lambda strength: {"experts_per_token": top_k - strength * (top_k - 1)}}
 
     def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
         own = self.sensitivity

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from var_moe.config import check_number
-from var_moe.routing.base import RoutingPolicy
+from var_moe.routing.base import Dial, RoutingPolicy
 from var_moe.routing.decision import Routing
 from var_moe.routing.keeping import kept_pairs, leading_slots
 from var_moe.routing.ranking import leading_count
@@ -36,6 +36,10 @@ class RandomSkipPolicy(RoutingPolicy):
     @classmethod
     def search_space(cls, top_k: int) -> dict[str, dict[str, Any]]:
         return {"share": {"type": "float", "low": 0.0, "high": 1.0, "default": 0.5}}
+
+    @classmethod
+    def dials(cls, top_k: int) -> dict[str, Dial]:
+        return {"": lambda strength: {"share": strength}}
 
     def reset(self) -> None:
         self._generators.clear()

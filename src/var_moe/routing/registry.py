@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from var_moe.errors import UsageError
 
 if TYPE_CHECKING:
-    from var_moe.routing.base import RoutingPolicy
+    from var_moe.routing.base import Dial, RoutingPolicy
 
 CALIBRATION = {
     "table": "the static table of a profile (RoutingTable)",
@@ -49,6 +49,10 @@ class PolicySpec:
     def search_space(self, top_k: int) -> dict[str, dict[str, Any]]:
         """What a tuner may vary, for a model with K = ``top_k``; empty: nothing."""
         return self.load().search_space(top_k)
+
+    def dials(self, top_k: int) -> dict[str, Dial]:
+        """Ways from mild to hard; see `RoutingPolicy.dials`."""
+        return self.load().dials(top_k)
 
     def make(
         self, settings: Mapping[str, Any], calibration: Mapping[str, Any] | None = None

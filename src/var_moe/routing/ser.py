@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from var_moe.config import check_number
-from var_moe.routing.base import RoutingPolicy
+from var_moe.routing.base import Dial, RoutingPolicy
 from var_moe.routing.decision import Routing
 from var_moe.routing.keeping import all_pairs, kept_pairs, leading_slots
 from var_moe.routing.ranking import leading_count
@@ -45,6 +45,10 @@ class SERPolicy(RoutingPolicy):
             "min_experts": {"type": "int", "low": 1, "high": high, "default": default},
             "threshold": {"type": "float", "low": 0.0, "high": 1.0, "default": 0.4},
         }
+
+    @classmethod
+    def dials(cls, top_k: int) -> dict[str, Dial]:
+        return {"": lambda strength: {"min_experts": 1, "threshold": strength}}
 
     def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
         if self.threshold == 0 or self.min_experts >= index.shape[1]:

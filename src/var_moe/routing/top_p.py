@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from var_moe.config import check_number
-from var_moe.routing.base import RoutingPolicy
+from var_moe.routing.base import Dial, RoutingPolicy
 from var_moe.routing.decision import Routing
 from var_moe.routing.keeping import all_pairs, kept_pairs
 from var_moe.routing.ranking import rank_slots
@@ -41,6 +41,10 @@ class TopPPolicy(RoutingPolicy):
         # The first expert alone has at least 1/K: below that, nothing changes any more.
         low = 1 / top_k
         return {"p": {"type": "float", "low": low, "high": 1.0, "default": max(low, 0.8)}}
+
+    @classmethod
+    def dials(cls, top_k: int) -> dict[str, Dial]:
+        return {"": lambda strength: {"p": 1 - strength * (1 - 1 / top_k)}}
 
     def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
         if self.p == 1:

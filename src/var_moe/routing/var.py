@@ -11,7 +11,7 @@ from torch import Tensor
 
 from var_moe.config import SEARCH_SPACE, VARConfig
 from var_moe.errors import UsageError
-from var_moe.routing.base import RoutingPolicy
+from var_moe.routing.base import Dial, RoutingPolicy
 from var_moe.routing.clock import Clock, TokenClock
 from var_moe.routing.context_cache import ContextCache, Hits
 from var_moe.routing.decision import Residual, Routing, Tier, TokenBatch
@@ -73,6 +73,27 @@ class VARPolicy(RoutingPolicy):
     @classmethod
     def search_space(cls, top_k: int) -> dict[str, dict[str, Any]]:
         return {name: dict(entry) for name, entry in SEARCH_SPACE.items()}
+
+    @classmethod
+    def dials(cls, top_k: int) -> dict[str, Dial]:
+        ends = {name: (entry["low"], entry["high"]) for name, entry in SEARCH_SPACE.items()}
+        # Which end of each range cuts little, and which cuts much.
+        falling = ("frequency_threshold", "confidence_threshold", "context_window_size")
+        mild = {name: high if name in falling else low for name, (low, high) in ends.items()}
+        hard = {name: low if name in falling else high for name, (low, high) in ends.items()}
+
+        def presets(strength: float) -> dict[str, Any]:
+            """All six thresholds together, in the direction of the presets."""
+            values = {k: mild[k] + strength * (hard[k] - mild[k]) for k in mild}
+            return {
+                k: round(v) if SEARCH_SPACE[k]["type"] == "int" else v for k, v in values.items()
+            }
+
+        def confidence(strength: float) -> dict[str, Any]:
+            """The confidence threshold alone, table and cache as good as off."""
+            return {**mild, "confidence_threshold": 1 - strength / 2}
+
+        return {"presets": presets, "confidence": confidence}
 
     @classmethod
     def build(cls, settings: Mapping[str, Any], calibration: Mapping[str, Any]) -> Self:

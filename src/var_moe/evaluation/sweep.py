@@ -1,0 +1,181 @@
+"""Policies side by side: each turned until it runs so many experts per token, then measured."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from var_moe.config import check_number
+from var_moe.errors import UsageError
+from var_moe.evaluation.compare import Evaluator, Progress, Quality, Speed
+from var_moe.routing.base import Dial
+from var_moe.routing.registry import PolicySpec, policy_spec
+
+CONTROL = "random_skip"
+SHARES = (0.875, 0.75, 0.625)
+"""Of K: experts per token at which policies are compared unless told otherwise."""
+CLOSE = 0.01  # relative distance from the wanted experts per token at which turning stops
+REACHED = 0.04  # relative distance above which a policy has no point there
+_TURNS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One policy at one setting, measured."""
+
+    policy: str
+    dial: str  # which way it was turned; empty where there is one
+    target: float  # experts per token wanted
+    settings: Mapping[str, Any]
+    quality: Quality
+    speed: Speed
+
+    @property
+    def name(self) -> str:
+        """Policy, and the way in which it was turned."""
+        return f"{self.policy} ({self.dial})" if self.dial else self.policy
+
+    def to_dict(self) -> dict[str, Any]:
+        """For result files."""
+        return {
+            "policy": self.policy,
+            "dial": self.dial,
+            "target_experts_per_token": self.target,
+            "settings": dict(self.settings),
+            **self.quality.to_dict(),
+            **self.speed.to_dict(),
+        }
+
+
+def check_targets(targets: Sequence[float] | None, top_k: int) -> tuple[float, ...]:
+    """Experts per token to compare at, most first; by default `SHARES` of K.
+
+    Raises:
+        UsageError: a target is not between 1 and K.
+    """
+    chosen = targets or [max(1.0, share * top_k) for share in SHARES]
+    for target in chosen:
+        check_number("experts", target, low=1, high=top_k)
+    return tuple(sorted(set(chosen), reverse=True))
+
+
+def sweep(
+    evaluator: Evaluator,
+    turning: Evaluator,
+    names: Sequence[str],
+    calibration: Mapping[str, Any],
+    *,
+    targets: Sequence[float],
+    blocks: int,
+    progress: Progress | None = None,
+) -> Iterator[Point]:
+    """Measure policies where they run as many experts per token as each other.
+
+    Args:
+        evaluator: the text that is judged on.
+        turning: the same model on a small part of the text, to find settings.
+        names: of the registry.
+        calibration: what policies may ask for, by the names of `registry.CALIBRATION`.
+        targets: experts per token.
+        blocks: timed blocks per arm and point.
+        progress: called with what is done, points done and in all.
+
+    Yields:
+        Points, policy by policy; a target that a policy can't reach has none.
+
+    Raises:
+        UsageError: a policy is unknown, or asks for what the calibration lacks.
+    """
+    ways = [
+        (spec, dial, turn)
+        for spec in map(policy_spec, names)
+        for dial, turn in spec.dials(evaluator.top_k).items()
+    ]
+    done, total = 0, len(ways) * len(targets)
+    for spec, dial, turn in ways:
+        seen: dict[float, float] = {}
+        for target in targets:
+            if progress:
+                progress(f"{spec.name} {dial}".strip(), done, total)
+            done += 1
+            found = _turned(turning, spec, turn, calibration, target, seen)
+            if abs(seen[found] / target - 1) > REACHED:
+                continue
+            settings = turn(found)
+            policy = spec.make(settings, calibration)
+            yield Point(
+                policy=spec.name,
+                dial=dial,
+                target=target,
+                settings=settings,
+                quality=evaluator.quality(policy),
+                speed=evaluator.speed(policy, blocks=blocks, factors=False),
+            )
+    if progress:
+        progress("policies", total, total)
+
+
+def _turned(
+    evaluator: Evaluator,
+    spec: PolicySpec,
+    turn: Dial,
+    calibration: Mapping[str, Any],
+    target: float,
+    seen: dict[float, float],
+) -> float:
+    """The strength that comes nearest to the target: bisection, using what was ``seen``."""
+
+    def executed(strength: float) -> float:
+        if strength not in seen:
+            policy = spec.make(turn(strength), calibration)
+            seen[strength] = evaluator.quality(policy).report.experts_per_token
+        return seen[strength]
+
+    executed(0.0)
+    executed(1.0)
+    for _ in range(_TURNS):
+        nearest = min(seen, key=lambda strength: abs(seen[strength] - target))
+        if abs(seen[nearest] / target - 1) <= CLOSE:
+            break
+        above = max((s for s in seen if seen[s] >= target), default=None)
+        below = min((s for s in seen if seen[s] < target), default=None)
+        if above is None or below is None:
+            break
+        executed((above + below) / 2)
+    return min(seen, key=lambda strength: abs(seen[strength] - target))
+
+
+def control_at(points: Sequence[Point], experts_per_token: float, top_k: int) -> float | None:
+    """What random skipping costs at so many experts per token: a straight line between points.
+
+    None outside what was measured.
+    """
+    known = sorted(
+        [
+            (float(top_k), 0.0),
+            *(
+                (p.quality.report.experts_per_token, p.quality.change.value)
+                for p in points
+                if p.policy == CONTROL
+            ),
+        ]
+    )
+    for (low, cost), (high, next_cost) in itertools.pairwise(known):
+        if low <= experts_per_token <= high:
+            part = (experts_per_token - low) / (high - low) if high > low else 0.0
+            return cost + part * (next_cost - cost)
+    return None
+
+
+def require_policies(names: Sequence[str]) -> tuple[str, ...]:
+    """The names, each a known policy that has something to turn.
+
+    Raises:
+        UsageError: an unknown policy, or one with nothing to turn.
+    """
+    for name in names:
+        if not policy_spec(name).dials(2):
+            raise UsageError(f"policy {name!r} has nothing to turn: leave it out of --policies")
+    return tuple(dict.fromkeys(names))

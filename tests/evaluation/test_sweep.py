@@ -1,0 +1,114 @@
+"""Policies at equal experts per token: where they are turned to, and what the control costs."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from var_moe.errors import UsageError
+from var_moe.evaluation.compare import Evaluator, SpeedSetting
+from var_moe.evaluation.sweep import check_targets, control_at, require_policies, sweep
+from var_moe.evaluation.text import TextDocument, encode
+from var_moe.models.loading import LoadedModel
+from var_moe.profiling.collect import collect_profile
+from var_moe.routing.registry import policy_names, policy_spec
+
+
+@pytest.fixture(scope="module")
+def loaded(make_tiny_mixtral, tiny_tokenizer):
+    return LoadedModel.of(make_tiny_mixtral(), tiny_tokenizer, name="tiny")
+
+
+@pytest.fixture(scope="module")
+def documents(tiny_texts, tiny_tokenizer):
+    return encode([TextDocument(str(i), "s", t) for i, t in enumerate(tiny_texts)], tiny_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def profile(loaded, documents):
+    return collect_profile(loaded, documents[:30], dataset="t", data_hash="h", max_tokens=None)
+
+
+@pytest.fixture(scope="module")
+def evaluator(loaded, documents):
+    setting = SpeedSetting(batch_size=2, sequence=32, forwards=1)
+    return Evaluator(loaded, documents[30:], setting=setting)
+
+
+def swept(evaluator, profile, names, targets):
+    turning = evaluator.with_documents(evaluator.documents[:10])
+    return list(sweep(evaluator, turning, names, profile.calibration(), targets=targets, blocks=1))
+
+
+def test_each_policy_runs_as_many_experts_as_wanted(evaluator, profile):
+    names = ("random_skip", "naee", "ser", "top_p", "var_verified")
+    points = swept(evaluator, profile, names, (1.75, 1.25))
+    wanted = {(name, target) for name in names for target in (1.75, 1.25)}
+    assert {(p.policy, p.target) for p in points} == wanted
+    for point in points:
+        assert point.quality.report.experts_per_token == pytest.approx(point.target, abs=0.08)
+        assert point.speed.blocks == 1
+        row = point.to_dict()
+        assert row["policy"] == point.policy
+        assert row["settings"] == point.settings
+    assert {p.dial for p in points if p.policy == "var_verified"} == {"presets", "confidence"}
+
+
+def test_a_policy_has_no_point_where_it_can_not_go(evaluator, profile):
+    assert swept(evaluator, profile, ("fixed_k",), (1.5,)) == []
+    (point,) = swept(evaluator, profile, ("fixed_k",), (1.0,))
+    assert point.settings == {"k": 1}
+    assert point.quality.report.experts_per_token == 1.0
+    # Three layers: the budgets are thirds.
+    (point,) = swept(evaluator, profile, ("per_layer_k",), (4 / 3,))
+    assert point.quality.report.experts_per_token == pytest.approx(4 / 3)
+
+
+def test_the_control_lies_on_straight_lines():
+    def point(policy, experts, cost):
+        quality = SimpleNamespace(
+            report=SimpleNamespace(experts_per_token=experts), change=SimpleNamespace(value=cost)
+        )
+        return SimpleNamespace(policy=policy, quality=quality)
+
+    points = [point("random_skip", 1.5, 0.04), point("random_skip", 1.0, 0.2), point("naee", 1, 9)]
+    assert control_at(points, 1.75, 2) == pytest.approx(0.02)
+    assert control_at(points, 1.25, 2) == pytest.approx(0.12)
+    assert control_at(points, 2.0, 2) == 0.0
+    assert control_at(points, 0.9, 2) is None
+
+
+def test_targets(evaluator):
+    assert check_targets(None, 2) == (1.75, 1.5, 1.25)
+    assert check_targets(None, 8) == (7.0, 6.0, 5.0)
+    assert check_targets(None, 1) == (1.0,)
+    assert check_targets([1.2, 1.8], 2) == (1.8, 1.2)
+    with pytest.raises(UsageError, match=r"experts = 2\.5: expected a number in"):
+        check_targets([2.5], 2)
+
+
+def test_policies_that_can_be_compared():
+    assert require_policies(["naee", "ser", "naee"]) == ("naee", "ser")
+    with pytest.raises(UsageError, match="did you mean 'naee'"):
+        require_policies(["nae"])
+    with pytest.raises(UsageError, match="'native' has nothing to turn"):
+        require_policies(["native"])
+
+
+@pytest.mark.parametrize("top_k", [2, 8])
+@pytest.mark.parametrize("name", [n for n in policy_names() if policy_spec(n).dials(2)])
+def test_settings_of_a_dial_are_its_policys(name, top_k, profile):
+    """Every setting can be built, whatever K; those that need no calibration of that K."""
+    spec = policy_spec(name)
+    for turn in spec.dials(top_k).values():
+        for strength in (0.0, 0.3, 0.5, 1.0):
+            settings = turn(strength)
+            if not ({"ratios", "sensitivity"} & set(spec.needs) and top_k == 8):
+                spec.make(settings, profile.calibration())
+            space = spec.search_space(top_k)
+            assert set(settings) == set(space)
+            for key, value in settings.items():
+                low, high = space[key]["low"], space[key]["high"]
+                slack = 0.05 if key == "confidence_threshold" else 1e-9
+                assert low - slack <= value <= high + slack
