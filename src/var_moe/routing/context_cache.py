@@ -52,7 +52,11 @@ class Hits:
 
     hit: Tensor  # (T,) bool: the slot was filled by an earlier token
     index: Tensor  # (T, leading) experts of the slot, -1 where none
-    weight: Tensor  # (T, leading)
+    weight: Tensor | None  # (T, leading), if weights are stored
+
+    def first(self) -> Tensor:
+        """The slot's first expert, -1 where the token does not hit. (T,)"""
+        return torch.where(self.hit, self.index[:, 0], -1)
 
 
 class ContextCache:
@@ -70,7 +74,7 @@ class ContextCache:
         self._free: list[int] = []
         self._rows = _FIRST
         self._numbered = 0  # entries numbered by earlier forwards
-        self._store: dict[int, tuple[Tensor, Tensor]] = {}
+        self._store: dict[tuple[str, int], Tensor] = {}
         self._meetings: dict[torch.device, _Meeting] = {}  # the running forward's, per device
 
     def __len__(self) -> int:
@@ -154,13 +158,13 @@ class ContextCache:
             after=torch.tensor(after, dtype=torch.int64, device=device),
         )
 
-    def layer(self, layer: int, index: Tensor, weight: Tensor, admit: Tensor) -> Hits:
+    def layer(self, layer: int, index: Tensor, weight: Tensor | None, admit: Tensor) -> Hits:
         """Look up and fill one layer's slots.
 
         Args:
             layer: MoE layer number.
             index: (T, leading) this layer's leading experts by the router.
-            weight: (T, leading) their weights.
+            weight: (T, leading) their weights, None where only experts are to be stored.
             admit: (T,) bool, whether the decision is confident enough to be stored.
         """
         if not self._meetings:
@@ -168,8 +172,8 @@ class ContextCache:
         if index.device not in self._meetings:
             self._meetings[index.device] = next(iter(self._meetings.values())).to(index.device)
         met = self._meetings[index.device]
-        store_index, store_weight = self._storage(layer, index, weight)
-        held_index, held_weight = store_index[met.before], store_weight[met.before]
+        held_by = self._storage("index", layer, index, -1)
+        held_index = held_by[met.before]
         empty = held_index[:, 0] < 0  # (entries + 1,)
         # The first admitted token of each entry fills an empty slot; later ones hit it.
         never = len(met.own)
@@ -179,27 +183,30 @@ class ContextCache:
         fills = (empty & (filler < never))[:, None]
         source = filler.clamp(max=never - 1)
         new_index = torch.where(fills, index[source], held_index)
-        new_weight = torch.where(fills, weight[source], held_weight)
-        store_index[met.after] = new_index[:-1]
-        store_weight[met.after] = new_weight[:-1]
+        held_by[met.after] = new_index[:-1]
+        hit_weight = None
+        if weight is not None:
+            weights = self._storage("weight", layer, weight, 0)
+            new_weight = torch.where(fills, weight[source], weights[met.before])
+            weights[met.after] = new_weight[:-1]
+            hit_weight = new_weight[met.local]
         # Held from before, or filled by a token that stands earlier in this forward.
         since = torch.where(empty, filler, -1)
         return Hits(
             hit=since[met.local] < met.own,
             index=new_index[met.local],
-            weight=new_weight[met.local],
+            weight=hit_weight,
         )
 
-    def _storage(self, layer: int, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def _storage(self, kind: str, layer: int, like: Tensor, empty: int) -> Tensor:
         """The layer's slots, one row per entry, after the two rows that belong to none."""
-        stored = self._store.get(layer)
-        have = 0 if stored is None else stored[0].shape[0]
+        stored = self._store.get((kind, layer))
+        have = 0 if stored is None else stored.shape[0]
         if stored is None or have < self._rows:
             # Grow by doubling, so that a large cache costs memory only when it is used.
             rows = max(self._rows, 2 * have, 64)
-            new_index = index.new_full((rows, index.shape[1]), -1)
-            new_weight = weight.new_zeros((rows, weight.shape[1]))
+            grown = like.new_full((rows, like.shape[1]), empty)
             if stored is not None:
-                new_index[:have], new_weight[:have] = stored[0], stored[1]
-            stored = self._store[layer] = (new_index, new_weight)
+                grown[:have] = stored
+            stored = self._store[kind, layer] = grown
         return stored

@@ -83,16 +83,10 @@ class TierCounts:
         """Count one layer of one forward: fast, cached, learned, executed pairs."""
         self._top_k = routing.index.shape[1]
         counted = counted.to(routing.tier.device)
-        tier = torch.where(counted, routing.tier, 3)
-        pairs = (routing.index >= 0).sum(dim=1)
-        row = torch.stack(
-            (
-                (tier == Tier.FAST).sum(),
-                (tier == Tier.CACHED).sum(),
-                (tier == Tier.LEARNED).sum(),
-                (pairs * counted).sum(),
-            )
-        )
+        pairs = ((routing.index >= 0) & counted[:, None]).sum()
+        row = torch.zeros(4, dtype=torch.int64, device=pairs.device)
+        row.scatter_add_(0, routing.tier.long(), counted.long())
+        row[3] = pairs
         before = self._sums[layer]
         self._sums[layer] = row if before is None else before + row
 

@@ -39,8 +39,9 @@ class ResidualMeans:
     by_pair: bool
     experts: int
 
-    def row(self, first: Tensor, dropped: Tensor, cut: Tensor) -> Tensor:
+    def row(self, first: Tensor, dropped: Tensor | None, cut: Tensor) -> Tensor:
         """Row per token: its pair or first expert where cut, else the zero row. (T,)"""
-        key = first * self.experts + dropped if self.by_pair else first
-        zero = (self.experts**2 if self.by_pair else self.experts) * torch.ones_like(key)
-        return torch.where(cut, key, zero)
+        if not self.by_pair:
+            return torch.where(cut, first, self.experts)
+        assert dropped is not None
+        return torch.where(cut, first * self.experts + dropped, self.experts**2)

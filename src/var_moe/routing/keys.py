@@ -34,12 +34,16 @@ def context_keys(batch: TokenBatch, window: int) -> Tensor:
         ids = torch.cat((batch.prefix.to(ids.device), ids), dim=1)
         valid = torch.cat((ids[:, :prefix_length] >= 0, valid), dim=1)
     # Padding can stand anywhere (left of a row that has a prefix, it stands in the middle): put
-    # it first, so that the ids of a document are neighbours.
-    order = valid.to(torch.uint8).argsort(dim=1, stable=True)
-    ids, valid = ids.gather(1, order), valid.gather(1, order)
+    # it first, so that the ids of a document are neighbours. (Asking for it is free on the CPU.)
+    order = None
+    if valid.device.type != "cpu" or not valid.all():
+        order = valid.to(torch.uint8).argsort(dim=1, stable=True)
+        ids, valid = ids.gather(1, order), valid.gather(1, order)
     known = valid.cumsum(dim=1).clamp(max=window)  # (B, P + S) ids in the key
     key = _mix((known + 1) * _GOLDEN)
     for back in range(min(window, ids.shape[1]) - 1, -1, -1):  # oldest first
         earlier = ids.roll(back, dims=1) if back else ids
         key = torch.where(back < known, _mix(key + (earlier + 1) * _GOLDEN), key)
-    return torch.empty_like(key).scatter_(1, order, key)[:, prefix_length:]
+    if order is not None:
+        key = torch.empty_like(key).scatter_(1, order, key)
+    return key[:, prefix_length:]

@@ -17,14 +17,15 @@ from var_moe.routing.context_cache import ContextCache, Hits
 from var_moe.routing.decision import Residual, Routing, Tier, TokenBatch
 from var_moe.routing.fast_path import ResidualMeans, RoutingTable
 from var_moe.routing.keys import context_keys
-from var_moe.routing.ranking import leading_count, rank_slots, rescaled, routing_mass, shares
+from var_moe.routing.ranking import leading_count, rank_slots, rescaled, shares
 
 
 @dataclass(frozen=True)
 class _Layer:
     """One layer's part of the profile, on the device that the layer runs on."""
 
-    eligible: Tensor | None  # (V,) bool, None where no token can be on the fast path
+    expected: Tensor | None  # (V,) first expert of the table where a token id is on the fast path,
+    # else -1; None where no token id is
     index: Tensor  # (V, leading) leading experts of the table
     weight: Tensor  # (V, leading)
     residual: Tensor | None  # (rows + 1, D)
@@ -123,48 +124,47 @@ class VARPolicy(RoutingPolicy):
         part = self._layers.get(layer)
         if part is None or part.index.device != device:
             means = self.residuals
+            index, expected = self.table.index[layer], None
+            if self._any_eligible[layer]:
+                expected = torch.where(self._eligible[layer], index[:, 0], -1).to(device)
             part = self._layers[layer] = _Layer(
-                eligible=self._eligible[layer].to(device) if self._any_eligible[layer] else None,
-                index=self.table.index[layer].to(device),
+                expected=expected,
+                index=index.to(device),
                 weight=self.table.weight[layer].to(device),
                 residual=None if means is None else means.table[layer].to(device),
             )
         return part
 
     def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
-        lead = leading_count(index.shape[1])
-        rank = rank_slots(index, weight)  # (T, K)
-        ranked_index, ranked_weight = index.gather(1, rank), weight.gather(1, rank)
-        lead_index, lead_weight = ranked_index[:, :lead], ranked_weight[:, :lead]
-        confident = routing_mass(lead_weight, weight) >= self.config.confidence_threshold
-        hits = self.cache.layer(layer, lead_index, lead_weight, confident)
+        leading = rank_slots(index, weight)[:, : leading_count(index.shape[1])]  # slots
+        lead_index, lead_weight = index.gather(1, leading), weight.gather(1, leading)
+        kept, total = lead_weight.sum(dim=1), weight.sum(dim=1)
         part, ids = self._part(layer, index.device), self._on(index.device)
-        fast = None if part.eligible is None else part.eligible[ids]
+        expected = None if part.expected is None else part.expected[ids]  # (T,)
+        if leading.shape[1] == index.shape[1]:
+            confident = torch.ones_like(kept, dtype=torch.bool)  # mass 1, whatever the rounding
+        else:
+            confident = kept / total >= self.config.confidence_threshold
         if self.config.mode == "plain":
-            return self._plain(part, ids, index, weight, fast, hits)
+            hits = self.cache.layer(layer, lead_index, lead_weight, confident)
+            return self._plain(part, ids, index, weight, expected, hits)
 
         # Verified: the table or the slot only licenses the cut; its first expert must be among
         # those that the router itself puts first. A refused licence makes the token LEARNED.
-        agree = (lead_index == hits.index[:, :1]).any(dim=1)
-        licensed_cached = hits.hit & agree
-        tier = torch.where(licensed_cached, int(Tier.CACHED), int(Tier.LEARNED))
-        if fast is not None:
-            expected = part.index[ids, :1]
-            licensed_fast = (lead_index == expected).any(dim=1)
-            fast_tier = torch.where(licensed_fast, int(Tier.FAST), int(Tier.LEARNED))
-            tier = torch.where(fast, fast_tier, tier)
-        cut = (tier != Tier.LEARNED) | confident
-        total, kept = weight.sum(dim=1), lead_weight.sum(dim=1)
-        scaled = rescaled(ranked_weight, kept, total)
-        out_weight = torch.where(cut[:, None], scaled, ranked_weight)
-        out_index = ranked_index.clone()
-        out_index[:, lead:].masked_fill_(cut[:, None], -1)
-        # Back into the router's slot order, which is never changed.
+        known = self.cache.layer(layer, lead_index[:, :1], None, confident).first()
+        by_table: int | Tensor = int(Tier.CACHED)
+        if expected is not None:
+            fast = expected >= 0
+            known = torch.where(fast, expected, known)
+            by_table = torch.where(fast, int(Tier.FAST), int(Tier.CACHED))
+        licensed = (lead_index == known[:, None]).any(dim=1)
+        cut = (licensed | confident)[:, None]
+        keep = torch.zeros_like(index, dtype=torch.bool).scatter_(1, leading, True)
         return Routing(
-            index=torch.empty_like(index).scatter_(1, rank, out_index),
-            weight=torch.empty_like(weight).scatter_(1, rank, out_weight),
-            tier=tier.to(torch.uint8),
-            residual=self._residual(part, ranked_index, cut, total - kept, lead),
+            index=torch.where(keep | ~cut, index, -1),
+            weight=torch.where(cut, rescaled(weight, kept, total), weight),
+            tier=torch.where(licensed, by_table, int(Tier.LEARNED)).to(torch.uint8),
+            residual=self._residual(part, lead_index, index, keep, cut[:, 0], total - kept),
         )
 
     def _plain(
@@ -173,14 +173,16 @@ class VARPolicy(RoutingPolicy):
         ids: Tensor,
         index: Tensor,
         weight: Tensor,
-        fast: Tensor | None,
+        expected: Tensor | None,
         hits: Hits,
     ) -> Routing:
         """Documented VAR: the stored experts run unseen, in the first slots."""
         lead = hits.index.shape[1]
         tier = torch.where(hits.hit, int(Tier.CACHED), int(Tier.LEARNED))
         stored_index, stored_weight = hits.index, hits.weight
-        if fast is not None:
+        assert stored_weight is not None
+        if expected is not None:
+            fast = expected >= 0
             tier = torch.where(fast, int(Tier.FAST), tier)
             stored_index = torch.where(fast[:, None], part.index[ids], stored_index)
             table_weight = part.weight[ids].to(weight.dtype)
@@ -194,9 +196,18 @@ class VARPolicy(RoutingPolicy):
         return Routing(index=out_index, weight=out_weight, tier=tier.to(torch.uint8))
 
     def _residual(
-        self, part: _Layer, ranked_index: Tensor, cut: Tensor, dropped_weight: Tensor, lead: int
+        self,
+        part: _Layer,
+        lead_index: Tensor,
+        index: Tensor,
+        keep: Tensor,
+        cut: Tensor,
+        dropped_weight: Tensor,
     ) -> Residual | None:
-        if self.residuals is None or part.residual is None or lead == ranked_index.shape[1]:
+        if self.residuals is None or part.residual is None or lead_index.shape == index.shape:
             return None
-        row = self.residuals.row(ranked_index[:, 0], ranked_index[:, -1], cut)
+        first, dropped = lead_index[:, 0], None
+        if self.residuals.by_pair:  # K = 2: the one that is not kept
+            dropped = torch.where(keep[:, 0], index[:, 1], index[:, 0])
+        row = self.residuals.row(first, dropped, cut)
         return Residual(table=part.residual, row=row, scale=dropped_weight)
