@@ -107,13 +107,47 @@ def test_validate_refuses_another_profile(tuned, common, tmp_path, capsys):
 def test_evaluate_compares_presets(common, tuned, tmp_path, capsys):
     words = ["evaluate", *common, "--profile", str(tuned / "profile"), "--output", str(tmp_path)]
     words += ["--preset", "balanced", "--preset", "keep_all", "--blocks", "2", "--quiet"]
-    assert main(words) == 0
+    assert main([*words, "--decode_blocks", "0"]) == 0
     rows = {row["name"]: row for row in read(tmp_path / "evaluation.json")["rows"]}
     assert rows.keys() == {"baseline", "balanced", "keep_all"}
     assert rows["keep_all"]["experts_per_token"] == 2.0
     assert abs(rows["keep_all"]["degradation"]) < 1e-5
     assert rows["balanced"]["experts_per_token"] < 2.0
     assert "experts/token" in capsys.readouterr().out
+
+
+def test_evaluate_takes_any_policy_and_times_generation(common, tuned, tmp_path, capsys):
+    words = ["evaluate", *common, "--profile", str(tuned / "profile"), "--output", str(tmp_path)]
+    words += ["--policy", "naee", "--set", "quantile=0.25", "--blocks", "1", "--decode_blocks", "1"]
+    assert main([*words, "--max_samples", "10", "--quiet"]) == 0
+    rows = {row["name"]: row for row in read(tmp_path / "evaluation.json")["rows"]}
+    assert rows.keys() == {"baseline", "naee"}
+    assert rows["naee"]["config"] == {"quantile": 0.25}
+    assert rows["naee"]["experts_per_token"] == pytest.approx(1.75, abs=0.05)
+    assert [one["batch_size"] for one in rows["naee"]["decode"]] == [1, 16]
+    for one in rows["naee"]["decode"]:
+        assert one["new_tokens"] == 128
+        assert 0.1 < one["speedup"] < 10
+    assert "generation, greedy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--policy", "nae"], "did you mean 'naee'"),
+        (["--set", "quantile=1"], "--set belongs to --policy"),
+        (["--policy", "naee", "--set", "quantile"], "expected name=value"),
+        (["--policy", "naee", "--set", "quantil=1"], "unknown setting 'quantil'"),
+        (["--policy", "naee", "--set", "quantile=7"], "NAEEPolicy.quantile = 7"),
+        (["--decode_blocks", "-1"], "decode_blocks = -1"),
+    ],
+)
+def test_evaluate_refuses_in_one_line(common, tuned, words, message, tmp_path, capsys):
+    profile = ["--profile", str(tuned / "profile"), "--output", str(tmp_path / "o"), "--quiet"]
+    assert main(["evaluate", *common, *words, *profile]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert len(error.splitlines()) == 1
 
 
 def test_nothing_feasible_is_said_and_saved(common, tmp_path, capsys):
@@ -203,7 +237,10 @@ def test_a_ready_profile_is_shown(tuned, capsys):
 
 def test_text_that_was_profiled_is_marked(common, tuned, tmp_path, capsys):
     words = ["evaluate", *common, "--profile", str(tuned / "profile"), "--output", str(tmp_path)]
-    assert main([*words, "--split", "calibration", "--blocks", "1", "--quiet"]) == 0
+    assert (
+        main([*words, "--split", "calibration", "--blocks", "1", "--decode_blocks", "0", "--quiet"])
+        == 0
+    )
     assert "this text was profiled" in capsys.readouterr().out
 
 

@@ -102,3 +102,27 @@ def print_comparison(rows: Sequence[Mapping[str, Any]], *, title: str) -> None:
             f"{100 * row['cache_hit_rate']:.1f}",
         )
     console.print(table, highlight=False)
+
+
+def print_decoding(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Generation's part of ``var-moe evaluate``, where it was timed."""
+    from rich.table import Table
+
+    table = Table(title="generation, greedy", title_justify="left")
+    table.add_column("")
+    for heading in ("batch", "new tokens", "tokens/s", "speedup [95%]", "baseline", "tokens/s"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        for one in row.get("decode") or ():
+            low, high = one["speedup_95"]
+            table.add_row(
+                row["name"],
+                str(one["batch_size"]),
+                str(one["new_tokens"]),
+                f"{one['throughput_tps']:,.0f}",
+                f"{one['speedup']:.3f} [{low:.3f}, {high:.3f}]",
+                one["baseline_backend"],
+                f"{one['baseline_throughput_tps']:,.0f}",
+            )
+    if table.row_count:
+        _console().print(table, highlight=False)

@@ -57,6 +57,10 @@ class Timings:
         return Ratio(median=float(np.median(ratios)), low=float(low), high=float(high))
 
 
+def _score(model: Any, ids: Tensor) -> None:
+    model(input_ids=ids, use_cache=False)
+
+
 def time_arms(
     model: Any,
     arms: Mapping[str, Arm],
@@ -64,15 +68,19 @@ def time_arms(
     *,
     blocks: int,
     progress: Callable[[int, int], None] | None = None,
+    run: Callable[[Any, Tensor], None] = _score,
+    tokens: int | None = None,
 ) -> Timings:
-    """Time full forwards of each arm in alternating blocks (A B B A ...).
+    """Time each arm in alternating blocks (A B B A ...).
 
     Args:
         model: the model that the arms' contexts act on.
         arms: name -> context to run a block in.
-        batches: (B, S) token ids, one forward each; a block is one pass over them.
+        batches: (B, S) token ids, one run each; a block is one pass over them.
         blocks: how many blocks of each arm are timed; one more is run first as warm-up.
         progress: called with blocks done and in all.
+        run: what is timed, on one batch; by default one full forward.
+        tokens: tokens of a block; by default those of the batches.
     """
     device = next(model.parameters()).device
     inputs = [batch.to(device) for batch in batches]
@@ -84,22 +92,24 @@ def time_arms(
                 with arms[name]() as state:
                     if state is not None:
                         state.reset()
-                    elapsed = _run(model, inputs[:1] if block < 0 else inputs, device)
+                    elapsed = _seconds(run, model, inputs[:1] if block < 0 else inputs, device)
                 if block >= 0:
                     seconds[name].append(elapsed)
             if progress and block >= 0:
                 progress(block + 1, blocks)
     return Timings(
         seconds={name: np.array(values) for name, values in seconds.items()},
-        tokens=sum(batch.numel() for batch in batches),
+        tokens=tokens or sum(batch.numel() for batch in batches),
     )
 
 
-def _run(model: Any, inputs: list[Tensor], device: torch.device) -> float:
+def _seconds(
+    run: Callable[[Any, Tensor], None], model: Any, inputs: list[Tensor], device: torch.device
+) -> float:
     _wait(device)
     start = time.perf_counter()
     for ids in inputs:
-        model(input_ids=ids, use_cache=False)
+        run(model, ids)
     _wait(device)
     return time.perf_counter() - start
 
