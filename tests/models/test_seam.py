@@ -112,6 +112,17 @@ def test_an_unknown_backend_is_refused(model):
         pass
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_model_is_refused(make_tiny_mixtral, in_place):
+    model = make_tiny_mixtral()
+    if in_place:
+        model.compile()
+    else:
+        model = torch.compile(model)
+    with pytest.raises(UsageError, match="compiled"), routed(model, NativePolicy()):
+        pass
+
+
 def test_counts_leave_padding_out(model, ids):
     mask = torch.ones_like(ids)
     mask[0, 30:] = 0

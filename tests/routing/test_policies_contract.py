@@ -12,6 +12,7 @@ from torch import Tensor
 from var_moe.config import VARConfig
 from var_moe.errors import UsageError
 from var_moe.routing.base import RoutingPolicy
+from var_moe.routing.counts import TierCounts
 from var_moe.routing.decision import Routing, Tier, TokenBatch
 from var_moe.routing.fast_path import RoutingTable
 from var_moe.routing.fixed_k import FixedKPolicy
@@ -357,3 +358,19 @@ def test_the_stream_reaches_every_tier_of_var() -> None:
     for mode in ("plain", "verified"):
         tiers = [r.tier for _, _, r in pairs(stream(2), run(var(mode)(2), stream(2)))]
         assert set(torch.cat(tiers).tolist()) == {int(tier) for tier in Tier}
+
+
+@pytest.mark.parametrize("name", [name for name in POLICIES if name != "random_skip"])
+def test_no_decision_waits_for_the_device(name: str, top_k: int) -> None:
+    """Meta tensors hold no values: reading one on the host would raise.
+
+    The control is left out: there are no dice on such a device.
+    """
+    policy = POLICIES[name].make(top_k)
+    for batch, router in stream(top_k):
+        policy.begin(batch)  # the ids stay on the host, as the cache's walk needs them
+        counts = TierCounts(LAYERS)
+        for layer, (index, weight) in enumerate(router):
+            routing = policy.route(layer, index.to("meta"), weight.to("meta"))
+            counts.add(layer, routing, batch.counted.reshape(-1))
+            assert routing.index.device.type == "meta"

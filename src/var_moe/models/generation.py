@@ -152,6 +152,8 @@ class Texts:
         @functools.wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
             self._call = _Call.of(model, args, kwargs)
+            # With a static cache, `generate` would compile the model on a GPU: see `seam.attach`.
+            kwargs.setdefault("disable_compile", True)
             try:
                 return original(*args, **kwargs)
             finally:

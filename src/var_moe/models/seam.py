@@ -60,8 +60,8 @@ def attach(model: Any, session: ExpertsSession) -> dict[str, str | None]:
     """Send the model's experts through `session`; returns what `detach` puts back.
 
     Raises:
-        UsageError: the model has no experts module, is routed already, or an experts module
-            does not go through the seam; names the module.
+        UsageError: the model has no experts module, is compiled or routed already, or an experts
+            module does not go through the seam; names the module.
     """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -71,6 +71,13 @@ def attach(model: Any, session: ExpertsSession) -> dict[str, str | None]:
         raise UsageError(
             f"model type {kind!r} has no experts module that transformers dispatches "
             "(use_experts_implementation); expected a Mixture-of-Experts model"
+        )
+    if hasattr(model, "_orig_mod") or any(
+        getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()
+    ):
+        raise UsageError(
+            "the model is compiled (torch.compile), which fixes what it executes; "
+            "give routed(...) the model as it was loaded"
         )
     if any(id(module) in _active for _, module in found):
         raise UsageError("the model is routed already: leave the running `routed(...)` first")

@@ -1,0 +1,189 @@
+"""What deciding and compacting cost, against what skipped experts save, as they grow.
+
+    python benchmarks/routing_cost.py --output results/benchmarks
+
+On one experts layer of random weights (hidden 128, intermediate 1,024, as in the demo) and random
+routing, all ratios of interleaved runs:
+
+1. pairs: time with 75% and 50% of the pairs against all of them, for each backend;
+2. ours: all pairs through our path against transformers' own eager loop and grouped_mm;
+3. policy: VAR's decisions (verified, with table, cache and residual means) against the layer.
+
+T runs from 256 to 16,384 tokens, E over 8, 64 and 128 experts, K over 2 and 8.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from var_moe.config import VARConfig
+from var_moe.models.seam import execute, pair_backend
+from var_moe.routing.decision import TokenBatch
+from var_moe.routing.fast_path import ResidualMeans, RoutingTable
+from var_moe.routing.ranking import leading_count
+from var_moe.routing.var import VARPolicy
+from var_moe.storage import atomic_write_json, provenance
+
+HIDDEN, INTERMEDIATE, VOCABULARY = 128, 1024, 4096
+TOKENS = (256, 1024, 4096, 16384)
+SHAPES = ((8, 2), (64, 2), (64, 8), (128, 8))
+SEQUENCE = 256
+
+
+def experts_layer(experts: int, top_k: int) -> Any:
+    """An experts module of Mixtral with random weights."""
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    config = MixtralConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_local_experts=experts,
+        num_experts_per_tok=top_k,
+        experts_implementation="eager",
+    )
+    module = MixtralExperts(config).eval().requires_grad_(False)
+    for parameter in module.parameters():
+        parameter.normal_(0.0, HIDDEN**-0.5)
+    return module
+
+
+def router(tokens: int, experts: int, top_k: int, dice: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A softmax router's choices on random logits: (T, K) experts and weights."""
+    scores = torch.randn((tokens, experts), generator=dice).softmax(dim=1)
+    weight, index = scores.topk(top_k, dim=1)
+    return index, weight / weight.sum(dim=1, keepdim=True)
+
+
+def fewer(index: Tensor, share: float, dice: torch.Generator) -> Tensor:
+    """The same choices with a random share of the pairs kept; each token keeps its first."""
+    spared = max(0.0, (share * index.shape[1] - 1) / (index.shape[1] - 1))
+    keep = torch.rand(index.shape, generator=dice) < spared
+    keep[:, 0] = True
+    return torch.where(keep, index, -1)
+
+
+def var_policy(experts: int, top_k: int, dice: torch.Generator) -> VARPolicy:
+    """Verified VAR with every part in use: half of the ids on the fast path."""
+    lead = leading_count(top_k)
+    shape = (1, VOCABULARY)
+    table = RoutingTable(
+        count=torch.full(shape, 100.0, dtype=torch.float64),
+        entropy=torch.rand(shape, generator=dice, dtype=torch.float64),
+        index=torch.rand((*shape, experts), generator=dice).argsort(dim=2)[..., :lead],
+        weight=torch.rand((*shape, lead), generator=dice),
+    )
+    rows = experts**2 if top_k == 2 else experts
+    means = ResidualMeans(
+        table=(torch.zeros((rows + 1, HIDDEN)),), by_pair=top_k == 2, experts=experts
+    )
+    return VARPolicy(VARConfig(frequency_threshold=10), table, residuals=means)
+
+
+def interleaved(arms: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:
+    """Seconds of each arm, round by round (A B B A ...), after one round of warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    names = list(arms)
+    for number in range(-1, rounds):
+        for name in names if number % 2 else names[::-1]:
+            start = time.perf_counter()
+            arms[name]()
+            if number >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: np.array(values) for name, values in seconds.items()}
+
+
+def measure(tokens: int, experts: int, top_k: int, rounds: int) -> dict[str, Any]:
+    """All ratios for one size."""
+    dice = torch.Generator().manual_seed(0)
+    module = experts_layer(experts, top_k)
+    hidden = torch.randn((tokens, HIDDEN), generator=dice)
+    index, weight = router(tokens, experts, top_k, dice)
+    # Token ids with a heavy tail, as in text.
+    ids = (torch.rand((tokens,), generator=dice).pow(3) * VOCABULARY).long()
+    batch = TokenBatch.of(ids.view(-1, min(SEQUENCE, tokens)))
+    policy = var_policy(experts, top_k, dice)
+    backends = {name: pair_backend(name) for name in ("sorted", "grouped_mm", "eager")}
+    original = type(module).forward.__wrapped__
+
+    def decide() -> None:
+        policy.begin(batch)
+        policy.route(0, index, weight)
+
+    arms: dict[str, Callable[[], object]] = {
+        "transformers eager": lambda: original(module, hidden, index, weight),
+        "policy": decide,
+    }
+    for name, backend in backends.items():
+        for share in (1.0, 0.75, 0.5):
+            kept = index if share == 1 else fewer(index, share, dice)
+
+            def run(kept: Tensor = kept, backend: Any = backend) -> object:
+                return execute(module, hidden, kept, weight, backend)
+
+            arms[f"{name} {share:.0%}"] = run
+    with torch.inference_mode():
+        seconds = interleaved(arms, rounds)
+        begin = interleaved({"begin": lambda: policy.begin(batch)}, rounds)["begin"]
+
+    def ratio(over: str, under: str) -> float:
+        return float(np.median(seconds[over] / seconds[under]))
+
+    return {
+        "tokens": tokens,
+        "experts": experts,
+        "top_k": top_k,
+        "ours_over_eager": ratio("sorted 100%", "transformers eager"),
+        "ours_over_grouped_mm": ratio("sorted 100%", "grouped_mm 100%"),
+        "time_at_share": {
+            name: {share: ratio(f"{name} {share}", f"{name} 100%") for share in ("75%", "50%")}
+            for name in backends
+        },
+        # The cache's walk serves all layers; a decision is made in each.
+        "decision_over_layer": ratio("policy", "sorted 100%")
+        - float(np.median(begin / seconds["sorted 100%"])),
+        "walk_over_layer": float(np.median(begin / seconds["sorted 100%"])),
+    }
+
+
+def main() -> None:
+    """Measure all sizes and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--output", type=Path, default=Path("results/benchmarks"))
+    options = parser.parse_args()
+    rows = []
+    print(
+        "     T   E  K | ours/eager ours/grouped | pairs 75% 50%: sorted     grouped_mm"
+        "     eager | decision walk, of a layer"
+    )
+    for experts, top_k in SHAPES:
+        for tokens in options.tokens:
+            row = measure(tokens, experts, top_k, options.rounds)
+            rows.append(row)
+            shares = "  ".join(
+                f"{values['75%']:.2f} {values['50%']:.2f}"
+                for values in row["time_at_share"].values()
+            )
+            print(
+                f"{tokens:6d} {experts:3d} {top_k:2d} | {row['ours_over_eager']:10.2f} "
+                f"{row['ours_over_grouped_mm']:12.2f} |    {shares} | "
+                f"{row['decision_over_layer']:.3f} {row['walk_over_layer']:.3f}",
+                flush=True,
+            )
+    options.output.mkdir(parents=True, exist_ok=True)
+    result = {"schema_version": 1, "rows": rows, "provenance": provenance()}
+    atomic_write_json(options.output / "routing_cost.json", result)
+
+
+if __name__ == "__main__":
+    main()
