@@ -311,15 +311,6 @@ def test_the_order_of_slots_decides_nothing(stateless: Case, top_k: int) -> None
         torch.testing.assert_close(left.weight[:, slots], right.weight)
 
 
-def test_no_wait_for_the_device(stateless: Case, top_k: int) -> None:
-    """Tensors without values: whatever would read one, as ``.item()`` does, fails."""
-    index = torch.empty((5, top_k), dtype=torch.int64, device="meta")
-    weight = torch.empty((5, top_k), device="meta")
-    policy = stateless.make(top_k)
-    for layer in range(LAYERS):
-        assert policy.route(layer, index, weight).index.device.type == "meta"
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
