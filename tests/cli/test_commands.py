@@ -275,3 +275,45 @@ def test_compare_refuses_in_one_line(common, words, message, tmp_path, capsys):
     error = capsys.readouterr().err.strip()
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+def test_another_policy_is_tuned_saved_and_validated(common, tuned, tmp_path, capsys):
+    profile = str(tuned / "profile")
+    words = ["tune", *common, "--policy", "naee", "--n_calls", "6", "--max_degradation", "0.5"]
+    words += ["--profile", profile, "--seed", "1", "--output", str(tmp_path), "--quiet"]
+    assert main(words) == 0
+    config = read(tmp_path / "best_config.json")
+    assert config["policy"] == "naee"
+    assert 0 <= config["settings"]["quantile"] <= 1
+    results = read(tmp_path / "optimization_results.json")
+    assert [set(row["params"]) for row in results["all_results"]] == [{"quantile"}] * 6
+    assert "policy naee" in (tmp_path / "optimization_summary.txt").read_text()
+    capsys.readouterr()
+    assert main(["tune", "--validate", str(tmp_path / "best_config.json"), "--quiet"]) == 0
+    found = read(tmp_path / "validation_results.json")
+    assert found["config"] == config
+    assert found["experts_per_token"] < 2.0
+
+
+def test_a_policy_of_few_settings_is_tried_out(common, tuned, tmp_path):
+    words = ["tune", *common, "--policy", "fixed_k", "--max_degradation", "5", "--quiet"]
+    words += ["--profile", str(tuned / "profile"), "--seed", "1", "--output", str(tmp_path)]
+    assert main(words) == 0
+    results = read(tmp_path / "optimization_results.json")
+    assert sorted(row["params"]["k"] for row in results["all_results"]) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--policy", "nae"], "did you mean 'naee'"),
+        (["--policy", "native"], "nothing to tune"),
+        (["--policy", "naee", "--mode", "plain"], "leave one out"),
+        (["--policy", "naee", "--bounds", "p=0:1"], "unknown name 'p'; expected quantile"),
+    ],
+)
+def test_tune_refuses_policies_in_one_line(common, words, message, tmp_path, capsys):
+    assert main(["tune", *common, *words, "--output", str(tmp_path / "o"), "--quiet"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert len(error.splitlines()) == 1

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from var_moe.errors import UsageError
+
+if TYPE_CHECKING:
+    from var_moe.optimization.search_space import SearchSpace
 
 DEFAULT_OUTPUT = Path("results/phase3")
 DEFAULT_BOUND = 0.01
@@ -26,6 +30,7 @@ def tune(
     validate: Path | None = None,
     seed: int | None = None,
     mode: Literal["verified", "plain"] | None = None,
+    policy: str | None = None,
     engine: Literal["optuna", "skopt"] = "optuna",
     max_samples: int | None = None,
     final_samples: int | None = None,
@@ -55,6 +60,7 @@ def tune(
             dataset, bound and folder are then by default those of its search.
         seed: of the search; by default a fresh one, which is recorded.
         mode: verified (default) asks the router and lets table and cache only license a cut.
+        policy: tune another policy (naee, ser, top_p, ...) in place of VAR.
         engine: of the bayesian method.
         max_samples: documents that each evaluation (or --validate) scores.
         final_samples: documents of the last measurement; by default half of validation.
@@ -74,6 +80,8 @@ def tune(
     from var_moe.storage import check_output_folder
 
     if validate is not None:
+        if policy is not None:
+            raise UsageError("--policy does not belong to --validate: the configuration names it")
         return _validate(
             validate,
             model=model,
@@ -91,15 +99,17 @@ def tune(
         )
     from var_moe.evaluation.text import check_dataset
     from var_moe.optimization.objective_protocol import check_bound
-    from var_moe.optimization.search_space import SEARCH_SPACE, grid_size, parse_bounds
+    from var_moe.optimization.search_space import grid_size, parse_bounds, point_count
 
     # Everything that can be wrong is looked at before the model is loaded.
     model, dataset, output = model or "demo", dataset or "demo", output or DEFAULT_OUTPUT
     max_degradation = check_bound(DEFAULT_BOUND if max_degradation is None else max_degradation)
     check_output_folder(output)
-    space = parse_bounds(bounds or [], SEARCH_SPACE)
+    policy, mode = _policy(policy, mode)
     check_name(model)
     check_dataset(dataset)
+    # A policy's names are the same for every K; its ranges wait for the model.
+    space = parse_bounds(bounds or [], _space(policy, top_k=2))
     if method == "grid" and not yes:
         _confirm_grid(grid_size(space, n_points))
     if method == "bayesian" and engine == "skopt":
@@ -124,6 +134,7 @@ def tune(
         output=output,
         seed=seed,
         mode=mode or "verified",
+        policy=policy,
         max_samples=DEFAULT_SAMPLES if max_samples is None else max_samples,
         final_samples=final_samples,
         space=space,
@@ -136,6 +147,9 @@ def tune(
     console = Console(width=None if sys.stdout.isatty() else 118)
     with StageProgress() as progress:
         loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        if policy:
+            space = parse_bounds(bounds or [], _space(policy, top_k=loaded.top_k))
+            settings = replace(settings, space=space, n_calls=int(min(n_calls, point_count(space))))
         try:
             outcome = run_tune(
                 loaded,
@@ -155,6 +169,31 @@ def tune(
         soft_wrap=True,
     )
     return 0
+
+
+def _policy(
+    name: str | None, mode: Literal["verified", "plain"] | None
+) -> tuple[str | None, Literal["verified", "plain"] | None]:
+    """The policy to tune, None for VAR, and VAR's mode: ``var_plain`` is VAR in that mode."""
+    from var_moe.routing.registry import policy_spec
+
+    if name is None:
+        return None, mode
+    own = policy_spec(name).settings.get("mode")
+    if mode is not None and own != mode:
+        raise UsageError(f"--mode {mode} does not belong to --policy {name}: leave one out")
+    if own is not None:
+        return None, own
+    if not policy_spec(name).search_space(2):
+        raise UsageError(f"--policy {name} has nothing to tune")
+    return name, None
+
+
+def _space(policy: str | None, *, top_k: int) -> SearchSpace:
+    from var_moe.optimization.search_space import SEARCH_SPACE
+    from var_moe.routing.registry import policy_spec
+
+    return SEARCH_SPACE if policy is None else policy_spec(policy).search_space(top_k)
 
 
 def _confirm_grid(size: int) -> None:
@@ -188,13 +227,13 @@ def _validate(
     trust_remote_code: bool,
     quiet: bool,
 ) -> int:
-    from var_moe.config import VARConfig
     from var_moe.evaluation.text import check_dataset
     from var_moe.models.loading import check_name
+    from var_moe.optimization.candidate import load_candidate
     from var_moe.optimization.objective_protocol import check_bound
     from var_moe.storage import check_output_folder
 
-    VARConfig.load(config)
+    load_candidate(config)
     searched = _search_of(config)
     model = model or searched.get("model", "demo")
     dataset = dataset or searched.get("dataset", "demo")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
 from var_moe.config import DOCUMENTED_FIELDS, VARConfig
 from var_moe.errors import UsageError
 from var_moe.evaluation.compare import Evaluator, Speed, SpeedSetting
+from var_moe.optimization.candidate import Candidate, PolicySettings
 from var_moe.optimization.objective_protocol import check_bound, documented_score
 from var_moe.optimization.results import Evaluation, OptimizationResult
 from var_moe.profiling.profile import RoutingProfile
+from var_moe.routing.base import RoutingPolicy
+from var_moe.routing.registry import policy_spec
 from var_moe.routing.var import VARPolicy
 
 log = logging.getLogger(__name__)
@@ -25,56 +29,38 @@ DOUBTFUL = 0.1
 """Relative distance from the predicted speedup at which a measurement is taken again."""
 
 
-class VARObjective:
-    """Score of a VAR configuration: the documented formula, with everything behind it.
+class PolicyObjective(ABC):
+    """Score of a policy's settings: the documented formula, with everything behind it.
 
     Calling it with a dict of parameters returns the score; `evaluate` returns all figures.
 
     Args:
         evaluator: the model and the text it is measured on.
-        profile: routing statistics of calibration text.
         max_degradation: bound on the relative perplexity change.
-        mode: VAR's mode for configurations that do not name one.
         blocks: timed blocks per arm for each feasible configuration.
-        confirmation: measures the best again at a search's end; by default `evaluator`.
     """
 
     def __init__(
-        self,
-        evaluator: Evaluator,
-        profile: RoutingProfile,
-        *,
-        max_degradation: float = 0.01,
-        mode: str = "verified",
-        blocks: int = SEARCH_BLOCKS,
-        confirmation: Evaluator | None = None,
+        self, evaluator: Evaluator, *, max_degradation: float = 0.01, blocks: int = SEARCH_BLOCKS
     ) -> None:
-        self.evaluator, self.profile = evaluator, profile
-        self.confirmation = confirmation or evaluator
+        self.evaluator = evaluator
         self.max_degradation = check_bound(max_degradation)
-        self.mode, self.blocks = mode, blocks
-        self._table = profile.table()
-        if evaluator.cost_policies is None:
-            # VAR's own routing work belongs to what a configuration is predicted to cost.
-            evaluator.cost_policies = (
-                self.policy(_cutting(mode, confidence=1.0)),
-                self.policy(_cutting(mode, confidence=1e-9)),
-            )
+        self.blocks = blocks
+
+    @abstractmethod
+    def config(self, params: Mapping[str, Any]) -> Candidate:
+        """The configuration that ``params`` (or a part of them) stands for."""
+
+    @abstractmethod
+    def policy(self, config: Any) -> RoutingPolicy:
+        """A fresh policy for a configuration."""
 
     def __call__(self, params: Mapping[str, Any]) -> float:
         score = self.evaluate(dict(params)).score
         assert score is not None
         return score
 
-    def config(self, params: Mapping[str, Any]) -> VARConfig:
-        """The configuration that ``params`` (or a part of them) stands for."""
-        return VARConfig.from_dict({"mode": self.mode, **params})
-
-    def policy(self, config: VARConfig) -> VARPolicy:
-        """A fresh policy for a configuration."""
-        return VARPolicy(config, self._table, residuals=self.profile.residuals)
-
-    def _speed(self, policy: VARPolicy, predicted: float) -> Speed:
+    def _speed(self, policy: RoutingPolicy, predicted: float) -> Speed:
         """Throughput; taken again, longer, where it is far from what the pairs predict.
 
         A few short blocks can fall into a disturbance of the machine, and a search keeps the
@@ -119,6 +105,44 @@ class VARObjective:
             feasible=feasible,
         )
 
+
+class VARObjective(PolicyObjective):
+    """Score of a VAR configuration.
+
+    Args:
+        evaluator, max_degradation, blocks: see `PolicyObjective`.
+        profile: routing statistics of calibration text.
+        mode: VAR's mode for configurations that do not name one.
+        confirmation: measures the best again at a search's end; by default `evaluator`.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        profile: RoutingProfile,
+        *,
+        max_degradation: float = 0.01,
+        mode: str = "verified",
+        blocks: int = SEARCH_BLOCKS,
+        confirmation: Evaluator | None = None,
+    ) -> None:
+        super().__init__(evaluator, max_degradation=max_degradation, blocks=blocks)
+        self.profile, self.mode = profile, mode
+        self.confirmation = confirmation or evaluator
+        self._table = profile.table()
+        if evaluator.cost_policies is None:
+            # VAR's own routing work belongs to what a configuration is predicted to cost.
+            evaluator.cost_policies = (
+                self.policy(_cutting(mode, confidence=1.0)),
+                self.policy(_cutting(mode, confidence=1e-9)),
+            )
+
+    def config(self, params: Mapping[str, Any]) -> VARConfig:
+        return VARConfig.from_dict({"mode": self.mode, **params})
+
+    def policy(self, config: VARConfig) -> VARPolicy:
+        return VARPolicy(config, self._table, residuals=self.profile.residuals)
+
     def confirm(self, result: OptimizationResult) -> OptimizationResult:
         """Measure the best again: longer, and by the upper bound of the degradation.
 
@@ -151,6 +175,29 @@ class VARObjective:
         extra["nearest_miss"] = near.to_dict()
         default = VARConfig(mode=self.mode)
         return result.replace(best_params=default, best_score=near.score, extra=extra)
+
+
+class PeerObjective(PolicyObjective):
+    """Score of another policy's settings.
+
+    Args:
+        evaluator, max_degradation, blocks: see `PolicyObjective`.
+        name: of the policy, in the registry.
+        profile: of the same model; holds what policies ask for.
+    """
+
+    def __init__(
+        self, evaluator: Evaluator, profile: RoutingProfile, name: str, **options: Any
+    ) -> None:
+        super().__init__(evaluator, **options)
+        self._spec = policy_spec(name)
+        self._calibration = profile.calibration()
+
+    def config(self, params: Mapping[str, Any]) -> PolicySettings:
+        return PolicySettings(policy=self._spec.name, settings=dict(params))
+
+    def policy(self, config: PolicySettings) -> RoutingPolicy:
+        return self._spec.make(config.settings, self._calibration)
 
 
 def _cutting(mode: str, *, confidence: float) -> VARConfig:
@@ -256,4 +303,10 @@ def _check_given(what: str, given: float, measured: float) -> None:
         )
 
 
-__all__ = ["DOCUMENTED_FIELDS", "VARObjective", "create_objective_function"]
+__all__ = [
+    "DOCUMENTED_FIELDS",
+    "PeerObjective",
+    "PolicyObjective",
+    "VARObjective",
+    "create_objective_function",
+]

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from var_moe.config import VARConfig
 from var_moe.evaluation.compare import Evaluator, Quality, Speed
-from var_moe.optimization.objective import VARObjective
+from var_moe.optimization.candidate import Candidate
+from var_moe.optimization.objective import PolicyObjective
 from var_moe.optimization.objective_protocol import INFEASIBLE_PENALTY, documented_score
 from var_moe.optimization.results import Evaluation
 from var_moe.optimization.selection import distinct_evaluations, nearest_miss, promise
@@ -27,7 +27,7 @@ class Measured:
     """A configuration measured again, on more text and with more blocks."""
 
     name: str
-    config: VARConfig
+    config: Candidate
     quality: Quality
     speed: Speed | None  # None where the bound is broken: it can't win
     max_degradation: float
@@ -62,8 +62,8 @@ class Measured:
 
 def measure(
     evaluator: Evaluator,
-    objective: VARObjective,
-    config: VARConfig,
+    objective: PolicyObjective,
+    config: Candidate,
     *,
     name: str,
     blocks: int,
@@ -86,7 +86,7 @@ def measure(
 
 def remeasure(
     evaluator: Evaluator,
-    objective: VARObjective,
+    objective: PolicyObjective,
     evaluations: Sequence[Evaluation],
     *,
     blocks: int,

@@ -14,7 +14,7 @@ from var_moe.optimization.bayesian import bayesian_optimization
 from var_moe.optimization.conclusion import TuneOutcome, conclude, profile_notes, search_notes
 from var_moe.optimization.grid import grid_search
 from var_moe.optimization.journal import JOURNAL_NAME, STUDY_NAME
-from var_moe.optimization.objective import VARObjective
+from var_moe.optimization.objective import PeerObjective, PolicyObjective, VARObjective
 from var_moe.optimization.objective_protocol import check_bound
 from var_moe.optimization.preparation import halves, obtain_profile, read_text
 from var_moe.optimization.random_points import random_search
@@ -22,6 +22,7 @@ from var_moe.optimization.remeasure import Measured, measure, remeasure
 from var_moe.optimization.results import OptimizationResult, jsonable
 from var_moe.optimization.search_space import SEARCH_SPACE, SearchSpace, check_seed
 from var_moe.profiling.collect import DEFAULT_TOKENS
+from var_moe.profiling.profile import RoutingProfile
 from var_moe.storage import check_output_folder
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class TuneSettings:
         output: folder for the results.
         seed: of the search; None draws a fresh one, which is recorded.
         mode: ``"verified"`` or ``"plain"``.
+        policy: another policy's name, to tune that one in place of VAR, in its own `space`.
         max_samples: documents of the search half that each evaluation scores.
         final_samples: documents of the ordering half for the last measurement; None takes all.
         space: search space.
@@ -69,6 +71,7 @@ class TuneSettings:
     output: Path = Path("results/phase3")
     seed: int | None = None
     mode: str = "verified"
+    policy: str | None = None
     max_samples: int = DEFAULT_SAMPLES
     final_samples: int | None = None
     space: SearchSpace = field(default_factory=lambda: dict(SEARCH_SPACE))
@@ -130,9 +133,7 @@ def tune(
     search_half, ordering_half = halves(validation.documents)
     searched = search_half[: settings.max_samples]
     evaluator = Evaluator(loaded, searched, setting=settings.setting, progress=progress)
-    objective = VARObjective(
-        evaluator, profile, max_degradation=settings.max_degradation, mode=settings.mode
-    )
+    objective = _objective(evaluator, profile, settings)
     say(_baseline_line(evaluator))
     identity = {
         "model": loaded.name,
@@ -147,6 +148,8 @@ def tune(
     }
     evaluator.predicted_speedup(evaluator.top_k)  # measured before the search's clock starts
     evaluator.progress = None  # the search shows its own
+    if settings.policy:
+        identity["policy"] = settings.policy
     result = _search(objective, settings, identity, verbose)
 
     ordering = ordering_half[: settings.final_samples]
@@ -159,10 +162,12 @@ def tune(
         blocks=settings.final_blocks,
         at_most=settings.candidates,
     )
-    presets = [_preset(name, measured, final, objective, settings) for name in PRESETS]
+    presets = []
+    if isinstance(objective, VARObjective):
+        presets = [_preset(name, measured, final, objective, settings) for name in PRESETS]
     measured = [one for one in measured if all(one.config != p.config for p in presets)]
     notes = [
-        *profile_notes(profile, settings.space),
+        *([] if settings.policy else profile_notes(profile, settings.space)),
         *search_notes(result, validation.independent),
         *final.timing_notes(),
     ]
@@ -211,13 +216,25 @@ def _preset(
     )
 
 
+def _objective(
+    evaluator: Evaluator, profile: RoutingProfile, settings: TuneSettings
+) -> PolicyObjective:
+    if settings.policy:
+        return PeerObjective(
+            evaluator, profile, settings.policy, max_degradation=settings.max_degradation
+        )
+    return VARObjective(
+        evaluator, profile, max_degradation=settings.max_degradation, mode=settings.mode
+    )
+
+
 def _search(
-    objective: VARObjective, settings: TuneSettings, identity: dict[str, Any], verbose: bool
+    objective: PolicyObjective, settings: TuneSettings, identity: dict[str, Any], verbose: bool
 ) -> OptimizationResult:
     folder = settings.output
     common: dict[str, Any] = {
         "seed": settings.seed,
-        "mode": settings.mode,
+        "mode": None if settings.policy else settings.mode,
         "resume": settings.resume,
         "confirm": False,  # `tune` measures the best again on text of its own
         "settings": identity,

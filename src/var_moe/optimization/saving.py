@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from var_moe.config import VARConfig
 from var_moe.optimization.progress import duration
 from var_moe.optimization.results import OptimizationResult, jsonable
 from var_moe.storage import (
@@ -50,7 +49,7 @@ def save_optimization_results(
     folder = check_output_folder(dir)
     origin = provenance()
     best = result.best_params
-    config = best.to_dict() if isinstance(best, VARConfig) else jsonable(best)
+    config = jsonable(best) if isinstance(best, dict) else best.to_dict()
     found = "nearest_miss" not in result.extra
     atomic_write_json(
         folder / RESULTS_FILE,
@@ -93,7 +92,7 @@ def save_optimization_results(
 def default_summary(result: OptimizationResult) -> str:
     """A few lines for people about a search of any objective."""
     best = result.best_params
-    params = best.documented() if isinstance(best, VARConfig) else best
+    params = best if isinstance(best, dict) else best.documented()
     failed = sum(e.failed for e in result.evaluations)
     lines = [
         f"{result.method} search, seed {result.seed}",

@@ -218,6 +218,15 @@ def parse_bounds(bounds: Sequence[str], space: SearchSpace) -> dict[str, dict[st
     return new
 
 
+def point_count(space: SearchSpace) -> int | float:
+    """How many different points there are; infinite with a float that has a range."""
+    counts = [
+        (d.high - d.low + 1 if d.integer else 1 if d.low == d.high else math.inf)
+        for d in dimensions(space)
+    ]
+    return math.prod(counts)
+
+
 def check_count(name: str, value: Any) -> int:
     """`value` as a count of at least one, or UsageError naming the argument."""
     if not _is_number(value, integer=True) or value < 1:

@@ -6,6 +6,7 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from var_moe.optimization.candidate import kind_of
 from var_moe.optimization.criteria import success_criteria
 from var_moe.optimization.remeasure import Measured
 
@@ -75,7 +76,7 @@ def summary_parts(
                 f"backend here: {best.speed.speedup.median:.3f} ~ backend {back.median:.3f} x "
                 f"skipping {skip.median:.3f}."
             )
-        parts.append(f"Best configuration: {best.config.documented()} (mode {best.config.mode})")
+        parts.append(f"Best configuration: {best.config.documented()} ({kind_of(best.config)})")
         criteria = Table(title="Success criteria", title_justify="left")
         for heading in ("criterion", "measured", "met"):
             criteria.add_column(heading)

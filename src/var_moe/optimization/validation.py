@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from var_moe.config import VARConfig
 from var_moe.errors import UsageError
 from var_moe.evaluation.compare import Evaluator, Progress, Speed, SpeedSetting
+from var_moe.optimization.candidate import Candidate, PolicySettings, load_candidate
 from var_moe.optimization.criteria import success_criteria
-from var_moe.optimization.objective import VARObjective
+from var_moe.optimization.objective import PeerObjective, PolicyObjective, VARObjective
 from var_moe.optimization.objective_protocol import check_bound
 from var_moe.optimization.preparation import PROFILE_FOLDER, read_text, sample_documents
 from var_moe.optimization.results import jsonable
@@ -86,7 +86,7 @@ def validate(
 
     Args:
         loaded: the model.
-        config_path: ``best_config.json`` or any VARConfig file.
+        config_path: ``best_config.json`` of any search, or a VARConfig file.
         dataset: name or path of the text.
         split: its part; ``test`` unless there is a reason.
         max_degradation: bound on the relative perplexity change.
@@ -107,16 +107,16 @@ def validate(
     bound = check_bound(max_degradation)
     if runs < 3:
         raise UsageError(f"runs = {runs}: expected at least 3, to tell a spread")
-    config = VARConfig.load(config_path)
-    if mode is not None and mode != config.mode:
-        config = config.replace(mode=mode, residuals=None)
+    config = load_candidate(config_path)
+    if mode is not None:
+        config = _in_mode(config, mode, config_path)
     profile = find_profile(config_path, profile_path)
     profile.check_loaded(loaded)
     text = read_text(dataset, split, loaded)
     documents = sample_documents(text.documents, max_samples)
     require_documents(documents, 2, "comparing perplexities")
     evaluator = Evaluator(loaded, documents, setting=setting or SpeedSetting(), progress=progress)
-    objective = VARObjective(evaluator, profile, max_degradation=bound, mode=config.mode)
+    objective = objective_for(evaluator, profile, config, max_degradation=bound)
     quality = evaluator.quality(objective.policy(config))
     half = leading_count(evaluator.top_k)
     kept = quality.report.experts_per_token
@@ -157,6 +157,22 @@ def validate(
     clean: dict[str, Any] = jsonable(result)
     atomic_write_json((output or config_path.parent) / VALIDATION_FILE, clean)
     return clean
+
+
+def objective_for(
+    evaluator: Evaluator, profile: RoutingProfile, config: Candidate, *, max_degradation: float
+) -> PolicyObjective:
+    """The objective that makes policies of such configurations."""
+    if isinstance(config, PolicySettings):
+        return PeerObjective(evaluator, profile, config.policy, max_degradation=max_degradation)
+    return VARObjective(evaluator, profile, max_degradation=max_degradation, mode=config.mode)
+
+
+def _in_mode(config: Candidate, mode: str, path: Path) -> Candidate:
+    """The configuration in VAR's mode ``mode``, for a file with the six fields alone."""
+    if isinstance(config, PolicySettings):
+        raise UsageError(f"{path}: settings of policy {config.policy!r} have no mode")
+    return config if mode == config.mode else config.replace(mode=mode, residuals=None)
 
 
 def _spread(speeds: list[Speed]) -> float:
