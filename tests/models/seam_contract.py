@@ -39,16 +39,16 @@ from var_moe.routing.native import NativePolicy
 from var_moe.routing.ranking import leading_count
 from var_moe.routing.var import VARPolicy
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Distance of a layer's output to the module's own eager forward, relative to its norm.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 # These multiply as `grouped_mm` does; the others agree to the tolerance.
 EXACT_BACKENDS = ("sorted", "grouped_mm")
 
 
 @dataclass
 class Tiny:
-    """A family's tiny model, in both dtypes, and the text that it scores."""
+    """A family's tiny model, in each dtype, and the text that it scores."""
 
     family: Family
     model: Any
@@ -60,11 +60,13 @@ class Tiny:
         return tiny_ids()
 
     @cached_property
-    def half(self) -> Any:
-        return in_dtype(self.model, torch.bfloat16)
+    def _copies(self) -> dict[torch.dtype, Any]:
+        return {torch.float32: self.model}
 
     def within(self, dtype: torch.dtype) -> Any:
-        return self.model if dtype == torch.float32 else self.half
+        if dtype not in self._copies:
+            self._copies[dtype] = in_dtype(self.model, dtype)
+        return self._copies[dtype]
 
     @property
     def layers(self) -> int:
