@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from var_moe.errors import UsageError
+
+if TYPE_CHECKING:
+    from var_moe.cli.subject import Subject
+    from var_moe.evaluation.compare import Progress
 
 TURNING_DOCUMENTS = 40
 _COLUMNS = (
@@ -56,25 +60,29 @@ def compare(
         trust_remote_code: run a Hub model's own code.
         quiet: no progress.
     """
+    from var_moe.cli.subject import Subject
     from var_moe.evaluation.sweep import CONTROL, require_policies
-    from var_moe.evaluation.text import check_dataset
-    from var_moe.models.loading import check_name
     from var_moe.optimization.objective_protocol import check_bound
     from var_moe.routing.registry import policy_names, policy_spec
-    from var_moe.storage import check_output_folder
 
-    check_output_folder(output)
     check_bound(max_degradation)
-    if blocks < 1 or (max_samples is not None and max_samples < 2):
-        raise UsageError("blocks: expected at least 1; max_samples: expected at least 2")
     asked = [name for entry in policies or [] for name in entry.split(",") if name]
     if not asked:
         asked = [name for name in policy_names() if policy_spec(name).dials(2)]
     names = require_policies([CONTROL, *asked])
-    check_name(model)
-    check_dataset(dataset)
-    if not quiet:
-        print(f"loading model {model} ...", file=sys.stderr, flush=True)
+    subject = Subject(
+        model=model,
+        dataset=dataset,
+        split=split,
+        profile=profile,
+        output=output,
+        max_samples=max_samples,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    subject.check(blocks=blocks, quiet=quiet)
     from var_moe.cli.progress import StageProgress
     from var_moe.report.comparison import save_comparison
     from var_moe.storage import atomic_write_json
@@ -83,18 +91,9 @@ def compare(
         result = _measure(
             names,
             experts,
-            model=model,
-            dataset=dataset,
-            split=split,
-            profile=profile,
-            output=output,
-            max_samples=max_samples,
+            subject,
             blocks=blocks,
             max_degradation=max_degradation,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
             progress=None if quiet else progress,
         )
     atomic_write_json(output / "comparison.json", result)
@@ -115,49 +114,32 @@ def compare(
 def _measure(
     names: tuple[str, ...],
     experts: list[float] | None,
+    subject: Subject,
     *,
-    model: str,
-    dataset: str,
-    split: str,
-    profile: Path | None,
-    output: Path,
-    max_samples: int | None,
     blocks: int,
     max_degradation: float,
-    seed: int,
-    device: str,
-    dtype: str,
-    trust_remote_code: bool,
-    progress: Any,
+    progress: Progress | None,
 ) -> dict[str, Any]:
-    from var_moe.evaluation.compare import Evaluator
     from var_moe.evaluation.sweep import check_targets, control_at, sweep
-    from var_moe.evaluation.text import require_documents
-    from var_moe.models.loading import load_model
-    from var_moe.optimization.preparation import obtain_profile, read_text, sample_documents
-    from var_moe.optimization.results import jsonable
-    from var_moe.storage import SCHEMA_VERSION, provenance
+    from var_moe.optimization.preparation import sample_documents
 
-    loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    targets = check_targets(experts, loaded.top_k)
-    text = read_text(dataset, split, loaded)
-    documents = sample_documents(text.documents, max_samples, seed)
-    require_documents(documents, 2, "comparing perplexities")
-    stats, _ = obtain_profile(loaded, dataset, given=profile, folder=output, progress=progress)
-    if stats.peers is None:
+    ready = subject.ready(progress)
+    evaluator = ready.evaluator
+    targets = check_targets(experts, evaluator.top_k)
+    if ready.profile.peers is None:
         raise UsageError(
-            f"profile {profile}: made by an earlier version, without what other policies need; "
-            f"make it again with `var-moe profile --model {model}`"
+            f"profile {subject.profile}: made by an earlier version, without what other policies "
+            f"need; make it again with `var-moe profile --model {subject.model}`"
         )
-    evaluator = Evaluator(loaded, documents, progress=progress)
-    turning = evaluator.with_documents(sample_documents(documents, TURNING_DOCUMENTS, seed))
+    small = sample_documents(evaluator.documents, TURNING_DOCUMENTS, subject.seed)
+    turning = evaluator.with_documents(small)
     turning.progress = None
     points = list(
         sweep(
             evaluator,
             turning,
             names,
-            stats.calibration(),
+            ready.profile.calibration(),
             targets=targets,
             blocks=blocks,
             progress=progress,
@@ -167,33 +149,17 @@ def _measure(
     for point in points:
         executed = point.quality.report.experts_per_token
         cost = control_at(points, executed, evaluator.top_k)
-        row = {"name": point.name, **point.to_dict(), "degradation_of_random_skip": cost}
-        rows.append(row)
-    notes = evaluator.timing_notes()
-    if text.data_hash == stats.head["data_hash"]:
-        notes.append("this text was profiled: policies look better on it than on unseen text")
-    found: dict[str, Any] = jsonable(
-        {
-            "schema_version": SCHEMA_VERSION,
-            "rows": rows,
-            "targets_experts_per_token": list(targets),
-            "max_degradation": max_degradation,
-            "baseline": {
-                "perplexity": evaluator.baseline_losses.perplexity,
-                "backend": evaluator.baseline_backend,
-                "experts_per_token": evaluator.top_k,
-            },
-            "notes": notes,
-            "documents": len(documents),
-            "text": text.to_dict(),
-            "profile_hash": stats.hash,
-            "setting": evaluator.setting.to_dict(),
-            "model": {"name": loaded.name, "revision": loaded.revision, "dtype": loaded.dtype},
-            "seed": seed,
-            "provenance": provenance(),
-        }
+        rows.append({"name": point.name, **point.to_dict(), "degradation_of_random_skip": cost})
+    return ready.result(
+        rows,
+        targets_experts_per_token=list(targets),
+        max_degradation=max_degradation,
+        baseline={
+            "perplexity": evaluator.baseline_losses.perplexity,
+            "backend": evaluator.baseline_backend,
+            "experts_per_token": evaluator.top_k,
+        },
     )
-    return found
 
 
 def _write_csv(rows: list[dict[str, Any]], path: Path) -> None:

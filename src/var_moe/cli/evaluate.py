@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from var_moe.errors import UsageError
+
+if TYPE_CHECKING:
+    from var_moe.cli.subject import Ready
+    from var_moe.config import VARConfig
+    from var_moe.evaluation.compare import Progress
+    from var_moe.routing.base import RoutingPolicy
 
 
 def evaluate(
@@ -54,10 +59,9 @@ def evaluate(
         trust_remote_code: run a Hub model's own code.
         quiet: no progress.
     """
+    from var_moe.cli.subject import Subject
     from var_moe.config import VARConfig
-    from var_moe.storage import check_output_folder
 
-    check_output_folder(output)
     changes = {} if mode is None else {"mode": mode, "residuals": None}
     configs: dict[str, VARConfig | None] = {}
     if config is not None:
@@ -67,37 +71,29 @@ def evaluate(
     peer = _peer(policy, set or [])
     if decode_blocks < 0:
         raise UsageError(f"decode_blocks = {decode_blocks}: expected 0 or more")
-    if blocks < 1 or (max_samples is not None and max_samples < 2):
-        raise UsageError("blocks: expected at least 1; max_samples: expected at least 2")
-    from var_moe.evaluation.text import check_dataset
-    from var_moe.models.loading import check_name
-
-    check_name(model)
-    check_dataset(dataset)
-    if not quiet:
-        print(f"loading model {model} ...", file=sys.stderr, flush=True)
+    subject = Subject(
+        model=model,
+        dataset=dataset,
+        split=split,
+        profile=profile,
+        output=output,
+        max_samples=max_samples,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    subject.check(blocks=blocks, quiet=quiet)
     from var_moe.cli.progress import StageProgress
     from var_moe.cli.tables import print_comparison, print_decoding
     from var_moe.storage import atomic_write_json
 
     with StageProgress() as progress:
-        result = _measure(
-            configs,
-            peer,
-            model=model,
-            dataset=dataset,
-            split=split,
-            profile=profile,
-            output=output,
-            max_samples=max_samples,
-            blocks=blocks,
-            decode_blocks=decode_blocks,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            progress=None if quiet else progress,
-        )
+        shown = None if quiet else progress
+        ready = subject.ready(shown)
+        policies = _policies(configs, peer, ready)
+        rows = _measure(policies, ready, blocks=blocks, decode_blocks=decode_blocks, progress=shown)
+    result = ready.result(rows)
     atomic_write_json(output / "evaluation.json", result)
     text = result["text"]
     print_comparison(
@@ -138,58 +134,45 @@ def _value(text: str) -> int | float | str:
     return text
 
 
-def _measure(
-    configs: dict[str, Any],
-    peer: tuple[str, dict[str, Any]] | None,
-    *,
-    model: str,
-    dataset: str,
-    split: str,
-    profile: Path | None,
-    output: Path,
-    max_samples: int | None,
-    blocks: int,
-    decode_blocks: int,
-    seed: int,
-    device: str,
-    dtype: str,
-    trust_remote_code: bool,
-    progress: Any,
-) -> dict[str, Any]:
-    from var_moe.evaluation.compare import Evaluator, keep_all
-    from var_moe.evaluation.decode import BATCH_SIZES, DecodeSetting, Decoding
-    from var_moe.evaluation.text import require_documents
-    from var_moe.models.loading import load_model
-    from var_moe.optimization.preparation import obtain_profile, read_text, sample_documents
-    from var_moe.optimization.results import jsonable
+def _policies(
+    configs: dict[str, VARConfig | None], peer: tuple[str, dict[str, Any]] | None, ready: Ready
+) -> list[tuple[str, dict[str, Any] | None, RoutingPolicy]]:
+    """(name, settings, policy) of what is asked for."""
+    from var_moe.evaluation.compare import keep_all
     from var_moe.routing.registry import policy_spec
     from var_moe.routing.var import VARPolicy
-    from var_moe.storage import SCHEMA_VERSION, provenance
 
-    loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    text = read_text(dataset, split, loaded)
-    documents = sample_documents(text.documents, max_samples, seed)
-    require_documents(documents, 2, "comparing perplexities")
-    stats, _ = obtain_profile(loaded, dataset, given=profile, folder=output, progress=progress)
-    table = stats.table()
-    policies = {
-        name: keep_all() if config is None else VARPolicy(config, table, residuals=stats.residuals)
+    table, means = ready.profile.table(), ready.profile.residuals
+    found: list[tuple[str, dict[str, Any] | None, RoutingPolicy]] = [
+        (name, None, keep_all())
+        if config is None
+        else (name, config.to_dict(), VARPolicy(config, table, residuals=means))
         for name, config in configs.items()
-    }
-    settings = {name: config and config.to_dict() for name, config in configs.items()}
+    ]
     if peer is not None:
         name, given = peer
         spec = policy_spec(name)
-        space = spec.search_space(loaded.top_k)
-        chosen = {**{key: entry["default"] for key, entry in space.items()}, **given}
-        policies[name], settings[name] = spec.make(chosen, stats.calibration()), chosen
-    evaluator = Evaluator(loaded, documents, progress=progress)
-    decoding = Decoding(loaded.model, documents, top_k=loaded.top_k)
-    notes = evaluator.timing_notes()
-    if text.data_hash == stats.head["data_hash"]:
-        notes.append("this text was profiled: VAR looks better on it than on unseen text")
+        space = spec.search_space(ready.loaded.top_k)
+        settings = {**{key: entry["default"] for key, entry in space.items()}, **given}
+        found.append((name, settings, spec.make(settings, ready.profile.calibration())))
+    return found
+
+
+def _measure(
+    policies: list[tuple[str, dict[str, Any] | None, RoutingPolicy]],
+    ready: Ready,
+    *,
+    blocks: int,
+    decode_blocks: int,
+    progress: Progress | None,
+) -> list[dict[str, Any]]:
+    """A row for the unmodified model, then one for each policy."""
+    from var_moe.evaluation.decode import BATCH_SIZES, DecodeSetting, Decoding
+
+    evaluator = ready.evaluator
+    decoding = Decoding(ready.loaded.model, evaluator.documents, top_k=evaluator.top_k)
     rows: list[dict[str, Any]] = []
-    for name, policy in policies.items():
+    for name, settings, policy in policies:
         quality = evaluator.quality(policy, what=f"{name}: perplexity")
         speed = evaluator.speed(policy, blocks=blocks)
         if not rows:
@@ -203,32 +186,18 @@ def _measure(
                 }
             )
         decoded = []
-        for size in BATCH_SIZES if decode_blocks else ():
+        for done, size in enumerate(BATCH_SIZES if decode_blocks else ()):
             if progress:
-                progress(f"{name}: generating", BATCH_SIZES.index(size), len(BATCH_SIZES))
+                progress(f"{name}: generating", done, len(BATCH_SIZES))
             setting = DecodeSetting(batch_size=size)
             decoded.append(decoding.speed(policy, setting, blocks=decode_blocks).to_dict())
         rows.append(
             {
                 "name": name,
-                "config": settings[name],
+                "config": settings,
                 **quality.to_dict(),
                 **speed.to_dict(),
                 "decode": decoded,
             }
         )
-    found: dict[str, Any] = jsonable(
-        {
-            "schema_version": SCHEMA_VERSION,
-            "rows": rows,
-            "notes": notes,
-            "documents": len(documents),
-            "text": text.to_dict(),
-            "profile_hash": stats.hash,
-            "setting": evaluator.setting.to_dict(),
-            "model": {"name": loaded.name, "revision": loaded.revision, "dtype": loaded.dtype},
-            "seed": seed,
-            "provenance": provenance(),
-        }
-    )
-    return found
+    return rows

@@ -3,107 +3,21 @@
 from __future__ import annotations
 
 import logging
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
 from var_moe.config import DOCUMENTED_FIELDS, VARConfig
 from var_moe.errors import UsageError
-from var_moe.evaluation.compare import Evaluator, Speed, SpeedSetting
-from var_moe.optimization.candidate import Candidate, PolicySettings
-from var_moe.optimization.objective_protocol import check_bound, documented_score
-from var_moe.optimization.results import Evaluation, OptimizationResult
+from var_moe.evaluation.compare import Evaluator, SpeedSetting
+from var_moe.optimization.objective_protocol import check_bound
+from var_moe.optimization.policy_objective import SEARCH_BLOCKS, PolicyObjective
+from var_moe.optimization.results import OptimizationResult
 from var_moe.profiling.profile import RoutingProfile
-from var_moe.routing.base import RoutingPolicy
-from var_moe.routing.registry import policy_spec
 from var_moe.routing.var import VARPolicy
 
 log = logging.getLogger(__name__)
 
-SEARCH_BLOCKS = 4
-"""Timed blocks per arm during a search; the final measurement takes more."""
-
 CONFIRM_BLOCKS, CONFIRM_AT_MOST = 10, 5
-
-DOUBTFUL = 0.1
-"""Relative distance from the predicted speedup at which a measurement is taken again."""
-
-
-class PolicyObjective(ABC):
-    """Score of a policy's settings: the documented formula, with everything behind it.
-
-    Calling it with a dict of parameters returns the score; `evaluate` returns all figures.
-
-    Args:
-        evaluator: the model and the text it is measured on.
-        max_degradation: bound on the relative perplexity change.
-        blocks: timed blocks per arm for each feasible configuration.
-    """
-
-    def __init__(
-        self, evaluator: Evaluator, *, max_degradation: float = 0.01, blocks: int = SEARCH_BLOCKS
-    ) -> None:
-        self.evaluator = evaluator
-        self.max_degradation = check_bound(max_degradation)
-        self.blocks = blocks
-
-    @abstractmethod
-    def config(self, params: Mapping[str, Any]) -> Candidate:
-        """The configuration that ``params`` (or a part of them) stands for."""
-
-    @abstractmethod
-    def policy(self, config: Any) -> RoutingPolicy:
-        """A fresh policy for a configuration."""
-
-    def __call__(self, params: Mapping[str, Any]) -> float:
-        score = self.evaluate(dict(params)).score
-        assert score is not None
-        return score
-
-    def _speed(self, policy: RoutingPolicy, predicted: float) -> Speed:
-        """Throughput; taken again, longer, where it is far from what the pairs predict.
-
-        A few short blocks can fall into a disturbance of the machine, and a search keeps the
-        luckiest figure it sees.
-        """
-        speed = self.evaluator.speed(policy, blocks=self.blocks, factors=False)
-        if abs(speed.speedup.median / predicted - 1) > DOUBTFUL:
-            log.info("speedup %.3f, predicted %.3f: again", speed.speedup.median, predicted)
-            speed = self.evaluator.speed(policy, blocks=3 * self.blocks, factors=False)
-        return speed
-
-    def evaluate(self, params: Mapping[str, Any]) -> Evaluation:
-        """Measure one configuration on the search's text."""
-        policy = self.policy(self.config(params))
-        quality = self.evaluator.quality(policy)
-        change, report = quality.change, quality.report
-        predicted = self.evaluator.predicted_speedup(report.experts_per_token)
-        feasible = change.value <= self.max_degradation
-        speed = None
-        if feasible:
-            speed = self._speed(policy, predicted)
-        score = documented_score(
-            degradation=change.value,
-            max_degradation=self.max_degradation,
-            speedup=speed.speedup.median if speed else None,
-            learned_pct=report.learned_pct,
-        )
-        return Evaluation(
-            params=dict(params),
-            score=score,
-            degradation=change.value,
-            degradation_se=change.standard_error,
-            speedup=speed.speedup.median if speed else None,
-            predicted_speedup=predicted,
-            perplexity=change.perplexity,
-            throughput_tps=speed.tps if speed else None,
-            fast_pct=report.fast_pct,
-            cached_pct=report.cached_pct,
-            learned_pct=report.learned_pct,
-            cache_hit_rate=report.cache_hit_rate,
-            experts_per_token=report.experts_per_token,
-            feasible=feasible,
-        )
 
 
 class VARObjective(PolicyObjective):
@@ -175,29 +89,6 @@ class VARObjective(PolicyObjective):
         extra["nearest_miss"] = near.to_dict()
         default = VARConfig(mode=self.mode)
         return result.replace(best_params=default, best_score=near.score, extra=extra)
-
-
-class PeerObjective(PolicyObjective):
-    """Score of another policy's settings.
-
-    Args:
-        evaluator, max_degradation, blocks: see `PolicyObjective`.
-        name: of the policy, in the registry.
-        profile: of the same model; holds what policies ask for.
-    """
-
-    def __init__(
-        self, evaluator: Evaluator, profile: RoutingProfile, name: str, **options: Any
-    ) -> None:
-        super().__init__(evaluator, **options)
-        self._spec = policy_spec(name)
-        self._calibration = profile.calibration()
-
-    def config(self, params: Mapping[str, Any]) -> PolicySettings:
-        return PolicySettings(policy=self._spec.name, settings=dict(params))
-
-    def policy(self, config: PolicySettings) -> RoutingPolicy:
-        return self._spec.make(config.settings, self._calibration)
 
 
 def _cutting(mode: str, *, confidence: float) -> VARConfig:
@@ -305,8 +196,6 @@ def _check_given(what: str, given: float, measured: float) -> None:
 
 __all__ = [
     "DOCUMENTED_FIELDS",
-    "PeerObjective",
-    "PolicyObjective",
     "VARObjective",
     "create_objective_function",
 ]

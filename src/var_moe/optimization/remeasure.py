@@ -14,8 +14,8 @@ from typing import Any
 
 from var_moe.evaluation.compare import Evaluator, Quality, Speed
 from var_moe.optimization.candidate import Candidate
-from var_moe.optimization.objective import PolicyObjective
 from var_moe.optimization.objective_protocol import INFEASIBLE_PENALTY, documented_score
+from var_moe.optimization.policy_objective import PolicyObjective
 from var_moe.optimization.results import Evaluation
 from var_moe.optimization.selection import distinct_evaluations, nearest_miss, promise
 

@@ -14,8 +14,9 @@ from var_moe.optimization.bayesian import bayesian_optimization
 from var_moe.optimization.conclusion import TuneOutcome, conclude, profile_notes, search_notes
 from var_moe.optimization.grid import grid_search
 from var_moe.optimization.journal import JOURNAL_NAME, STUDY_NAME
-from var_moe.optimization.objective import PeerObjective, PolicyObjective, VARObjective
+from var_moe.optimization.objective import VARObjective
 from var_moe.optimization.objective_protocol import check_bound
+from var_moe.optimization.policy_objective import PeerObjective, PolicyObjective
 from var_moe.optimization.preparation import halves, obtain_profile, read_text
 from var_moe.optimization.random_points import random_search
 from var_moe.optimization.remeasure import Measured, measure, remeasure

@@ -9,8 +9,9 @@ from var_moe.errors import UsageError
 from var_moe.evaluation.compare import Evaluator, Progress, Speed, SpeedSetting
 from var_moe.optimization.candidate import Candidate, PolicySettings, load_candidate
 from var_moe.optimization.criteria import success_criteria
-from var_moe.optimization.objective import PeerObjective, PolicyObjective, VARObjective
+from var_moe.optimization.objective import VARObjective
 from var_moe.optimization.objective_protocol import check_bound
+from var_moe.optimization.policy_objective import PeerObjective, PolicyObjective
 from var_moe.optimization.preparation import PROFILE_FOLDER, read_text, sample_documents
 from var_moe.optimization.results import jsonable
 from var_moe.optimization.saving import METADATA_FILE
