@@ -8,7 +8,8 @@
    runs for certain), against the fastest Hugging Face backend;
 3. speed at random skipping of 0 to 100% of the second experts, against what the executed
    pairs predict;
-4. where the time goes: attention, router, policy, experts, head, and the rest.
+4. where the time goes: attention, router, policy, experts, head, and the rest;
+5. generation with a KV cache, batch 1 and 16: the policy's share, and VAR against the baseline.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import Tensor
 from var_moe.apply import routed
 from var_moe.config import VARConfig
 from var_moe.evaluation.compare import Evaluator
+from var_moe.evaluation.decode import BATCH_SIZES, DecodeSetting, Decoding
 from var_moe.evaluation.text import encode, load_text
 from var_moe.evaluation.throughput import backend_arm, policy_arm, time_arms
 from var_moe.models.loading import load_model
@@ -134,8 +136,22 @@ def where_time_goes(
     return {name: 1000 * value / forwards for name, value in clock.items()}
 
 
+def policy_share_of_decoding(model: Any, policy: RoutingPolicy, prompts: Tensor) -> float:
+    """The policy's own time in a greedy generation of 128 tokens, as a share of the whole."""
+    clock: dict[str, float] = defaultdict(float)
+    options = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(prompts)}
+    with routed(model, Timed(policy, clock)) as session:
+        model.generate(prompts, max_new_tokens=8, **options)
+        session.reset()
+        clock.clear()
+        start = time.perf_counter()
+        model.generate(prompts, max_new_tokens=128, min_new_tokens=128, **options)
+        total = time.perf_counter() - start
+    return sum(clock.values()) / total
+
+
 def main() -> None:
-    """Run all four and print them."""
+    """Run all five and print them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo")
     parser.add_argument("--dataset", default="demo")
@@ -189,6 +205,17 @@ def main() -> None:
         for part, value in sorted(parts.items(), key=lambda item: -item[1]):
             if part != "total":
                 print(f"  {part:40} {value:7.2f} ms {100 * value / parts['total']:5.1f}%")
+
+    decoding, result["decoding"] = Decoding(model, documents, top_k=loaded.top_k), []
+    for size in BATCH_SIZES:
+        speed = decoding.speed(var, DecodeSetting(batch_size=size), blocks=max(3, args.blocks // 3))
+        prompts = torch.tensor([d.ids[:32].tolist() for d in documents[:size]])
+        share = policy_share_of_decoding(model, var, prompts)
+        result["decoding"].append({**speed.to_dict(), "policy_share": share})
+        print(
+            f"generation, batch {size}: VAR {speed.speedup.median:.3f}x of {speed.baseline_backend} "
+            f"[{speed.speedup.low:.3f}, {speed.speedup.high:.3f}], policy {100 * share:.1f}%"
+        )
     atomic_write_json(args.output / "forward.json", result)
 
 
