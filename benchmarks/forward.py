@@ -58,6 +58,7 @@ class Timed(RoutingPolicy):
 
     def __init__(self, inner: RoutingPolicy, clock: dict[str, float]) -> None:
         self.inner, self.clock = inner, clock
+        self.context_window = inner.context_window
 
     def begin(self, batch: TokenBatch) -> None:
         start = time.perf_counter()
@@ -213,8 +214,8 @@ def main() -> None:
         share = policy_share_of_decoding(model, var, prompts)
         result["decoding"].append({**speed.to_dict(), "policy_share": share})
         print(
-            f"generation, batch {size}: VAR {speed.speedup.median:.3f}x of {speed.baseline_backend} "
-            f"[{speed.speedup.low:.3f}, {speed.speedup.high:.3f}], policy {100 * share:.1f}%"
+            f"generation, batch {size}: VAR {speed.speedup.median:.3f}x of "
+            f"{speed.baseline_backend} [{speed.speedup.low:.3f}, {speed.speedup.high:.3f}], policy {100 * share:.1f}%"
         )
     atomic_write_json(args.output / "forward.json", result)
 
