@@ -215,7 +215,8 @@ def main() -> None:
         result["decoding"].append({**speed.to_dict(), "policy_share": share})
         print(
             f"generation, batch {size}: VAR {speed.speedup.median:.3f}x of "
-            f"{speed.baseline_backend} [{speed.speedup.low:.3f}, {speed.speedup.high:.3f}], policy {100 * share:.1f}%"
+            f"{speed.baseline_backend} [{speed.speedup.low:.3f}, {speed.speedup.high:.3f}], "
+            f"policy {100 * share:.1f}%"
         )
     atomic_write_json(args.output / "forward.json", result)
 
