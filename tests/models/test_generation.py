@@ -13,6 +13,7 @@ from torch import Tensor
 from var_moe.apply import routed
 from var_moe.config import VARConfig
 from var_moe.errors import UsageError
+from var_moe.models.loading import load_model
 from var_moe.models.seam import experts_modules
 from var_moe.routing.decision import Routing, Tier, TokenBatch
 from var_moe.routing.fast_path import RoutingTable
@@ -95,8 +96,10 @@ def recorder(model: Any, *, scope: str = "document", **settings: Any) -> Recorde
     return policy
 
 
-@pytest.fixture(scope="module", params=MODULES)
+@pytest.fixture(scope="module", params=[*MODULES, pytest.param("demo", marks=pytest.mark.slow)])
 def model(request: pytest.FixtureRequest) -> Any:
+    if request.param == "demo":
+        return load_model("demo", dtype="float32").model
     family = next(f for f in find_families() if f.module == request.param)
     return tiny_model(family)
 
@@ -173,6 +176,19 @@ def test_generation_decides_as_scoring_the_finished_text(model: Any, kind: str, 
         same(row, alone(model, text, policy), tokens=lengths[-1])
     assert tokens == sum(lengths)
     assert min(tiers) > 0, "the case should take all three ways"
+
+
+def test_an_end_token_in_the_prompt_ends_nothing(model: Any) -> None:
+    """As where texts begin with the token that ends them; also when the prompt comes in parts."""
+    ids = prompts((12,))["input_ids"]
+    ids[0, 0] = ids[0, 6] = END
+    policy = recorder(model)
+    with routed(model, policy):
+        out = model.generate(
+            ids, max_new_tokens=6, do_sample=False, eos_token_id=END, prefill_chunk_size=4
+        )
+    (row,) = policy.rows()
+    same(row, alone(model, out[0].tolist(), policy), tokens=out.shape[1] - 1)
 
 
 def test_the_clock_of_a_row_is_its_own(model: Any) -> None:

@@ -57,7 +57,8 @@ class Texts:
         self._numbers = count(_FIRST_DOCUMENT)
         self._step: _Step | None = None
         self._call: _Call | None = None
-        self._unbound: _Text | None = None  # of a forward that makes its own KV cache
+        # Before and in a forward that may make its own KV cache.
+        self._unbound: tuple[_Text, TokenBatch] | None = None
 
     def forget(self) -> None:
         """Forget all texts: a KV cache filled before can then not be continued."""
@@ -87,12 +88,10 @@ class Texts:
         batch = TokenBatch.of(ids, None if mask is None else mask[:, -length:])
         past = 0 if cache is None else int(cache.get_seq_length())
         text = self._continued(cache, past, batch, step) if past else self._new(ids)
-        seen = torch.cat((text.recent, torch.where(batch.valid, ids, -1)), dim=1)
-        after = _Text(past + length, _last(seen, self._before), text.documents)
         if cache is None:
-            self._unbound = after
+            self._unbound = (text, batch)
         else:
-            self._texts[cache] = after
+            self._texts[cache] = self._after(text, batch)
         return replace(
             batch,
             document=text.documents,
@@ -102,10 +101,16 @@ class Texts:
 
     def bind(self, output: Any) -> None:
         """See a forward's output: it may hold a KV cache that the forward has made."""
-        text, self._unbound = self._unbound, None
+        unbound, self._unbound = self._unbound, None
         cache = getattr(output, "past_key_values", None)
-        if text is not None and hasattr(cache, "get_seq_length"):
-            self._texts[cache] = text
+        if unbound is not None and hasattr(cache, "get_seq_length"):
+            self._texts[cache] = self._after(*unbound)
+
+    def _after(self, text: _Text, batch: TokenBatch) -> _Text:
+        """A text with a forward's tokens added to it."""
+        seen = torch.cat((text.recent, torch.where(batch.valid, batch.ids, -1)), dim=1)
+        length = text.length + batch.ids.shape[1]
+        return _Text(length, _last(seen, self._before), text.documents)
 
     def _new(self, ids: Tensor) -> _Text:
         numbers = tuple(next(self._numbers) for _ in range(ids.shape[0]))
@@ -178,10 +183,10 @@ class Texts:
 class _Call:
     """One call of `generate`."""
 
-    def __init__(self, *, beams: bool, ends: tuple[int, ...]) -> None:
+    def __init__(self, *, beams: bool, ends: tuple[int, ...], prompt: int) -> None:
         self.beams = beams
         self._ends = ends
-        self._prompt: int | None = None
+        self._prompt = prompt  # tokens that were there before
 
     @classmethod
     def of(cls, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
@@ -207,15 +212,16 @@ class _Call:
             )
         ends = config.eos_token_id
         ends = [] if ends is None else ends if isinstance(ends, (list, tuple)) else [ends]
-        return cls(beams=beams, ends=tuple(int(token) for token in ends))
+        first = args[0] if args else kwargs.get("inputs")
+        ids = kwargs.get("input_ids") if first is None else first
+        prompt = 1 if ids is None else ids.shape[1]  # without one, a token to begin with
+        return cls(beams=beams, ends=tuple(int(token) for token in ends), prompt=prompt)
 
     def unfinished(self, ids: Tensor) -> Tensor:
         """(B, P) False where a row has ended: what follows its end token is padding.
 
         A row that a stopping criterion of the user's ends counts on, until the batch is done.
         """
-        if self._prompt is None:
-            self._prompt = ids.shape[1]
         out = torch.ones_like(ids, dtype=torch.bool)
         if ids.shape[1] > self._prompt and self._ends:
             ended = torch.isin(ids[:, self._prompt :], ids.new_tensor(self._ends)).long()
