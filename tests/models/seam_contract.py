@@ -216,22 +216,27 @@ class SeamContract:
         assert cut > 0 or tiny.top_k == 1
 
     @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-    def test_residual_means_of_zero_change_nothing(self, tiny, dtype, backend):
+    def test_residual_means_stand_for_what_is_dropped(self, tiny, dtype, backend):
+        """Zero means leave the kept experts their own weights, and add nothing."""
         model = tiny.within(dtype)
         size = experts_modules(model)[0][1].down_proj.shape
         hidden = size[2] if experts_modules(model)[0][1].is_transposed else size[1]
 
-        def scored(value: float | None) -> Tensor:
-            table = torch.full((tiny.experts**2 + 1, hidden), value or 0.0)
+        def scored(value: float) -> tuple[Tensor, list[Call], Recording]:
+            table = torch.full((tiny.experts**2 + 1, hidden), value)
             table[-1] = 0.0
             means = ResidualMeans(table=(table,) * tiny.layers, by_pair=True, experts=tiny.experts)
-            options = {} if value is None else {"residuals": means}
-            with routed(model, var(tiny, "verified", **options), backend=backend):
-                return logits(model, tiny.ids)
+            policy = var(tiny, "verified", residuals=means)
+            with routed(model, policy, backend=backend), watched(model) as calls:
+                return logits(model, tiny.ids), calls, policy
 
-        assert torch.equal(scored(0.0), scored(None))
+        zero, calls, policy = scored(0.0)
+        for call, (_, routing) in zip(calls, policy.decided, strict=True):
+            assert torch.equal(routing.weight, call.weight)
+            meant = eager(call, routing.index, call.weight)
+            assert relative(call.output, meant) <= TOLERANCE[dtype]
         if tiny.top_k > 1:
-            assert not torch.equal(scored(1.0), scored(None))
+            assert not torch.equal(scored(1.0)[0], zero)
 
     @pytest.mark.parametrize("failing", [False, True], ids=["leaving", "exception"])
     def test_leaving_restores_everything(self, tiny, failing, backend):

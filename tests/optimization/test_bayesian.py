@@ -145,7 +145,8 @@ def test_an_evaluation_written_before_its_trial_was_closed_is_not_repeated(tmp_p
     resumed = search(rest, 3, storage_path=tmp_path, resume=True)
     assert len(rest.seen) == 2
     assert kept(resumed) == kept(search(SmallObjective(), 3))
-    assert load(tmp_path).trials[0].constraints.keys() == {"degradation"}
+    names = {"degradation", "degradation_upper"}
+    assert load(tmp_path).trials[0].constraints.keys() == names
 
 
 def test_what_the_study_holds(tmp_path):
@@ -161,7 +162,11 @@ def test_what_the_study_holds(tmp_path):
             continue
         assert trial.value == pytest.approx(1 + evaluation.params["x"])
         expected = evaluation.degradation - 0.01
-        assert trial.constraints == {"degradation": pytest.approx(expected)}
+        assert trial.constraints == {
+            "degradation": pytest.approx(expected),
+            # The error of the difference between two texts: 1.645 * sqrt(2) * 0.001.
+            "degradation_upper": pytest.approx(expected + 0.0023264, abs=1e-6),
+        }
     assert any(e.feasible is False for e in result.evaluations)
 
 

@@ -17,9 +17,9 @@ def test_a_constant_difference_is_recovered(monkeypatch):
     index = torch.tensor([[2, 1]] * 4)
     fit.add(0, outputs=outputs, weight=weight, index=index, lead=1)
     means = fit.means()
-    # full - kept = w2 (f_dropped - f_first), so per unit of dropped weight: (2, 4).
+    # full - kept = w2 f_dropped, so per unit of dropped weight: (3, 4).
     assert means.by_pair
-    assert means.table[0][2 * 3 + 1].tolist() == pytest.approx([2.0, 4.0])
+    assert means.table[0][2 * 3 + 1].tolist() == pytest.approx([3.0, 4.0])
     assert means.table[0][-1].tolist() == [0.0, 0.0]
     assert means.table[0].shape == (10, 2)
     rows = means.row(torch.tensor([2, 2]), torch.tensor([1, 1]), torch.tensor([True, False]))
@@ -27,12 +27,12 @@ def test_a_constant_difference_is_recovered(monkeypatch):
 
 
 def test_unnormalised_weights():
-    """Weights that do not sum to one: the kept expert takes the whole sum."""
+    """Weights that do not sum to one: only what is dropped counts."""
     fit = ResidualFit(layers=1, experts=2, top_k=2, hidden_size=1)
     outputs, weight = torch.tensor([[[1.0], [2.0]]]), torch.tensor([[1.5, 0.5]])
     fit.add(0, outputs=outputs, weight=weight, index=torch.tensor([[0, 1]]), lead=1)
-    # full = 1.5 + 1.0 = 2.5; kept = 2.0 * 1 = 2.0; difference 0.5, dropped weight 0.5
-    assert fit.moment[0, 1, 0] == pytest.approx(0.25)
+    # full = 1.5 + 1.0 = 2.5; kept = 1.5 * 1 = 1.5; difference 1.0, dropped weight 0.5
+    assert fit.moment[0, 1, 0] == pytest.approx(0.5)
     assert fit.square[0, 1] == pytest.approx(0.25)
 
 
@@ -48,3 +48,12 @@ def test_top_8_is_keyed_by_the_first_expert():
     fit = ResidualFit(layers=2, experts=16, top_k=8, hidden_size=4)
     assert not fit.by_pair
     assert fit.means().table[1].shape == (17, 4)
+
+
+def test_several_dropped_experts_count_together():
+    fit = ResidualFit(layers=1, experts=4, top_k=3, hidden_size=1)
+    outputs, weight = torch.tensor([[[1.0], [5.0], [2.0]]]), torch.tensor([[0.5, 0.3, 0.2]])
+    fit.add(0, outputs=outputs, weight=weight, index=torch.tensor([[3, 0, 1]]), lead=2)
+    # dropped: 0.2 of the third alone
+    assert fit.moment[0, 3, 0] == pytest.approx(0.2 * 0.4)
+    assert fit.square[0, 3] == pytest.approx(0.04)

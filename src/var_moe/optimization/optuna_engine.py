@@ -25,6 +25,7 @@ from var_moe.optimization.journal import (
 )
 from var_moe.optimization.results import Evaluation
 from var_moe.optimization.search_space import Params, SearchSpace, dimensions
+from var_moe.optimization.selection import Z_95
 
 if TYPE_CHECKING:
     import optuna
@@ -37,6 +38,9 @@ _SCORE = "score"
 _STUDY = "var_moe"
 CONSTRAINT = "degradation"
 """Name of the constraint: degradation - max_degradation, feasible at zero and below."""
+
+UPPER_CONSTRAINT = "degradation_upper"
+"""The same with a margin: 95% of the error of a difference between two texts of this size."""
 
 # Below this many completed evaluations the process has nothing to fit.
 _MIN_COMPLETE = 2
@@ -144,7 +148,13 @@ class OptunaSearch:
         if not evaluation.failed and self._bound is not None:
             if evaluation.degradation is None:
                 raise ValueError("append: the evaluation has no degradation")
-            trial.set_constraint(CONSTRAINT, evaluation.degradation - self._bound)
+            distance = evaluation.degradation - self._bound
+            trial.set_constraint(CONSTRAINT, distance)
+            # Who wins is decided on other text, by the upper bound there: a search that only
+            # minds its own estimate proposes what then fails.
+            if evaluation.degradation_se is not None:
+                margin = Z_95 * math.sqrt(2) * evaluation.degradation_se
+                trial.set_constraint(UPPER_CONSTRAINT, distance + margin)
         stored = evaluation.to_dict()
         trial.set_user_attr(_SCORE, stored["score"])
         trial.set_user_attr(_EVALUATION, stored)

@@ -17,9 +17,7 @@ from var_moe.optimization.candidate import Candidate
 from var_moe.optimization.objective_protocol import INFEASIBLE_PENALTY, documented_score
 from var_moe.optimization.policy_objective import PolicyObjective
 from var_moe.optimization.results import Evaluation
-from var_moe.optimization.selection import distinct_evaluations, nearest_miss, promise
-
-Z_95 = 1.645
+from var_moe.optimization.selection import Z_95, distinct_evaluations, nearest_miss, promise
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from collections.abc import Hashable, Sequence
 from var_moe.optimization.results import Evaluation
 from var_moe.optimization.search_space import point_key
 
+Z_95 = 1.645  # one-sided
 CONVERGENCE_WINDOW = 10
 CONVERGENCE_GAIN = 0.005
 

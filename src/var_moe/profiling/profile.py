@@ -31,6 +31,7 @@ STATS_FILE = "routing_stats.parquet"
 RESIDUALS_FILE = "residuals.safetensors"
 PEERS_FILE = "peers.json"
 HEAD_FILE = "profile.json"
+_KEPT = "own weights"  # how kept experts were weighted when the residual means were fitted
 FINGERPRINT_TOLERANCE = 0.005  # a dtype's rounding stays far below, another training far above
 
 
@@ -134,7 +135,7 @@ class RoutingProfile:
             lambda path: self.stats.to_parquet(path, index=False, compression="zstd"),
         )
         tensors = {f"layer.{i}": table for i, table in enumerate(self.residuals.table)}
-        note = {"by_pair": json.dumps(self.residuals.by_pair)}
+        note = {"by_pair": json.dumps(self.residuals.by_pair), "kept": _KEPT}
         atomic_write(folder / RESIDUALS_FILE, lambda path: save_file(tensors, path, metadata=note))
         if self.peers is not None:
             atomic_write_json(folder / PEERS_FILE, self.peers.to_dict())
@@ -159,7 +160,10 @@ class RoutingProfile:
         try:
             stats = pd.read_parquet(folder / STATS_FILE)
             with safe_open(folder / RESIDUALS_FILE, framework="pt") as file:
-                by_pair = json.loads(file.metadata()["by_pair"])
+                note = file.metadata()
+                by_pair = json.loads(note["by_pair"])
+                if note.get("kept") != _KEPT:
+                    raise ValueError("an earlier version fitted its residual means otherwise")
                 tables = tuple(file.get_tensor(f"layer.{i}") for i in range(head["layers"]))
             peers = None
             if (folder / PEERS_FILE).is_file():
@@ -167,7 +171,7 @@ class RoutingProfile:
         except Exception as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UsageError(
-                f"{folder}: damaged profile ({first}); make it again with `var-moe profile`"
+                f"{folder}: unusable profile ({first}); make it again with `var-moe profile`"
             ) from None
         residuals = ResidualMeans(table=tables, by_pair=by_pair, experts=head["experts"])
         profile = cls(stats=stats, residuals=residuals, head=head, peers=peers)

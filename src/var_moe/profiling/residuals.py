@@ -1,10 +1,14 @@
 """Residual means: what a dropped expert would have added, on average.
 
-For each calibration token and layer, ``d`` is the full output minus the output of the
-leading experts alone (rescaled to the full weight), and ``m`` the weight that was dropped.
-Per cell, ``r = sum(m d) / (sum(m^2) + shrink)`` is the least-squares vector for ``d = m r``,
-shrunk towards zero where little was seen. Scaling by the dropped weight fits better than the
-plain mean: decisions that are cut drop little weight.
+For each calibration token and layer, ``d`` is the full output minus the output of the leading
+experts alone, which keep the router's own weights, and ``m`` the weight that was dropped. Per
+cell, ``r = sum(m d) / (sum(m^2) + shrink)`` is the least-squares vector for ``d = m r``, shrunk
+towards zero where little was seen. Scaling by the dropped weight fits better than the plain mean:
+decisions that are cut drop little weight.
+
+The kept experts are not rescaled, as they are without residual means: the mean stands in for
+the dropped weight. Rescaling would let the first expert's own deviation from its mean stand in
+for the dropped one's, and the two have little to do with each other.
 """
 
 from __future__ import annotations
@@ -43,11 +47,8 @@ class ResidualFit:
         if lead == self.top_k:
             return
         weight, outputs = weight.float(), outputs.float()
-        total, kept = weight.sum(dim=1), weight[:, :lead].sum(dim=1)
-        change = weight.clone()
-        change[:, :lead] -= weight[:, :lead] * (total / kept)[:, None]
-        difference = torch.einsum("tkd,tk->td", outputs, change).cpu()
-        dropped = (total - kept).cpu()
+        difference = torch.einsum("tkd,tk->td", outputs[:, lead:], weight[:, lead:]).cpu()
+        dropped = weight[:, lead:].sum(dim=1).cpu()
         first = index[:, 0].cpu()
         key = first * self.experts + index[:, -1].cpu() if self.by_pair else first
         self.moment[layer].index_add_(0, key, difference * dropped[:, None])

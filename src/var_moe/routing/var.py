@@ -160,11 +160,15 @@ class VARPolicy(RoutingPolicy):
         licensed = (lead_index == known[:, None]).any(dim=1)
         cut = (licensed | confident)[:, None]
         keep = torch.zeros_like(index, dtype=torch.bool).scatter_(1, leading, True)
+        residual = self._residual(part, lead_index, index, keep, cut[:, 0], total - kept)
+        if residual is None:
+            weight = torch.where(cut, rescaled(weight, kept, total), weight)
+        # Else the mean stands for what was dropped, and what is kept has its own weight.
         return Routing(
             index=torch.where(keep | ~cut, index, -1),
-            weight=torch.where(cut, rescaled(weight, kept, total), weight),
+            weight=weight,
             tier=torch.where(licensed, by_table, int(Tier.LEARNED)).to(torch.uint8),
-            residual=self._residual(part, lead_index, index, keep, cut[:, 0], total - kept),
+            residual=residual,
         )
 
     def _plain(
