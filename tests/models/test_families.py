@@ -20,7 +20,7 @@ from families import (
     find_modules,
     tiny_model,
 )
-from seam_contract import DTYPES, SeamContract, Tiny, check_keep_all
+from seam_contract import DTYPES, NO_FLOAT16, SeamContract, Tiny, check_keep_all
 
 from var_moe.models.router_hooks import RouterLogits
 
@@ -51,6 +51,7 @@ def test_nearly_all_families_are_served():
     assert len(find_modules()) > len(names) >= 50
     assert set(UNSERVED) <= names
     assert len(UNSERVED) == 0
+    assert set(NO_FLOAT16) == {"deepseek_v4"}
     assert names >= FAST | set(FIXED_TOP_K)
 
 

@@ -123,6 +123,16 @@ def test_what_peers_need_is_gathered_and_kept(profile, tmp_path):
     assert RoutingProfile.load(tmp_path).calibration()["ratios"] is None
 
 
+def test_an_earlier_versions_residual_means_are_refused(profile, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    profile.save(tmp_path)
+    file = tmp_path / "residuals.safetensors"
+    save_file(load_file(file), file, metadata={"by_pair": "true"})
+    with pytest.raises(UsageError, match="earlier version, which fitted residual means"):
+        RoutingProfile.load(tmp_path)
+
+
 def test_parts_that_do_not_belong_together_are_refused(profile, tmp_path):
     profile.save(tmp_path / "p")
     head = json.loads((tmp_path / "p" / "profile.json").read_text())

@@ -63,7 +63,7 @@ def load_candidate(path: str | Path) -> Candidate:
     Raises:
         UsageError: it is neither; names the file and the entry.
     """
-    values = read_json(path, what="configuration")
+    values = read_json(path, what="VAR configuration")
     if isinstance(values, Mapping) and "policy" in values:
         return PolicySettings.from_dict(values, source=str(path))
     return VARConfig.load(path)

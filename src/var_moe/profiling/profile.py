@@ -162,8 +162,6 @@ class RoutingProfile:
             with safe_open(folder / RESIDUALS_FILE, framework="pt") as file:
                 note = file.metadata()
                 by_pair = json.loads(note["by_pair"])
-                if note.get("kept") != _KEPT:
-                    raise ValueError("an earlier version fitted its residual means otherwise")
                 tables = tuple(file.get_tensor(f"layer.{i}") for i in range(head["layers"]))
             peers = None
             if (folder / PEERS_FILE).is_file():
@@ -171,8 +169,13 @@ class RoutingProfile:
         except Exception as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UsageError(
-                f"{folder}: unusable profile ({first}); make it again with `var-moe profile`"
+                f"{folder}: damaged profile ({first}); make it again with `var-moe profile`"
             ) from None
+        if note.get("kept") != _KEPT:
+            raise UsageError(
+                f"{folder}: made by an earlier version, which fitted residual means otherwise; "
+                "make it again with `var-moe profile`"
+            )
         residuals = ResidualMeans(table=tables, by_pair=by_pair, experts=head["experts"])
         profile = cls(stats=stats, residuals=residuals, head=head, peers=peers)
         if profile_hash(stats, residuals, head) != head["hash"]:
