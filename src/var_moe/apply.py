@@ -64,7 +64,9 @@ class Session:
         batch, self._announced = self._announced, None
         if batch is None:
             mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-            batch = self.texts.batch(ids, mask, kwargs.get("past_key_values"))
+            # transformers 5.24 calls it `cache`, and still takes the earlier name.
+            cache = kwargs.get("cache", kwargs.get("past_key_values"))
+            batch = self.texts.batch(ids, mask, cache)
         elif batch.ids.shape != ids.shape:
             raise UsageError(
                 f"announced tokens of shape {tuple(batch.ids.shape)}, but the forward has "

@@ -70,7 +70,7 @@ class Texts:
         Args:
             ids: (B, S) token ids of the forward.
             mask: (B, N >= S) attention mask, None where nothing is padding.
-            cache: the forward's ``past_key_values``.
+            cache: the forward's KV cache (``past_key_values``, ``cache`` since transformers 5.24).
 
         Raises:
             UsageError: the KV cache holds tokens that this session has not seen, or the mask
@@ -102,7 +102,9 @@ class Texts:
     def bind(self, output: Any) -> None:
         """See a forward's output: it may hold a KV cache that the forward has made."""
         unbound, self._unbound = self._unbound, None
-        cache = getattr(output, "past_key_values", None)
+        # The name up to transformers 5.23 and the one since; asking for the old one warns.
+        names = getattr(output, "__dataclass_fields__", {})
+        cache = getattr(output, "cache" if "cache" in names else "past_key_values", None)
         if unbound is not None and hasattr(cache, "get_seq_length"):
             self._texts[cache] = self._after(*unbound)
 
@@ -127,7 +129,7 @@ class Texts:
             return _Text(past, _last(earlier, self._before), documents)
         if known is None or known.length != past or (self._call and self._call.beams):
             raise UsageError(
-                f"past_key_values holds {past} tokens that routed(...) has not seen: fill the "
+                f"the KV cache holds {past} tokens that routed(...) has not seen: fill the "
                 "KV cache inside the same routed(...) block, or give generate() the whole "
                 "input_ids"
             )
