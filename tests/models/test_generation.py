@@ -290,6 +290,18 @@ def test_a_loop_of_the_users_own(model: Any) -> None:
     same(policy.rows()[0], alone(model, text, policy), tokens=len(text))
 
 
+def test_scoring_in_inference_mode_and_then_generating(model: Any) -> None:
+    policy = recorder(model, scope="shared")
+    ids = prompts((10,))["input_ids"]
+    with routed(model, policy):
+        with torch.inference_mode():
+            model(input_ids=ids, use_cache=False)
+        model.generate(ids, max_new_tokens=3, do_sample=False)
+        with torch.inference_mode():
+            model(input_ids=ids, use_cache=False)
+    assert len(policy.forwards) == 5
+
+
 def test_a_cache_that_was_filled_elsewhere_is_refused(model: Any) -> None:
     ids = prompts((10,))["input_ids"]
     with torch.inference_mode():

@@ -205,8 +205,13 @@ class ContextCache:
         if stored is None or have < self._rows:
             # Grow by doubling, so that a large cache costs memory only when it is used.
             rows = max(self._rows, 2 * have, 64)
-            grown = like.new_full((rows, like.shape[1]), empty)
-            if stored is not None:
-                grown[:have] = stored
+            # An ordinary tensor, so that text may be scored in inference mode and then go on
+            # in `generate`, which is not.
+            with torch.inference_mode(False):
+                grown = torch.full(
+                    (rows, like.shape[1]), empty, dtype=like.dtype, device=like.device
+                )
+                if stored is not None:
+                    grown[:have] = stored
             stored = self._store[kind, layer] = grown
         return stored
