@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -84,6 +83,7 @@ def compare(
     )
     subject.check(blocks=blocks, quiet=quiet)
     from var_moe.cli.progress import StageProgress
+    from var_moe.cli.tables import print_policies
     from var_moe.report.comparison import save_comparison
     from var_moe.storage import atomic_write_json
 
@@ -104,7 +104,7 @@ def compare(
         saved.append("comparison.html")
     except UsageError as error:
         result["notes"].append(str(error))
-    _print(result)
+    print_policies(result)
     for note in result["notes"]:
         print(f"Note: {note}")
     print(f"Saved: {', '.join(str(output / name) for name in saved)}")
@@ -173,32 +173,3 @@ def _write_csv(rows: list[dict[str, Any]], path: Path) -> None:
     ]
     frame = pd.DataFrame(flat, columns=list(_COLUMNS))
     atomic_write(path, lambda temporary: frame.to_csv(temporary, index=False))
-
-
-def _print(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    text, baseline = result["text"], result["baseline"]
-    table = Table(
-        title=f"{result['model']['name']} on {text['dataset']} ({text['split']}, "
-        f"{result['documents']} documents), perplexity {baseline['perplexity']:.3f}"
-    )
-    table.add_column("policy")
-    for column in ("experts/token", "PPL change", "± s.e.", "random skip", "speedup", "95%"):
-        table.add_column(column, justify="right")
-    for target in result["targets_experts_per_token"]:
-        rows = [r for r in result["rows"] if r["target_experts_per_token"] == target]
-        for row in sorted(rows, key=lambda row: row["degradation"]):
-            cost, (low, high) = row["degradation_of_random_skip"], row["speedup_95"]
-            table.add_row(
-                row["name"],
-                f"{row['experts_per_token']:.3f}",
-                f"{100 * row['degradation']:+.2f}%",
-                f"{100 * row['degradation_standard_error']:.2f}",
-                "" if cost is None else f"{100 * cost:+.2f}%",
-                f"{row['speedup']:.3f}x",
-                f"{low:.3f}-{high:.3f}",
-            )
-        table.add_section()
-    Console(width=None if sys.stdout.isatty() else 118).print(table)

@@ -126,3 +126,32 @@ def print_decoding(rows: Sequence[Mapping[str, Any]]) -> None:
             )
     if table.row_count:
         _console().print(table, highlight=False)
+
+
+def print_policies(result: Mapping[str, Any]) -> None:
+    """The table of ``var-moe compare``."""
+    from rich.table import Table
+
+    text, baseline = result["text"], result["baseline"]
+    table = Table(
+        title=f"{result['model']['name']} on {text['dataset']} ({text['split']}, "
+        f"{result['documents']} documents), perplexity {baseline['perplexity']:.3f}"
+    )
+    table.add_column("policy")
+    for column in ("experts/token", "PPL change", "± s.e.", "random skip", "speedup", "95%"):
+        table.add_column(column, justify="right")
+    for target in result["targets_experts_per_token"]:
+        rows = [r for r in result["rows"] if r["target_experts_per_token"] == target]
+        for row in sorted(rows, key=lambda row: row["degradation"]):
+            cost, (low, high) = row["degradation_of_random_skip"], row["speedup_95"]
+            table.add_row(
+                row["name"],
+                f"{row['experts_per_token']:.3f}",
+                f"{100 * row['degradation']:+.2f}%",
+                f"{100 * row['degradation_standard_error']:.2f}",
+                "" if cost is None else f"{100 * cost:+.2f}%",
+                f"{row['speedup']:.3f}x",
+                f"{low:.3f}-{high:.3f}",
+            )
+        table.add_section()
+    _console().print(table)

@@ -10,7 +10,7 @@ from var_moe.config import DOCUMENTED_FIELDS, VARConfig
 from var_moe.errors import UsageError
 from var_moe.evaluation.compare import Evaluator, SpeedSetting
 from var_moe.optimization.objective_protocol import check_bound
-from var_moe.optimization.policy_objective import SEARCH_BLOCKS, PolicyObjective
+from var_moe.optimization.policy_objective import SEARCH_BLOCKS, PeerObjective, PolicyObjective
 from var_moe.optimization.results import OptimizationResult
 from var_moe.profiling.profile import RoutingProfile
 from var_moe.routing.var import VARPolicy
@@ -89,6 +89,20 @@ class VARObjective(PolicyObjective):
         extra["nearest_miss"] = near.to_dict()
         default = VARConfig(mode=self.mode)
         return result.replace(best_params=default, best_score=near.score, extra=extra)
+
+
+def make_objective(
+    evaluator: Evaluator,
+    profile: RoutingProfile,
+    *,
+    max_degradation: float,
+    policy: str | None = None,
+    mode: str = "verified",
+) -> PolicyObjective:
+    """The objective of the policy of that name, or of VAR in ``mode`` where it is None."""
+    if policy is not None:
+        return PeerObjective(evaluator, profile, policy, max_degradation=max_degradation)
+    return VARObjective(evaluator, profile, max_degradation=max_degradation, mode=mode)
 
 
 def _cutting(mode: str, *, confidence: float) -> VARConfig:
@@ -198,4 +212,5 @@ __all__ = [
     "DOCUMENTED_FIELDS",
     "VARObjective",
     "create_objective_function",
+    "make_objective",
 ]

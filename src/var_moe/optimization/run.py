@@ -14,16 +14,15 @@ from var_moe.optimization.bayesian import bayesian_optimization
 from var_moe.optimization.conclusion import TuneOutcome, conclude, profile_notes, search_notes
 from var_moe.optimization.grid import grid_search
 from var_moe.optimization.journal import JOURNAL_NAME, STUDY_NAME
-from var_moe.optimization.objective import VARObjective
+from var_moe.optimization.objective import VARObjective, make_objective
 from var_moe.optimization.objective_protocol import check_bound
-from var_moe.optimization.policy_objective import PeerObjective, PolicyObjective
+from var_moe.optimization.policy_objective import PolicyObjective
 from var_moe.optimization.preparation import halves, obtain_profile, read_text
 from var_moe.optimization.random_points import random_search
 from var_moe.optimization.remeasure import Measured, measure, remeasure
 from var_moe.optimization.results import OptimizationResult, jsonable
 from var_moe.optimization.search_space import SEARCH_SPACE, SearchSpace, check_seed
 from var_moe.profiling.collect import DEFAULT_TOKENS
-from var_moe.profiling.profile import RoutingProfile
 from var_moe.storage import check_output_folder
 
 if TYPE_CHECKING:
@@ -134,7 +133,13 @@ def tune(
     search_half, ordering_half = halves(validation.documents)
     searched = search_half[: settings.max_samples]
     evaluator = Evaluator(loaded, searched, setting=settings.setting, progress=progress)
-    objective = _objective(evaluator, profile, settings)
+    objective = make_objective(
+        evaluator,
+        profile,
+        policy=settings.policy,
+        mode=settings.mode,
+        max_degradation=settings.max_degradation,
+    )
     say(_baseline_line(evaluator))
     identity = {
         "model": loaded.name,
@@ -214,18 +219,6 @@ def _preset(
             return replace(one, name=name)
     return measure(
         final, objective, config, name=name, blocks=settings.final_blocks, always_time=True
-    )
-
-
-def _objective(
-    evaluator: Evaluator, profile: RoutingProfile, settings: TuneSettings
-) -> PolicyObjective:
-    if settings.policy:
-        return PeerObjective(
-            evaluator, profile, settings.policy, max_degradation=settings.max_degradation
-        )
-    return VARObjective(
-        evaluator, profile, max_degradation=settings.max_degradation, mode=settings.mode
     )
 
 

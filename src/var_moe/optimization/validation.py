@@ -9,9 +9,8 @@ from var_moe.errors import UsageError
 from var_moe.evaluation.compare import Evaluator, Progress, Speed, SpeedSetting
 from var_moe.optimization.candidate import Candidate, PolicySettings, load_candidate
 from var_moe.optimization.criteria import success_criteria
-from var_moe.optimization.objective import VARObjective
+from var_moe.optimization.objective import make_objective
 from var_moe.optimization.objective_protocol import check_bound
-from var_moe.optimization.policy_objective import PeerObjective, PolicyObjective
 from var_moe.optimization.preparation import PROFILE_FOLDER, read_text, sample_documents
 from var_moe.optimization.results import jsonable
 from var_moe.optimization.saving import METADATA_FILE
@@ -117,7 +116,11 @@ def validate(
     documents = sample_documents(text.documents, max_samples)
     require_documents(documents, 2, "comparing perplexities")
     evaluator = Evaluator(loaded, documents, setting=setting or SpeedSetting(), progress=progress)
-    objective = objective_for(evaluator, profile, config, max_degradation=bound)
+    if isinstance(config, PolicySettings):
+        chosen = {"policy": config.policy}
+    else:
+        chosen = {"mode": config.mode}
+    objective = make_objective(evaluator, profile, max_degradation=bound, **chosen)
     quality = evaluator.quality(objective.policy(config))
     half = leading_count(evaluator.top_k)
     kept = quality.report.experts_per_token
@@ -158,15 +161,6 @@ def validate(
     clean: dict[str, Any] = jsonable(result)
     atomic_write_json((output or config_path.parent) / VALIDATION_FILE, clean)
     return clean
-
-
-def objective_for(
-    evaluator: Evaluator, profile: RoutingProfile, config: Candidate, *, max_degradation: float
-) -> PolicyObjective:
-    """The objective that makes policies of such configurations."""
-    if isinstance(config, PolicySettings):
-        return PeerObjective(evaluator, profile, config.policy, max_degradation=max_degradation)
-    return VARObjective(evaluator, profile, max_degradation=max_degradation, mode=config.mode)
 
 
 def _in_mode(config: Candidate, mode: str, path: Path) -> Candidate:
