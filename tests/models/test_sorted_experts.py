@@ -88,3 +88,12 @@ def one_by_one_sum(module, hidden, index):
 def test_no_pair_at_all(module, pairs):
     hidden, index = pairs
     assert (SortedExperts()(module, hidden, torch.full_like(index, -1)) == 0).all()
+
+
+@torch.no_grad()
+def test_a_lone_token_is_run_as_among_others(module, pairs):
+    hidden, index = pairs
+    backend = SortedExperts()
+    for token in (0, 1, 7, 29):  # one pair dropped, none, both
+        row = hidden[token : token + 1], index[token : token + 1]
+        torch.testing.assert_close(backend(module, *row), one_by_one(module, *row))

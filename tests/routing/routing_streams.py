@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from unittest import mock
 
 import torch
 
 from var_moe.config import VARConfig
+from var_moe.routing.arrays import NUMPY, TORCH
 from var_moe.routing.decision import Routing, Tier, TokenBatch
 from var_moe.routing.fast_path import RoutingTable
 from var_moe.routing.reference import Decision, ReferenceRow, ReferenceVAR, RouterChoice, TableEntry
@@ -85,8 +88,21 @@ def executed(routing: Routing) -> list[Decision]:
     return decisions
 
 
+LIBRARIES = {"numpy": (NUMPY,), "torch": (TORCH,), "both in turn": (NUMPY, TORCH)}
+"""What decisions are worked out in: forward by forward, over and over."""
+
+
 def assert_agrees(stream: Stream) -> list[str]:
-    """Run both and compare every decision; returns the tiers met, in order."""
+    """Run the oracle and `VARPolicy`, in each library, and compare every decision.
+
+    Returns the tiers met, in order.
+    """
+    tiers = [_tiers(stream, name) for name in LIBRARIES]
+    assert all(other == tiers[0] for other in tiers)
+    return tiers[0]
+
+
+def _tiers(stream: Stream, libraries: str) -> list[str]:
     leading = (stream.top_k + 1) // 2
     policy = VARPolicy(
         replace(stream.config, residuals=False),
@@ -95,15 +111,17 @@ def assert_agrees(stream: Stream) -> list[str]:
     oracle = ReferenceVAR(stream.config, stream.table)
     prefix_ids = stream.config.context_window_size - 1 + stream.spare_prefix
     tiers = []
-    for number, forward in enumerate(stream.forwards):
+    in_turn = itertools.cycle(LIBRARIES[libraries])
+    for number, (forward, ops) in enumerate(zip(stream.forwards, in_turn, strict=False)):
         policy.begin(token_batch(forward.rows, prefix_ids))
         expected = oracle.forward(forward.rows, forward.router)
         for layer, router in forward.router.items():
-            decided = executed(policy.route(layer, *choices(router)))
+            with mock.patch("var_moe.routing.var.operations", return_value=ops):
+                decided = executed(policy.route(layer, *choices(router)))
             for token, (got, wanted) in enumerate(zip(decided, expected[layer], strict=True)):
                 if wanted is None:
                     continue
-                place = f"forward {number}, layer {layer}, token {token}"
+                place = f"{libraries}, forward {number}, layer {layer}, token {token}"
                 assert got[0] == wanted[0], place
                 assert sorted(got[1]) == sorted(wanted[1]), place
                 for expert, weight in wanted[1].items():

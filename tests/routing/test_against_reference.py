@@ -139,7 +139,8 @@ class Documents:
 
 
 @st.composite
-def streams(draw: st.DrawFn) -> Stream:
+def streams(draw: st.DrawFn, *, generating: bool = False) -> Stream:
+    """Batches of text, or steps of generation: many forwards of one token per row."""
     layers = draw(st.integers(1, 3))
     vocabulary = draw(st.sampled_from([3, 3, 4, 4, 5, 6, 7, 8]))
     top_k = draw(st.sampled_from([2, 3, 8, 1, 2, 3]))
@@ -152,16 +153,16 @@ def streams(draw: st.DrawFn) -> Stream:
     documents = Documents()
 
     ids: list[int] = []
-    for _ in range(draw(st.sampled_from([3, 2, 4, 5, 1]))):
-        width = draw(st.sampled_from([7, 10, 13, 4, 1]))
+    for _ in range(draw(st.sampled_from([12, 9, 15] if generating else [3, 2, 4, 5, 1]))):
+        width = 1 if generating else draw(st.sampled_from([7, 10, 13, 4, 1]))
         rows = []
-        for _ in range(draw(st.sampled_from([2, 3, 4, 1]))):
+        for _ in range(draw(st.sampled_from([1, 1, 2] if generating else [2, 3, 4, 1]))):
             drawn = numbers(draw, width, vocabulary)
             # Often the same ids again, so that long contexts come back too.
             ids = ids[:width] + drawn[len(ids) :] if draw(st.booleans()) else drawn
             row = documents.row(
                 ids,
-                length=max(width - draw(st.sampled_from([0, 0, 1, 2, 20])), 0),
+                length=max(width - draw(st.sampled_from([0, 0, 0, 0, 1, 2, 20])), 0),
                 overlap=draw(st.integers(0, 3)),
                 fresh=draw(st.sampled_from([False, False, False, True])),
                 left=draw(st.booleans()),
@@ -180,6 +181,13 @@ def streams(draw: st.DrawFn) -> Stream:
 @SETTINGS
 @given(streams())
 def test_random_streams(stream: Stream) -> None:
+    for tier in set(assert_agrees(stream)):
+        event(f"{stream.config.mode}: {tier}")
+
+
+@SETTINGS
+@given(streams(generating=True))
+def test_random_generation(stream: Stream) -> None:
     for tier in set(assert_agrees(stream)):
         event(f"{stream.config.mode}: {tier}")
 

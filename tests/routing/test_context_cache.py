@@ -76,6 +76,14 @@ def test_a_key_met_before_hits_within_and_across_forwards() -> None:
     assert len(cache.cache) == 3
 
 
+def test_a_slot_keeps_what_filled_it_first() -> None:
+    cache = Cache()
+    assert cache.forward([7]) == [NONE]
+    assert cache.forward([7]) == [0]
+    assert cache.forward([8, 7]) == [NONE, 0]
+    assert cache.forward([7]) == [0]
+
+
 def test_least_recently_met_key_is_evicted() -> None:
     cache = Cache(size=2)
     # 9 pushes out 8, since 7 was met after it.

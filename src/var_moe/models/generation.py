@@ -14,6 +14,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import count
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -32,8 +33,13 @@ class _Text:
     """What stands in one KV cache."""
 
     length: int  # positions, padding included
-    recent: Tensor  # (B, W - 1) the last ids before the next forward, -1 where there are none
     documents: tuple[int, ...]  # (B,)
+    look: Callable[[], Tensor]  # what `recent` is; `generate` mostly tells it anew instead
+
+    @cached_property
+    def recent(self) -> Tensor:
+        """(B, W - 1) the last ids before the next forward, -1 where there are none."""
+        return self.look()
 
 
 @dataclass(frozen=True)
@@ -110,13 +116,17 @@ class Texts:
 
     def _after(self, text: _Text, batch: TokenBatch) -> _Text:
         """A text with a forward's tokens added to it."""
-        seen = torch.cat((text.recent, torch.where(batch.valid, batch.ids, -1)), dim=1)
-        length = text.length + batch.ids.shape[1]
-        return _Text(length, _last(seen, self._before), text.documents)
+        recent = text.recent
+
+        def look() -> Tensor:
+            seen = torch.cat((recent, torch.where(batch.valid, batch.ids, -1)), dim=1)
+            return _last(seen, self._before)
+
+        return _Text(text.length + batch.ids.shape[1], text.documents, look)
 
     def _new(self, ids: Tensor) -> _Text:
         numbers = tuple(next(self._numbers) for _ in range(ids.shape[0]))
-        return _Text(0, ids.new_full((ids.shape[0], self._before), -1), numbers)
+        return _Text(0, numbers, lambda: ids.new_full((ids.shape[0], self._before), -1))
 
     def _continued(self, cache: Any, past: int, batch: TokenBatch, step: _Step | None) -> _Text:
         """The text in a KV cache with ``past`` tokens."""
@@ -124,9 +134,9 @@ class Texts:
         if known is not None and len(known.documents) != batch.ids.shape[0]:
             known = None
         if step is not None and step.ids.shape[1] == past + batch.ids.shape[1]:
-            earlier = torch.where(step.valid, step.ids, -1)[:, :past].to(batch.ids.device)
             documents = (known or self._new(batch.ids)).documents
-            return _Text(past, _last(earlier, self._before), documents)
+            earlier = torch.where(step.valid, step.ids, -1)[:, :past].to(batch.ids.device)
+            return _Text(past, documents, lambda: _last(earlier, self._before))
         if known is None or known.length != past or (self._call and self._call.beams):
             raise UsageError(
                 f"the KV cache holds {past} tokens that routed(...) has not seen: fill the "

@@ -35,6 +35,8 @@ class SortedExperts:
         Returns:
             (T, K, D) outputs.
         """
+        if len(index) == 1 and not torch.is_grad_enabled():
+            return self._one_token(module, hidden, index)
         flat, top_k = index.reshape(-1), index.shape[1]
         order = flat.argsort(stable=True)
         # The one wait for the device. Number 0 counts the dropped pairs.
@@ -44,6 +46,14 @@ class SortedExperts:
         full = hidden.new_empty((len(flat), hidden.shape[1]))
         full.index_copy_(0, kept, out).index_fill_(0, dropped, 0.0)
         return full.view(*index.shape, -1)
+
+    def _one_token(self, module: Any, hidden: Tensor, index: Tensor) -> Tensor:
+        """The same for T = 1, as in generation, where sorting would cost as much as an expert."""
+        full = hidden.new_zeros((*index.shape, hidden.shape[1]))
+        for slot, expert in enumerate(index[0].tolist()):
+            if expert >= 0:
+                self._one_expert(module, hidden, expert, full[0, slot : slot + 1])
+        return full
 
     def _run(self, module: Any, rows: Tensor, counts: list[int]) -> Tensor:
         """(P, D) rows sorted by expert -> (P, D)."""

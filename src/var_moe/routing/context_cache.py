@@ -13,9 +13,11 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from var_moe.routing.arrays import NUMPY, TORCH, Array, Operations
 from var_moe.routing.clock import Clock
 from var_moe.routing.lru import GONE, NEW, Stream, Walk
 
@@ -29,34 +31,30 @@ _EMPTY, _WASTE, _FIRST = 0, 1, 2
 class _Meeting:
     """Which entry each token of the running forward meets."""
 
-    local: Tensor  # (T,) number of the entry met, `entries` where there is none
-    position: Tensor  # (T,) 0..T-1, T for tokens that may not fill slots
-    own: Tensor  # (T,) 0..T-1
-    before: Tensor  # (entries + 1,) row of storage at the forward's start
-    after: Tensor  # (entries,) row at its end
+    local: Array  # (T,) number of the entry met, `entries` where there is none
+    position: Array  # (T,) 0..T-1, T for tokens that may not fill slots
+    own: Array  # (T,) 0..T-1
+    before: Array  # (entries + 1,) row of storage at the forward's start
+    after: Array  # (entries,) row at its end
+    alone: bool  # each token inserts or refreshes an entry that no other token meets
 
-    def to(self, device: torch.device) -> _Meeting:
-        """The same on another device."""
-        return _Meeting(
-            local=self.local.to(device),
-            position=self.position.to(device),
-            own=self.own.to(device),
-            before=self.before.to(device),
-            after=self.after.to(device),
-        )
+    def on(self, device: torch.device) -> _Meeting:
+        """The same as tensors on a device."""
+        arrays = (self.local, self.position, self.own, self.before, self.after)
+        return _Meeting(*(torch.from_numpy(a).to(device) for a in arrays), self.alone)
 
 
 @dataclass(frozen=True)
 class Hits:
     """What the cache answers for one layer."""
 
-    hit: Tensor  # (T,) bool: the slot was filled by an earlier token
-    index: Tensor  # (T, leading) experts of the slot, -1 where none
-    weight: Tensor | None  # (T, leading), if weights are stored
+    hit: Array  # (T,) bool: the slot was filled by an earlier token
+    index: Array  # (T, leading) experts of the slot, -1 where none
+    weight: Array | None  # (T, leading), if weights are stored
 
-    def first(self) -> Tensor:
+    def first(self, ops: Operations) -> Array:
         """The slot's first expert, -1 where the token does not hit. (T,)"""
-        return torch.where(self.hit, self.index[:, 0], -1)
+        return ops.where(self.hit, self.index[:, 0], -1)
 
 
 class ContextCache:
@@ -74,8 +72,9 @@ class ContextCache:
         self._free: list[int] = []
         self._rows = _FIRST
         self._numbered = 0  # entries numbered by earlier forwards
-        self._store: dict[tuple[str, int], Tensor] = {}
-        self._meetings: dict[torch.device, _Meeting] = {}  # the running forward's, per device
+        self._store: dict[tuple[str, int], Array] = {}
+        # The running forward's: under None as numpy arrays, else as tensors per device.
+        self._meetings: dict[torch.device | None, _Meeting] = {}
 
     def __len__(self) -> int:
         return sum(len(stream.entries) for stream in self._streams.values())
@@ -112,7 +111,7 @@ class ContextCache:
             walk.row(stream, row_keys, look, stay)
         if documents is not None:
             self._forget(walk, keep=max(len(key_rows), _DOCUMENTS_KEPT))
-        self._meetings = {keys.device: self._meeting(walk, stays.reshape(-1))}
+        self._meetings = {None: self._meeting(walk, np.array(stay_rows, dtype=bool).reshape(-1))}
         self._numbered += len(walk.met)
 
     def _stream(self, document: int | None) -> Stream:
@@ -132,9 +131,9 @@ class ContextCache:
             for entry in self._streams.pop(number).entries.values():
                 walk.drop(entry)
 
-    def _meeting(self, walk: Walk, stays: Tensor) -> _Meeting:
-        """Give rows to the entries that outlive the forward and pack everything as tensors."""
-        met, device = walk.met, stays.device
+    def _meeting(self, walk: Walk, stays: np.ndarray) -> _Meeting:
+        """Give rows to the entries that outlive the forward and pack everything as arrays."""
+        met = walk.met
         before = [_EMPTY if row == NEW else row for row in walk.before]
         for entry in met:
             if entry.row == NEW:
@@ -144,22 +143,32 @@ class ContextCache:
                     entry.row = self._rows
                     self._rows += 1
         after = [_WASTE if entry.row == GONE else entry.row for entry in met]
-        local = torch.tensor(walk.local, dtype=torch.int64) - walk.base
+        local = np.array(walk.local, dtype=np.int64) - walk.base
         local[local < 0] = len(met)  # no entry
-        local = local.to(device)
-        own = torch.arange(len(local), device=device)
+        own = np.arange(len(local))
         # A token that meets no entry, as with size 0, may not pass for one that shares an entry.
         fills = stays & (local < len(met))
         return _Meeting(
             local=local,
-            position=torch.where(fills, own, len(local)),
+            position=np.where(fills, own, len(local)),
             own=own,
-            before=torch.tensor([*before, _EMPTY], dtype=torch.int64, device=device),
-            after=torch.tensor(after, dtype=torch.int64, device=device),
+            before=np.array([*before, _EMPTY], dtype=np.int64),
+            after=np.array(after, dtype=np.int64),
+            alone=len(met) == len(local) and bool(stays.all()),
         )
 
-    def layer(self, layer: int, index: Tensor, weight: Tensor | None, admit: Tensor) -> Hits:
-        """Look up and fill one layer's slots.
+    def _met(self, like: Array) -> _Meeting:
+        """The running forward's meetings, in the kind and place of ``like``."""
+        if not self._meetings:
+            raise RuntimeError("ContextCache.layer before begin")
+        place = like.device if isinstance(like, Tensor) else None
+        found = self._meetings.get(place)
+        if found is None:
+            found = self._meetings[place] = self._meetings[None].on(place)
+        return found
+
+    def layer(self, layer: int, index: Array, weight: Array | None, admit: Array) -> Hits:
+        """Look up and fill one layer's slots; all arrays are of numpy, or all are tensors.
 
         Args:
             layer: MoE layer number.
@@ -167,51 +176,76 @@ class ContextCache:
             weight: (T, leading) their weights, None where only experts are to be stored.
             admit: (T,) bool, whether the decision is confident enough to be stored.
         """
-        if not self._meetings:
-            raise RuntimeError("ContextCache.layer before begin")
-        if index.device not in self._meetings:
-            self._meetings[index.device] = next(iter(self._meetings.values())).to(index.device)
-        met = self._meetings[index.device]
+        met = self._met(index)
+        if met.alone:
+            return self._alone(met, layer, index, weight, admit)
+        ops = TORCH if isinstance(index, Tensor) else NUMPY
         held_by = self._storage("index", layer, index, -1)
         held_index = held_by[met.before]
         empty = held_index[:, 0] < 0  # (entries + 1,)
         # The first admitted token of each entry fills an empty slot; later ones hit it.
         never = len(met.own)
-        position = torch.where(admit, met.position, never)
-        filler = torch.full_like(met.before, never)
-        filler.scatter_reduce_(0, met.local, position, "amin")
+        position = ops.where(admit, met.position, never)
+        filler = ops.least(len(met.before), met.local, position, never)
         fills = (empty & (filler < never))[:, None]
-        source = filler.clamp(max=never - 1)
-        new_index = torch.where(fills, index[source], held_index)
+        source = ops.clip(filler, never - 1)
+        new_index = ops.where(fills, index[source], held_index)
         held_by[met.after] = new_index[:-1]
         hit_weight = None
         if weight is not None:
             weights = self._storage("weight", layer, weight, 0)
-            new_weight = torch.where(fills, weight[source], weights[met.before])
+            new_weight = ops.where(fills, weight[source], weights[met.before])
             weights[met.after] = new_weight[:-1]
             hit_weight = new_weight[met.local]
         # Held from before, or filled by a token that stands earlier in this forward.
-        since = torch.where(empty, filler, -1)
+        since = ops.where(empty, filler, -1)
         return Hits(
             hit=since[met.local] < met.own,
             index=new_index[met.local],
             weight=hit_weight,
         )
 
-    def _storage(self, kind: str, layer: int, like: Tensor, empty: int) -> Tensor:
+    def _alone(
+        self, met: _Meeting, layer: int, index: Array, weight: Array | None, admit: Array
+    ) -> Hits:
+        """`layer` where no two tokens meet one entry, as in a step of generation."""
+        ops = TORCH if isinstance(index, Tensor) else NUMPY
+        before = met.before[:-1]
+        held_by = self._storage("index", layer, index, -1)
+        held = held_by[before]
+        hit = held[:, 0] >= 0
+        fills = (admit & ~hit)[:, None]
+        held_by[met.after] = ops.where(fills, index, held)
+        held_weight = None
+        if weight is not None:
+            weights = self._storage("weight", layer, weight, 0)
+            held_weight = weights[before]
+            weights[met.after] = ops.where(fills, weight, held_weight)
+        return Hits(hit=hit, index=held, weight=held_weight)
+
+    def _storage(self, kind: str, layer: int, like: Array, empty: int) -> Array:
         """The layer's slots, one row per entry, after the two rows that belong to none."""
         stored = self._store.get((kind, layer))
-        have = 0 if stored is None else stored.shape[0]
-        if stored is None or have < self._rows:
-            # Grow by doubling, so that a large cache costs memory only when it is used.
-            rows = max(self._rows, 2 * have, 64)
-            # An ordinary tensor, so that text may be scored in inference mode and then go on
-            # in `generate`, which is not.
-            with torch.inference_mode(False):
-                grown = torch.full(
-                    (rows, like.shape[1]), empty, dtype=like.dtype, device=like.device
-                )
+        if stored is not None and len(stored) >= self._rows and type(stored) is type(like):
+            return stored
+        # Ordinary tensors, so that text may be scored in inference mode and then go on in
+        # `generate`, which is not.
+        with torch.inference_mode(False):
+            if isinstance(like, Tensor):
+                if isinstance(stored, np.ndarray):
+                    stored = torch.from_numpy(stored)
+            elif isinstance(stored, Tensor):
+                stored = stored.numpy()
+            have = 0 if stored is None else len(stored)
+            if have < self._rows:
+                # Grow by doubling, so that a large cache costs memory only when it is used.
+                shape = (max(self._rows, 2 * have, 64), like.shape[1])
+                if isinstance(like, Tensor):
+                    grown: Array = torch.full(shape, empty, dtype=like.dtype, device=like.device)
+                else:
+                    grown = np.full(shape, empty, dtype=like.dtype)
                 if stored is not None:
                     grown[:have] = stored
-            stored = self._store[kind, layer] = grown
+                stored = grown
+        self._store[kind, layer] = stored
         return stored

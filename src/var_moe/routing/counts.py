@@ -71,27 +71,46 @@ class RoutingReport:
         }
 
 
+_AT_MOST = 4096  # tokens of a layer that wait to be counted
+
+
 class TierCounts:
-    """Running sums per layer, kept on the layer's device until a report is asked for."""
+    """Running sums per layer, kept on the layer's device until a report is asked for.
+
+    Small forwards, as in generation, are counted together: the count of each would cost as
+    much as that of all.
+    """
 
     def __init__(self, layers: int) -> None:
-        self._layers = layers
         self._sums: list[Tensor | None] = [None] * layers
+        self._waiting: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in range(layers)]
         self._top_k = 0
 
     def add(self, layer: int, routing: Routing, counted: Tensor) -> None:
         """Count one layer of one forward: fast, cached, learned, executed pairs."""
         self._top_k = routing.index.shape[1]
-        counted = counted.to(routing.tier.device)
-        pairs = ((routing.index >= 0) & counted[:, None]).sum()
-        row = torch.zeros(4, dtype=torch.int64, device=pairs.device)
-        row.scatter_add_(0, routing.tier.long(), counted.long())
-        row[3] = pairs
+        waiting = self._waiting[layer]
+        waiting.append((routing.tier, routing.index, counted))
+        if len(waiting) * len(counted) >= _AT_MOST:
+            self._count(layer)
+
+    def _count(self, layer: int) -> None:
+        waiting = self._waiting[layer]
+        if not waiting:
+            return
+        tier, index, counted = (torch.cat(parts) for parts in zip(*waiting, strict=True))
+        waiting.clear()
+        counted = counted.to(tier.device)
+        row = torch.zeros(4, dtype=torch.int64, device=tier.device)
+        row.scatter_add_(0, tier.long(), counted.long())
+        row[3] = ((index >= 0) & counted[:, None]).sum()
         before = self._sums[layer]
         self._sums[layer] = row if before is None else before + row
 
     def report(self) -> RoutingReport:
         """Read the sums (waits for the device)."""
+        for layer in range(len(self._sums)):
+            self._count(layer)
         rows = [[0, 0, 0, 0] if row is None else row.tolist() for row in self._sums]
         return RoutingReport(
             tokens=sum(rows[0][:3]) if rows else 0,

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from var_moe.routing.arrays import TORCH, Array, Operations
+
 
 @dataclass(frozen=True)
 class RoutingTable:
@@ -39,9 +41,11 @@ class ResidualMeans:
     by_pair: bool
     experts: int
 
-    def row(self, first: Tensor, dropped: Tensor | None, cut: Tensor) -> Tensor:
+    def row(
+        self, first: Array, dropped: Array | None, cut: Array, ops: Operations = TORCH
+    ) -> Array:
         """Row per token: its pair or first expert where cut, else the zero row. (T,)"""
         if not self.by_pair:
-            return torch.where(cut, first, self.experts)
+            return ops.where(cut, first, self.experts)
         assert dropped is not None
-        return torch.where(cut, first * self.experts + dropped, self.experts**2)
+        return ops.where(cut, first * self.experts + dropped, self.experts**2)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from var_moe.routing.arrays import NUMPY, TORCH, Array, Operations
 from var_moe.routing.decision import TokenBatch
 
-# Odd 64-bit constants of SplitMix64 (Steele, Lea, Flood 2014), as signed integers: torch's
-# int64 multiplication wraps, which is what a hash wants.
+# Odd 64-bit constants of SplitMix64 (Steele, Lea, Flood 2014), as signed integers: int64
+# multiplication wraps in both libraries, which is what a hash wants.
 _GOLDEN = -7046029254386353131
 _MIX_1 = -4658895280553007687
 _MIX_2 = -7723592293110705685
 
 
-def _mix(value: Tensor) -> Tensor:
+def _mix(value: Array) -> Array:
     """SplitMix64's finaliser; the shifts are made logical by masking the sign's copies."""
     value = (value ^ ((value >> 30) & 0x3FFFFFFFF)) * _MIX_1
     value = (value ^ ((value >> 27) & 0x1FFFFFFFFF)) * _MIX_2
@@ -24,26 +26,56 @@ def _mix(value: Tensor) -> Tensor:
 def context_keys(batch: TokenBatch, window: int) -> Tensor:
     """Hash each token's last ``window`` ids, itself included, and how many they are.
 
-    At a document's start there are fewer; padding and other documents take no part. Returns
-    (B, S) int64; values at padding positions mean nothing.
+    Each id is hashed with its distance from the token, the sum of these once more (Zobrist's
+    way), so that the number of operations does not grow with the window. At a document's start
+    there are fewer ids; padding and other documents take no part. Returns (B, S) int64 on the
+    ids' device; values at padding positions mean nothing.
     """
-    ids, valid = batch.ids, batch.valid
+    ops = NUMPY if batch.ids.device.type == "cpu" else TORCH
+    ids, valid = ops.of_tensor(batch.ids), ops.of_tensor(batch.valid)
     prefix_length = 0
     if batch.prefix is not None and batch.prefix.shape[1] > 0:
         prefix_length = batch.prefix.shape[1]
-        ids = torch.cat((batch.prefix.to(ids.device), ids), dim=1)
-        valid = torch.cat((ids[:, :prefix_length] >= 0, valid), dim=1)
+        prefix = ops.of_tensor(batch.prefix.to(batch.ids.device))
+        ids = ops.library.concatenate((prefix, ids), axis=1)
+        valid = ops.library.concatenate((prefix >= 0, valid), axis=1)
     # Padding can stand anywhere (left of a row that has a prefix, it stands in the middle): put
     # it first, so that the ids of a document are neighbours. (Asking for it is free on the CPU.)
     order = None
-    if valid.device.type != "cpu" or not valid.all():
-        order = valid.to(torch.uint8).argsort(dim=1, stable=True)
-        ids, valid = ids.gather(1, order), valid.gather(1, order)
-    known = valid.cumsum(dim=1).clamp(max=window)  # (B, P + S) ids in the key
-    key = _mix((known + 1) * _GOLDEN)
-    for back in range(min(window, ids.shape[1]) - 1, -1, -1):  # oldest first
-        earlier = ids.roll(back, dims=1) if back else ids
-        key = torch.where(back < known, _mix(key + (earlier + 1) * _GOLDEN), key)
+    if ops is TORCH or not valid.all():
+        order = ops.order(ops.where(valid, 1, 0))
+        ids, valid = ops.take(ids, order), ops.take(valid, order)
+    # (B, P + S) ids in the key
+    known = ops.clip(valid.cumsum(1), window)
+    terms = _mix((_windows(ops, ids, window) + 1) * _GOLDEN + _distances(ops, ids, window))
+    # The newest ids stand last; what lies before the document's start is left out.
+    inside = _back(ops, ids, window) < known[:, :, None]
+    key = _mix(ops.where(inside, terms, 0).sum(2) + (known + 1) * _GOLDEN)
     if order is not None:
-        key = torch.empty_like(key).scatter_(1, order, key)
-    return key[:, prefix_length:]
+        key = ops.put(key, order, key)
+    return ops.to_tensor(key[:, prefix_length:])
+
+
+def _windows(ops: Operations, ids: Array, window: int) -> Array:
+    """(B, N) -> (B, N, window): each id behind those before it, zeros before the row."""
+    rows, width = ids.shape
+    if ops is NUMPY:
+        padded = np.zeros((rows, width + window - 1), dtype=np.int64)
+        padded[:, window - 1 :] = ids
+        strides = (padded.strides[0], padded.strides[1], padded.strides[1])
+        return np.lib.stride_tricks.as_strided(padded, (rows, width, window), strides)
+    padding = ids.new_zeros((rows, window - 1))
+    return torch.cat((padding, ids), dim=1).unfold(1, window, 1)
+
+
+def _back(ops: Operations, ids: Array, window: int) -> Array:
+    """How far back each place of a window lies: window - 1, ..., 0."""
+    if ops is NUMPY:
+        return np.arange(window - 1, -1, -1)
+    return torch.arange(window - 1, -1, -1, device=ids.device)
+
+
+def _distances(ops: Operations, ids: Array, window: int) -> Array:
+    """(window,) a constant for each place of a window."""
+    return (_back(ops, ids, window) + 1) * _MIX_2
+

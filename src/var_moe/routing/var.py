@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from var_moe.config import SEARCH_SPACE, VARConfig
 from var_moe.errors import UsageError
+from var_moe.routing.arrays import NUMPY, Array, Operations, operations
 from var_moe.routing.base import Dial, RoutingPolicy
 from var_moe.routing.clock import Clock, TokenClock
 from var_moe.routing.context_cache import ContextCache, Hits
@@ -20,14 +22,19 @@ from var_moe.routing.keys import context_keys
 from var_moe.routing.ranking import leading_count, rank_slots, rescaled, shares
 
 
+_FAST, _CACHED, _LEARNED = (int(tier) for tier in (Tier.FAST, Tier.CACHED, Tier.LEARNED))
+Place: TypeAlias = tuple[torch.device, bool]
+"""Where decisions are made, and whether in numpy."""
+
+
 @dataclass(frozen=True)
 class _Layer:
-    """One layer's part of the profile, on the device that the layer runs on."""
+    """One layer's part of the profile, where and as the layer's decisions are made."""
 
-    expected: Tensor | None  # (V,) first expert of the table where a token id is on the fast path,
+    expected: Array | None  # (V,) first expert of the table where a token id is on the fast path,
     # else -1; None where no token id is
-    index: Tensor  # (V, leading) leading experts of the table
-    weight: Tensor  # (V, leading)
+    index: Array  # (V, leading) leading experts of the table
+    weight: Array  # (V, leading)
     residual: Tensor | None  # (rows + 1, D)
 
 
@@ -68,8 +75,8 @@ class VARPolicy(RoutingPolicy):
         self.context_window = config.context_window_size
         self._eligible = table.eligible(config.frequency_threshold, config.entropy_threshold)
         self._any_eligible = self._eligible.any(dim=1).tolist()
-        self._layers: dict[int, _Layer] = {}
-        self._ids: dict[torch.device, Tensor] = {}  # (T,) this forward's ids, per device
+        self._layers: dict[tuple[int, Place], _Layer] = {}
+        self._ids: dict[Place, Array] = {}  # (T,) this forward's ids
 
     @classmethod
     def search_space(cls, top_k: int) -> dict[str, dict[str, Any]]:
@@ -105,7 +112,7 @@ class VARPolicy(RoutingPolicy):
 
     def begin(self, batch: TokenBatch) -> None:
         ids = batch.ids.reshape(-1)
-        self._ids = {ids.device: ids}
+        self._ids = {(ids.device, False): ids}
         keys = context_keys(batch, self.config.context_window_size)
         documents = None
         if self.config.cache_scope == "document":
@@ -113,105 +120,127 @@ class VARPolicy(RoutingPolicy):
             documents = [n if n >= 0 else -1 - row for row, n in enumerate(batch.document)]
         self.cache.begin(keys, batch.valid, batch.stays, documents)
 
-    def _on(self, device: torch.device) -> Tensor:
-        """The forward's token ids on a layer's device; a model may be spread over several."""
-        if device not in self._ids:
-            self._ids[device] = next(iter(self._ids.values())).to(device)
-        return self._ids[device]
+    def _at(self, place: Place) -> Array:
+        """The forward's token ids, as a layer needs them; a model may be spread over devices."""
+        if place not in self._ids:
+            ids = next(iter(self._ids.values())).to(place[0])
+            self._ids[place] = ids.numpy() if place[1] else ids
+        return self._ids[place]
 
-    def _part(self, layer: int, device: torch.device) -> _Layer:
-        """The layer's part of the profile, moved to its device when first needed there."""
-        part = self._layers.get(layer)
-        if part is None or part.index.device != device:
+    def _part(self, layer: int, place: Place) -> _Layer:
+        """The layer's part of the profile, brought to its place when first needed there."""
+        part = self._layers.get((layer, place))
+        if part is None:
+            device, as_numpy = place
             means = self.residuals
+
+            def bring(values: Tensor) -> Array:
+                return values.numpy() if as_numpy else values.to(device)
+
             index, expected = self.table.index[layer], None
             if self._any_eligible[layer]:
-                expected = torch.where(self._eligible[layer], index[:, 0], -1).to(device)
-            part = self._layers[layer] = _Layer(
+                expected = bring(torch.where(self._eligible[layer], index[:, 0], -1))
+            part = self._layers[layer, place] = _Layer(
                 expected=expected,
-                index=index.to(device),
-                weight=self.table.weight[layer].to(device),
+                index=bring(index),
+                weight=bring(self.table.weight[layer]),
                 residual=None if means is None else means.table[layer].to(device),
             )
         return part
 
     def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
-        leading = rank_slots(index, weight)[:, : leading_count(index.shape[1])]  # slots
-        lead_index, lead_weight = index.gather(1, leading), weight.gather(1, leading)
-        kept, total = lead_weight.sum(dim=1), weight.sum(dim=1)
-        part, ids = self._part(layer, index.device), self._on(index.device)
+        ops = operations(weight)
+        place = (index.device, ops is NUMPY)
+        part, ids = self._part(layer, place), self._at(place)
+        # A weight sum of zero divides to NaN, which is not confident: no warning is wanted.
+        with np.errstate(invalid="ignore"):
+            return self._decide(ops, layer, part, ids, ops.of_tensor(index), ops.of_tensor(weight))
+
+    def _decide(
+        self, ops: Operations, layer: int, part: _Layer, ids: Array, index: Array, weight: Array
+    ) -> Routing:
+        leading = rank_slots(index, weight, ops)[:, : leading_count(index.shape[1])]  # slots
+        lead_index, lead_weight = ops.take(index, leading), ops.take(weight, leading)
+        kept, total = lead_weight.sum(1), weight.sum(1)
         expected = None if part.expected is None else part.expected[ids]  # (T,)
         if leading.shape[1] == index.shape[1]:
-            confident = torch.ones_like(kept, dtype=torch.bool)  # mass 1, whatever the rounding
+            confident = ops.constant(kept, True, boolean=True)  # mass 1, whatever the rounding
         else:
             confident = kept / total >= self.config.confidence_threshold
         if self.config.mode == "plain":
             hits = self.cache.layer(layer, lead_index, lead_weight, confident)
-            return self._plain(part, ids, index, weight, expected, hits)
+            return self._plain(ops, part, ids, index, weight, expected, hits)
 
         # Verified: the table or the slot only licenses the cut; its first expert must be among
         # those that the router itself puts first. A refused licence makes the token LEARNED.
-        known = self.cache.layer(layer, lead_index[:, :1], None, confident).first()
-        by_table: int | Tensor = int(Tier.CACHED)
+        known = self.cache.layer(layer, lead_index[:, :1], None, confident).first(ops)
+        by_table: Array | int = _CACHED
         if expected is not None:
             fast = expected >= 0
-            known = torch.where(fast, expected, known)
-            by_table = torch.where(fast, int(Tier.FAST), int(Tier.CACHED))
-        licensed = (lead_index == known[:, None]).any(dim=1)
-        cut = (licensed | confident)[:, None]
-        keep = torch.zeros_like(index, dtype=torch.bool).scatter_(1, leading, True)
-        residual = self._residual(part, lead_index, index, keep, cut[:, 0], total - kept)
+            known = ops.where(fast, expected, known)
+            by_table = ops.where(fast, _FAST, _CACHED)
+        licensed = (lead_index == known[:, None]).any(1)
+        cut = licensed | confident
+        drop = ops.put(ops.constant(index, True, boolean=True), leading, False) & cut[:, None]
+        residual = self._residual(ops, part, lead_index, index, drop, cut, total - kept)
         if residual is None:
-            weight = torch.where(cut, rescaled(weight, kept, total), weight)
+            weight = ops.where(cut[:, None], rescaled(weight, kept, total, ops), weight)
         # Else the mean stands for what was dropped, and what is kept has its own weight.
         return Routing(
-            index=torch.where(keep | ~cut, index, -1),
-            weight=weight,
-            tier=torch.where(licensed, by_table, int(Tier.LEARNED)).to(torch.uint8),
+            index=ops.to_tensor(ops.where(drop, -1, index)),
+            weight=ops.to_tensor(weight),
+            tier=ops.to_tensor(ops.where(licensed, by_table, _LEARNED)).to(torch.uint8),
             residual=residual,
         )
 
     def _plain(
         self,
+        ops: Operations,
         part: _Layer,
-        ids: Tensor,
-        index: Tensor,
-        weight: Tensor,
-        expected: Tensor | None,
+        ids: Array,
+        index: Array,
+        weight: Array,
+        expected: Array | None,
         hits: Hits,
     ) -> Routing:
         """Documented VAR: the stored experts run unseen, in the first slots."""
         lead = hits.index.shape[1]
-        tier = torch.where(hits.hit, int(Tier.CACHED), int(Tier.LEARNED))
+        tier = ops.where(hits.hit, _CACHED, _LEARNED)
         stored_index, stored_weight = hits.index, hits.weight
-        assert stored_weight is not None
         if expected is not None:
             fast = expected >= 0
-            tier = torch.where(fast, int(Tier.FAST), tier)
-            stored_index = torch.where(fast[:, None], part.index[ids], stored_index)
-            table_weight = part.weight[ids].to(weight.dtype)
-            stored_weight = torch.where(fast[:, None], table_weight, stored_weight)
-        replaced = (tier != Tier.LEARNED)[:, None]
-        scaled = shares(stored_weight) * weight.sum(dim=1, keepdim=True)
-        out_index = torch.where(replaced, -1, index)
-        out_index[:, :lead] = torch.where(replaced, stored_index, out_index[:, :lead])
-        out_weight = weight.clone()
-        out_weight[:, :lead] = torch.where(replaced, scaled, weight[:, :lead])
-        return Routing(index=out_index, weight=out_weight, tier=tier.to(torch.uint8))
+            tier = ops.where(fast, _FAST, tier)
+            stored_index = ops.where(fast[:, None], part.index[ids], stored_index)
+            stored_weight = ops.where(fast[:, None], part.weight[ids], stored_weight)
+        replaced = (tier != _LEARNED)[:, None]
+        total = weight.sum(1)
+        out_index = ops.where(replaced, -1, index)
+        out_index[:, :lead] = ops.where(replaced, stored_index, index[:, :lead])
+        scaled = shares(stored_weight, ops) * total[:, None]
+        out_weight = ops.where(replaced, 0.0, weight)
+        out_weight[:, :lead] = ops.where(replaced, scaled, weight[:, :lead])
+        return Routing(
+            index=ops.to_tensor(out_index),
+            weight=ops.to_tensor(out_weight),
+            tier=ops.to_tensor(tier).to(torch.uint8),
+        )
 
     def _residual(
         self,
+        ops: Operations,
         part: _Layer,
-        lead_index: Tensor,
-        index: Tensor,
-        keep: Tensor,
-        cut: Tensor,
-        dropped_weight: Tensor,
+        lead_index: Array,
+        index: Array,
+        drop: Array,
+        cut: Array,
+        dropped_weight: Array,
     ) -> Residual | None:
         if self.residuals is None or part.residual is None or lead_index.shape == index.shape:
             return None
         first, dropped = lead_index[:, 0], None
-        if self.residuals.by_pair:  # K = 2: the one that is not kept
-            dropped = torch.where(keep[:, 0], index[:, 1], index[:, 0])
-        row = self.residuals.row(first, dropped, cut)
-        return Residual(table=part.residual, row=row, scale=dropped_weight)
+        if self.residuals.by_pair:  # K = 2: the one that is dropped where one is
+            dropped = ops.where(drop[:, 0], index[:, 0], index[:, 1])
+        row = self.residuals.row(first, dropped, cut, ops)
+        return Residual(
+            table=part.residual, row=ops.to_tensor(row), scale=ops.to_tensor(dropped_weight)
+        )
