@@ -84,7 +84,7 @@ def summary_parts(
             degradation=best.quality.change.value,
             upper=best.quality.change.upper,
             max_degradation=max_degradation,
-            speedups=[best.speed.speedup.median],
+            speedups=[best.speed.speedup],
             learned_pct=best.quality.report.learned_pct,
         ):
             criteria.add_row(row["name"], row["measured"], MET[row["met"]])

@@ -149,7 +149,7 @@ def validate(
             degradation=quality.change.value,
             upper=quality.change.upper,
             max_degradation=bound,
-            speedups=[one.speedup.median for one in speeds],
+            speedups=[one.speedup for one in speeds],
             learned_pct=quality.report.learned_pct,
         ),
         "max_degradation": bound,

@@ -23,7 +23,9 @@ _NUMPY_KNOWS = (torch.float32, torch.float64)
 class Operations(Protocol):
     """What torch and numpy call or do differently."""
 
-    library: ModuleType
+    @property
+    def library(self) -> ModuleType:
+        """torch or numpy."""
 
     def where(self, condition: Array, yes: Array, no: Array) -> Array:
         """Elementwise choice."""
@@ -57,7 +59,7 @@ class Operations(Protocol):
 
 
 class _Torch:
-    library = torch
+    library: ModuleType = torch
 
     def where(self, condition: Array, yes: Array, no: Array) -> Array:
         return torch.where(condition, yes, no)
@@ -93,7 +95,7 @@ class _Torch:
 
 
 class _Numpy:
-    library = np
+    library: ModuleType = np
 
     def where(self, condition: Array, yes: Array, no: Array) -> Array:
         return np.where(condition, yes, no)

@@ -40,8 +40,18 @@ class _Meeting:
 
     def on(self, device: torch.device) -> _Meeting:
         """The same as tensors on a device."""
-        arrays = (self.local, self.position, self.own, self.before, self.after)
-        return _Meeting(*(torch.from_numpy(a).to(device) for a in arrays), self.alone)
+
+        def moved(values: np.ndarray) -> Tensor:
+            return torch.from_numpy(values).to(device)
+
+        return _Meeting(
+            local=moved(self.local),
+            position=moved(self.position),
+            own=moved(self.own),
+            before=moved(self.before),
+            after=moved(self.after),
+            alone=self.alone,
+        )
 
 
 @dataclass(frozen=True)
@@ -161,11 +171,11 @@ class ContextCache:
         """The running forward's meetings, in the kind and place of ``like``."""
         if not self._meetings:
             raise RuntimeError("ContextCache.layer before begin")
-        place = like.device if isinstance(like, Tensor) else None
-        found = self._meetings.get(place)
-        if found is None:
-            found = self._meetings[place] = self._meetings[None].on(place)
-        return found
+        if not isinstance(like, Tensor):
+            return self._meetings[None]
+        if like.device not in self._meetings:
+            self._meetings[like.device] = self._meetings[None].on(like.device)
+        return self._meetings[like.device]
 
     def layer(self, layer: int, index: Array, weight: Array | None, admit: Array) -> Hits:
         """Look up and fill one layer's slots; all arrays are of numpy, or all are tensors.

@@ -78,4 +78,3 @@ def _back(ops: Operations, ids: Array, window: int) -> Array:
 def _distances(ops: Operations, ids: Array, window: int) -> Array:
     """(window,) a constant for each place of a window."""
     return (_back(ops, ids, window) + 1) * _MIX_2
-

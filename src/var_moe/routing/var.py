@@ -21,7 +21,6 @@ from var_moe.routing.fast_path import ResidualMeans, RoutingTable
 from var_moe.routing.keys import context_keys
 from var_moe.routing.ranking import leading_count, rank_slots, rescaled, shares
 
-
 _FAST, _CACHED, _LEARNED = (int(tier) for tier in (Tier.FAST, Tier.CACHED, Tier.LEARNED))
 Place: TypeAlias = tuple[torch.device, bool]
 """Where decisions are made, and whether in numpy."""
