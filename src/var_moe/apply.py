@@ -88,9 +88,11 @@ class Session:
         out = execute(module, hidden, routing.index, routing.weight, self._backend)
         extra = routing.residual
         if extra is not None:
-            # The means are float32; what they are added to must keep the model's dtype.
-            added = extra.table[extra.row] * extra.scale[:, None].to(extra.table.dtype)
-            out = out + added.to(out.dtype)
+            means, scale = extra.table[extra.row], extra.scale[:, None].to(extra.table.dtype)
+            if out.dtype == means.dtype:
+                out = torch.addcmul(out, means, scale)
+            else:  # the means are float32; what they are added to must keep the model's dtype
+                out = out + (means * scale).to(out.dtype)
         return out
 
 

@@ -41,13 +41,29 @@ def windows(document: int, ids: np.ndarray, window: int, *, prefix: int = 0) -> 
 def batches(
     documents: Sequence[EncodedDocument], tokens_per_batch: int, *, window: int, prefix: int = 0
 ) -> Iterator[list[Window]]:
-    """Rows of similar length, the longest first, at most ``tokens_per_batch`` padded tokens.
+    """Rows of similar length, at most ``tokens_per_batch`` padded tokens, in a mixed order.
 
-    The order depends on the documents alone, so a pass repeats exactly. Windows of one
-    document stay in order; each knows up to ``prefix`` ids before it.
+    The order depends on the documents alone, so a pass repeats exactly. It is mixed so that what
+    has been scored at any time stands for the whole text, and not for its longest documents.
+    Windows of one document stay in order, with nothing in between; each knows up to ``prefix``
+    ids before it.
     """
     if window < 4:
         raise UsageError(f"window of {window} tokens: expected at least 4")
+    chains: list[list[list[Window]]] = []
+    for rows in _by_length(documents, tokens_per_batch, window=window, prefix=prefix):
+        if chains and chains[-1][-1][-1].document == rows[0].document:
+            chains[-1].append(rows)  # goes on with a document
+        else:
+            chains.append([rows])
+    for number in np.random.default_rng(len(chains)).permutation(len(chains)):
+        yield from chains[number]
+
+
+def _by_length(
+    documents: Sequence[EncodedDocument], tokens_per_batch: int, *, window: int, prefix: int
+) -> Iterator[list[Window]]:
+    """Batches of rows of similar length, the longest first."""
     order = sorted(range(len(documents)), key=lambda i: -min(len(documents[i].ids), window))
     rows: list[Window] = []
     for number in order:

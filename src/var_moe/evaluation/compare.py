@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from var_moe.apply import routed
 from var_moe.evaluation.batching import full_batches
-from var_moe.evaluation.paired import Degradation, degradation
+from var_moe.evaluation.paired import Degradation, both_scored, degradation
 from var_moe.evaluation.perplexity import DocumentLosses, document_losses
+from var_moe.evaluation.sequential import is_over
 from var_moe.evaluation.throughput import (
     Ratio,
     Timings,
@@ -43,6 +45,7 @@ class Quality:
 
     change: Degradation
     report: RoutingReport
+    complete: bool = True  # all documents were scored
 
     def to_dict(self) -> dict[str, Any]:
         """For result files."""
@@ -155,7 +158,7 @@ class Evaluator:
         with backend_arm(self.model, self.baseline_backend)():
             return self._losses("baseline perplexity")
 
-    def _losses(self, what: str, session: Any = None) -> DocumentLosses:
+    def _losses(self, what: str, session: Any = None, **options: Any) -> DocumentLosses:
         report = self.progress
         return document_losses(
             self.model,
@@ -164,15 +167,38 @@ class Evaluator:
             session=session,
             tokens_per_batch=self.tokens_per_batch,
             progress=(lambda done, total: report(what, done, total)) if report else None,
+            **options,
         )
 
-    def quality(self, policy: RoutingPolicy, *, what: str = "perplexity") -> Quality:
-        """Perplexity of a policy against the baseline, from empty caches."""
+    def quality(
+        self, policy: RoutingPolicy, *, what: str = "perplexity", futile_over: float | None = None
+    ) -> Quality:
+        """Perplexity of a policy against the baseline, from empty caches.
+
+        With ``futile_over``, scoring ends where the documents so far show that the degradation
+        is above it (`evaluation.sequential`); the result is then of those documents.
+        """
         baseline = self.baseline_losses
+
+        def futile(so_far: DocumentLosses) -> bool:
+            known, other = both_scored(baseline, so_far)
+            change = other.nll - known.nll
+            scored = known.tokens > 0
+            return futile_over is not None and is_over(
+                change[scored], known.tokens[scored], futile_over
+            )
+
         with routed(self.model, policy, backend=self.backend) as session:
             session.reset()
-            losses = self._losses(what, session)
-            return Quality(change=degradation(baseline, losses), report=session.report())
+            if futile_over is None:
+                losses = self._losses(what, session)
+                return Quality(change=degradation(baseline, losses), report=session.report())
+            known, other = both_scored(baseline, self._losses(what, session, stop=futile))
+            return Quality(
+                change=degradation(known, other),
+                report=session.report(),
+                complete=np.array_equal(known.tokens, baseline.tokens),
+            )
 
     def speed(self, policy: RoutingPolicy, *, blocks: int, factors: bool = True) -> Speed:
         """Throughput of a policy against the baseline, in alternating blocks.

@@ -40,6 +40,18 @@ class Degradation:
         }
 
 
+def both_scored(
+    baseline: DocumentLosses, other: DocumentLosses
+) -> tuple[DocumentLosses, DocumentLosses]:
+    """Both, with the documents left out that ``other`` has not scored to the end."""
+    whole = baseline.tokens == other.tokens
+    first, second = (
+        DocumentLosses(nll=np.where(whole, one.nll, 0.0), tokens=np.where(whole, one.tokens, 0))
+        for one in (baseline, other)
+    )
+    return first, second
+
+
 def degradation(baseline: DocumentLosses, other: DocumentLosses) -> Degradation:
     """Relative perplexity change, a ratio estimator over documents.
 

@@ -42,6 +42,7 @@ def document_losses(
     session: Session | None = None,
     tokens_per_batch: int = 4096,
     progress: Callable[[int, int], None] | None = None,
+    stop: Callable[[DocumentLosses], bool] | None = None,
 ) -> DocumentLosses:
     """Score every document, each in its own row; its first token has no loss.
 
@@ -53,6 +54,8 @@ def document_losses(
         session: the routing session, if the model is routed: it is told which tokens count.
         tokens_per_batch: padded tokens per forward.
         progress: called with documents done and documents in all.
+        stop: asked after each batch with the losses so far (a document may be scored in part);
+            True ends the scoring there.
 
     Raises:
         UsageError: there is nothing to score.
@@ -79,6 +82,8 @@ def document_losses(
             done += len({row.document for row in rows})
             if progress:
                 progress(min(done, len(documents)), len(documents))
+            if stop and stop(DocumentLosses(nll=nll, tokens=tokens)):
+                break
     if not np.isfinite(nll).all():
         bad = documents[int(np.flatnonzero(~np.isfinite(nll))[0])]
         raise VarMoeError(f"document {bad.id!r}: the loss is not finite; try --dtype float32")

@@ -33,7 +33,11 @@ class PolicyObjective(ABC):
         evaluator: the model and the text it is measured on.
         max_degradation: bound on the relative perplexity change.
         blocks: timed blocks per arm for each feasible configuration.
+
+    With `stop_early` set, scoring ends where a configuration is clearly over the bound.
     """
+
+    stop_early = False
 
     def __init__(
         self, evaluator: Evaluator, *, max_degradation: float = 0.01, blocks: int = SEARCH_BLOCKS
@@ -70,10 +74,11 @@ class PolicyObjective(ABC):
     def evaluate(self, params: Mapping[str, Any]) -> Evaluation:
         """Measure one configuration on the search's text."""
         policy = self.policy(self.config(params))
-        quality = self.evaluator.quality(policy)
+        over = self.max_degradation if self.stop_early else None
+        quality = self.evaluator.quality(policy, futile_over=over)
         change, report = quality.change, quality.report
         predicted = self.evaluator.predicted_speedup(report.experts_per_token)
-        feasible = change.value <= self.max_degradation
+        feasible = quality.complete and change.value <= self.max_degradation
         speed = None
         if feasible:
             speed = self._speed(policy, predicted)
@@ -98,6 +103,7 @@ class PolicyObjective(ABC):
             cache_hit_rate=report.cache_hit_rate,
             experts_per_token=report.experts_per_token,
             feasible=feasible,
+            complete=quality.complete,
         )
 
 

@@ -34,6 +34,8 @@ class Evaluation:
         cache_hit_rate: of all look-ups.
         experts_per_token: executed pairs / (layers x tokens).
         feasible: whether the degradation is within the bound; None without a bound.
+        complete: whether the whole text was scored; an evaluation that is clearly over the bound
+            may end before.
         state: ``"complete"`` or ``"failed"``.
         error: why it failed, in one line.
         seconds: wall time of the evaluation; the search fills it in.
@@ -54,6 +56,7 @@ class Evaluation:
     cache_hit_rate: float | None = None
     experts_per_token: float | None = None
     feasible: bool | None = None
+    complete: bool = True
     state: str = COMPLETE
     error: str | None = None
     seconds: float = 0.0

@@ -1,0 +1,271 @@
+"""The cost model: what a forward takes, from what is executed in it.
+
+One forward of T tokens takes ``fixed + rest T + pair P + expert A + policy T + residual C``
+seconds: the model's calls, what is done for every token (attention, norms, head), P executed
+pairs and A expert calls over all layers (an expert that any token runs must be read), and VAR's
+own decisions and the residual means of C cut decisions. The six coefficients are not negative
+and are fitted to a few timed forwards of three sizes, by relative error. Fit it once for a
+machine, model and dtype; it predicts any configuration from its counts alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from scipy.optimize import nnls
+
+from var_moe.errors import UsageError
+from var_moe.evaluation.batching import full_batches
+from var_moe.evaluation.compare import Evaluator, SpeedSetting
+from var_moe.evaluation.throughput import backend_arm, policy_arm, time_arms
+from var_moe.routing.base import RoutingPolicy
+from var_moe.routing.counts import RoutingReport
+from var_moe.routing.fixed_k import FixedKPolicy
+from var_moe.routing.native import NativePolicy
+from var_moe.routing.random_skip import RandomSkipPolicy
+from var_moe.routing.ranking import leading_count
+
+TERMS = ("fixed", "rest", "pair", "expert", "policy", "residual")
+SHAPES = (
+    SpeedSetting(),
+    SpeedSetting(batch_size=4, sequence=128),
+    SpeedSetting(batch_size=1, sequence=32),
+)
+BLOCKS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What is executed in one forward; the terms of the cost model."""
+
+    tokens: float  # T
+    pairs: float  # executed pairs over all layers
+    experts: float  # expert calls over all layers, at most L * E
+    decided: float = 0.0  # tokens that VAR decides: T, or 0 without it
+    cut: float = 0.0  # (layer, token) decisions to which a residual mean is added
+
+    def terms(self) -> list[float]:
+        """In the order of `TERMS`."""
+        return [1.0, self.tokens, self.pairs, self.experts, self.decided, self.cut]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostModel:
+    """Seconds of a forward, fitted on one machine, model and dtype.
+
+    Args:
+        seconds: coefficient of each of `TERMS`.
+        baseline: seconds of the unmodified model's forward on its fastest backend, in `setting`.
+        setting: batch that speedups are predicted for.
+        layers, experts, top_k: L, E, K of the model.
+        error: median relative error of timings predicted by a model that was fitted to all
+            others.
+        timings: what it was fitted to: name, work, seconds, predicted seconds.
+    """
+
+    seconds: Mapping[str, float]
+    baseline: float
+    setting: SpeedSetting
+    layers: int
+    experts: int
+    top_k: int
+    error: float
+    timings: tuple[Mapping[str, Any], ...] = ()
+
+    def predict(self, work: Work) -> float:
+        """Seconds of one forward."""
+        return float(np.dot([self.seconds[name] for name in TERMS], work.terms()))
+
+    def work(
+        self,
+        report: RoutingReport,
+        *,
+        setting: SpeedSetting | None = None,
+        decided: bool = True,
+        residual: bool = False,
+    ) -> Work:
+        """What a forward of ``setting`` executes with a report's decisions.
+
+        Args:
+            report: tiers and executed pairs, measured or replayed.
+            setting: batch; by default the model's own.
+            decided: whether VAR makes the decisions.
+            residual: whether residual means are added.
+        """
+        setting = setting or self.setting
+        tokens = setting.batch_size * setting.sequence
+        share = tokens / max(report.tokens, 1)
+        pairs = sum(report.executed_pairs) * share
+        dropped = tokens * report.top_k * self.layers - pairs
+        each = max(report.top_k - leading_count(report.top_k), 1)
+        return Work(
+            tokens=tokens,
+            pairs=pairs,
+            experts=sum(
+                expected_experts(self.experts, count * share) for count in report.executed_pairs
+            ),
+            decided=tokens if decided else 0,
+            cut=dropped / each if residual else 0,
+        )
+
+    def speedup(
+        self, report: RoutingReport, *, decided: bool = True, residual: bool = False
+    ) -> float:
+        """Predicted speedup over the unmodified model, in the model's own setting."""
+        return self.baseline / self.predict(self.work(report, decided=decided, residual=residual))
+
+    def breakdown(self, work: Work) -> dict[str, float]:
+        """Seconds of each term."""
+        return {
+            name: self.seconds[name] * term for name, term in zip(TERMS, work.terms(), strict=True)
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``cost_model.json``."""
+        values = asdict(self)
+        values["seconds"] = {f"{name}_s": self.seconds[name] for name in TERMS}
+        values["baseline_s"] = values.pop("baseline")
+        values["error_relative"] = values.pop("error")
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, source: str = "cost model") -> CostModel:
+        """Read what `to_dict` gave.
+
+        Raises:
+            UsageError: it is something else; names the source.
+        """
+        try:
+            return cls(
+                seconds={name: float(values["seconds"][f"{name}_s"]) for name in TERMS},
+                baseline=float(values["baseline_s"]),
+                setting=SpeedSetting(**values["setting"]),
+                layers=int(values["layers"]),
+                experts=int(values["experts"]),
+                top_k=int(values["top_k"]),
+                error=float(values["error_relative"]),
+                timings=tuple(values["timings"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"{source}: not a cost model ({error}); fit it again") from None
+
+
+def expected_experts(experts: int, pairs: float) -> float:
+    """How many of E experts are run at all when ``pairs`` pairs fall on them evenly."""
+    return experts * -np.expm1(pairs * np.log1p(-1 / experts)) if experts > 1 else min(pairs, 1.0)
+
+
+def fit(timings: Sequence[tuple[Work, float]]) -> tuple[dict[str, float], float]:
+    """Coefficients by relative least squares, and the median error of timings left out.
+
+    Args:
+        timings: work and seconds of each; sizes that differ, or terms can't be told apart.
+
+    Returns:
+        Seconds per unit of each of `TERMS`, and the median over all timings of the relative
+        error of a fit to the others.
+    """
+    work = np.array([one.terms() for one, _ in timings])
+    seconds = np.array([value for _, value in timings])
+    scaled = work / seconds[:, None]
+    ones = np.ones(len(seconds))
+    coefficients = _nnls(scaled, ones)
+    errors = []
+    for left_out in range(len(seconds)):
+        others = np.arange(len(seconds)) != left_out
+        found = _nnls(scaled[others], ones[others])
+        errors.append(abs(float(scaled[left_out] @ found) - 1))
+    return dict(zip(TERMS, coefficients.tolist(), strict=True)), float(np.median(errors))
+
+
+def _nnls(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:
+    # Columns differ by many orders of magnitude; brought to one size, the solver sees them alike.
+    size = np.linalg.norm(matrix, axis=0)
+    size[size == 0] = 1.0
+    found, _ = nnls(matrix / size, target)
+    return np.asarray(found / size)
+
+
+def fit_cost_model(
+    evaluator: Evaluator,
+    *,
+    var_all: RoutingPolicy | None = None,
+    var_leading: RoutingPolicy | None = None,
+    blocks: int = BLOCKS,
+) -> CostModel:
+    """Time a few forwards and fit the model.
+
+    Args:
+        evaluator: model, text and batch; the baseline's backend is measured with it.
+        var_all: VAR that cuts nothing: its decisions' cost.
+        var_leading: VAR that cuts every decision: the cost of its residual means.
+        blocks: timed blocks per arm and size.
+    """
+    model, top_k = evaluator.model, evaluator.top_k
+    lead = leading_count(top_k)
+    geometry = evaluator.geometry()
+    layers, experts = geometry["layers"], geometry["experts"]
+    policies: dict[str, tuple[RoutingPolicy, float, bool, bool]] = {
+        "all pairs": (NativePolicy(), top_k, False, False),
+        "leading pairs": (FixedKPolicy(lead), lead, False, False),
+        "half of the cuts": (RandomSkipPolicy(0.5), (top_k + lead) / 2, False, False),
+    }
+    if var_all is not None:
+        policies["VAR, all pairs"] = (var_all, top_k, True, False)
+    if var_leading is not None:
+        policies["VAR, leading pairs"] = (var_leading, lead, True, True)
+    rows: list[dict[str, Any]] = []
+    baseline = 0.0
+    for setting in (evaluator.setting, *SHAPES[1:]):
+        tokens = setting.batch_size * min(setting.sequence, evaluator.loaded.window)
+        batches = full_batches(
+            evaluator.documents,
+            batch_size=setting.batch_size,
+            sequence=tokens // setting.batch_size,
+            count=setting.forwards,
+        )
+        arms: dict[str, Any] = {"baseline": backend_arm(model, evaluator.baseline_backend)}
+        for name, (policy, *_rest) in policies.items():
+            arms[name] = policy_arm(model, policy, backend=evaluator.backend)
+        # Small forwards take a moment: more of them for the same noise.
+        repeated = batches * max(1, min(16, 1024 // tokens))
+        timed = time_arms(model, arms, repeated, blocks=blocks)
+        base = float(np.median(timed.seconds["baseline"])) / len(repeated)
+        if setting is evaluator.setting:
+            baseline = base
+        for name, (_policy, per_token, decided, residual) in policies.items():
+            pairs = per_token * tokens
+            cut = tokens * layers * (top_k - per_token) / max(top_k - lead, 1)
+            work = Work(
+                tokens=tokens,
+                pairs=pairs * layers,
+                experts=layers * expected_experts(experts, pairs),
+                decided=tokens if decided else 0,
+                cut=cut if residual else 0,
+            )
+            # Against the baseline's blocks, so that a machine that changes speed hits both.
+            took = base / timed.ratio("baseline", name).median
+            rows.append({"name": name, "work": work, "seconds": took})
+    seconds, error = fit([(row["work"], row["seconds"]) for row in rows])
+    fitted = CostModel(
+        seconds=seconds,
+        baseline=baseline,
+        setting=evaluator.setting,
+        layers=layers,
+        experts=experts,
+        top_k=top_k,
+        error=error,
+    )
+    timings = tuple(
+        {
+            "name": row["name"],
+            **asdict(row["work"]),
+            "seconds": row["seconds"],
+            "predicted_s": fitted.predict(row["work"]),
+        }
+        for row in rows
+    )
+    return replace(fitted, timings=timings)

@@ -1,0 +1,259 @@
+"""Search by replay: thousands of forecasts choose each full evaluation.
+
+A pool of points is forecast once. Before each full evaluation the forecasts are corrected by what
+the evaluations so far measured (`optimization.correction`), and the point with the highest
+expected feasible improvement is taken, after a local search around the best of the pool. The
+limit that it is to keep changes from one evaluation to the next, from the bound itself to
+well below it, so that the final measurement on other text finds bold and safe candidates alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from var_moe.optimization.correction import Correction, Floats, feasible_improvement
+from var_moe.optimization.forecast import Forecast, Forecaster
+from var_moe.optimization.guided import check_enqueue
+from var_moe.optimization.journal import SearchHeader, TrialJournal, as_store
+from var_moe.optimization.objective_protocol import RichObjective
+from var_moe.optimization.results import Evaluation, OptimizationResult
+from var_moe.optimization.search import (
+    OnEvaluation,
+    SearchOptions,
+    ShouldStop,
+    Suggest,
+    run_search,
+)
+from var_moe.optimization.search_space import (
+    SEARCH_SPACE,
+    Params,
+    SearchSpace,
+    check_count,
+    check_seed,
+    dimensions,
+    distinct,
+    point_key,
+    starting_points,
+)
+
+POOL_GROUPS, POOL_CONFIDENCES, POOL_REST = 48, 8, 6
+"""Points of the pool: so many draws of what the cache shares, by so many of the rest each."""
+
+SHARED = ("context_window_size", "cache_size", "cache_ttl_seconds")
+"""Settings for which a replay does most of its work: points that share them cost little."""
+
+CAUTION = (0.7, 1.4, 0.0, 1.0, 1.645, 0.4, 1.2)
+"""Errors of the difference between two texts that are kept from the bound, call by call."""
+
+_NEIGHBOURS, _AROUND = 48, 6
+_ALIKE = 1e-9
+
+
+class Forecasts:
+    """Forecasts by point, each made once.
+
+    Args:
+        forecaster: makes them.
+    """
+
+    def __init__(self, forecaster: Forecaster) -> None:
+        self._forecaster = forecaster
+        self._known: dict[tuple[tuple[str, Any], ...], Forecast] = {}
+
+    def of(self, points: Sequence[Params]) -> list[Forecast]:
+        """In the order of ``points``; what is new is forecast in one go."""
+        keys = [point_key(point) for point in points]
+        new = {k: p for k, p in zip(keys, points, strict=True) if k not in self._known}
+        made = self._forecaster.forecast(list(new.values())) if new else []
+        self._known.update(zip(new, made, strict=True))
+        return [self._known[key] for key in keys]
+
+
+def column(forecasts: Sequence[Forecast], name: str) -> Floats:
+    """One figure of many forecasts. (M,)"""
+    return np.array([getattr(one, name) for one in forecasts], dtype=np.float64)
+
+
+def pool_points(space: SearchSpace, seed: int) -> list[Params]:
+    """The default, the presets, and random points that share what is costly to replay."""
+    dims = dimensions(space)
+    dice = np.random.default_rng([seed, 5])
+    points = starting_points(space)
+    for _ in range(POOL_GROUPS):
+        shared = {d.name: d.at(dice.random()) for d in dims if d.name in SHARED}
+        for _ in range(POOL_CONFIDENCES):
+            confidence = dice.random()
+            for _ in range(POOL_REST):
+                point = {}
+                for d in dims:
+                    share = confidence if d.name == "confidence_threshold" else dice.random()
+                    point[d.name] = shared.get(d.name, d.at(share))
+                points.append(point)
+    return distinct(points)
+
+
+class ReplayPlan:
+    """Chooses each point of a replay search from the forecasts and the evaluations so far.
+
+    A choice depends on the seed, its number and the finished evaluations alone, so that a resumed
+    search goes on as an unbroken one would.
+
+    Args:
+        space: search space.
+        forecasts: of its points.
+        bound: on the degradation.
+        seed: of the pool and the local search.
+        first: points to evaluate before all others.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        forecasts: Forecasts,
+        *,
+        bound: float,
+        seed: int,
+        first: Sequence[Params] = (),
+    ) -> None:
+        self._dims = dimensions(space)
+        self._forecasts, self._bound, self._seed = forecasts, bound, seed
+        self._first = list(first)
+        self.pool = pool_points(space, seed)
+
+    def correction(self, evaluations: Sequence[Evaluation]) -> Correction:
+        """What the evaluations say of the forecasts."""
+        known = [e for e in evaluations if not e.failed and e.degradation is not None]
+        forecasts = self._forecasts.of([e.params for e in known])
+        return Correction.fit(
+            [one.degradation for one in forecasts],
+            [e.degradation or 0.0 for e in known],
+            scale=self._bound,
+        )
+
+    def suggest(self, number: int, evaluations: Sequence[Evaluation]) -> Params:
+        """The point of evaluation ``number`` (from 0)."""
+        if number < len(self._first):
+            return self._first[number]
+        caution = CAUTION[number % len(CAUTION)]
+        limit = self._bound - caution * _text_error(evaluations, self._bound)
+        gain = self._gain(self.pool, evaluations, limit)
+        nearest = [self.pool[i] for i in np.argsort(-gain, kind="stable")[:_AROUND]]
+        dice = np.random.default_rng([self._seed, 6, number])
+        points = [*self.pool, *self._neighbours(nearest, dice)]
+        return points[int(np.argmax(self._gain(points, evaluations, limit)))]
+
+    def _gain(
+        self, points: Sequence[Params], evaluations: Sequence[Evaluation], limit: float
+    ) -> Floats:
+        """Expected feasible improvement of each; minus infinity for what is known. (M,)"""
+        forecasts = self._forecasts.of(points)
+        seen = self._forecasts.of([e.params for e in evaluations])
+        mean, deviation = self.correction(evaluations).predict(column(forecasts, "degradation"))
+        score = column(forecasts, "score")
+        kept = [
+            forecast.score
+            for forecast, e in zip(seen, evaluations, strict=True)
+            if e.eligible and e.degradation is not None and e.degradation <= limit
+        ]
+        best = max(kept, default=float(score.min()))
+        gain = feasible_improvement(score, mean, deviation, best=best, limit=limit)
+        # Where nothing promises a gain: what is likely to keep the limit, the fastest first.
+        gain += 1e-6 * feasible_improvement(score, mean, deviation, best=0.0, limit=limit)
+        gain -= 1e-9 * mean
+        executed, learned = column(forecasts, "experts_per_token"), column(forecasts, "learned_pct")
+        for one in seen:  # points that decide alike count once
+            alike = np.abs(executed - one.experts_per_token) < _ALIKE
+            gain[alike & (np.abs(learned - one.learned_pct) < _ALIKE)] = -np.inf
+        return gain
+
+    def _neighbours(self, centres: Sequence[Params], dice: np.random.Generator) -> list[Params]:
+        """Points near the centres: one or all settings moved by a tenth of their range or less."""
+        found: list[Params] = []
+        for number in range(_NEIGHBOURS):
+            point = dict(centres[number % len(centres)])
+            moved = [self._dims[int(dice.integers(len(self._dims)))]] if number % 2 else self._dims
+            for d in moved:
+                step = dice.normal(scale=0.05 * (d.high - d.low))
+                point[d.name] = d.clip(point[d.name] + step)
+            found.append(point)
+        # Shared settings side by side, for the replay.
+        return sorted(found, key=lambda p: [p.get(name, 0) for name in SHARED])
+
+
+def _text_error(evaluations: Sequence[Evaluation], bound: float) -> float:
+    """Error of a degradation near the bound, between this text and one of the same size."""
+    known = [e for e in evaluations if e.degradation_se is not None and e.degradation is not None]
+    if not known:
+        return 0.0
+    near = min(known, key=lambda e: abs((e.degradation or 0.0) - bound))
+    return float(np.sqrt(2) * (near.degradation_se or 0.0))
+
+
+def replay_search(
+    objective_fn: RichObjective,
+    forecaster: Forecaster,
+    search_space: SearchSpace = SEARCH_SPACE,
+    n_calls: int = 10,
+    verbose: bool = True,
+    *,
+    seed: int | None = None,
+    journal: TrialJournal | str | Path | None = None,
+    resume: bool = False,
+    enqueue: Sequence[Params] = (),
+    mode: str | None = None,
+    confirm: bool = True,
+    settings: dict[str, Any] | None = None,
+    on_evaluation: OnEvaluation | None = None,
+    should_stop: ShouldStop | None = None,
+) -> OptimizationResult:
+    """Search with few full evaluations, each chosen from thousands of forecasts.
+
+    Args:
+        objective_fn: a rich objective, as `create_objective_function` returns.
+        forecaster: forecasts of the same text, see `optimization.replay_forecast`.
+        search_space: see `SEARCH_SPACE`.
+        n_calls: full evaluations, failed ones included.
+        verbose: progress on stderr.
+        seed: of the pool; a fresh one by default, recorded in the result.
+        journal: file that keeps each finished evaluation.
+        resume: go on with the search in `journal`.
+        enqueue: points to evaluate first.
+        mode, confirm, settings, on_evaluation, should_stop: see `SearchOptions`.
+
+    Raises:
+        UsageError: an argument is not valid, or `journal` holds another search.
+    """
+    first = check_enqueue(search_space, enqueue)
+
+    def make_suggest(header: SearchHeader) -> Suggest:
+        plan = ReplayPlan(
+            search_space,
+            Forecasts(forecaster),
+            bound=objective_fn.max_degradation,
+            seed=header.known_seed,
+            first=first,
+        )
+        return plan.suggest
+
+    return run_search(
+        objective_fn,
+        search_space,
+        store=as_store(journal),
+        make_suggest=make_suggest,
+        total=check_count("n_calls", n_calls),
+        seed=check_seed(seed),
+        options=SearchOptions(
+            method="replay",
+            mode=mode,
+            confirm=confirm,
+            verbose=verbose,
+            resume=resume,
+            settings={"enqueue": first, **(settings or {})},
+            on_evaluation=on_evaluation,
+            should_stop=should_stop,
+        ),
+    )

@@ -1,0 +1,47 @@
+"""The confidence sequence: by hand, and by simulation of what it promises."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from var_moe.evaluation.sequential import LEAST_DOCUMENTS, is_over, lower_boundary
+
+
+def test_the_boundary_by_hand() -> None:
+    values = np.array([0.0, 2.0] * 10)
+    # rho^2 for alpha = 0.1, tightest at 20: (l + ln(l + 1)) / 20 with l = -2 ln 0.2.
+    level = -2 * math.log(0.2)
+    rho2 = (level + math.log(level + 1)) / 20
+    wide = 20 * rho2 + 1
+    margin = math.sqrt(2 * wide / (400 * rho2) * math.log(1 + math.sqrt(wide) / 0.2))
+    deviation = math.sqrt(20 / 19)  # of ten zeros and ten twos
+    found = lower_boundary(values, alpha=0.1, best_at=20)
+    assert found[-1] == pytest.approx(1 - deviation * margin)
+    assert np.isneginf(found[: LEAST_DOCUMENTS - 1]).all()
+    assert np.isfinite(found[LEAST_DOCUMENTS - 1 :]).all()
+
+
+@pytest.mark.parametrize("heavy", [False, True])
+def test_it_is_seldom_wrong_at_any_time(heavy: bool) -> None:
+    dice = np.random.default_rng(1)
+    wrong = 0
+    for _ in range(400):
+        values = dice.standard_t(4, size=200) if heavy else dice.normal(size=200)
+        wrong += bool((lower_boundary(values, alpha=0.05) > 0).any())
+    # 20 are expected at most; an interval that is looked at each time is wrong in over 100.
+    assert wrong <= 30
+
+
+def test_what_is_clearly_over_is_seen_and_what_is_not_is_left_alone() -> None:
+    dice = np.random.default_rng(2)
+    tokens = dice.integers(100, 600, size=100)
+    noise = dice.normal(scale=2.0, size=100)
+    change = math.log1p(0.02) * tokens + noise
+    assert is_over(change, tokens, 0.01)
+    assert is_over(change[:30], tokens[:30], 0.01)
+    assert not is_over(change[: LEAST_DOCUMENTS - 1], tokens[: LEAST_DOCUMENTS - 1], 0.01)
+    assert not is_over(change, tokens, 0.02)
+    assert not is_over(change, tokens, 0.03)
