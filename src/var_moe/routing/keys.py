@@ -39,11 +39,27 @@ def context_keys(batch: TokenBatch, window: int) -> Tensor:
     if valid.device.type != "cpu" or not valid.all():
         order = valid.to(torch.uint8).argsort(dim=1, stable=True)
         ids, valid = ids.gather(1, order), valid.gather(1, order)
-    known = valid.cumsum(dim=1).clamp(max=window)  # (B, P + S) ids in the key
-    key = _mix((known + 1) * _GOLDEN)
-    for back in range(min(window, ids.shape[1]) - 1, -1, -1):  # oldest first
-        earlier = ids.roll(back, dims=1) if back else ids
-        key = torch.where(back < known, _mix(key + (earlier + 1) * _GOLDEN), key)
+    key = _hashed(ids, valid.cumsum(dim=1).clamp(max=window), window)
     if order is not None:
         key = torch.empty_like(key).scatter_(1, order, key)
     return key[:, prefix_length:]
+
+
+def stream_keys(ids: Tensor, place: Tensor, window: int) -> Tensor:
+    """The same keys for documents that stand end to end, without padding. (N,) int64
+
+    Args:
+        ids: (N,) int64 token ids.
+        place: (N,) of each token in its document, from 0.
+        window: token ids in a key, the token itself included.
+    """
+    return _hashed(ids, (place + 1).clamp(max=window), window)
+
+
+def _hashed(ids: Tensor, known: Tensor, window: int) -> Tensor:
+    """Hash the last ``known`` ids (at most ``window``) along the last dimension, oldest first."""
+    key = _mix((known + 1) * _GOLDEN)
+    for back in range(min(window, ids.shape[-1]) - 1, -1, -1):
+        earlier = ids.roll(back, dims=-1) if back else ids
+        key = torch.where(back < known, _mix(key + (earlier + 1) * _GOLDEN), key)
+    return key
