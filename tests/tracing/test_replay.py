@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, event, given, settings
@@ -15,7 +14,13 @@ from var_moe.config import VARConfig
 from var_moe.errors import UsageError
 from var_moe.routing.decision import Tier
 from var_moe.routing.fast_path import RoutingTable
+from var_moe.routing.fixed_k import FixedKPolicy
+from var_moe.routing.native import NativePolicy
+from var_moe.routing.random_skip import RandomSkipPolicy
 from var_moe.routing.reference import ReferenceRow, ReferenceVAR, RouterChoice, TableEntry
+from var_moe.routing.var import VARPolicy
+from var_moe.tracing import policies
+from var_moe.tracing.policies import replay_policy
 from var_moe.tracing.replay import TraceReplay
 
 SETTINGS = settings(
@@ -143,8 +148,18 @@ def assert_agrees(case, config, replay):
             event(f"{config.mode}: {tier}")
 
 
+@st.composite
+def neighbours(draw: st.DrawFn) -> list[VARConfig]:
+    """Configurations of which each differs from the one before in one field, at most."""
+    found = [draw(configs())]
+    names = [*VARConfig().documented(), "mode", "cache_scope"]
+    for name in draw(st.lists(st.sampled_from(names), max_size=3)):
+        found.append(replace(found[-1], **{name: getattr(draw(configs()), name)}))
+    return found
+
+
 @SETTINGS
-@given(cases(), st.lists(configs(), min_size=1, max_size=3))
+@given(cases(), neighbours())
 def test_random_streams(case, found):
     """Several configurations on one replay, so that what they share is shared rightly."""
     documents, router, table = case
@@ -154,3 +169,97 @@ def test_random_streams(case, found):
         assert_agrees(case, config, replay)
     again = [result.report for result in replay.evaluate_many(found)]
     assert again == [replay.evaluate(config).report for config in found]
+
+
+def profile_like(trace):
+    """A table over the trace's own ids, some of them on the fast path."""
+    vocabulary = int(trace.ids.max()) + 1
+    shape = (trace.layers, vocabulary)
+    generator = torch.Generator().manual_seed(0)
+    lead = (trace.top_k + 1) // 2
+    return RoutingTable(
+        count=torch.randint(0, 40, shape, generator=generator).double(),
+        entropy=torch.rand(shape, generator=generator).double(),
+        index=torch.rand((*shape, 8), generator=generator).topk(lead, dim=2).indices,
+        weight=torch.ones((*shape, lead)),
+    )
+
+
+@pytest.mark.parametrize("mode", ["plain", "verified"])
+@pytest.mark.parametrize("scope", ["shared", "document"])
+@pytest.mark.parametrize("chunk", [40, 10_000])
+def test_the_policy_itself_on_the_trace(recorded, mode, scope, chunk, monkeypatch):
+    """`VARPolicy`, fed with chunks of documents, reports the same as the replay."""
+    monkeypatch.setattr(policies, "_TOKENS_PER_CHUNK", chunk)
+    table = profile_like(recorded)
+    config = VARConfig(
+        frequency_threshold=30,
+        entropy_threshold=0.6,
+        confidence_threshold=0.7,
+        cache_size=60,
+        cache_ttl_seconds=0.3,
+        context_window_size=2,
+        mode=mode,
+        residuals=False,
+        cache_scope=scope,
+    )
+    report = replay_policy(recorded, VARPolicy(config, table))
+    assert min(report.fast_pct, report.cached_pct, report.learned_pct) > 1
+    assert TraceReplay.of_table(recorded, table).evaluate(config).report == report
+
+
+def test_other_policies(recorded):
+    report = replay_policy(recorded, NativePolicy())
+    assert report.tokens == recorded.tokens
+    assert report.experts_per_token == 2.0
+    assert replay_policy(recorded, FixedKPolicy(1)).experts_per_token == 1.0
+    near = replay_policy(recorded, RandomSkipPolicy(0.5)).experts_per_token
+    assert near == pytest.approx(1.5, abs=0.05)
+
+
+def test_damage_sums_by_kind():
+    """Three tokens of one context: the first is learned, the others run what it stored."""
+    router = [[((0, 1), (0.75, 0.25)), ((0, 2), (0.5, 0.5)), ((3, 0), (0.75, 0.25))]]
+    damage = {
+        "cut": torch.tensor([[[1.0], [2.0], [4.0]]]),
+        "cut_residual": torch.tensor([[0.5, 0.25, 0.125]]),
+        "next": torch.tensor([[10.0, 20.0, 40.0]]),
+        "foreign": torch.tensor([[100.0, 200.0, 400.0]]),
+    }
+    trace = made_trace([[1, 1, 1]], router, damage=damage)
+    replay = TraceReplay.of_table(trace, table_of({}, 1, 2))
+    plain = VARConfig(confidence_threshold=0.7, context_window_size=1, mode="plain")
+    found = replay.evaluate(plain)
+    assert found.report.tier_counts == ((0, 2, 1),)
+    # The second runs its own first expert, the third its own second one.
+    assert found.damage == {"cut": (2.0,), "next": (40.0,), "foreign": (0.0,)}
+    # Verified: the third token's licence is refused, but it is confident, as is the first.
+    verified = replace(plain, mode="verified")
+    assert replay.evaluate(verified).report.tier_counts == ((0, 1, 2),)
+    assert replay.evaluate(verified).damage == {"cut_residual": (0.875,)}
+    assert replay.evaluate(replace(verified, residuals=False)).damage == {"cut": (7.0,)}
+
+
+def test_foreign_experts_count_in_proportion():
+    router = [[((0, 1, 2), (0.5, 0.25, 0.25)), ((0, 3, 4), (0.5, 0.25, 0.25))]]
+    damage = {name: torch.full((1, 2), 8.0) for name in ("next", "foreign")}
+    trace = made_trace([[1, 1]], router, damage={"cut": torch.ones((1, 2, 2)), **damage})
+    replay = TraceReplay.of_table(trace, table_of({}, 1, 3))
+    config = VARConfig(confidence_threshold=0.7, context_window_size=1, mode="plain")
+    assert replay.evaluate(config).damage == {"cut": (0.0,), "next": (0.0,), "foreign": (4.0,)}
+
+
+def test_weights_of_zero_are_never_confident():
+    router = [[((0, 1), (0.0, 0.0))] * 3]
+    trace = made_trace([[1, 1, 1]], router)
+    replay = TraceReplay.of_table(trace, table_of({}, 1, 2))
+    config = VARConfig(confidence_threshold=0.01, context_window_size=1)
+    assert replay.evaluate(config).report.tier_counts == ((0, 0, 3),)
+    assert replay.evaluate(config).report.experts_per_token == 2.0
+
+
+def test_another_models_profile_is_refused(recorded, profile):
+    other = replace(profile, head={**profile.head, "tokenizer_hash": "x", "model": "other"})
+    with pytest.raises(UsageError, match=r"'other' does not fit the trace of model 'tiny'"):
+        TraceReplay(recorded, other)
+    assert TraceReplay(recorded, profile).evaluate(VARConfig()).report.tokens == recorded.tokens

@@ -50,7 +50,8 @@ class LayerDecisions:
     @property
     def next(self) -> Bools:
         """Stored experts that are all the token's own choice, but not all leading. (N,)"""
-        return self.stored & (self.foreign_count == 0)
+        found: Bools = self.stored & (self.foreign_count == 0)
+        return found
 
     @property
     def foreign(self) -> Bools:
