@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from traces import OPTIONS
 
 from var_moe.evaluation.text import TextDocument, encode
 from var_moe.models.loading import LoadedModel
@@ -22,14 +23,19 @@ def documents(tiny_texts, tiny_tokenizer):
 
 
 @pytest.fixture(scope="session")
-def profile(loaded, tiny_texts, tiny_tokenizer):
-    texts = [TextDocument(str(i), "s", text) for i, text in enumerate(tiny_texts[20:])]
-    return collect_profile(
-        loaded, encode(texts, tiny_tokenizer), dataset="tiny", data_hash="h", max_tokens=None
-    )
+def make_profile(tiny_texts, tiny_tokenizer):
+    texts = [TextDocument(str(i), "s", text) for i, text in enumerate(tiny_texts[40:])]
+    calibration = encode(texts, tiny_tokenizer)
+
+    def make(loaded):
+        return collect_profile(loaded, calibration, dataset="tiny", data_hash="h", max_tokens=None)
+
+    return make
 
 
-OPTIONS = {"dataset": "tiny", "data_hash": "h", "tokens_per_batch": 400, "window": 48}
+@pytest.fixture(scope="session")
+def profile(loaded, make_profile):
+    return make_profile(loaded)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,9 @@ import torch
 from var_moe.routing.reference import RouterChoice
 from var_moe.tracing.trace import RoutingTrace
 
+OPTIONS = {"dataset": "tiny", "data_hash": "h", "tokens_per_batch": 300, "window": 48}
+"""How the tests of this room record: documents longer than a window, several forwards."""
+
 
 def made_trace(
     documents: Sequence[Sequence[int]], router: Sequence[Sequence[RouterChoice]], **more: object

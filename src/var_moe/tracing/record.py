@@ -184,7 +184,8 @@ def _record(
     sizes = [sum(len(row.ids) - row.overlap for row in rows) for rows in forwards]
     before = attach(loaded.model, recorder)
     try:
-        with recorder.logits:
+        # Off where a caller has it on: what is made in inference mode has no way back.
+        with recorder.logits, torch.inference_mode(False):
             for number, rows in enumerate(forwards):
                 if number < done or not sizes[number]:
                     continue
@@ -229,7 +230,7 @@ def _with_damage(
     probe.begin(number)
     target = scored_targets(batch.counted)
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.enable_grad():
             logits = _run(loaded, batch)
             losses, gradient = loss_and_gradient(logits.detach(), batch.ids, target)
             probe.backward(logits, gradient)
