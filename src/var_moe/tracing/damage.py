@@ -11,6 +11,9 @@ experts' outputs, so that one product of g with each expert's output serves them
 - ``foreign``: they are replaced by random experts that the token did not choose, rescaled.
 
 The last two are what plain VAR does when a stored decision is not the token's own.
+
+Over many tokens these changes largely cancel in a trained model; what is left of a cut's cost is
+of second order, which the squares of g . d estimate (see `decisions.DamageSums`).
 """
 
 from __future__ import annotations

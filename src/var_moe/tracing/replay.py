@@ -21,6 +21,7 @@ from var_moe.routing.decision import Tier
 from var_moe.routing.fast_path import RoutingTable
 from var_moe.routing.keys import stream_keys
 from var_moe.routing.ranking import leading_count
+from var_moe.tracing.decisions import DamageSums, LayerDecisions
 from var_moe.tracing.slots import Hits, layer_hits
 from var_moe.tracing.stays import Bools, Recency, Stays
 
@@ -29,49 +30,16 @@ if TYPE_CHECKING:
     from var_moe.tracing.trace import RoutingTrace
 
 
-@dataclass(frozen=True)
-class LayerDecisions:
-    """What a configuration decides in one layer.
-
-    ``stored`` tells the tokens that run a table's or a slot's experts unseen (plain mode) by
-    what those are to the token: its own leading ones (then it stands in ``cut``), some that it
-    chose but does not lead with, or some that it did not choose. ``next_count`` and
-    ``foreign_count`` say how many of the leading_count(K) executed experts are of the last two
-    kinds.
-    """
-
-    layer: int
-    tier: NDArray[np.uint8]  # (N,) a Tier
-    cut: Bools  # (N,) runs its own leading experts alone, and drops some
-    stored: Bools  # (N,) runs stored experts that are not just its own leading ones
-    next_count: NDArray[np.uint8]  # (N,) zero outside `stored`
-    foreign_count: NDArray[np.uint8]  # (N,)
-
-    @property
-    def next(self) -> Bools:
-        """Stored experts that are all the token's own choice, but not all leading. (N,)"""
-        found: Bools = self.stored & (self.foreign_count == 0)
-        return found
-
-    @property
-    def foreign(self) -> Bools:
-        """Stored experts of which some are not the token's own choice. (N,)"""
-        found: Bools = self.foreign_count > 0
-        return found
-
-
 @dataclass(frozen=True, kw_only=True)
 class Replay:
     """One configuration replayed.
 
-    ``damage`` holds, per layer, the first-order change of the summed NLL (nats) by the decisions
-    of each kind: "cut" or "cut_residual", and in plain mode "next" and "foreign", where stored
-    experts count in proportion. None where the trace has no damages.
+    ``damage`` sums the trace's damages over the decisions; None where the trace has none.
     """
 
     config: VARConfig
     report: RoutingReport
-    damage: dict[str, tuple[float, ...]] | None = None
+    damage: DamageSums | None = None
 
 
 @dataclass
@@ -244,7 +212,7 @@ class TraceReplay:
     def evaluate(self, config: VARConfig) -> Replay:
         """Tiers and executed pairs of one configuration, and its damage where that is recorded."""
         trace, plain = self.trace, config.mode == "plain"
-        sums = _Sums(trace, config) if trace.damage else None
+        sums = DamageSums.of(trace, config) if trace.damage else None
         tiers, pairs = [], []
         for decided in self.decisions(config, kinds=sums is not None):
             count = np.bincount(decided.tier, minlength=len(Tier))
@@ -252,14 +220,14 @@ class TraceReplay:
             half = trace.tokens - count[Tier.LEARNED] if plain else np.count_nonzero(decided.cut)
             pairs.append(int(trace.tokens * trace.top_k - half * (trace.top_k - self.lead)))
             if sums is not None:
-                sums.add(decided)
+                sums.add(trace, decided)
         report = RoutingReport(
             tokens=trace.tokens,
             top_k=trace.top_k,
             tier_counts=tuple(tiers),
             executed_pairs=tuple(pairs),
         )
-        return Replay(config=config, report=report, damage=sums.found() if sums else None)
+        return Replay(config=config, report=report, damage=sums)
 
     def evaluate_many(self, configs: Sequence[VARConfig]) -> list[Replay]:
         """The same for many, in the order given; what they share is computed once."""
@@ -270,33 +238,6 @@ class TraceReplay:
 
         found = {i: self.evaluate(configs[i]) for i in sorted(range(len(configs)), key=shared)}
         return [found[i] for i in range(len(configs))]
-
-
-class _Sums:
-    """First-order damage of a configuration's decisions, by kind and layer."""
-
-    def __init__(self, trace: RoutingTrace, config: VARConfig) -> None:
-        self._damage, self._top_k = trace.damage, trace.top_k
-        self._lead = leading_count(trace.top_k)
-        residual = config.uses_residuals and "cut_residual" in trace.damage
-        self._cut = "cut_residual" if residual else "cut"
-        kinds = (self._cut, "next", "foreign") if config.mode == "plain" else (self._cut,)
-        self._sums: dict[str, list[float]] = {kind: [] for kind in kinds}
-
-    def add(self, decided: LayerDecisions) -> None:
-        cut = 0.0
-        if self._lead < self._top_k:
-            effect = self._damage[self._cut][decided.layer].numpy()
-            effect = effect[:, self._lead - 1] if self._cut == "cut" else effect
-            cut = float(effect[decided.cut].sum(dtype=np.float64))
-        self._sums[self._cut].append(cut)
-        for kind, count in (("next", decided.next_count), ("foreign", decided.foreign_count)):
-            if kind in self._sums:
-                effect = self._damage[kind][decided.layer].numpy()
-                self._sums[kind].append(float(np.dot(effect, count / self._lead)))
-
-    def found(self) -> dict[str, tuple[float, ...]]:
-        return {kind: tuple(values) for kind, values in self._sums.items()}
 
 
 def _stays_key(config: VARConfig) -> tuple[Any, ...]:
