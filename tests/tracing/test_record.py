@@ -19,6 +19,7 @@ from var_moe.models.loading import LoadedModel
 from var_moe.models.seam import attach, detach, pair_backend, weighted_sum
 from var_moe.routing.native import NativePolicy
 from var_moe.routing.ranking import leading_count, rank_slots
+from var_moe.tracing import record
 from var_moe.tracing.record import record_trace
 
 # Larger steps switch experts in later layers; smaller ones drown in the rounding of norms and
@@ -267,3 +268,38 @@ def test_windows_stay_in_order_and_documents_whole(recorded, documents):
     order = list(dict.fromkeys(row.document for row in rows))
     assert recorded.documents.tolist() == order
     assert len(rows) > len(order)
+
+
+def altered(monkeypatch, change):
+    """Record as if the model's routers gave ``change(index, weight)``."""
+    experts = record._Recorder.experts
+
+    def other(self, layer, module, hidden, index, weight):
+        return experts(self, layer, module, hidden, *change(index, weight))
+
+    monkeypatch.setattr(record._Recorder, "experts", other)
+
+
+def test_the_order_of_slots_changes_nothing(recorded, loaded, documents, profile, monkeypatch):
+    altered(monkeypatch, lambda index, weight: (index.flip(1), weight.flip(1)))
+    other = record_trace(loaded, documents, profile=profile, **OPTIONS)
+    assert torch.equal(other.index, recorded.index)
+    assert torch.equal(other.weight, recorded.weight)
+    for name, value in recorded.damage.items():
+        torch.testing.assert_close(other.damage[name], value, rtol=1e-3, atol=1e-3)
+
+
+def test_weights_are_shares_of_any_sum(loaded, documents, monkeypatch):
+    """Large scales do not overflow; a token without weight has zeros, not nan."""
+
+    def scaled(index, weight):
+        weight = weight * 3e5
+        return index, torch.cat((torch.zeros_like(weight[:1]), weight[1:]))
+
+    altered(monkeypatch, scaled)
+    document = replace(documents[0], ids=documents[0].ids[:20])
+    trace = record_trace(loaded, [document], **OPTIONS)
+    sums = trace.weight.double().sum(dim=2)
+    assert sums[:, 1:] == pytest.approx(1.0, abs=1e-3)
+    assert (sums[:, 0] == 0).all()
+    assert torch.isfinite(trace.damage["cut"]).all()
