@@ -29,6 +29,7 @@ from torch import Tensor
 
 from var_moe.apply import routed
 from var_moe.config import VARConfig
+from var_moe.evaluation.perplexity import document_losses
 from var_moe.evaluation.text import TextDocument, encode
 from var_moe.models.loading import LoadedModel
 from var_moe.models.seam import experts_modules
@@ -38,6 +39,8 @@ from var_moe.routing.fast_path import ResidualMeans, RoutingTable
 from var_moe.routing.native import NativePolicy
 from var_moe.routing.ranking import leading_count
 from var_moe.routing.var import VARPolicy
+from var_moe.tracing.record import record_trace
+from var_moe.tracing.replay import TraceReplay
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Distance of a layer's output to the module's own eager forward, relative to its norm.
@@ -304,3 +307,30 @@ class SeamContract:
             scored = logits(tiny.model, text)
         assert torch.isfinite(scored).all()
         assert session.report().fast_pct > 0
+
+    def test_traces(self, tiny, backend, tiny_texts, tiny_tokenizer):
+        """A recording with its way back, and configurations replayed on it."""
+        loaded = LoadedModel.of(tiny.model, tiny_tokenizer, name=tiny.family.module)
+        texts = [TextDocument(str(i), "s", text) for i, text in enumerate(tiny_texts[:3])]
+        documents = encode(texts, tiny_tokenizer)
+        before = snapshot(tiny.model)
+        trace = record_trace(
+            loaded, documents, dataset="tiny", data_hash="h", window=64, backend=backend
+        )
+        assert differences(before, snapshot(tiny.model)) == []
+        assert trace.tokens == sum(len(document.ids) for document in documents)
+        assert trace.index.shape == (tiny.layers, trace.tokens, tiny.top_k)
+        columns = trace.columns()
+        assert all(torch.isfinite(column).all() for column in columns.values())
+        assert trace.damage["cut"].shape == (*trace.index.shape[:2], tiny.top_k - 1)
+        # Every layer's output reaches the loss.
+        assert (trace.damage["foreign"] != 0).flatten(1).any(dim=1).all()
+        losses = document_losses(tiny.model, documents, window=64)
+        assert float(trace.nll.double().sum()) == pytest.approx(losses.nll.sum(), rel=1e-4)
+        replay = TraceReplay.of_table(trace, tiny.table())
+        found = replay.evaluate(VARConfig()).report
+        assert found.tokens == trace.tokens
+        assert found.fast_pct > 0
+        keep_all = VARConfig(entropy_threshold=0, frequency_threshold=10**9, cache_size=0)
+        native = replay.evaluate(keep_all.replace(confidence_threshold=1.0, mode="plain"))
+        assert native.report.experts_per_token == tiny.top_k

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from var_moe.routing.decision import TokenBatch
-from var_moe.routing.keys import context_keys
+from var_moe.routing.keys import context_keys, stream_keys
 
 
 def padded_batch(
@@ -118,3 +118,13 @@ def test_keys_use_all_64_bits() -> None:
     for bit in range(64):
         share = ((keys >> bit) & 1).double().mean().item()
         assert 0.4 < share < 0.6, f"bit {bit} is set in {share:.0%} of the keys"
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 40])
+def test_documents_end_to_end_have_the_same_keys(window):
+    dice = random.Random(window)
+    rows = [[dice.randrange(3) for _ in range(size)] for size in (7, 1, 30, 12)]
+    batch = padded_batch(rows, left=False)
+    place = torch.tensor([at for row in rows for at in range(len(row))])
+    found = stream_keys(torch.tensor([token for row in rows for token in row]), place, window)
+    assert torch.equal(found, context_keys(batch, window)[batch.valid])

@@ -27,6 +27,18 @@ class Window:
     overlap: int  # leading tokens that the window before has counted already
 
 
+def drawn(documents: Sequence[EncodedDocument], max_tokens: int | None, seed: int) -> list[int]:
+    """Positions of the documents that make up ``max_tokens``; all of them where that is None.
+
+    In a seeded random order, as files are often sorted; the last one may go beyond.
+    """
+    if max_tokens is None:
+        return list(range(len(documents)))
+    order = np.random.default_rng(seed).permutation(len(documents))
+    sizes = np.cumsum([len(documents[i].ids) for i in order])
+    return [int(i) for i in order[: int(np.searchsorted(sizes, max_tokens)) + 1]]
+
+
 def windows(document: int, ids: np.ndarray, window: int, *, prefix: int = 0) -> list[Window]:
     """Cut a document into windows that overlap by a quarter."""
     overlap, start = window // 4, 0

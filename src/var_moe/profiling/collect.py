@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from var_moe.errors import UsageError, VarMoeError
-from var_moe.evaluation.batching import Window, batches, collate
+from var_moe.evaluation.batching import Window, batches, collate, drawn
 from var_moe.models.router_hooks import RouterLogits, router_fingerprint
 from var_moe.models.seam import attach, detach, experts_modules, pair_backend
 from var_moe.models.seam import weighted_sum as weighted
@@ -120,7 +120,7 @@ def collect_profile(
         UsageError: no documents, or a model whose router can't be watched.
         VarMoeError: the model gave non-finite router logits.
     """
-    chosen = _up_to(documents, max_tokens, seed)
+    chosen = [documents[i] for i in drawn(documents, max_tokens, seed)]
     if not chosen:
         raise UsageError(f"dataset {dataset!r}: no calibration text to profile; expected documents")
     model = loaded.model
@@ -158,17 +158,6 @@ def collect_profile(
     if checkpoint:
         checkpoint.unlink(missing_ok=True)
     return profile
-
-
-def _up_to(
-    documents: Sequence[EncodedDocument], max_tokens: int | None, seed: int
-) -> Sequence[EncodedDocument]:
-    """Documents in a seeded random order (files are often sorted) up to ``max_tokens``."""
-    if max_tokens is None:
-        return documents
-    order = np.random.default_rng(seed).permutation(len(documents))
-    sizes = np.cumsum([len(documents[i].ids) for i in order])
-    return [documents[i] for i in order[: int(np.searchsorted(sizes, max_tokens)) + 1]]
 
 
 def _forward(model: Any, collector: _Collector, batch: list[Window], device: Any) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from var_moe.errors import UsageError
-from var_moe.models.router_hooks import router_fingerprint
+from var_moe.models.identity import check_fits
 from var_moe.profiling.peers import PeerCalibration
 from var_moe.routing.fast_path import ResidualMeans, RoutingTable
 from var_moe.storage import (
@@ -32,7 +32,6 @@ RESIDUALS_FILE = "residuals.safetensors"
 PEERS_FILE = "peers.json"
 HEAD_FILE = "profile.json"
 _KEPT = "own weights"  # how kept experts were weighted when the residual means were fitted
-FINGERPRINT_TOLERANCE = 0.005  # a dtype's rounding stays far below, another training far above
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,29 +97,7 @@ class RoutingProfile:
         Raises:
             UsageError: names the profile's model and the one at hand.
         """
-        from var_moe.models.seam import experts_modules
-
-        head, modules = self.head, experts_modules(loaded.model)
-        experts = int(getattr(modules[0][1], "num_experts", 0)) if modules else 0
-        for what, mine, theirs in (
-            ("tokenizer", head["tokenizer_hash"], loaded.tokenizer_hash),
-            ("number of MoE layers", head["layers"], len(modules)),
-            ("number of experts", head["experts"], experts),
-            ("top-k", head["top_k"], loaded.top_k),
-        ):
-            if mine != theirs:
-                raise UsageError(
-                    f"profile of model {head['model']!r} does not fit model {loaded.name!r}: "
-                    f"another {what}; make one with `var-moe profile --model {loaded.name}`"
-                )
-        before, now = head.get("routers", []), router_fingerprint(loaded.model)
-        comparable = len(before) == len(now) > 0
-        if comparable and not np.allclose(before, now, rtol=FINGERPRINT_TOLERANCE):
-            raise UsageError(
-                f"profile of model {head['model']!r} does not fit model {loaded.name!r}: the "
-                "routers have other weights; make one with "
-                f"`var-moe profile --model {loaded.name}`"
-            )
+        check_fits("profile", self.head, loaded)
 
     def save(self, folder: str | Path) -> None:
         """Write the folder; the head comes last, so that a folder with a head is whole."""

@@ -45,15 +45,32 @@ def context_keys(batch: TokenBatch, window: int) -> Tensor:
     if ops is TORCH or not valid.all():
         order = ops.order(ops.where(valid, 1, 0))
         ids, valid = ops.take(ids, order), ops.take(valid, order)
-    # (B, P + S) ids in the key
-    known = ops.clip(valid.cumsum(1), window)
-    terms = _mix((_windows(ops, ids, window) + 1) * _GOLDEN + _distances(ops, ids, window))
-    # The newest ids stand last; what lies before the document's start is left out.
-    inside = _back(ops, ids, window) < known[:, :, None]
-    key = _mix(ops.where(inside, terms, 0).sum(2) + (known + 1) * _GOLDEN)
+    key = _hashed(ops, ids, ops.clip(valid.cumsum(1), window), window)
     if order is not None:
         key = ops.put(key, order, key)
     return ops.to_tensor(key[:, prefix_length:])
+
+
+def stream_keys(ids: Tensor, place: Tensor, window: int) -> Tensor:
+    """The same keys for documents that stand end to end, without padding. (N,) int64
+
+    Args:
+        ids: (N,) int64 token ids.
+        place: (N,) of each token in its document, from 0.
+        window: token ids in a key, the token itself included.
+    """
+    keys: Tensor = _hashed(TORCH, ids[None], (place + 1).clamp(max=window)[None], window)[0]
+    return keys
+
+
+def _hashed(ops: Operations, ids: Array, known: Array, window: int) -> Array:
+    """Hash the last ``known`` (B, N) ids, at most ``window``, of each of (B, N) ids."""
+    back = _back(ops, ids, window)
+    # A constant for each place of the window, so that order counts.
+    terms = _mix((_windows(ops, ids, window) + 1) * _GOLDEN + (back + 1) * _MIX_2)
+    # The newest ids stand last; what lies before the document's start is left out.
+    terms = ops.where(back < known[:, :, None], terms, 0)
+    return _mix(terms.sum(2) + (known + 1) * _GOLDEN)
 
 
 def _windows(ops: Operations, ids: Array, window: int) -> Array:
@@ -73,8 +90,3 @@ def _back(ops: Operations, ids: Array, window: int) -> Array:
     if ops is NUMPY:
         return np.arange(window - 1, -1, -1)
     return torch.arange(window - 1, -1, -1, device=ids.device)
-
-
-def _distances(ops: Operations, ids: Array, window: int) -> Array:
-    """(window,) a constant for each place of a window."""
-    return (_back(ops, ids, window) + 1) * _MIX_2

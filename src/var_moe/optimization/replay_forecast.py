@@ -1,0 +1,95 @@
+"""Forecasts of VAR configurations from a trace, a profile and a cost model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from var_moe.config import VARConfig
+from var_moe.errors import UsageError
+from var_moe.evaluation.compare import Progress
+from var_moe.evaluation.cost import CostModel, fit_cost_model
+from var_moe.optimization.forecast import Forecast
+from var_moe.optimization.objective import VARObjective
+from var_moe.optimization.search_space import Params
+from var_moe.storage import atomic_write_json
+from var_moe.tracing.record import record_trace
+from var_moe.tracing.replay import Replay, TraceReplay
+
+TRACE_FOLDER, COST_FILE = "trace", "cost_model.json"
+
+
+class ReplayForecaster:
+    """Forecasts VAR's six thresholds by replaying a trace.
+
+    Args:
+        replay: the trace of the text that full evaluations score, with damages.
+        cost: cost model of the machine and model.
+        mode: VAR's mode.
+    """
+
+    def __init__(self, replay: TraceReplay, cost: CostModel, *, mode: str = "verified") -> None:
+        if not replay.trace.damage:
+            raise UsageError("a search by replay needs a trace with damages; record it with them")
+        self.replay, self.cost, self.mode = replay, cost, mode
+
+    def config(self, point: Params) -> VARConfig:
+        """The configuration that a point stands for."""
+        return VARConfig.from_dict({"mode": self.mode, **point})
+
+    def forecast(self, points: Sequence[Params]) -> list[Forecast]:
+        """In the order of ``points``."""
+        found = self.replay.evaluate_many([self.config(point) for point in points])
+        return [self.of(one) for one in found]
+
+    def of(self, replay: Replay) -> Forecast:
+        """The forecast of one replayed configuration."""
+        report, residual = replay.report, replay.config.uses_residuals
+        return Forecast(
+            degradation=replay.degradation,
+            speedup=self.cost.speedup(report, decided=True, residual=residual),
+            experts_per_token=report.experts_per_token,
+            fast_pct=report.fast_pct,
+            cached_pct=report.cached_pct,
+            learned_pct=report.learned_pct,
+        )
+
+
+def make_forecaster(
+    objective: VARObjective,
+    *,
+    dataset: str,
+    data_hash: str,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> ReplayForecaster:
+    """Trace the objective's text, fit the cost model, and put both in ``folder``.
+
+    Args:
+        objective: its evaluator's text is traced.
+        dataset, data_hash: of that text, for the trace's head.
+        folder: results folder; an interrupted trace goes on there.
+        progress: called with a stage's name, tokens done and in all.
+    """
+    evaluator = objective.evaluator
+    place = None if folder is None else folder / TRACE_FOLDER
+    trace = record_trace(
+        evaluator.loaded,
+        evaluator.documents,
+        dataset=dataset,
+        data_hash=data_hash,
+        folder=place,
+        profile=objective.profile,
+        tokens_per_batch=evaluator.tokens_per_batch,
+        progress=(lambda done, total: progress("tracing the router", done, total))
+        if progress
+        else None,
+    )
+    var_all, var_leading = evaluator.cost_policies or (None, None)
+    cost = fit_cost_model(evaluator, var_all=var_all, var_leading=var_leading)
+    if folder is not None:
+        atomic_write_json(folder / COST_FILE, cost.to_dict())
+    return ReplayForecaster(TraceReplay(trace, objective.profile), cost, mode=objective.mode)
+
+
+__all__ = ["COST_FILE", "TRACE_FOLDER", "ReplayForecaster", "make_forecaster"]

@@ -1,0 +1,1 @@
+"""Tracing: the router's decisions on a text, recorded once and replayed for any configuration."""
