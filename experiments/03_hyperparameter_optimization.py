@@ -1,4 +1,8 @@
-"""Phase 3: Hyperparameter Optimization. The same as ``var-moe tune``; see ``--help`` there."""
+"""Phase 3: Hyperparameter Optimization: ``var-moe tune``, with the documented defaults.
+
+Those are the bayesian method, and a grid that runs the model for each of its points; ``var-moe
+tune`` itself searches by replay unless told otherwise. See ``--help``.
+"""
 
 import sys
 
@@ -10,4 +14,7 @@ except ModuleNotFoundError as error:
     sys.exit("error: var_moe is not installed for this Python: pip install -e . (or make tune)")
 
 if __name__ == "__main__":
-    sys.exit(main(["tune", *sys.argv[1:]]))
+    words = sys.argv[1:]
+    if not any(word.startswith(("--method", "--validate", "--from")) for word in words):
+        words = ["--method", "bayesian", *words]
+    sys.exit(main(["tune", "--exhaustive", *words]))

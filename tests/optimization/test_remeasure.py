@@ -43,7 +43,10 @@ def run(monkeypatch):
             return room.Measured(
                 name=name,
                 config=config,
-                quality=SimpleNamespace(change=change, report=SimpleNamespace(learned_pct=90)),
+                quality=SimpleNamespace(
+                    change=change,
+                    report=SimpleNamespace(learned_pct=90, experts_per_token=3 - pace),
+                ),
                 speed=speed,
                 max_degradation=BOUND,
             )
@@ -100,7 +103,8 @@ def test_the_bound_itself_is_not_below_the_bound(upper, passes):
         name="one",
         config=VARConfig(),
         quality=SimpleNamespace(
-            change=SimpleNamespace(value=0.005, upper=upper), report=SimpleNamespace(learned_pct=5)
+            change=SimpleNamespace(value=0.005, upper=upper),
+            report=SimpleNamespace(learned_pct=5, experts_per_token=1.5),
         ),
         speed=SimpleNamespace(speedup=SimpleNamespace(median=1.25)),
         max_degradation=BOUND,
@@ -108,3 +112,18 @@ def test_the_bound_itself_is_not_below_the_bound(upper, passes):
     assert measured.passed is passes
     assert measured.score == pytest.approx(1.35 if passes else -100 * (1 + upper))
     assert (room.winner([measured]) is not None) is passes
+
+
+def test_a_lucky_timing_does_not_win():
+    def measured(executed, pace):
+        change = SimpleNamespace(value=0.005, upper=0.008)
+        report = SimpleNamespace(learned_pct=90, experts_per_token=executed)
+        return room.Measured(
+            name=str(executed),
+            config=VARConfig(),
+            quality=SimpleNamespace(change=change, report=report),
+            speed=SimpleNamespace(speedup=SimpleNamespace(median=pace)),
+            max_degradation=BOUND,
+        )
+
+    assert room.winner([measured(1.6, 1.4), measured(1.5, 1.2)]).name == "1.5"

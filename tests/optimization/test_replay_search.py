@@ -1,4 +1,4 @@
-"""Replay search on objectives with known answers, with forecasts that are right, biased or blind."""
+"""Replay search on objectives with known answers; forecasts are right, biased or blind."""
 
 from __future__ import annotations
 

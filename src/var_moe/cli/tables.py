@@ -155,3 +155,36 @@ def print_policies(result: Mapping[str, Any]) -> None:
             )
         table.add_section()
     _console().print(table)
+
+
+def print_front(
+    points: Sequence[Mapping[str, Any]], best: Mapping[str, Any], *, max_degradation: float
+) -> None:
+    """The verified points of a search's front, and the one that answers a bound."""
+    from rich.table import Table
+
+    low_high, limit = best["speedup_95"], f"{100 * max_degradation:g}%"
+    console = _console()
+    console.print(
+        f"Fastest verified configuration with degradation below {limit}: {best['speedup']:.3f}x "
+        f"[{low_high[0]:.3f}, {low_high[1]:.3f}] at {100 * best['degradation']:+.2f}% perplexity "
+        f"(95% upper bound {100 * best['degradation_upper_95']:+.2f}%), "
+        f"{best['experts_per_token']:.2f} experts per token",
+        highlight=False,
+        soft_wrap=True,
+    )
+    table = Table(title="Verified points, the safest first", title_justify="left")
+    for heading in ("", "change (95% upper)", "speedup [95%]", "experts/token", "keeps " + limit):
+        table.add_column(heading, justify="right" if heading else "left")
+    for point in points:
+        if not point["verified"]:
+            continue
+        ends = point["speedup_95"]
+        table.add_row(
+            point["name"],
+            f"{100 * point['degradation']:+.2f}% ({100 * point['degradation_upper_95']:+.2f}%)",
+            f"{point['speedup']:.3f} [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "not timed",
+            f"{point['experts_per_token']:.3f}",
+            "yes" if point["degradation_upper_95"] < max_degradation else "no",
+        )
+    console.print(table, highlight=False)

@@ -16,18 +16,21 @@ if TYPE_CHECKING:
 
 DEFAULT_OUTPUT = Path("results/phase3")
 DEFAULT_BOUND = 0.01
+CALLS, FORECAST_CALLS = 50, 10
 
 
 def tune(
     *,
-    method: Literal["bayesian", "grid", "random"] = "bayesian",
+    method: Literal["replay", "bayesian", "grid", "random"] | None = None,
     model: str | None = None,
     dataset: str | None = None,
-    n_calls: int = 50,
-    n_points: int = 3,
+    n_calls: int | None = None,
+    n_points: int | None = None,
+    exhaustive: bool = False,
     max_degradation: float | None = None,
     output: Path | None = None,
     validate: Path | None = None,
+    from_: Annotated[Path | None, Parameter(name="--from")] = None,
     seed: int | None = None,
     mode: Literal["verified", "plain"] | None = None,
     policy: str | None = None,
@@ -48,16 +51,21 @@ def tune(
     """Find the VAR configuration with the most throughput within a perplexity bound.
 
     Args:
-        method: how points are chosen; grid takes n_points^6 evaluations.
+        method: how points are chosen: replay (default) runs the model for ten configurations that
+            thousands of forecasts choose; grid chooses among n_points^6 forecasts; bayesian (the
+            default with --policy) and random run the model for each point.
         model: demo (default), a local folder, or a Hub id.
         dataset: demo (default; or demo-postgres, ...), wikitext, a Hub name[:config], or a
             local file.
-        n_calls: evaluations of the bayesian and random methods.
-        n_points: values per dimension of the grid.
+        n_calls: full evaluations; 10 by default where forecasts choose them, else 50.
+        n_points: values per dimension of the grid; 5 by default, 3 with --exhaustive.
+        exhaustive: run the model for every point of the grid.
         max_degradation: bound on the relative perplexity change; 0.01 (default) allows 1%.
         output: folder for the result files; results/phase3 by default.
         validate: measure this configuration on held-out text instead of searching; model,
             dataset, bound and folder are then by default those of its search.
+        from_: answer --max_degradation from the front that an earlier search left in this folder,
+            without a model.
         seed: of the search; by default a fresh one, which is recorded.
         mode: verified (default) asks the router and lets table and cache only license a cut.
         policy: tune another policy (naee, ser, top_p, ...) in place of VAR.
@@ -97,6 +105,8 @@ def tune(
             trust_remote_code=trust_remote_code,
             quiet=quiet,
         )
+    if from_ is not None:
+        return _from(from_, max_degradation, output)
     from var_moe.evaluation.text import check_dataset
     from var_moe.optimization.objective_protocol import check_bound
     from var_moe.optimization.search_space import grid_size, parse_bounds, point_count
@@ -106,11 +116,18 @@ def tune(
     max_degradation = check_bound(DEFAULT_BOUND if max_degradation is None else max_degradation)
     check_output_folder(output)
     policy, mode = _policy(policy, mode)
+    method = method or ("bayesian" if policy else "replay")
+    exhaustive = exhaustive or bool(policy)
+    by_forecasts = method == "replay" or (method == "grid" and not exhaustive)
+    if n_calls is None:
+        n_calls = FORECAST_CALLS if by_forecasts else CALLS
+    if n_points is None:
+        n_points = 3 if exhaustive else 5
     check_name(model)
     check_dataset(dataset)
     # A policy's names are the same for every K; its ranges wait for the model.
     space = parse_bounds(bounds or [], _space(policy, top_k=2))
-    if method == "grid" and not yes:
+    if method == "grid" and exhaustive and not yes:
         _confirm_grid(grid_size(space, n_points))
     if method == "bayesian" and engine == "skopt":
         from var_moe.optimization.skopt_engine import require_skopt
@@ -127,6 +144,7 @@ def tune(
     settings = TuneSettings(
         method=method,
         engine=engine,
+        exhaustive=exhaustive,
         dataset=dataset,
         n_calls=n_calls,
         n_points=n_points,
@@ -168,6 +186,31 @@ def tune(
         highlight=False,
         soft_wrap=True,
     )
+    return 0
+
+
+def _from(folder: Path, max_degradation: float | None, output: Path | None) -> int:
+    """Another bound, answered from the front of a finished search."""
+    from var_moe.cli.tables import print_front
+    from var_moe.optimization.front import answer_from
+    from var_moe.optimization.saving import CONFIG_FILE, METADATA_FILE
+    from var_moe.storage import atomic_write_json, check_output_folder, read_json
+
+    if max_degradation is None:
+        raise UsageError("--from needs --max_degradation: the bound to answer")
+    best, points = answer_from(folder, max_degradation)
+    place = output or folder / f"bound_{100 * max_degradation:g}pct"
+    check_output_folder(place)
+    metadata = read_json(folder / METADATA_FILE, what="metadata of a search")
+    metadata["settings"] = {**metadata.get("settings", {}), "max_degradation": max_degradation}
+    profile = metadata.get("profile", {})
+    if (folder / "profile").is_dir():
+        profile["path"] = str(folder / "profile")
+    atomic_write_json(place / METADATA_FILE, {**metadata, "answered_from": str(folder)})
+    atomic_write_json(place / CONFIG_FILE, best["config"])
+    print_front(points, best, max_degradation=max_degradation)
+    print(f"Saved: {place / CONFIG_FILE}")
+    print(f"Next: var-moe tune --validate {place / CONFIG_FILE}")
     return 0
 
 

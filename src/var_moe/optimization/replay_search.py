@@ -72,6 +72,11 @@ class Forecasts:
         self._known.update(zip(new, made, strict=True))
         return [self._known[key] for key in keys]
 
+    forecast = of  # it forecasts, too
+
+    def __len__(self) -> int:
+        return len(self._known)
+
 
 def column(forecasts: Sequence[Forecast], name: str) -> Floats:
     """One figure of many forecasts. (M,)"""
@@ -108,6 +113,7 @@ class ReplayPlan:
         bound: on the degradation.
         seed: of the pool and the local search.
         first: points to evaluate before all others.
+        points: choose among these alone, as a grid's.
     """
 
     def __init__(
@@ -118,11 +124,12 @@ class ReplayPlan:
         bound: float,
         seed: int,
         first: Sequence[Params] = (),
+        points: Sequence[Params] | None = None,
     ) -> None:
         self._dims = dimensions(space)
         self._forecasts, self._bound, self._seed = forecasts, bound, seed
-        self._first = list(first)
-        self.pool = pool_points(space, seed)
+        self._first, self._local = list(first), points is None
+        self.pool = pool_points(space, seed) if points is None else list(points)
 
     def correction(self, evaluations: Sequence[Evaluation]) -> Correction:
         """What the evaluations say of the forecasts."""
@@ -141,6 +148,8 @@ class ReplayPlan:
         caution = CAUTION[number % len(CAUTION)]
         limit = self._bound - caution * _text_error(evaluations, self._bound)
         gain = self._gain(self.pool, evaluations, limit)
+        if not self._local:
+            return self.pool[int(np.argmax(gain))]
         nearest = [self.pool[i] for i in np.argsort(-gain, kind="stable")[:_AROUND]]
         dice = np.random.default_rng([self._seed, 6, number])
         points = [*self.pool, *self._neighbours(nearest, dice)]
@@ -204,6 +213,7 @@ def replay_search(
     journal: TrialJournal | str | Path | None = None,
     resume: bool = False,
     enqueue: Sequence[Params] = (),
+    points: Sequence[Params] | None = None,
     mode: str | None = None,
     confirm: bool = True,
     settings: dict[str, Any] | None = None,
@@ -213,7 +223,8 @@ def replay_search(
     """Search with few full evaluations, each chosen from thousands of forecasts.
 
     Args:
-        objective_fn: a rich objective, as `create_objective_function` returns.
+        objective_fn: a rich objective, as `create_objective_function` returns; best with its
+            `stop_early` set.
         forecaster: forecasts of the same text, see `optimization.replay_forecast`.
         search_space: see `SEARCH_SPACE`.
         n_calls: full evaluations, failed ones included.
@@ -222,6 +233,7 @@ def replay_search(
         journal: file that keeps each finished evaluation.
         resume: go on with the search in `journal`.
         enqueue: points to evaluate first.
+        points: choose among these alone, as all points of a grid.
         mode, confirm, settings, on_evaluation, should_stop: see `SearchOptions`.
 
     Raises:
@@ -236,6 +248,7 @@ def replay_search(
             bound=objective_fn.max_degradation,
             seed=header.known_seed,
             first=first,
+            points=points,
         )
         return plan.suggest
 

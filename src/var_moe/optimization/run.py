@@ -20,6 +20,13 @@ from var_moe.optimization.policy_objective import PolicyObjective
 from var_moe.optimization.preparation import halves, obtain_profile, read_text
 from var_moe.optimization.random_points import random_search
 from var_moe.optimization.remeasure import Measured, measure, remeasure
+from var_moe.optimization.replay_run import (
+    ReplaySearch,
+    replay_metadata,
+    save_front,
+    search_by_replay,
+    verify_front,
+)
 from var_moe.optimization.results import OptimizationResult, jsonable
 from var_moe.optimization.search_space import SEARCH_SPACE, SearchSpace, check_seed
 from var_moe.profiling.collect import DEFAULT_TOKENS
@@ -28,7 +35,7 @@ from var_moe.storage import check_output_folder
 if TYPE_CHECKING:
     from var_moe.models.loading import LoadedModel
 
-METHODS = ("bayesian", "grid", "random")
+METHODS = ("replay", "bayesian", "grid", "random")
 DEFAULT_SAMPLES = 200
 _AT_LEAST = {
     **dict.fromkeys(("n_calls", "n_points", "final_blocks", "candidates"), 1),
@@ -43,8 +50,10 @@ class TuneSettings:
 
     Args:
         method, engine: how points are chosen; the engine is for the bayesian method.
+        exhaustive: the grid runs the model for each of its points; else their forecasts choose
+            `n_calls` of them, as for the method replay.
         dataset: name or path; its calibration split is profiled, its validation split judges.
-        n_calls: evaluations of the bayesian and random methods.
+        n_calls: full evaluations; of the exhaustive grid all points are.
         n_points: values per dimension of the grid.
         max_degradation: bound on the relative perplexity change.
         output: folder for the results.
@@ -64,6 +73,7 @@ class TuneSettings:
 
     method: str = "bayesian"
     engine: str = "optuna"
+    exhaustive: bool = True
     dataset: str = "demo"
     n_calls: int = 50
     n_points: int = 3
@@ -82,10 +92,19 @@ class TuneSettings:
     candidates: int = 8
     setting: SpeedSetting = field(default_factory=SpeedSetting)
 
+    @property
+    def by_replay(self) -> bool:
+        """Whether forecasts from a trace choose what is evaluated."""
+        return self.method == "replay" or (self.method == "grid" and not self.exhaustive)
+
     def __post_init__(self) -> None:
         check_bound(self.max_degradation)
         if self.method not in METHODS:
             raise UsageError(f"method {self.method!r}: expected one of {', '.join(METHODS)}")
+        if self.by_replay and self.policy:
+            raise UsageError(
+                f"policy {self.policy!r} is not searched by replay; use method bayesian or random"
+            )
         check_seed(self.seed)
         for name, least in _AT_LEAST.items():
             value = getattr(self, name)
@@ -156,7 +175,29 @@ def tune(
     evaluator.progress = None  # the search shows its own
     if settings.policy:
         identity["policy"] = settings.policy
-    result = _search(objective, settings, identity, verbose)
+    options: dict[str, Any] = {
+        "seed": settings.seed,
+        "mode": None if settings.policy else settings.mode,
+        "resume": settings.resume,
+        "confirm": False,  # `tune` measures the best again on text of its own
+        "settings": identity,
+        "verbose": verbose,
+    }
+    replayed: ReplaySearch | None = None
+    if settings.by_replay and isinstance(objective, VARObjective):
+        replayed = search_by_replay(
+            objective,
+            settings.space,
+            n_calls=settings.n_calls,
+            n_points=settings.n_points if settings.method == "grid" else None,
+            data={"dataset": settings.dataset, "data_hash": validation.data_hash},
+            folder=settings.output,
+            progress=progress,
+            options=options,
+        )
+        result = replayed.result
+    else:
+        result = _search(objective, settings, options)
 
     ordering = ordering_half[: settings.final_samples]
     final = evaluator.with_documents(ordering)
@@ -172,6 +213,17 @@ def tune(
     if isinstance(objective, VARObjective):
         presets = [_preset(name, measured, final, objective, settings) for name in PRESETS]
     measured = [one for one in measured if all(one.config != p.config for p in presets)]
+    if replayed is not None and isinstance(objective, VARObjective):
+        measured += verify_front(
+            replayed, final, objective, [*measured, *presets], blocks=settings.final_blocks
+        )
+        save_front(
+            settings.output,
+            replayed.front,
+            [*measured, *presets],
+            max_degradation=settings.max_degradation,
+            identity=identity,
+        )
     notes = [
         *([] if settings.policy else profile_notes(profile, settings.space)),
         *search_notes(result, validation.independent),
@@ -192,6 +244,7 @@ def tune(
         "ordering_documents": len(ordering),
         "remeasured": [one.to_dict() for one in (*measured, *presets)],
         "notes": notes,
+        **({"replay": replay_metadata(replayed)} if replayed else {}),
     }
     return conclude(
         result,
@@ -223,30 +276,24 @@ def _preset(
 
 
 def _search(
-    objective: PolicyObjective, settings: TuneSettings, identity: dict[str, Any], verbose: bool
+    objective: PolicyObjective, settings: TuneSettings, options: dict[str, Any]
 ) -> OptimizationResult:
     folder = settings.output
-    common: dict[str, Any] = {
-        "seed": settings.seed,
-        "mode": None if settings.policy else settings.mode,
-        "resume": settings.resume,
-        "confirm": False,  # `tune` measures the best again on text of its own
-        "settings": identity,
-        "verbose": verbose,
-    }
     if settings.method == "grid":
         journal = folder / JOURNAL_NAME
-        return grid_search(objective, settings.space, settings.n_points, journal=journal, **common)
+        return grid_search(objective, settings.space, settings.n_points, journal=journal, **options)
     if settings.method == "random":
         journal = folder / JOURNAL_NAME
-        return random_search(objective, settings.space, settings.n_calls, journal=journal, **common)
+        return random_search(
+            objective, settings.space, settings.n_calls, journal=journal, **options
+        )
     return bayesian_optimization(
         objective,
         settings.space,
         settings.n_calls,
         engine=settings.engine,
         storage_path=folder,
-        **common,
+        **options,
     )
 
 

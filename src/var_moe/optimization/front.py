@@ -1,0 +1,170 @@
+"""The feasible front: speedup against degradation, from the safest configuration to the fastest.
+
+Most of its points are forecasts, corrected by the full evaluations; some are verified, which means
+measured on text that was not searched on. ``pareto.json`` keeps them, so that another bound can be
+answered without a new search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from var_moe.errors import UsageError
+from var_moe.optimization.correction import Correction
+from var_moe.optimization.forecast import Forecast
+from var_moe.optimization.objective_protocol import check_bound
+from var_moe.optimization.remeasure import Measured
+from var_moe.optimization.results import jsonable
+from var_moe.optimization.search_space import Params
+from var_moe.optimization.selection import Z_95
+from var_moe.storage import SCHEMA_VERSION, atomic_write_json, provenance, read_json
+
+PARETO_FILE = "pareto.json"
+POINTS = 40
+VERIFIED_AT = (0.3, 0.6, 2.0, 4.0)
+"""Multiples of the bound at which the front is verified besides the search's own candidates."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontPoint:
+    """A configuration that no other is forecast to beat in both speedup and degradation."""
+
+    params: Params
+    forecast: Forecast
+    degradation: float  # corrected
+    deviation: float  # its standard deviation
+
+
+def feasible_front(
+    points: Sequence[Params],
+    forecasts: Sequence[Forecast],
+    correction: Correction,
+    *,
+    at_most: int = POINTS,
+) -> list[FrontPoint]:
+    """The non-dominated points, the safest first, thinned to about ``at_most`` of them."""
+    mean, deviation = correction.predict(np.array([one.degradation for one in forecasts]))
+    score = np.array([one.score for one in forecasts])
+    # The safest first, of equals the fastest; each that is faster than all before it stays.
+    order = np.lexsort((-score, mean))
+    front: list[int] = []
+    fastest = -np.inf
+    for at in order.tolist():
+        if score[at] > fastest:
+            fastest = score[at]
+            front.append(at)
+    keep = np.unique(np.linspace(0, len(front) - 1, min(at_most, len(front))).round().astype(int))
+    return [
+        FrontPoint(
+            params=dict(points[front[i]]),
+            forecast=forecasts[front[i]],
+            degradation=float(mean[front[i]]),
+            deviation=float(deviation[front[i]]),
+        )
+        for i in keep.tolist()
+    ]
+
+
+def to_verify(front: Sequence[FrontPoint], bound: float) -> list[FrontPoint]:
+    """The fastest points that should keep certain multiples of the bound."""
+    chosen: dict[int, FrontPoint] = {}
+    for multiple in VERIFIED_AT:
+        safe = [
+            number
+            for number, point in enumerate(front)
+            if point.degradation + Z_95 * point.deviation <= multiple * bound
+        ]
+        if safe:
+            chosen[max(safe)] = front[max(safe)]
+    return list(chosen.values())
+
+
+def save_front(
+    folder: Path,
+    front: Sequence[FrontPoint],
+    measured: Sequence[Measured],
+    *,
+    max_degradation: float,
+    identity: Mapping[str, Any],
+) -> None:
+    """Write ``pareto.json``: verified and forecast points, the safest first."""
+    rows: list[dict[str, Any]] = [
+        {
+            "verified": False,
+            "config": point.params,
+            "degradation": point.degradation,
+            "degradation_standard_deviation": point.deviation,
+            "speedup": point.forecast.speedup,
+            **point.forecast.to_dict(),
+        }
+        for point in front
+    ]
+    for one in measured:
+        change, report = one.quality.change, one.quality.report
+        rows.append(
+            {
+                "verified": True,
+                "name": one.name,
+                "config": one.config.to_dict(),
+                "degradation": change.value,
+                "degradation_standard_error": change.standard_error,
+                "degradation_upper_95": change.upper,
+                "speedup": one.speed.speedup.median if one.speed else None,
+                "speedup_95": [one.speed.speedup.low, one.speed.speedup.high]
+                if one.speed
+                else None,
+                "experts_per_token": report.experts_per_token,
+                "fast_pct": report.fast_pct,
+                "cached_pct": report.cached_pct,
+                "learned_pct": report.learned_pct,
+            }
+        )
+    rows.sort(key=lambda row: row["degradation"])
+    atomic_write_json(
+        folder / PARETO_FILE,
+        jsonable(
+            {
+                "schema_version": SCHEMA_VERSION,
+                "max_degradation": max_degradation,
+                "identity": dict(identity),
+                "points": rows,
+                "provenance": provenance(),
+            }
+        ),
+    )
+
+
+def answer_from(
+    folder: Path, max_degradation: float
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The best verified point of a finished search for another bound.
+
+    Returns:
+        The point with the fewest executed pairs whose 95% upper bound is below the limit, and all
+        points of the front.
+
+    Raises:
+        UsageError: the folder has no front, or no verified point keeps the bound; says which
+            bound can be kept.
+    """
+    check_bound(max_degradation)
+    path = Path(folder) / PARETO_FILE
+    saved = read_json(path, what="front of a search by replay (`var-moe tune --method replay`)")
+    if not isinstance(saved, dict) or saved.get("schema_version") != SCHEMA_VERSION:
+        raise UsageError(f"{path}: not a front of schema {SCHEMA_VERSION}; run the search again")
+    points: list[dict[str, Any]] = saved.get("points") or []
+    verified = [point for point in points if point.get("verified")]
+    kept = [point for point in verified if point["degradation_upper_95"] < max_degradation]
+    if not kept:
+        least = min((point["degradation_upper_95"] for point in verified), default=None)
+        can = "" if least is None else f"; the safest one keeps {100 * least:.2f}%"
+        raise UsageError(
+            f"{path}: no verified configuration keeps {100 * max_degradation:g}%{can}; "
+            "search again with this --max_degradation"
+        )
+    return min(kept, key=lambda point: point["experts_per_token"]), points
