@@ -123,25 +123,34 @@ def test_the_pool_holds_the_default_the_presets_and_valid_points():
 
 
 def test_without_evaluations_the_forecast_is_taken_at_its_word():
-    mean, deviation = Correction.fit([], [], scale=0.01).predict(np.array([0.0, 0.01, 0.02]))
-    assert mean == pytest.approx([0.0, 0.01, 0.02])
-    assert deviation[0] < 2e-4 < 0.003 < deviation[1] < deviation[2]
+    mean, deviation = Correction.fit([], [], scale=0.01).predict([0.005, 0.01, 0.08])
+    assert np.exp(mean) == pytest.approx([0.005, 0.01, 0.08])
+    assert deviation[1] == pytest.approx(np.hypot(0.3, 0.05), rel=0.01)
+    # Eight times the bound is not believed to keep it.
+    assert feasible_improvement(
+        np.array([1.4]), mean[2:], deviation[2:], best=1.0, limit=0.01
+    ) == pytest.approx([0.0], abs=1e-5)
 
 
 def test_evaluations_correct_the_forecast_and_narrow_it():
     forecast = [0.004, 0.008, 0.012]
     fitted = Correction.fit(forecast, [0.8 * f for f in forecast], scale=0.01)
-    mean, deviation = fitted.predict(np.array([0.01]))
-    assert mean[0] == pytest.approx(0.008, rel=0.03)
-    assert deviation[0] < 0.001
+    mean, deviation = fitted.predict([0.01])
+    assert np.exp(mean[0]) == pytest.approx(0.008, rel=0.02)
+    assert deviation[0] < 0.08
 
 
 def test_feasible_improvement_by_hand():
     found = feasible_improvement(
         np.array([1.2, 1.3, 1.1]),
-        np.array([0.01, 0.008, 0.0]),
-        np.array([0.001, 0.001, 0.001]),
+        np.log([0.01, 0.01, 0.001]),
+        np.array([0.1, 0.1, 0.1]),
         best=1.15,
-        limit=0.01,
+        limit=0.01 * np.exp(0.1),
     )
-    assert found == pytest.approx([0.05 * 0.5, 0.15 * 0.97725, 0.0], rel=1e-3)
+    assert found == pytest.approx([0.05 * 0.84134, 0.15 * 0.84134, 0.0], rel=1e-3)
+
+
+def test_a_gain_where_even_the_bold_may_fail_is_not_taken_first():
+    result = replay_search(SixObjective(), AnalyticForecaster(), n_calls=1, verbose=False, seed=3)
+    assert result.evaluations[0].degradation < 0.012

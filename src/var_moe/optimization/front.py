@@ -37,7 +37,7 @@ class FrontPoint:
     params: Params
     forecast: Forecast
     degradation: float  # corrected
-    deviation: float  # its standard deviation
+    upper: float  # one-sided 95% upper bound of the correction
 
 
 def feasible_front(
@@ -63,8 +63,8 @@ def feasible_front(
         FrontPoint(
             params=dict(points[front[i]]),
             forecast=forecasts[front[i]],
-            degradation=float(mean[front[i]]),
-            deviation=float(deviation[front[i]]),
+            degradation=float(np.exp(mean[front[i]])),
+            upper=float(np.exp(mean[front[i]] + Z_95 * deviation[front[i]])),
         )
         for i in keep.tolist()
     ]
@@ -74,11 +74,7 @@ def to_verify(front: Sequence[FrontPoint], bound: float) -> list[FrontPoint]:
     """The fastest points that should keep certain multiples of the bound."""
     chosen: dict[int, FrontPoint] = {}
     for multiple in VERIFIED_AT:
-        safe = [
-            number
-            for number, point in enumerate(front)
-            if point.degradation + Z_95 * point.deviation <= multiple * bound
-        ]
+        safe = [number for number, point in enumerate(front) if point.upper <= multiple * bound]
         if safe:
             chosen[max(safe)] = front[max(safe)]
     return list(chosen.values())
@@ -98,7 +94,7 @@ def save_front(
             "verified": False,
             "config": point.params,
             "degradation": point.degradation,
-            "degradation_standard_deviation": point.deviation,
+            "degradation_forecast_upper_95": point.upper,
             "speedup": point.forecast.speedup,
             **point.forecast.to_dict(),
         }

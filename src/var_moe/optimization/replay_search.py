@@ -172,7 +172,7 @@ class ReplayPlan:
         gain = feasible_improvement(score, mean, deviation, best=best, limit=limit)
         # Where nothing promises a gain: what is likely to keep the limit, the fastest first.
         gain += 1e-6 * feasible_improvement(score, mean, deviation, best=0.0, limit=limit)
-        gain -= 1e-9 * mean
+        gain -= 1e-9 * np.exp(mean)
         executed, learned = column(forecasts, "experts_per_token"), column(forecasts, "learned_pct")
         for one in seen:  # points that decide alike count once
             alike = np.abs(executed - one.experts_per_token) < _ALIKE
