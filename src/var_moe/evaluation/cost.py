@@ -111,7 +111,7 @@ class CostModel:
         )
 
     def _executed(
-        self, executed: Floats, of_tokens: int, tokens: int
+        self, executed: NDArray[Any], of_tokens: int, tokens: int
     ) -> tuple[Floats, Floats, Floats]:
         """Pairs, expert calls and cuts of ``tokens``, where ``of_tokens`` executed (..., L)."""
         each_layer = executed * (tokens / max(of_tokens, 1))
@@ -127,7 +127,7 @@ class CostModel:
         return self.baseline / self.predict(self.work(report, decided=decided, residual=residual))
 
     def speedups(
-        self, executed: Floats, *, tokens: int, decided: bool = True, residual: bool = False
+        self, executed: NDArray[Any], *, tokens: int, decided: bool = True, residual: bool = False
     ) -> Floats:
         """`speedup` of many configurations at once.
 
@@ -140,12 +140,11 @@ class CostModel:
             (...) predicted speedups.
         """
         forward = self.setting.batch_size * self.setting.sequence
-        pairs, experts, cuts = self._executed(np.asarray(executed), tokens, forward)
-        one = [1.0, forward, pairs, experts, forward * decided, cuts * residual]
-        found: Floats = self.baseline / sum(
-            self.seconds[name] * term for name, term in zip(TERMS, one, strict=True)
-        )
-        return found
+        pairs, experts, cuts = self._executed(executed, tokens, forward)
+        terms: list[Any] = [1.0, forward, pairs, experts, forward * decided, cuts * residual]
+        seconds = [self.seconds[name] for name in TERMS]
+        took: Floats = np.asarray(sum(s * term for s, term in zip(seconds, terms, strict=True)))
+        return self.baseline / took
 
     def breakdown(self, work: Work) -> dict[str, float]:
         """Seconds of each term."""

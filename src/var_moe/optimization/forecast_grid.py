@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
@@ -149,7 +149,7 @@ def forecast_grid(
                 found.pairs, tokens=found.tokens, residual=config.uses_residuals
             )
         for name, figure in figures.items():
-            columns[name][(slice(None), slice(None), *places)] = figure
+            columns[name][:, :, *places] = figure
         done += shape[0] * shape[1]
         if progress:
             progress("replaying the grid", done, total)
@@ -166,7 +166,7 @@ def _groups(
     for window, size, ttl, sure in product(cache[2], cache[0], cache[1], confidence):
         places = (sure, size, ttl, window)
         chosen = {name: lists[name][place] for name, place in zip(names, places, strict=True)}
-        yield places, replace(base, **chosen)
+        yield places, base.replace(**chosen)
 
 
 def non_dominated(cost: Floats, gain: Floats) -> list[int]:

@@ -206,14 +206,17 @@ class ThresholdGrid:
             found[0][:] = 0.0
         return found
 
-    def _count(self, layer: int, token: Ints) -> NDArray[np.intp]:
-        return np.bincount(self._bin[layer][token], minlength=self._shape[0] * self._shape[1])
+    def _count(self, layer: int, token: Ints) -> Floats:
+        """How many tokens are in each bin. (B,)"""
+        size = self._shape[0] * self._shape[1]
+        return np.bincount(self._bin[layer][token], minlength=size).astype(np.float64)
 
     def _weighed(self, layer: int, token: Ints, effects: list[Floats]) -> list[Floats]:
         """Sums of each of the effects, then of their squares, by bin. (B,) each"""
         place, size = self._bin[layer][token], self._shape[0] * self._shape[1]
         weights = [*effects, *(effect * effect for effect in effects)]
-        return [np.bincount(place, weights=weight, minlength=size) for weight in weights]
+        found = [np.bincount(place, weights=weight, minlength=size) for weight in weights]
+        return [sums.astype(np.float64, copy=False) for sums in found]
 
     def _reaching(self, sums: Floats) -> Floats:
         """From sums by bin to sums over the ids that reach both thresholds. (Q, L, F, G)"""

@@ -98,9 +98,12 @@ class TraceReplay:
         >>> found.report.experts_per_token, found.report.learned_pct, found.degradation
     """
 
+    profile_hash: str | None = None
+
     def __init__(self, trace: RoutingTrace, profile: RoutingProfile) -> None:
         trace.check_profile(profile)
         self._prepare(trace, profile.table())
+        self.profile_hash = profile.hash
 
     @classmethod
     def of_table(cls, trace: RoutingTrace, table: RoutingTable) -> TraceReplay:

@@ -103,6 +103,12 @@ class Writer:
         atomic_write_json(self.folder / HEAD_FILE, {**head, "shards": self._shards})
 
 
+def folder_size(folder: Path) -> int:
+    """Bytes of a trace's files."""
+    files = [folder / HEAD_FILE, *folder.glob("trace-*.safetensors")]
+    return sum(path.stat().st_size for path in files)
+
+
 def read_head(folder: Path) -> dict[str, Any]:
     """The head of a trace's folder.
 
