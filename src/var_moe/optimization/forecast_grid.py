@@ -148,8 +148,9 @@ def forecast_grid(
             figures["speedup"] = cost.speedups(
                 found.pairs, tokens=found.tokens, residual=config.uses_residuals
             )
+        at: tuple[slice | int, ...] = (slice(None), slice(None), *places)
         for name, figure in figures.items():
-            columns[name][:, :, *places] = figure
+            columns[name][at] = figure
         done += shape[0] * shape[1]
         if progress:
             progress("replaying the grid", done, total)

@@ -80,12 +80,14 @@ class Writer:
         }
 
     def clear(self, *, keep: int = 0) -> None:
-        """Remove the head and the shards from number ``keep`` on."""
+        """Remove the head, the shards from number ``keep`` on, and what a kill left unfinished."""
         (self.folder / HEAD_FILE).unlink(missing_ok=True)
         kept = {shard_file(number) for number in range(keep)}
         for path in self.folder.glob("trace-*.safetensors"):
             if path.name not in kept:
                 path.unlink()
+        for path in self.folder.glob(".trace*.tmp"):
+            path.unlink()
 
     def add(self, columns: dict[str, Tensor], *, done: int) -> None:
         """Write the next shard; ``done`` forwards of the recording are in it and those before."""
