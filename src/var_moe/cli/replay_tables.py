@@ -23,10 +23,10 @@ def print_replays(rows: Sequence[Mapping[str, Any]], trace: Mapping[str, Any]) -
     from rich.table import Table
 
     table = Table(title=f"Replayed {_where(trace)}", title_justify="left")
-    table.add_column("")
+    table.add_column("", overflow="fold")
     for heading in ("experts/token", "fast/cached/learned %", "cache hits %"):
         table.add_column(heading, justify="right")
-    for heading in ("predicted change", "predicted speedup"):
+    for heading in ("PPL change, predicted", "speedup, predicted"):
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(row["name"], *_figures(row))
@@ -45,14 +45,15 @@ def print_front(
 
     if not front:
         return
+    print(f"Replayed {points:,} points ({mode}): {_where(trace)}")
     table = Table(
-        title=f"{len(front)} of {points:,} points ({mode}) that no other beats in speed and "
-        f"degradation; * within {100 * max_degradation:g}%; {_where(trace)}",
+        title=f"{len(front)} points that no other beats in speed and degradation "
+        f"(* predicted within {100 * max_degradation:g}%)",
         title_justify="left",
     )
     for heading in (*_SHORT.values(), "experts/token", "fast/cached/learned %"):
         table.add_column(heading, justify="right")
-    for heading in ("change", "speedup"):
+    for heading in ("PPL change", "speedup"):
         table.add_column(heading, justify="right")
     last = len(front) - 1
     shown = {round(last * step / (_SHOWN - 1)) for step in range(_SHOWN)}
@@ -70,11 +71,8 @@ def print_sensitivity(result: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     names = list(result["variance"])
-    table = Table(
-        title="What matters: % of the variance over the grid, by the threshold alone / with "
-        "its interactions",
-        title_justify="left",
-    )
+    print("What matters: % of the grid's variance by a threshold alone / with its interactions")
+    table = Table()
     table.add_column("threshold")
     for name in names:
         table.add_column(name.replace("_", " "), justify="right")

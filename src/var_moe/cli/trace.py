@@ -146,11 +146,14 @@ def _print(trace: RoutingTrace, output: Path, profile: Path | None) -> None:
         nll = float(trace.nll.double().sum()) / max(trace.scored, 1)
         perplexity = f", perplexity {math.exp(nll):.3f}"
     out = console()
-    table = Table(
-        title=f"Trace of {head['model']} on {head['dataset']}: {trace.tokens:,} tokens of "
+    # A line of its own: as a title it would be broken to the small table's width.
+    out.print(
+        f"{head['model']} on {head['dataset']}: {trace.tokens:,} tokens of "
         f"{len(trace.documents):,} documents, {folder_size(output) / 2**20:,.1f} MiB{perplexity}",
-        title_justify="left",
+        highlight=False,
+        soft_wrap=True,
     )
+    table = Table()
     for heading in ("layer", "entropy (nats)", "first expert's mass"):
         table.add_column(heading, justify="right")
     entropy = trace.entropy.float().mean(dim=1).tolist()

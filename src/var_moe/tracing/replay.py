@@ -150,6 +150,10 @@ class TraceReplay:
             self._kept.recency[key] = Recency.of(keys, document)
         return self._kept.recency[key]
 
+    def forget(self, *, distances: bool = False) -> None:
+        """Drop what the configurations so far left to share; also the stack distances if asked."""
+        self._kept = _Kept(recency={} if distances else self._kept.recency)
+
     def stays(self, config: VARConfig) -> Stays:
         """The stays in a configuration's cache that several tokens share."""
         key = _stays_key(config)
