@@ -173,6 +173,8 @@ def measure_agreement(bench: Bench, evaluator: Evaluator, replay: TraceReplay) -
 
 def measure_speed(bench: Bench, evaluator: Evaluator, replay: TraceReplay) -> None:
     """The cost model's speedups against measured ones, modes in turn."""
+    if not bench.args.speeds:
+        return
     if "cost_model" not in bench.result:
         # Gives the evaluator VAR's own policies, whose decisions cost time too.
         VARObjective(evaluator, bench.profile)
