@@ -12,6 +12,8 @@ from var_moe import __version__
 from var_moe.cli.compare import compare
 from var_moe.cli.evaluate import evaluate
 from var_moe.cli.profile import profile
+from var_moe.cli.replay import replay
+from var_moe.cli.trace import trace
 from var_moe.cli.tune import tune
 from var_moe.errors import VarMoeError
 
@@ -29,7 +31,7 @@ def build_app() -> App:
         default_parameter=Parameter(negative=(), name_transform=lambda name: name),
         result_action="return_value",
     )
-    for command in (tune, profile, evaluate, compare):
+    for command in (tune, profile, evaluate, compare, trace, replay):
         app.command(command)
     return app
 
@@ -70,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _what_is_kept(words: Sequence[str]) -> str:
-    if words[:1] == ["profile"]:
+    if words[:1] in (["profile"], ["trace"]):
         return "; the same command goes on where it stopped"
     if words[:1] == ["tune"] and not any(word.startswith("--validate") for word in words):
         return "; finished evaluations are saved, go on with --resume"

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 
-def _console() -> Any:
+def console() -> Any:
+    """Where tables go: as wide as the terminal, else one width for all."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 118)
@@ -20,9 +21,9 @@ def print_validation(result: Mapping[str, Any], *, folder: Path) -> None:
 
     from var_moe.optimization.summary import MET
 
-    console = _console()
+    out = console()
     text, low_high = result["text"], result["speedup_95"]
-    console.print(
+    out.print(
         f"{text['dataset']} ({text['split']}): perplexity "
         f"{result['baseline_perplexity']:.3f} -> {result['perplexity']:.3f}, "
         f"{100 * result['degradation']:+.2f}% (95% upper bound "
@@ -31,7 +32,7 @@ def print_validation(result: Mapping[str, Any], *, folder: Path) -> None:
         soft_wrap=True,
     )
     back, skip = result["backend_factor"], result["skipping_factor"]
-    console.print(
+    out.print(
         f"speedup {result['speedup']:.3f}x [{low_high[0]:.3f}, {low_high[1]:.3f}] against "
         f"{result['baseline_backend']} ~ backend {back['median']:.3f} x skipping "
         f"{skip['median']:.3f} (the executed pairs predict {result['predicted_speedup']:.3f}x); "
@@ -41,7 +42,7 @@ def print_validation(result: Mapping[str, Any], *, folder: Path) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    console.print(
+    out.print(
         f"{result['experts_per_token']:.3f} of {result['top_k']} experts per token; fast "
         f"{result['fast_pct']:.1f}%, cached {result['cached_pct']:.1f}%, learned "
         f"{result['learned_pct']:.1f}%; speedups of {len(result['runs'])} runs: "
@@ -50,7 +51,7 @@ def print_validation(result: Mapping[str, Any], *, folder: Path) -> None:
         soft_wrap=True,
     )
     control = result["random_skip"]
-    console.print(
+    out.print(
         f"control: random skipping at {control['experts_per_token']:.3f} experts per token costs "
         f"{100 * control['degradation']:+.2f}%",
         highlight=False,
@@ -61,17 +62,17 @@ def print_validation(result: Mapping[str, Any], *, folder: Path) -> None:
         table.add_column(heading)
     for row in result["criteria"]:
         table.add_row(row["name"], row["measured"], MET[row["met"]])
-    console.print(table, highlight=False)
+    out.print(table, highlight=False)
     for note in result["notes"]:
-        console.print(f"Note: {note}", highlight=False)
-    console.print(f"Saved: {folder / 'validation_results.json'}", highlight=False)
+        out.print(f"Note: {note}", highlight=False)
+    out.print(f"Saved: {folder / 'validation_results.json'}", highlight=False)
 
 
 def print_comparison(rows: Sequence[Mapping[str, Any]], *, title: str) -> None:
     """The table of ``var-moe evaluate``."""
     from rich.table import Table
 
-    console = _console()
+    out = console()
     table = Table(title=title, title_justify="left")
     for heading in ("", "PPL", "change (95% upper)", "tokens/s", "speedup [95%]"):
         table.add_column(heading, justify="left" if not heading else "right")
@@ -101,7 +102,7 @@ def print_comparison(rows: Sequence[Mapping[str, Any]], *, title: str) -> None:
             f"{row['fast_pct']:.1f} / {row['cached_pct']:.1f} / {row['learned_pct']:.1f}",
             f"{100 * row['cache_hit_rate']:.1f}",
         )
-    console.print(table, highlight=False)
+    out.print(table, highlight=False)
 
 
 def print_decoding(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -125,7 +126,7 @@ def print_decoding(rows: Sequence[Mapping[str, Any]]) -> None:
                 f"{one['baseline_throughput_tps']:,.0f}",
             )
     if table.row_count:
-        _console().print(table, highlight=False)
+        console().print(table, highlight=False)
 
 
 def print_policies(result: Mapping[str, Any]) -> None:
@@ -154,7 +155,7 @@ def print_policies(result: Mapping[str, Any]) -> None:
                 f"{low:.3f}-{high:.3f}",
             )
         table.add_section()
-    _console().print(table)
+    console().print(table)
 
 
 def print_front(
@@ -164,8 +165,8 @@ def print_front(
     from rich.table import Table
 
     low_high, limit = best["speedup_95"], f"{100 * max_degradation:g}%"
-    console = _console()
-    console.print(
+    out = console()
+    out.print(
         f"Fastest verified configuration with degradation below {limit}: {best['speedup']:.3f}x "
         f"[{low_high[0]:.3f}, {low_high[1]:.3f}] at {100 * best['degradation']:+.2f}% perplexity "
         f"(95% upper bound {100 * best['degradation_upper_95']:+.2f}%), "
@@ -187,4 +188,4 @@ def print_front(
             f"{point['experts_per_token']:.3f}",
             "yes" if point["degradation_upper_95"] < max_degradation else "no",
         )
-    console.print(table, highlight=False)
+    out.print(table, highlight=False)

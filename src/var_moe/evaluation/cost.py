@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from var_moe.errors import UsageError
@@ -27,6 +28,8 @@ from var_moe.routing.fixed_k import FixedKPolicy
 from var_moe.routing.native import NativePolicy
 from var_moe.routing.random_skip import RandomSkipPolicy
 from var_moe.routing.ranking import leading_count
+
+Floats = NDArray[np.float64]
 
 TERMS = ("fixed", "rest", "pair", "expert", "policy", "residual")
 SHAPES = (
@@ -97,25 +100,51 @@ class CostModel:
         """
         setting = setting or self.setting
         tokens = setting.batch_size * setting.sequence
-        share = tokens / max(report.tokens, 1)
-        pairs = sum(report.executed_pairs) * share
-        dropped = tokens * report.top_k * self.layers - pairs
-        each = max(report.top_k - leading_count(report.top_k), 1)
+        executed = np.array(report.executed_pairs, dtype=np.float64)
+        pairs, experts, cut = self._executed(executed, report.tokens, tokens)
         return Work(
             tokens=tokens,
-            pairs=pairs,
-            experts=sum(
-                expected_experts(self.experts, count * share) for count in report.executed_pairs
-            ),
+            pairs=float(pairs),
+            experts=float(experts),
             decided=tokens if decided else 0,
-            cut=dropped / each if residual else 0,
+            cut=float(cut) if residual else 0,
         )
+
+    def _executed(
+        self, executed: NDArray[Any], of_tokens: int, tokens: int
+    ) -> tuple[Floats, Floats, Floats]:
+        """Pairs, expert calls and cuts of ``tokens``, where ``of_tokens`` executed (..., L)."""
+        each_layer = executed * (tokens / max(of_tokens, 1))
+        pairs = each_layer.sum(axis=-1)
+        dropped = tokens * self.top_k * self.layers - pairs
+        cuts = dropped / max(self.top_k - leading_count(self.top_k), 1)
+        return pairs, expected_experts(self.experts, each_layer).sum(axis=-1), cuts
 
     def speedup(
         self, report: RoutingReport, *, decided: bool = True, residual: bool = False
     ) -> float:
         """Predicted speedup over the unmodified model, in the model's own setting."""
         return self.baseline / self.predict(self.work(report, decided=decided, residual=residual))
+
+    def speedups(
+        self, executed: NDArray[Any], *, tokens: int, decided: bool = True, residual: bool = False
+    ) -> Floats:
+        """`speedup` of many configurations at once.
+
+        Args:
+            executed: (..., L) executed pairs of each layer.
+            tokens: that they were executed for.
+            decided, residual: as in `work`.
+
+        Returns:
+            (...) predicted speedups.
+        """
+        forward = self.setting.batch_size * self.setting.sequence
+        pairs, experts, cuts = self._executed(executed, tokens, forward)
+        terms: list[Any] = [1.0, forward, pairs, experts, forward * decided, cuts * residual]
+        seconds = [self.seconds[name] for name in TERMS]
+        took: Floats = np.asarray(sum(s * term for s, term in zip(seconds, terms, strict=True)))
+        return self.baseline / took
 
     def breakdown(self, work: Work) -> dict[str, float]:
         """Seconds of each term."""
@@ -153,9 +182,12 @@ class CostModel:
             raise UsageError(f"{source}: not a cost model ({error}); fit it again") from None
 
 
-def expected_experts(experts: int, pairs: float) -> float:
-    """How many of E experts are run at all when ``pairs`` pairs fall on them evenly."""
-    return experts * -np.expm1(pairs * np.log1p(-1 / experts)) if experts > 1 else min(pairs, 1.0)
+def expected_experts(experts: int, pairs: Floats) -> Floats:
+    """How many of E experts are run at all when ``pairs`` pairs (...) fall on them evenly."""
+    if experts <= 1:
+        return np.minimum(pairs, 1.0)
+    found: Floats = experts * -np.expm1(pairs * np.log1p(-1 / experts))
+    return found
 
 
 def fit(timings: Sequence[tuple[Work, float]]) -> tuple[dict[str, float], float]:
@@ -242,7 +274,7 @@ def fit_cost_model(
             work = Work(
                 tokens=tokens,
                 pairs=pairs * layers,
-                experts=layers * expected_experts(experts, pairs),
+                experts=layers * float(expected_experts(experts, np.asarray(pairs))),
                 decided=tokens if decided else 0,
                 cut=cut if residual else 0,
             )

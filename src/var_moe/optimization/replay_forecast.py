@@ -10,8 +10,9 @@ from var_moe.errors import UsageError
 from var_moe.evaluation.compare import Progress
 from var_moe.evaluation.cost import CostModel, fit_cost_model
 from var_moe.optimization.forecast import Forecast
+from var_moe.optimization.forecast_grid import ForecastGrid, forecast_grid, grid_values
 from var_moe.optimization.objective import VARObjective
-from var_moe.optimization.search_space import Params
+from var_moe.optimization.search_space import SEARCH_SPACE, Params, SearchSpace
 from var_moe.storage import atomic_write_json
 from var_moe.tracing.record import record_trace
 from var_moe.tracing.replay import Replay, TraceReplay
@@ -41,6 +42,13 @@ class ReplayForecaster:
         """In the order of ``points``."""
         found = self.replay.evaluate_many([self.config(point) for point in points])
         return [self.of(one) for one in found]
+
+    def grid(
+        self, space: SearchSpace = SEARCH_SPACE, n_points: int = 5, progress: Progress | None = None
+    ) -> ForecastGrid:
+        """All combinations of evenly spaced values, as columns."""
+        values = grid_values(space, n_points)
+        return forecast_grid(self.replay, values, cost=self.cost, mode=self.mode, progress=progress)
 
     def of(self, replay: Replay) -> Forecast:
         """The forecast of one replayed configuration."""

@@ -47,6 +47,42 @@ class LayerDecisions:
         return found
 
 
+def stored_counts(
+    run: NDArray[np.int16], own: NDArray[np.int16]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """How many executed experts are chosen but do not lead, and how many are not chosen.
+
+    Args:
+        run: (R, lead) stored experts that run.
+        own: (R, K) the tokens' own experts by rank.
+
+    Returns:
+        (R,) each; both zero where a token's own leading experts run.
+    """
+    lead = run.shape[1]
+    same = run[:, :, None] == own[:, None, :]  # (R, lead, K)
+    leading = same[:, :, :lead].any(axis=2).sum(axis=1)
+    chosen = same.any(axis=2).sum(axis=1)
+    return chosen - leading, lead - chosen
+
+
+def damage_kinds(trace: RoutingTrace, config: VARConfig) -> tuple[str, ...]:
+    """The kinds of damage that a configuration's decisions do, on this trace."""
+    residual = config.uses_residuals and "cut_residual" in trace.damage
+    cut = "cut_residual" if residual else "cut"
+    return (cut, "next", "foreign") if config.mode == "plain" else (cut,)
+
+
+def damage_effects(trace: RoutingTrace, kind: str, layer: int) -> NDArray[np.float32]:
+    """The change of the loss by one decision of a kind, of each token. (N,)"""
+    effect: NDArray[np.float32] = trace.damage[kind][layer].numpy()
+    if kind != "cut":
+        return effect
+    lead = leading_count(trace.top_k)
+    # Without a rank to cut at (K = 1) no token is cut.
+    return effect[:, lead - 1] if lead < trace.top_k else effect.sum(axis=1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DamageSums:
     """Damages of a configuration's decisions, by kind and layer, summed over tokens.
@@ -68,10 +104,7 @@ class DamageSums:
     @classmethod
     def of(cls, trace: RoutingTrace, config: VARConfig) -> DamageSums:
         """Empty sums of the kinds that the configuration has."""
-        residual = config.uses_residuals and "cut_residual" in trace.damage
-        kinds = ["cut_residual" if residual else "cut"]
-        if config.mode == "plain":
-            kinds += ["next", "foreign"]
+        kinds = damage_kinds(trace, config)
         return cls(first={kind: [] for kind in kinds}, squares={kind: [] for kind in kinds})
 
     def add(self, trace: RoutingTrace, decided: LayerDecisions) -> None:
@@ -84,10 +117,6 @@ class DamageSums:
                 share = count[token] / lead
             else:
                 token, share = np.flatnonzero(decided.cut), np.ones(1)
-            effect = trace.damage[kind][decided.layer].numpy()
-            if kind == "cut":
-                # Without a rank to cut at (K = 1) no token is cut.
-                effect = effect[:, lead - 1] if lead < trace.top_k else effect.sum(axis=1)
-            effect = effect[token] * share
+            effect = damage_effects(trace, kind, decided.layer)[token] * share
             self.first[kind].append(float(effect.sum()))
             self.squares[kind].append(float(np.dot(effect, effect)))

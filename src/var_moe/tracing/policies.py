@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -12,19 +14,53 @@ from torch import Tensor
 from var_moe.evaluation.batching import Window, collate
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.counts import RoutingReport, TierCounts
-from var_moe.routing.decision import TokenBatch
+from var_moe.routing.decision import Routing, TokenBatch
+from var_moe.routing.ranking import rescaled
 
 if TYPE_CHECKING:
     from var_moe.profiling.profile import RoutingProfile
     from var_moe.tracing.trace import RoutingTrace
 
 _TOKENS_PER_CHUNK = 16_384  # padded
+_TOLERANCE = 1e-5  # of weights that sum to one, in float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyReplay:
+    """What a policy decides on a trace, and the damage where that can be told.
+
+    ``first`` and ``squares`` sum, over layers and tokens, the recorded damage of running only
+    the first experts, and its square. They are None where the trace has no damages, or where a
+    decision is of another sort: see `evaluate_policy`.
+    """
+
+    report: RoutingReport
+    scored: int  # tokens that have a loss
+    first: float | None = None
+    squares: float | None = None
+
+    @property
+    def degradation(self) -> float | None:
+        """Predicted PPL(policy) / PPL(baseline) - 1, as `tracing.replay.Replay.degradation`."""
+        if self.first is None or self.squares is None:
+            return None
+        return math.expm1((self.first + self.squares / 2) / max(self.scored, 1))
 
 
 def replay_policy(
     trace: RoutingTrace, policy: RoutingPolicy, profile: RoutingProfile | None = None
 ) -> RoutingReport:
+    """What ``policy`` decides, from empty caches; see `evaluate_policy`."""
+    return evaluate_policy(trace, policy, profile).report
+
+
+def evaluate_policy(
+    trace: RoutingTrace, policy: RoutingPolicy, profile: RoutingProfile | None = None
+) -> PolicyReplay:
     """What ``policy`` decides, from empty caches, if that does not change later layers' inputs.
+
+    The degradation is predicted for a policy of which every decision runs at least one of the
+    token's experts, none with less weight than one that it drops, rescaled to the full sum.
 
     Args:
         trace: the router's decisions.
@@ -38,7 +74,7 @@ def replay_policy(
     """
     if profile is not None:
         trace.check_profile(profile)
-    counts = TierCounts(trace.layers)
+    counts, cuts = TierCounts(trace.layers), _CutSums(trace)
     policy.reset()
     with torch.inference_mode():
         for batch, position in _chunks(trace, policy.context_window - 1):
@@ -46,10 +82,71 @@ def replay_policy(
             counted = batch.counted.reshape(-1)
             for layer in range(trace.layers):
                 index = trace.index[layer][position].long()
-                routing = policy.route(layer, index, trace.weight[layer][position].float())
+                weight = trace.weight[layer][position].float()
+                routing = policy.route(layer, index, weight)
                 counts.add(layer, routing, counted)
+                cuts.add(layer, index, weight, routing, position, counted)
     policy.reset()
-    return counts.report()
+    first, squares = (cuts.first, cuts.squares) if cuts.known else (None, None)
+    return PolicyReplay(report=counts.report(), scored=trace.scored, first=first, squares=squares)
+
+
+class _CutSums:
+    """Adds up the damages of decisions that run the first experts alone, rescaled.
+
+    Args:
+        trace: with or without damages.
+    """
+
+    def __init__(self, trace: RoutingTrace) -> None:
+        self.known = bool(trace.damage)
+        self.first = self.squares = 0.0
+        self._trace = trace
+
+    def add(
+        self,
+        layer: int,
+        index: Tensor,
+        weight: Tensor,
+        routing: Routing,
+        position: Tensor,
+        counted: Tensor,
+    ) -> None:
+        """One layer of a chunk; ``index`` and ``weight`` (T, K) are by rank."""
+        runs = routing.index >= 0  # (T, K)
+        self.known = self.known and _runs_first_experts(index, weight, routing, runs, counted)
+        if not self.known:
+            return
+        kept = runs.sum(dim=1)
+        cut = counted & (kept < index.shape[1])
+        damage = self._trace.damage["cut"][layer][position[cut]].double()  # (n, K - 1)
+        effect = damage.gather(1, kept[cut, None] - 1)
+        self.first += float(effect.sum())
+        self.squares += float(effect.square().sum())
+
+
+def _runs_first_experts(
+    index: Tensor, weight: Tensor, routing: Routing, runs: Tensor, counted: Tensor
+) -> bool:
+    """Whether every counted token runs its own first experts, with the weights of a cut.
+
+    Which of several experts of one weight run does not matter: shares are recorded in float16,
+    so that experts of slightly different weights may tie here.
+    """
+    if routing.residual is not None or routing.index.shape != index.shape:
+        return False
+    kept, total = runs.sum(dim=1), weight.sum(dim=1)
+    own = ((routing.index == index) | ~runs).all(dim=1) & (kept > 0)
+    mass = weight.masked_fill(~runs, 0).sum(dim=1)
+    leading = weight.cumsum(dim=1).gather(1, (kept - 1).clamp(min=0)[:, None])[:, 0]
+    scaled = rescaled(weight, mass, total).masked_fill(~runs, 0)
+    given = routing.weight.float().masked_fill(~runs, 0)
+    fits = own & _near(mass, leading) & _near(given, scaled).all(dim=1)
+    return bool((fits | ~counted).all())
+
+
+def _near(one: Tensor, other: Tensor) -> Tensor:
+    return (one - other).abs() <= _TOLERANCE
 
 
 def _chunks(trace: RoutingTrace, prefix: int) -> Iterator[tuple[TokenBatch, Tensor]]:

@@ -23,7 +23,7 @@ from var_moe.routing.decision import Tier
 from var_moe.routing.fast_path import RoutingTable
 from var_moe.routing.keys import stream_keys
 from var_moe.routing.ranking import leading_count
-from var_moe.tracing.decisions import DamageSums, LayerDecisions
+from var_moe.tracing.decisions import DamageSums, LayerDecisions, stored_counts
 from var_moe.tracing.slots import Hits, layer_hits
 from var_moe.tracing.stays import Bools, Recency, Stays
 
@@ -63,6 +63,11 @@ class Replay:
         squares = sum(sum(row) for row in self.damage.squares.values())
         return math.expm1((first + squares / 2) / max(self.scored, 1))
 
+    def to_dict(self) -> dict[str, Any]:
+        """For result files."""
+        predicted = None if self.damage is None else self.degradation
+        return {**self.report.to_dict(), "predicted_degradation": predicted}
+
 
 @dataclass
 class _Kept:
@@ -84,11 +89,21 @@ class TraceReplay:
         UsageError: the profile does not fit the trace; names both.
 
     Memory is linear in the trace's tokens.
+
+    Example:
+        >>> from var_moe import RoutingProfile, RoutingTrace, TraceReplay, VARConfig
+        >>> trace = RoutingTrace.load("results/trace")
+        >>> profile = RoutingProfile.load("results/trace/profile")
+        >>> found = TraceReplay(trace, profile).evaluate(VARConfig.preset("balanced"))
+        >>> found.report.experts_per_token, found.report.learned_pct, found.degradation
     """
+
+    profile_hash: str | None = None
 
     def __init__(self, trace: RoutingTrace, profile: RoutingProfile) -> None:
         trace.check_profile(profile)
         self._prepare(trace, profile.table())
+        self.profile_hash = profile.hash
 
     @classmethod
     def of_table(cls, trace: RoutingTrace, table: RoutingTable) -> TraceReplay:
@@ -100,20 +115,20 @@ class TraceReplay:
     def _prepare(self, trace: RoutingTrace, table: RoutingTable) -> None:
         self.trace = trace
         self.lead = leading_count(trace.top_k)
-        self._index = trace.index.numpy()
-        known, self._id = np.unique(trace.ids.numpy(), return_inverse=True)  # (U,), (N,)
+        self.index = trace.index.numpy()  # (L, N, K)
+        known, self.id_number = np.unique(trace.ids.numpy(), return_inverse=True)  # (U,), (N,)
         # The table for the ids that occur, (L, U, ...).
-        self._table = RoutingTable(
+        self.table = RoutingTable(
             count=table.count[:, known],
             entropy=table.entropy[:, known],
             index=table.index[:, known, : self.lead],
             weight=table.weight[:, known, : self.lead],
         )
-        self._first = self._table.index[:, :, 0].numpy().astype(np.int16)  # (L, U)
+        self._first = self.table.index[:, :, 0].numpy().astype(np.int16)  # (L, U)
         # The table's first expert is among the token's own leading ones. (L, N)
-        self._match = np.stack(
+        self.match = np.stack(
             [
-                (self._index[layer, :, : self.lead] == first[self._id][:, None]).any(axis=1)
+                (self.index[layer, :, : self.lead] == first[self.id_number][:, None]).any(axis=1)
                 for layer, first in enumerate(self._first)
             ]
         )
@@ -135,6 +150,10 @@ class TraceReplay:
             self._kept.recency[key] = Recency.of(keys, document)
         return self._kept.recency[key]
 
+    def forget(self, *, distances: bool = False) -> None:
+        """Drop what the configurations so far left to share; also the stack distances if asked."""
+        self._kept = _Kept(recency={} if distances else self._kept.recency)
+
     def stays(self, config: VARConfig) -> Stays:
         """The stays in a configuration's cache that several tokens share."""
         key = _stays_key(config)
@@ -149,6 +168,10 @@ class TraceReplay:
         found: Bools = self._mass[layer] >= config.confidence_threshold
         return found
 
+    def table_experts(self, layer: int) -> NDArray[np.int16]:
+        """The table's leading experts of each id that occurs. (U, lead)"""
+        return self.table.index[layer].numpy().astype(np.int16)
+
     def hits(self, config: VARConfig) -> list[Hits]:
         """Per layer, which tokens hit a filled slot."""
         key = (*_stays_key(config), config.confidence_threshold)
@@ -156,7 +179,7 @@ class TraceReplay:
             stays = self.stays(config)
             hits = [
                 layer_hits(stays, self.confident(config, layer), index, self.lead)
-                for layer, index in enumerate(self._index)
+                for layer, index in enumerate(self.index)
             ]
             self._kept.hits = (key, hits)
         return self._kept.hits[1]
@@ -171,9 +194,9 @@ class TraceReplay:
             kinds: in plain mode, compare stored experts with the token's own; without, ``cut``
                 and ``stored`` do not tell them apart and all stored ones stand in ``stored``.
         """
-        eligible = self._table.eligible(config.frequency_threshold, config.entropy_threshold)
+        eligible = self.table.eligible(config.frequency_threshold, config.entropy_threshold)
         for layer, (row, hits) in enumerate(zip(eligible.numpy(), self.hits(config), strict=True)):
-            fast = row[self._id] if row.any() else np.zeros(self.trace.tokens, dtype=bool)
+            fast = row[self.id_number] if row.any() else np.zeros(self.trace.tokens, dtype=bool)
             if config.mode == "plain":
                 yield self._plain(layer, fast, hits, kinds)
             else:
@@ -184,7 +207,7 @@ class TraceReplay:
         tier = np.full(len(fast), Tier.LEARNED, dtype=np.uint8)
         tier[hits.token[hits.licensed]] = Tier.CACHED
         if fast.any():
-            tier[fast] = np.where(self._match[layer][fast], Tier.FAST, Tier.LEARNED)
+            tier[fast] = np.where(self.match[layer][fast], Tier.FAST, Tier.LEARNED)
         cut = confident | (tier != Tier.LEARNED)
         none = np.zeros(len(fast), dtype=np.uint8)
         return LayerDecisions(
@@ -209,16 +232,12 @@ class TraceReplay:
             cached = ~fast[hits.token]
             by_table = np.flatnonzero(fast)
             token = np.concatenate((by_table, hits.token[cached]))
-            table = self._table.index[layer].numpy().astype(np.int16)[self._id[by_table]]
-            slots = self._index[layer][hits.source[cached], : self.lead]
+            table = self.table_experts(layer)[self.id_number[by_table]]
+            slots = self.index[layer][hits.source[cached], : self.lead]
             run = np.concatenate((table, slots))  # (R, lead) experts that run
-            own = self._index[layer][token]  # (R, K)
-            same = run[:, :, None] == own[:, None, :]  # (R, lead, K)
-            leading = same[:, :, : self.lead].any(axis=2).sum(axis=1)
-            chosen = same.any(axis=2).sum(axis=1)
-            next_count[token] = chosen - leading
-            foreign_count[token] = self.lead - chosen
-            cut[token] = leading == self.lead
+            following, foreign = stored_counts(run, self.index[layer][token])
+            next_count[token], foreign_count[token] = following, foreign
+            cut[token] = following + foreign == 0
             stored &= ~cut
             if self.lead == self.trace.top_k:
                 cut[:] = False
@@ -249,8 +268,7 @@ class TraceReplay:
             tier_counts=tuple(tiers),
             executed_pairs=tuple(pairs),
         )
-        scored = trace.tokens - len(trace.documents)  # a document's first token has no loss
-        return Replay(config=config, report=report, damage=sums, scored=scored)
+        return Replay(config=config, report=report, damage=sums, scored=trace.scored)
 
     def evaluate_many(self, configs: Sequence[VARConfig]) -> list[Replay]:
         """The same for many, in the order given; what they share is computed once."""

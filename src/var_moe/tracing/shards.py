@@ -80,12 +80,14 @@ class Writer:
         }
 
     def clear(self, *, keep: int = 0) -> None:
-        """Remove the head and the shards from number ``keep`` on."""
+        """Remove the head, the shards from number ``keep`` on, and what a kill left unfinished."""
         (self.folder / HEAD_FILE).unlink(missing_ok=True)
         kept = {shard_file(number) for number in range(keep)}
         for path in self.folder.glob("trace-*.safetensors"):
             if path.name not in kept:
                 path.unlink()
+        for path in self.folder.glob(".trace*.tmp"):
+            path.unlink()
 
     def add(self, columns: dict[str, Tensor], *, done: int) -> None:
         """Write the next shard; ``done`` forwards of the recording are in it and those before."""
@@ -101,6 +103,12 @@ class Writer:
     def finish(self, head: dict[str, Any]) -> None:
         """Write the head: from now on the folder is a whole trace."""
         atomic_write_json(self.folder / HEAD_FILE, {**head, "shards": self._shards})
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of a trace's files."""
+    files = [folder / HEAD_FILE, *folder.glob("trace-*.safetensors")]
+    return sum(path.stat().st_size for path in files)
 
 
 def read_head(folder: Path) -> dict[str, Any]:

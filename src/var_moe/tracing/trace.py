@@ -53,6 +53,11 @@ class RoutingTrace:
         return int(self.ids.shape[0])
 
     @property
+    def scored(self) -> int:
+        """Tokens that have a loss: a document's first one has none."""
+        return self.tokens - len(self.documents)
+
+    @property
     def layers(self) -> int:
         """L, the number of MoE layers."""
         return int(self.index.shape[0])

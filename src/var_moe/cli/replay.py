@@ -1,0 +1,247 @@
+"""``var-moe replay``: what configurations decide on a recorded trace, without the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from var_moe.errors import UsageError
+
+if TYPE_CHECKING:
+    from var_moe.config import VARConfig
+    from var_moe.evaluation.compare import Progress
+    from var_moe.evaluation.cost import CostModel
+    from var_moe.tracing.replay import TraceReplay
+
+COST_FILE = "cost_model.json"
+_NO_COST = (
+    f"no {COST_FILE} beside the trace or the profile, so no speedup is predicted: give one with "
+    "--cost (`var-moe tune` fits one)"
+)
+_NO_DAMAGE = (
+    "the trace was recorded with --decisions_only, so no degradation is predicted and there is "
+    "no front"
+)
+
+
+def replay(
+    trace: Path,
+    /,
+    *,
+    profile: Path | None = None,
+    config: Annotated[list[Path] | None, Parameter(consume_multiple=True)] = None,
+    preset: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    grid: int | None = None,
+    mode: Literal["verified", "plain"] | None = None,
+    cost: Path | None = None,
+    output: Path = Path("results/replay"),
+    max_degradation: float = 0.01,
+    quiet: bool = False,
+) -> int:
+    """Predict tiers, experts per token, degradation and speedup from a trace.
+
+    Args:
+        trace: folder that `var-moe trace` (or a tuning run) recorded.
+        profile: profile folder; by default the one in or beside the trace's folder.
+        config: VAR configurations (JSON), one or several.
+        preset: conservative, balanced, aggressive; one or several.
+        grid: replay all combinations of so many values per threshold, and show which
+            thresholds matter and the best points.
+        mode: overrides the configurations' mode.
+        cost: cost model (JSON) for speedups; by default cost_model.json in or beside the
+            folder of the trace or the profile.
+        output: folder for replay.json and replay.csv, with --grid also sensitivity.json.
+        max_degradation: bound on the predicted degradation, to mark points of the grid.
+        quiet: no progress.
+    """
+    from var_moe.optimization.objective_protocol import check_bound
+    from var_moe.storage import check_output_folder
+
+    check_output_folder(output)
+    check_bound(max_degradation)
+    if grid is not None and (config or preset):
+        raise UsageError("--grid has configurations of its own: leave --config and --preset out")
+    if grid is not None and grid < 1:
+        raise UsageError(f"grid = {grid}: expected at least 1 value per threshold")
+    configs = _configs(config or [], preset or [], mode)
+    place = _profile_folder(trace, profile)
+    model = _cost_model(cost, [trace, trace.parent, place, place.parent])
+    from var_moe.profiling.profile import RoutingProfile
+    from var_moe.tracing.replay import TraceReplay
+    from var_moe.tracing.trace import RoutingTrace
+
+    recorded = RoutingTrace.load(trace)
+    stack = TraceReplay(recorded, RoutingProfile.load(place))
+    if model is not None:
+        _check_cost(model, recorded.head)
+    notes = [_NO_COST] if model is None else []
+    notes += [] if recorded.damage else [_NO_DAMAGE]
+    about = _about(stack, trace, place, model, notes)
+    if grid is None:
+        _some(stack, configs, model, about, output)
+    else:
+        from var_moe.cli.progress import StageProgress
+
+        with StageProgress() as progress:
+            shown = None if quiet else progress
+            _grid(stack, grid, mode or "verified", model, about, output, max_degradation, shown)
+    for note in notes:
+        print(f"Note: {note}")
+    return 0
+
+
+def _configs(files: list[Path], presets: list[str], mode: str | None) -> dict[str, VARConfig]:
+    from var_moe.config import VARConfig
+
+    changes = {} if mode is None else {"mode": mode, "residuals": None}
+    found = {str(path): VARConfig.load(path).replace(**changes) for path in files}
+    for name in presets or ([] if files else ["balanced"]):
+        found[name] = VARConfig.preset(name, **changes)
+    return found
+
+
+def _profile_folder(trace: Path, given: Path | None) -> Path:
+    from var_moe.profiling.profile import HEAD_FILE
+
+    if given is not None:
+        return given
+    places = [trace / "profile", trace.parent / "profile"]
+    for place in places:
+        if (place / HEAD_FILE).is_file():
+            return place
+    raise UsageError(
+        f"no profile in {places[0]} or {places[1]}; give one with --profile, the one that the "
+        "trace was recorded with"
+    )
+
+
+def _cost_model(given: Path | None, folders: list[Path]) -> CostModel | None:
+    from var_moe.evaluation.cost import CostModel
+    from var_moe.storage import read_json
+
+    found = [given] if given else [folder / COST_FILE for folder in folders]
+    for path in found:
+        if given or path.is_file():
+            return CostModel.from_dict(read_json(path, what="cost model"), source=str(path))
+    return None
+
+
+def _check_cost(cost: CostModel, head: dict[str, Any]) -> None:
+    sizes = {"layers": cost.layers, "experts": cost.experts, "top_k": cost.top_k}
+    for name, size in sizes.items():
+        if size != head[name]:
+            raise UsageError(
+                f"cost model of {name} = {size} does not fit the trace of model "
+                f"{head['model']!r} with {name} = {head[name]}; fit one for that model"
+            )
+
+
+def _about(
+    replay: TraceReplay, trace: Path, profile: Path, cost: CostModel | None, notes: list[str]
+) -> dict[str, Any]:
+    """What a result file says of where it comes from."""
+    from var_moe.storage import SCHEMA_VERSION, provenance
+
+    head = replay.trace.head
+    kept = ("model", "revision", "dtype", "dataset", "data_hash", "tokens", "seed")
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "trace": {
+            "folder": str(trace),
+            **{name: head.get(name) for name in kept},
+            "documents": len(replay.trace.documents),
+        },
+        "profile": {"folder": str(profile), "hash": replay.profile_hash},
+        "cost_model_error_relative": None if cost is None else cost.error,
+        "notes": notes,
+        "provenance": provenance(),
+    }
+
+
+def _some(
+    replay: TraceReplay,
+    configs: dict[str, VARConfig],
+    cost: CostModel | None,
+    about: dict[str, Any],
+    output: Path,
+) -> None:
+    from var_moe.cli.replay_tables import print_replays
+    from var_moe.optimization.results import jsonable
+    from var_moe.storage import atomic_write_json
+
+    rows = []
+    for name, found in zip(configs, replay.evaluate_many(list(configs.values())), strict=True):
+        residual = found.config.uses_residuals
+        speedup = None if cost is None else cost.speedup(found.report, residual=residual)
+        row = {"name": name, "config": found.config.to_dict(), **found.to_dict()}
+        rows.append({**row, "predicted_speedup": speedup})
+    atomic_write_json(output / "replay.json", jsonable({**about, "rows": rows}))
+    flat = [
+        {"name": row["name"], **row["config"], **{k: v for k, v in row.items() if k in _FLAT}}
+        for row in rows
+    ]
+    _write_csv({name: [row[name] for row in flat] for name in flat[0]}, output)
+    print_replays(rows, about["trace"])
+    print(f"Saved: {output / 'replay.json'}, {output / 'replay.csv'}")
+
+
+_FLAT = (
+    *("experts_per_token", "fast_pct", "cached_pct", "learned_pct", "cache_hit_rate"),
+    *("predicted_degradation", "predicted_speedup"),
+)
+
+
+def _grid(
+    replay: TraceReplay,
+    n_points: int,
+    mode: str,
+    cost: CostModel | None,
+    about: dict[str, Any],
+    output: Path,
+    max_degradation: float,
+    progress: Progress | None,
+) -> None:
+    from var_moe.cli.replay_tables import print_front, print_sensitivity
+    from var_moe.config import VARConfig
+    from var_moe.optimization.forecast_grid import forecast_grid, grid_values
+    from var_moe.optimization.results import jsonable
+    from var_moe.optimization.sensitivity import sensitivity_result
+    from var_moe.storage import atomic_write_json
+
+    values = grid_values(n_points=n_points)
+    found = forecast_grid(replay, values, cost=cost, mode=mode, progress=progress)
+    predicted = {"degradation": "predicted_degradation", "speedup": "predicted_speedup"}
+    front = []
+    for number in found.front() if "degradation" in found.columns else []:
+        row = {predicted.get(name, name): value for name, value in found.row(number).items()}
+        config = VARConfig(mode=mode, **found.point(number))  # type: ignore[arg-type]
+        feasible = row["predicted_degradation"] <= max_degradation
+        front.append({"config": config.to_dict(), **row, "feasible": feasible})
+    indices = sensitivity_result(found)
+    result = {
+        **about,
+        "mode": mode,
+        "max_degradation": max_degradation,
+        "values": indices["values"],
+        "points": found.size,
+        "front": front,
+        "sensitivity": indices["rows"],
+    }
+    atomic_write_json(output / "replay.json", jsonable(result))
+    atomic_write_json(output / "sensitivity.json", jsonable({**about, **indices}))
+    _write_csv({predicted.get(k, k): v for k, v in found.table().items()}, output)
+    print_front(front, about["trace"], found.size, mode, max_degradation)
+    print_sensitivity(indices)
+    names = ("replay.json", "replay.csv", "sensitivity.json")
+    print(f"Saved: {', '.join(str(output / name) for name in names)}")
+
+
+def _write_csv(columns: dict[str, Any], output: Path) -> None:
+    import pandas as pd
+
+    from var_moe.storage import atomic_write
+
+    frame = pd.DataFrame(columns)
+    atomic_write(output / "replay.csv", lambda temporary: frame.to_csv(temporary, index=False))

@@ -1,0 +1,165 @@
+"""``var-moe trace``: the router's decisions on a text, recorded once for any replay."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from var_moe.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from var_moe.evaluation.documents import EncodedDocument
+    from var_moe.models.loading import LoadedModel
+    from var_moe.profiling.profile import RoutingProfile
+    from var_moe.tracing.trace import RoutingTrace
+
+
+def trace(
+    *,
+    model: str = "demo",
+    dataset: str = "demo",
+    split: str = "validation",
+    profile: Path | None = None,
+    output: Path = Path("results/trace"),
+    max_tokens: int | None = None,
+    max_samples: int | None = None,
+    decisions_only: bool = False,
+    tokens_per_batch: int = 4096,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    quiet: bool = False,
+) -> int:
+    """Record every decision of the router on a text, for `var-moe replay`.
+
+    Args:
+        model: demo, a local folder, or a Hub id.
+        dataset: demo (or demo-postgres, ...), wikitext, a Hub name[:config], or a local file.
+        split: part of the text to record.
+        profile: profile folder; by default the calibration split is profiled first, into
+            the folder `profile` of the output.
+        output: folder for the trace; an interrupted one goes on there.
+        max_tokens: record documents up to so many tokens.
+        max_samples: record at most so many documents.
+        decisions_only: without the backward pass: quicker, and less memory, but a replay can't
+            predict a degradation then.
+        tokens_per_batch: padded tokens per forward; fewer need less memory.
+        seed: draws the documents when max_tokens or max_samples take a part of them.
+        device: auto, cpu, cuda, ...
+        dtype: auto, float32, bfloat16, float16.
+        trust_remote_code: run a Hub model's own code.
+        quiet: no progress.
+    """
+    from var_moe.evaluation.text import check_dataset
+    from var_moe.models.loading import check_name
+    from var_moe.storage import check_output_folder
+
+    check_output_folder(output)
+    counts = {
+        "max_tokens": max_tokens,
+        "max_samples": max_samples,
+        "tokens_per_batch": tokens_per_batch,
+    }
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise UsageError(f"{name} = {count}: expected at least 1")
+    check_name(model)
+    check_dataset(dataset)
+    if not quiet:
+        print(f"loading model {model} ...", file=sys.stderr, flush=True)
+    from var_moe.cli.progress import StageProgress
+    from var_moe.models.loading import load_model
+    from var_moe.optimization.preparation import obtain_profile, read_text, sample_documents
+    from var_moe.tracing.record import record_trace
+
+    with StageProgress() as progress:
+        loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        text = read_text(dataset, split, loaded)
+        documents = sample_documents(text.documents, max_samples, seed)
+        means, place = obtain_profile(
+            loaded, dataset, given=profile, folder=output, progress=None if quiet else progress
+        )
+        if not quiet:
+            asked = (max_tokens, seed)
+            progress.say(_size(loaded, documents, means, output, asked, not decisions_only))
+        found = record_trace(
+            loaded,
+            documents,
+            dataset=dataset,
+            data_hash=text.data_hash,
+            folder=output,
+            profile=means,
+            damage=not decisions_only,
+            max_tokens=max_tokens,
+            tokens_per_batch=tokens_per_batch,
+            seed=seed,
+            progress=None
+            if quiet
+            else lambda done, total: progress("tracing the router", done, total),
+        )
+    _print(found, output, place)
+    return 0
+
+
+def _size(
+    loaded: LoadedModel,
+    documents: Sequence[EncodedDocument],
+    profile: RoutingProfile,
+    output: Path,
+    asked: tuple[int | None, int],
+    damage: bool,
+) -> str:
+    """What will be written, before it is."""
+    from var_moe.evaluation.batching import drawn
+    from var_moe.models.seam import experts_modules
+    from var_moe.tracing.trace import bytes_per_token
+
+    chosen = drawn(documents, *asked)
+    tokens = sum(len(documents[i].ids) for i in chosen)
+    size = tokens * bytes_per_token(
+        layers=len(experts_modules(loaded.model)),
+        top_k=loaded.top_k,
+        damage=damage,
+        residuals=profile.residuals is not None,
+    )
+    return (
+        f"recording {tokens:,} tokens of {len(chosen):,} documents: "
+        f"{size:,} bytes ({size / 2**20:,.1f} MiB) in {output}"
+    )
+
+
+def _print(trace: RoutingTrace, output: Path, profile: Path | None) -> None:
+    import math
+
+    from rich.table import Table
+
+    from var_moe.cli.tables import console
+    from var_moe.tracing.shards import folder_size
+
+    head = trace.head
+    perplexity = ""
+    if trace.nll is not None:
+        nll = float(trace.nll.double().sum()) / max(trace.scored, 1)
+        perplexity = f", perplexity {math.exp(nll):.3f}"
+    out = console()
+    # A line of its own: as a title it would be broken to the small table's width.
+    out.print(
+        f"{head['model']} on {head['dataset']}: {trace.tokens:,} tokens of "
+        f"{len(trace.documents):,} documents, {folder_size(output) / 2**20:,.1f} MiB{perplexity}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    table = Table()
+    for heading in ("layer", "entropy (nats)", "first expert's mass"):
+        table.add_column(heading, justify="right")
+    entropy = trace.entropy.float().mean(dim=1).tolist()
+    mass = trace.weight[:, :, 0].float().mean(dim=1).tolist()
+    for layer, (nats, share) in enumerate(zip(entropy, mass, strict=True)):
+        table.add_row(str(layer), f"{nats:.3f}", f"{share:.3f}")
+    out.print(table, highlight=False)
+    out.print(f"Trace: {output}", highlight=False)
+    out.print(f"Profile: {profile}", highlight=False)

@@ -1,0 +1,230 @@
+"""Replaying every combination of frequency and entropy thresholds at once.
+
+These two thresholds decide which token ids are on the fast path, and nothing else. So each sum
+over a configuration's decisions is the sum without a fast path, less what the tokens on it had
+there, plus what they have on it. Both are summed once per bin of token ids that reach equally
+many of either threshold, and running sums over the bins give all combinations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from var_moe.errors import UsageError
+from var_moe.routing.decision import Tier
+from var_moe.tracing.decisions import damage_effects, damage_kinds, stored_counts
+from var_moe.tracing.stays import Ints
+
+if TYPE_CHECKING:
+    from var_moe.config import VARConfig
+    from var_moe.tracing.replay import TraceReplay
+    from var_moe.tracing.slots import Hits
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridReplay:
+    """One configuration replayed with F frequency times G entropy thresholds.
+
+    ``first`` and ``squares`` are the sums of `DamageSums` by kind; empty where the trace has no
+    damages.
+    """
+
+    tokens: int
+    scored: int  # tokens that have a loss
+    tiers: Ints  # (F, G, L, 3) fast, cached, learned
+    pairs: Ints  # (F, G, L) executed
+    first: dict[str, Floats]  # (F, G, L) each
+    squares: dict[str, Floats]  # (F, G, L) each
+
+    @property
+    def experts_per_token(self) -> Floats:
+        """Executed pairs per layer and token. (F, G)"""
+        found: Floats = self.pairs.mean(axis=2) / self.tokens
+        return found
+
+    @property
+    def tiers_pct(self) -> Floats:
+        """Shares of fast, cached and learned in percent. (F, G, 3)"""
+        found: Floats = 100 * self.tiers.mean(axis=2) / self.tokens
+        return found
+
+    @property
+    def cache_hit_rate(self) -> Floats:
+        """Of what is not on the fast path, the share served by the cache. (F, G)"""
+        _, cached, learned = np.moveaxis(self.tiers.sum(axis=2), 2, 0)
+        found: Floats = cached / np.maximum(cached + learned, 1)
+        return found
+
+    @property
+    def degradation(self) -> Floats:
+        """Predicted PPL(VAR) / PPL(baseline) - 1, as `Replay.degradation`. (F, G)
+
+        Raises:
+            UsageError: the trace was recorded without damages.
+        """
+        if not self.first:
+            raise UsageError("the trace has no damages, so no degradation can be predicted")
+        first = sum(rows.sum(axis=2) for rows in self.first.values())
+        squares = sum(rows.sum(axis=2) for rows in self.squares.values())
+        found: Floats = np.expm1((first + squares / 2) / max(self.scored, 1))
+        return found
+
+
+class ThresholdGrid:
+    """Replays configurations, each with all combinations of two lists of thresholds.
+
+    Args:
+        replay: of the trace.
+        frequencies: F frequency thresholds, in any order.
+        entropies: G entropy thresholds, in any order.
+
+    Example:
+        >>> grid = ThresholdGrid(TraceReplay(trace, profile), [10, 50], [0.5, 1.0, 1.5])
+        >>> grid.evaluate(VARConfig(confidence_threshold=0.9)).experts_per_token  # (2, 3)
+    """
+
+    def __init__(
+        self, replay: TraceReplay, frequencies: Sequence[float], entropies: Sequence[float]
+    ) -> None:
+        if not len(frequencies) or not len(entropies):
+            raise UsageError("a grid of thresholds needs at least one frequency and one entropy")
+        self.replay = replay
+        lists = np.asarray(frequencies, dtype=np.float64), np.asarray(entropies, dtype=np.float64)
+        # Bins count the thresholds that an id reaches, so place 0 is the one reached most easily.
+        rising, falling = np.argsort(lists[0]), np.argsort(-lists[1])
+        self._order = np.ix_(np.argsort(rising), np.argsort(falling))
+        self._shape = (len(rising) + 1, len(falling) + 1)
+        table = replay.table
+        count, entropy = table.count.numpy(), table.entropy.numpy()  # (L, U)
+        often = np.searchsorted(lists[0][rising], count, side="right")
+        often[count <= 0] = 0  # an id that calibration never saw is on no fast path
+        surely = np.searchsorted(-lists[1][falling], -entropy, side="right")
+        by_id = (often * self._shape[1] + surely).astype(np.intp)
+        self._bin = by_id[:, replay.id_number]  # (L, N)
+        self._fixed: dict[tuple[object, ...], tuple[Floats, Floats]] = {}
+
+    def evaluate(self, config: VARConfig) -> GridReplay:
+        """All combinations; the configuration's own frequency and entropy thresholds are unused.
+
+        Equal to `TraceReplay.evaluate` of each; damages up to the rounding of sums.
+        """
+        replay, trace = self.replay, self.replay.trace
+        kinds = damage_kinds(trace, config) if trace.damage else ()
+        fast, always = self._fixed_parts(config, kinds)
+        found = enumerate(replay.hits(config))
+        hit = np.stack([self._hit(config, kinds, layer, hits) for layer, hits in found], axis=1)
+        on_path = self._reaching(fast)  # (Q, L, F, G)
+        beside = hit.sum(axis=2)[..., None, None] - self._reaching(hit)
+        summed = np.moveaxis(on_path + beside + always[..., None, None], 1, -1)  # (Q, F, G, L)
+        tiers = np.empty((*summed.shape[1:], len(Tier)), dtype=np.int64)
+        tiers[..., Tier.FAST] = np.moveaxis(on_path[0], 0, -1)
+        tiers[..., Tier.CACHED] = np.moveaxis(beside[0], 0, -1)
+        tiers[..., Tier.LEARNED] = trace.tokens - tiers[..., :2].sum(axis=-1)
+        cut = summed[1].astype(np.int64)
+        return GridReplay(
+            tokens=trace.tokens,
+            scored=trace.scored,
+            tiers=tiers,
+            pairs=trace.tokens * trace.top_k - cut * (trace.top_k - replay.lead),
+            first=dict(zip(kinds, summed[2 : 2 + len(kinds)], strict=True)),
+            squares=dict(zip(kinds, summed[2 + len(kinds) :], strict=True)),
+        )
+
+    # -- sums by bin: Q = 2 + 2 kinds of them: how many, how many cut, damages, their squares --
+
+    def _fixed_parts(self, config: VARConfig, kinds: tuple[str, ...]) -> tuple[Floats, Floats]:
+        """What does not depend on the cache: the fast path by bin, and what is always cut. Kept."""
+        plain = config.mode == "plain"
+        key = (config.mode, kinds, None if plain else config.confidence_threshold)
+        if key not in self._fixed:
+            layers = range(self.replay.trace.layers)
+            fast = np.stack([self._fast(config, kinds, layer) for layer in layers], axis=1)
+            always = [self._always(config, kinds, layer) for layer in layers]
+            self._fixed[key] = (fast, np.stack(always, axis=1))
+        return self._fixed[key]
+
+    def _fast(self, config: VARConfig, kinds: tuple[str, ...], layer: int) -> Floats:
+        """All tokens as if on the fast path. (Q, B)"""
+        replay = self.replay
+        if config.mode == "plain":
+            run = replay.table_experts(layer)[replay.id_number]
+            return self._stored(kinds, layer, np.arange(len(run)), run)
+        token = np.flatnonzero(replay.match[layer])
+        return self._licensed(config, kinds, layer, token)
+
+    def _hit(self, config: VARConfig, kinds: tuple[str, ...], layer: int, hits: Hits) -> Floats:
+        """The tokens that the cache decides where they are not on the fast path. (Q, B)"""
+        if config.mode == "plain":
+            run = self.replay.index[layer][hits.source, : self.replay.lead] if kinds else None
+            return self._stored(kinds, layer, hits.token, run)
+        return self._licensed(config, kinds, layer, hits.token[hits.licensed])
+
+    def _always(self, config: VARConfig, kinds: tuple[str, ...], layer: int) -> Floats:
+        """What is cut whatever the table and the cache say: confident tokens, if verified. (Q,)"""
+        if config.mode == "plain":
+            return np.zeros(2 + 2 * len(kinds))
+        token = np.flatnonzero(self.replay.confident(config, layer))
+        effects = self._effects(kinds, layer, token)
+        sums = [0.0, float(len(token)), *(e.sum() for e in effects)]
+        return np.array([*sums, *(np.dot(e, e) for e in effects)])
+
+    def _licensed(
+        self, config: VARConfig, kinds: tuple[str, ...], layer: int, token: Ints
+    ) -> Floats:
+        """Verified tokens with a licence; those that are confident are cut in any case. (Q, B)"""
+        gained = token[~self.replay.confident(config, layer)[token]]
+        effects = self._effects(kinds, layer, gained)
+        rows = [self._count(layer, token), self._count(layer, gained)]
+        rows += self._weighed(layer, gained, effects)
+        return np.stack(rows)
+
+    def _stored(
+        self, kinds: tuple[str, ...], layer: int, token: Ints, run: NDArray[np.int16] | None
+    ) -> Floats:
+        """Tokens that run stored experts unseen. (Q, B)"""
+        count = self._count(layer, token)
+        effects: list[Floats] = []
+        if kinds and run is not None:
+            following, foreign = stored_counts(run, self.replay.index[layer][token])
+            share = (following + foreign == 0, following / run.shape[1], foreign / run.shape[1])
+            found = self._effects(kinds, layer, token)
+            effects = [e * part for e, part in zip(found, share, strict=True)]
+        return np.stack([count, count, *self._weighed(layer, token, effects)])
+
+    def _effects(self, kinds: tuple[str, ...], layer: int, token: Ints) -> list[Floats]:
+        """Of each kind, the damage of some tokens' decisions."""
+        trace = self.replay.trace
+        found = [damage_effects(trace, kind, layer)[token].astype(np.float64) for kind in kinds]
+        if found and self.replay.lead == trace.top_k:  # there is nothing to cut
+            found[0][:] = 0.0
+        return found
+
+    def _count(self, layer: int, token: Ints) -> Floats:
+        """How many tokens are in each bin. (B,)"""
+        size = self._shape[0] * self._shape[1]
+        return np.bincount(self._bin[layer][token], minlength=size).astype(np.float64)
+
+    def _weighed(self, layer: int, token: Ints, effects: list[Floats]) -> list[Floats]:
+        """Sums of each of the effects, then of their squares, by bin. (B,) each"""
+        place, size = self._bin[layer][token], self._shape[0] * self._shape[1]
+        weights = [*effects, *(effect * effect for effect in effects)]
+        found = [np.bincount(place, weights=weight, minlength=size) for weight in weights]
+        return [sums.astype(np.float64, copy=False) for sums in found]
+
+    def _reaching(self, sums: Floats) -> Floats:
+        """From sums by bin to sums over the ids that reach both thresholds. (Q, L, F, G)"""
+        bins = sums.reshape(*sums.shape[:2], *self._shape)
+        summed = bins[..., ::-1, ::-1].cumsum(axis=-2).cumsum(axis=-1)[..., ::-1, ::-1]
+        rows, columns = self._order
+        found: Floats = summed[..., 1:, 1:][..., rows, columns]
+        return found
+
+
+__all__ = ["GridReplay", "ThresholdGrid"]

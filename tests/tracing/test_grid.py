@@ -1,0 +1,99 @@
+"""A grid of thresholds, replayed at once, equals its points replayed one by one."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_replay import ENTROPY, SETTINGS, cases, configs, profile_like, table_of
+from traces import made_trace
+
+from var_moe.config import VARConfig
+from var_moe.errors import UsageError
+from var_moe.tracing.grid import ThresholdGrid
+from var_moe.tracing.replay import TraceReplay
+
+
+def assert_equal(replay, config, frequencies, entropies):
+    found = ThresholdGrid(replay, frequencies, entropies).evaluate(config)
+    damages = bool(replay.trace.damage)
+    for i, j in product(range(len(frequencies)), range(len(entropies))):
+        one = replay.evaluate(
+            config.replace(frequency_threshold=frequencies[i], entropy_threshold=entropies[j])
+        )
+        report = one.report
+        assert tuple(map(tuple, found.tiers[i, j].tolist())) == report.tier_counts
+        assert tuple(found.pairs[i, j].tolist()) == report.executed_pairs
+        assert found.experts_per_token[i, j] == pytest.approx(report.experts_per_token)
+        shares = (report.fast_pct, report.cached_pct, report.learned_pct)
+        assert tuple(found.tiers_pct[i, j]) == pytest.approx(shares)
+        assert found.cache_hit_rate[i, j] == pytest.approx(report.cache_hit_rate)
+        if damages:
+            assert set(found.first) == set(one.damage.first)
+            for kind, sums in one.damage.first.items():
+                assert found.first[kind][i, j] == pytest.approx(sums, rel=1e-9, abs=1e-9)
+                squares = one.damage.squares[kind]
+                assert found.squares[kind][i, j] == pytest.approx(squares, rel=1e-9, abs=1e-9)
+            assert found.degradation[i, j] == pytest.approx(one.degradation, rel=1e-9, abs=1e-12)
+
+
+def with_damages(trace, seed):
+    dice = torch.Generator().manual_seed(seed)
+    shape = (trace.layers, trace.tokens)
+    damage = {k: torch.randn(shape, generator=dice) for k in ("cut_residual", "next", "foreign")}
+    damage["cut"] = torch.randn((*shape, trace.top_k - 1), generator=dice)
+    if trace.top_k == 1:
+        damage["cut_residual"][:] = 0  # as recorded: nothing can be cut
+    return damage
+
+
+@SETTINGS
+@given(
+    cases(),
+    configs(),
+    st.lists(st.integers(0, 5), min_size=1, max_size=4),
+    st.lists(st.sampled_from(ENTROPY), min_size=1, max_size=3),
+    st.booleans(),
+)
+def test_random_streams(case, config, frequencies, entropies, damages):
+    """Both modes, thresholds in any order and equal ones too, K of 1, 2 and 4."""
+    documents, router, table = case
+    trace = made_trace(documents, router)
+    if damages:
+        trace = made_trace(documents, router, damage=with_damages(trace, 1))
+    replay = TraceReplay.of_table(trace, table_of(table, len(router), trace.top_k))
+    assert_equal(replay, config, frequencies, entropies)
+
+
+@pytest.mark.parametrize("mode", ["plain", "verified"])
+@pytest.mark.parametrize("residuals", [False, None])
+def test_a_recorded_trace(recorded, mode, residuals):
+    replay = TraceReplay.of_table(recorded, profile_like(recorded))
+    grid = ThresholdGrid(replay, [30, 0, 20], [0.6, 0.3])
+    for confidence, size in product((0.6, 0.9), (0, 60)):
+        config = VARConfig(
+            confidence_threshold=confidence,
+            cache_size=size,
+            context_window_size=2,
+            mode=mode,
+            residuals=residuals,
+        )
+        assert_equal(replay, config, [30, 0, 20], [0.6, 0.3])
+        # One grid for all of them, which keeps what they share.
+        again = ThresholdGrid(replay, [30, 0, 20], [0.6, 0.3]).evaluate(config)
+        assert np.array_equal(grid.evaluate(config).pairs, again.pairs)
+        assert np.array_equal(grid.evaluate(config).degradation, again.degradation)
+
+
+def test_no_thresholds_and_no_damages(recorded):
+    replay = TraceReplay.of_table(recorded, profile_like(recorded))
+    with pytest.raises(UsageError, match="at least one frequency"):
+        ThresholdGrid(replay, [], [0.5])
+    bare = made_trace([[1, 1]], [[((0, 1), (0.75, 0.25))] * 2])
+    found = ThresholdGrid(TraceReplay.of_table(bare, table_of({}, 1, 2)), [1], [1.0])
+    with pytest.raises(UsageError, match="no damages"):
+        _ = found.evaluate(VARConfig()).degradation

@@ -1,0 +1,102 @@
+"""Predicted degradation of policies that run the first experts alone, against hand sums."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from test_replay import profile_like
+from traces import made_trace
+
+from var_moe.config import VARConfig
+from var_moe.routing.fixed_k import FixedKPolicy
+from var_moe.routing.naee import NAEEPolicy
+from var_moe.routing.native import NativePolicy
+from var_moe.routing.random_skip import RandomSkipPolicy
+from var_moe.routing.top_p import TopPPolicy
+from var_moe.routing.var import VARPolicy
+from var_moe.tracing.policies import evaluate_policy, replay_policy
+from var_moe.tracing.replay import TraceReplay
+
+
+class Ratios:
+    """Calibrated thresholds as NAEE asks for them: one per layer."""
+
+    layers, top_k = 1, 3
+
+    def at(self, quantile):
+        return torch.tensor([0.55])
+
+
+@pytest.fixture
+def trace():
+    """Three tokens of one document, K = 3: shares 0.5, 0.3, 0.2; 0.6, 0.3, 0.1; 0.4, 0.35, 0.25."""
+    router = [
+        [((0, 1, 2), (0.5, 0.3, 0.2)), ((3, 1, 2), (0.6, 0.3, 0.1)), ((4, 5, 0), (0.4, 0.35, 0.25))]
+    ]
+    # By token: the damage of running one expert, and of running two.
+    cut = torch.tensor([[[1.0, 0.5], [2.0, 0.25], [4.0, 0.125]]])
+    return made_trace([[1, 2, 3]], router, damage={"cut": cut})
+
+
+@pytest.mark.parametrize(
+    ("policy", "damages"),
+    [
+        # 0.55 of the first: tokens keep (0.5, 0.3), (0.6), (0.4, 0.35, 0.25).
+        (NAEEPolicy(0.5, ratios=Ratios()), (0.5, 2.0)),
+        # Mass of 0.7: two experts, two, two.
+        (TopPPolicy(0.7), (0.5, 0.25, 0.125)),
+        # Mass of 0.55: two, one, two.
+        (TopPPolicy(0.55), (0.5, 2.0, 0.125)),
+        (FixedKPolicy(1), (1.0, 2.0, 4.0)),
+        (NativePolicy(), ()),
+    ],
+)
+def test_hand_sums(trace, policy, damages):
+    found = evaluate_policy(trace, policy)
+    assert found.first == pytest.approx(sum(damages))
+    assert found.squares == pytest.approx(sum(one**2 for one in damages))
+    expected = sum(one + one**2 / 2 for one in damages) / 2  # the first token has no loss
+    assert found.degradation == pytest.approx(math.expm1(expected))
+    assert found.report == replay_policy(trace, policy)
+
+
+def test_unknown_where_a_decision_is_of_another_sort(recorded, trace):
+    class Unscaled(FixedKPolicy):
+        def route(self, layer, index, weight):
+            routing = super().route(layer, index, weight)
+            return type(routing)(index=routing.index, weight=weight, tier=routing.tier)
+
+    class Last(NativePolicy):
+        def route(self, layer, index, weight):
+            index = index.clone()
+            index[:, :-1] = -1
+            weight = torch.ones_like(weight)
+            return type(super().route(layer, index, weight))(
+                index=index, weight=weight, tier=torch.full_like(index[:, 0], 2).to(torch.uint8)
+            )
+
+    class Nothing(NativePolicy):
+        def route(self, layer, index, weight):
+            return super().route(layer, torch.full_like(index, -1), weight)
+
+    for policy in (Unscaled(1), Last(), Nothing()):
+        found = evaluate_policy(trace, policy)
+        assert found.degradation is None, policy
+        assert found.report.tokens == 3
+    assert evaluate_policy(recorded, RandomSkipPolicy(0.5)).degradation is not None
+    plain = VARConfig(mode="plain", confidence_threshold=0.5, context_window_size=1)
+    policy = VARPolicy(plain, profile_like(recorded))
+    assert evaluate_policy(recorded, policy).degradation is None
+    bare = made_trace([[1, 1]], [[((0, 1), (0.75, 0.25))] * 2])
+    assert evaluate_policy(bare, FixedKPolicy(1)).degradation is None
+
+
+def test_verified_var_without_means_is_one_of_them(recorded):
+    """Two ways to one figure: VAR's own code here, the vectorised replay there."""
+    table = profile_like(recorded)
+    config = VARConfig(confidence_threshold=0.7, context_window_size=2, residuals=False)
+    expected = TraceReplay.of_table(recorded, table).evaluate(config).degradation
+    found = evaluate_policy(recorded, VARPolicy(config, table)).degradation
+    assert found == pytest.approx(expected, rel=1e-9)
