@@ -1,6 +1,6 @@
 """Search methods compared on the demo over seeds, on the same objective and text.
 
-    python -m benchmarks.tuners --profile results/phase3/profile --seeds 10
+    OMP_NUM_THREADS=1 python -m benchmarks.tuners --profile results/phase3/profile
     python -m benchmarks.tuners --summary_only
 
 Random search, TPE, Optuna's GP and scikit-optimize's GP have 50 full evaluations each, replay

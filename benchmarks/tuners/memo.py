@@ -24,10 +24,14 @@ from var_moe.routing.var import VARPolicy
 
 @dataclass(frozen=True)
 class Known:
-    """A measured configuration, and the seconds that it took when it was measured."""
+    """A measured configuration, and what it took when it was measured.
+
+    Processor time is what a machine shared with other work leaves comparable.
+    """
 
     quality: Quality
     seconds: float
+    cpu_seconds: float
 
 
 class Memo:
@@ -55,6 +59,7 @@ class Memo:
         line = {
             "key": _key(text, config),
             "seconds": known.seconds,
+            "cpu_seconds": known.cpu_seconds,
             "change": asdict(known.quality.change),
             "report": asdict(known.quality.report),
         }
@@ -82,7 +87,7 @@ def _read(line: dict[str, Any]) -> Known:
             executed_pairs=tuple(report["executed_pairs"]),
         ),
     )
-    return Known(quality, line["seconds"])
+    return Known(quality, line["seconds"], line["cpu_seconds"])
 
 
 @dataclass
@@ -102,14 +107,14 @@ class MemoEvaluator(Evaluator):
     cost: CostModel | None = None
 
     def measured(self, policy: VARPolicy) -> Known:
-        """Quality of a policy, and the seconds that measuring it took."""
+        """Quality of a policy, and what measuring it took."""
         assert self.memo is not None
         known = self.memo.get(self.text, policy.config)
         if known is None:
             _ = self.baseline_losses  # once per text, in no evaluation's time
-            started = time.perf_counter()
+            started, cpu = time.perf_counter(), time.process_time()
             quality = super().quality(policy)
-            known = Known(quality, time.perf_counter() - started)
+            known = Known(quality, time.perf_counter() - started, time.process_time() - cpu)
             self.memo.add(self.text, policy.config, known)
         return known
 
@@ -173,6 +178,6 @@ class PredictedObjective(VARObjective):
             feasible=change.value <= self.max_degradation,
         )
 
-    def seconds(self, params: Any) -> float:
-        """What an evaluation took when it was measured."""
-        return self.evaluator.measured(self.policy(self.config(params))).seconds
+    def known(self, params: Any) -> Known:
+        """An evaluation with what it took when it was measured."""
+        return self.evaluator.measured(self.policy(self.config(params)))

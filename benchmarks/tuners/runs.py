@@ -31,7 +31,8 @@ def run(bench: Bench, method: str, seed: int) -> dict[str, Any]:
     # With nothing that passes, the nearest miss shows what the search would have ended with.
     final = best or min(measured, key=lambda one: one.quality.change.upper)
     suggestions = sum(e.suggestion_seconds for e in result.evaluations)
-    evaluations = sum(objective.seconds(e.params) for e in result.evaluations if not e.failed)
+    known = [objective.known(e.params) for e in result.evaluations if not e.failed]
+    evaluations = sum(one.seconds for one in known)
     choosing = sum(bench.ordering.measured(objective.policy(m.config)).seconds for m in measured)
     setup = bench.forecaster_seconds if method == "replay" else 0.0
     found = {
@@ -48,6 +49,7 @@ def run(bench: Bench, method: str, seed: int) -> dict[str, Any]:
         "seconds": {
             "setup_s": setup,
             "evaluations_s": evaluations,
+            "evaluations_cpu_s": sum(one.cpu_seconds for one in known),
             "suggestions_s": suggestions,
             "choosing_s": choosing,
             "total_s": setup + evaluations + suggestions + choosing,

@@ -22,7 +22,8 @@ class Setting:
 
     Args:
         model, dataset: of all runs.
-        documents: of the search half of validation, in each full evaluation.
+        documents: of the search half of validation, in each full evaluation; by default so few
+            that one takes 1.4 s of one core, and the 2,100 of ten seeds less than 50 minutes.
         ordering_documents: of the ordering half, for the choice of the final configuration.
         test_documents: of test, for its last measurement.
         evaluations: full evaluations of each method but replay.
@@ -35,7 +36,7 @@ class Setting:
 
     model: str = "demo"
     dataset: str = "demo"
-    documents: int = 60
+    documents: int = 24
     ordering_documents: int = 150
     test_documents: int = 200
     evaluations: int = 50
