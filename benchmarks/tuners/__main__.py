@@ -3,6 +3,8 @@
     OMP_NUM_THREADS=1 python -m benchmarks.tuners --profile results/phase3/profile
     python -m benchmarks.tuners --summary_only
 
+With --prepare_only first, the timing is done at ordinary priority and the rest can be niced.
+
 Random search, TPE, Optuna's GP and scikit-optimize's GP have 50 full evaluations each, replay
 has 10. A full evaluation scores a reduced text: the first documents of the (shuffled) search
 half of validation. Its speedup is not timed: a cost model, fitted once and kept in the output
@@ -55,6 +57,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/tuners"))
     parser.add_argument("--profile", type=Path, help="a ready profile; by default a fresh one")
     parser.add_argument("--summary_only", action="store_true", help="no run, no model")
+    parser.add_argument("--prepare_only", action="store_true", help="cost model and trace, no run")
     for name, text in _NUMBERS.items():
         parser.add_argument(f"--{name}", type=int, default=getattr(Setting, name), help=text)
     return parser.parse_args(arguments)
@@ -81,6 +84,8 @@ def compare(args: argparse.Namespace) -> None:
     from benchmarks.tuners.runs import run
 
     bench = prepare(setting, args.output, profile=args.profile, say=say)
+    if args.prepare_only:
+        jobs = []
     try:
         for number, (seed, method) in enumerate(jobs, start=1):
             found = run(bench, method, seed)
@@ -107,6 +112,8 @@ def main() -> int:
         check_output_folder(args.output)
         if not args.summary_only:
             compare(args)
+        if args.prepare_only:
+            return 0
         print(write_summary(args.output))
     except VarMoeError as error:
         print(f"error: {error}", file=sys.stderr)
