@@ -1,0 +1,1 @@
+"""Search methods compared on the same reduced objective; see `__main__`."""
