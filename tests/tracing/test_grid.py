@@ -46,8 +46,6 @@ def with_damages(trace, seed):
     shape = (trace.layers, trace.tokens)
     damage = {k: torch.randn(shape, generator=dice) for k in ("cut_residual", "next", "foreign")}
     damage["cut"] = torch.randn((*shape, trace.top_k - 1), generator=dice)
-    if trace.top_k == 1:
-        damage["cut_residual"][:] = 0  # as recorded: nothing can be cut
     return damage
 
 
