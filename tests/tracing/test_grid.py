@@ -46,8 +46,6 @@ def with_damages(trace, seed):
     shape = (trace.layers, trace.tokens)
     damage = {k: torch.randn(shape, generator=dice) for k in ("cut_residual", "next", "foreign")}
     damage["cut"] = torch.randn((*shape, trace.top_k - 1), generator=dice)
-    if trace.top_k == 1:
-        damage["cut_residual"][:] = 0  # as recorded: nothing can be cut
     return damage
 
 
@@ -58,15 +56,16 @@ def with_damages(trace, seed):
     st.lists(st.integers(0, 5), min_size=1, max_size=4),
     st.lists(st.sampled_from(ENTROPY), min_size=1, max_size=3),
     st.booleans(),
+    st.sampled_from([False, None]),
 )
-def test_random_streams(case, config, frequencies, entropies, damages):
+def test_random_streams(case, config, frequencies, entropies, damages, residuals):
     """Both modes, thresholds in any order and equal ones too, K of 1, 2 and 4."""
     documents, router, table = case
     trace = made_trace(documents, router)
     if damages:
         trace = made_trace(documents, router, damage=with_damages(trace, 1))
     replay = TraceReplay.of_table(trace, table_of(table, len(router), trace.top_k))
-    assert_equal(replay, config, frequencies, entropies)
+    assert_equal(replay, config.replace(residuals=residuals), frequencies, entropies)
 
 
 @pytest.mark.parametrize("mode", ["plain", "verified"])
