@@ -17,7 +17,7 @@ INSTALL = $(if $(CONSTRAINT),$(PIP) $(CONSTRAINT) --editable $(1) || { \
 
 .PHONY: tune test test-fast lint clean
 tune: $(VENV)/.installed
-	@"$(VENV)/bin/var-moe" tune --n_calls 24 --max-samples 120 --final-samples 400 --output "$(RESULTS)" $(ARGS)
+	@"$(VENV)/bin/var-moe" tune --max-samples 200 --final-samples 400 --output "$(RESULTS)" $(ARGS)
 
 test: lint
 	"$(VENV)/bin/python" -m pytest -n 2 $(ARGS)
