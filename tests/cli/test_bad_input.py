@@ -162,6 +162,9 @@ def test_output_that_is_a_file(refused, tmp_path):
     ("words", "expected"),
     [
         (["tune", "--method", "magic"], "magic"),
+        (["tune", "--method", "replay", "--policy", "naee"], "not searched by replay"),
+        (["tune", "--from", "nowhere"], "--from needs --max_degradation"),
+        (["tune", "--from", "nowhere", "--max_degradation", "0.1"], "pareto.json"),
         (["tune", "--n_cals", "3"], "--n_cals"),
         (["tune", "--n_calls", "many"], "many"),
         (["tune", "--bounds", "entropy_threshold=2"], "entropy_threshold=2"),
@@ -183,7 +186,8 @@ def test_bad_words(refused, words, expected, tmp_path, tiny_model_folder):
 
 
 def test_a_long_grid_needs_a_yes(refused, tmp_path):
-    line = refused("tune", "--method", "grid", "--n_points", "4", "--output", tmp_path)
+    words = ["tune", "--method", "grid", "--exhaustive", "--n_points", "4"]
+    line = refused(*words, "--output", tmp_path)
     assert "4,096 evaluations" in line
     assert "--yes" in line
 

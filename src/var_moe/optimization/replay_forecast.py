@@ -13,7 +13,7 @@ from var_moe.optimization.forecast import Forecast
 from var_moe.optimization.forecast_grid import ForecastGrid, forecast_grid, grid_values
 from var_moe.optimization.objective import VARObjective
 from var_moe.optimization.search_space import SEARCH_SPACE, Params, SearchSpace
-from var_moe.storage import atomic_write_json
+from var_moe.storage import atomic_write_json, read_json
 from var_moe.tracing.record import record_trace
 from var_moe.tracing.replay import Replay, TraceReplay
 
@@ -69,6 +69,7 @@ def make_forecaster(
     dataset: str,
     data_hash: str,
     folder: Path | None = None,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> ReplayForecaster:
     """Trace the objective's text, fit the cost model, and put both in ``folder``.
@@ -77,6 +78,8 @@ def make_forecaster(
         objective: its evaluator's text is traced.
         dataset, data_hash: of that text, for the trace's head.
         folder: results folder; an interrupted trace goes on there.
+        resume: take the cost model that an interrupted search left, so that its choices go on as
+            they were.
         progress: called with a stage's name, tokens done and in all.
     """
     evaluator = objective.evaluator
@@ -93,10 +96,14 @@ def make_forecaster(
         if progress
         else None,
     )
-    var_all, var_leading = evaluator.cost_policies or (None, None)
-    cost = fit_cost_model(evaluator, var_all=var_all, var_leading=var_leading)
-    if folder is not None:
-        atomic_write_json(folder / COST_FILE, cost.to_dict())
+    saved = None if folder is None else folder / COST_FILE
+    if resume and saved is not None and saved.is_file():
+        cost = CostModel.from_dict(read_json(saved, what="cost model"), source=str(saved))
+    else:
+        var_all, var_leading = evaluator.cost_policies or (None, None)
+        cost = fit_cost_model(evaluator, var_all=var_all, var_leading=var_leading)
+    if saved is not None:
+        atomic_write_json(saved, cost.to_dict())
     return ReplayForecaster(TraceReplay(trace, objective.profile), cost, mode=objective.mode)
 
 

@@ -51,7 +51,13 @@ def search_by_replay(
         progress: called with a stage's name, steps done and in all.
         options: further arguments of `replay_search`.
     """
-    forecaster = make_forecaster(objective, folder=folder, progress=progress, **data)
+    forecaster = make_forecaster(
+        objective,
+        folder=folder,
+        resume=bool(options.get("resume")),
+        progress=progress,
+        **data,
+    )
     objective.stop_early = True
     forecasts = Forecasts(forecaster)
     points: list[Params] | None = None if n_points is None else list(grid_points(space, n_points))
@@ -95,7 +101,7 @@ def verify_front(
     for point in to_verify(search.front, objective.max_degradation):
         config = objective.config(point.params)
         if config not in known:
-            name = f"front, forecast {100 * point.degradation:.2f}%"
+            name = f"front ({100 * point.degradation:.2f}%)"
             found.append(
                 measure(evaluator, objective, config, name=name, blocks=blocks, always_time=True)
             )
