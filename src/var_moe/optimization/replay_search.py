@@ -74,6 +74,10 @@ class Forecasts:
 
     forecast = of  # it forecasts, too
 
+    def learn(self, points: Sequence[Params], forecasts: Sequence[Forecast]) -> None:
+        """Take over forecasts that were made elsewhere, as those of a whole grid."""
+        self._known.update(zip(map(point_key, points), forecasts, strict=True))
+
     def __len__(self) -> int:
         return len(self._known)
 

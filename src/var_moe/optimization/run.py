@@ -25,6 +25,7 @@ from var_moe.optimization.replay_run import (
     replay_metadata,
     save_front,
     search_by_replay,
+    sensitivity_note,
     verify_front,
 )
 from var_moe.optimization.results import OptimizationResult, jsonable
@@ -227,6 +228,7 @@ def tune(
     notes = [
         *([] if settings.policy else profile_notes(profile, settings.space)),
         *search_notes(result, validation.independent),
+        *([sensitivity_note(replayed)] if replayed else []),
         *final.timing_notes(),
     ]
     metadata = {
