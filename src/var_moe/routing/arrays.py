@@ -51,6 +51,9 @@ class Operations(Protocol):
     def to_tensor(self, values: Array) -> Tensor:
         """As a tensor, without a copy."""
 
+    def small(self, values: Array) -> Tensor:
+        """Numbers below 256 as a uint8 tensor."""
+
     def of_tensor(self, values: Tensor) -> Array:
         """A tensor as what this library works on, without a copy."""
 
@@ -86,6 +89,9 @@ class _Torch:
     def to_tensor(self, values: Array) -> Tensor:
         assert isinstance(values, Tensor)
         return values
+
+    def small(self, values: Array) -> Tensor:
+        return self.to_tensor(values.to(torch.uint8))
 
     def of_tensor(self, values: Tensor) -> Array:
         return values
@@ -127,6 +133,9 @@ class _Numpy:
 
     def to_tensor(self, values: Array) -> Tensor:
         return torch.from_numpy(values)
+
+    def small(self, values: Array) -> Tensor:
+        return torch.from_numpy(values.astype(np.uint8))
 
     def of_tensor(self, values: Tensor) -> Array:
         return values.numpy()

@@ -23,6 +23,10 @@ def _mix(value: Array) -> Array:
     return value ^ ((value >> 31) & 0x1FFFFFFFF)
 
 
+_FEW = 16  # tokens up to which plain numbers cost less than calls of numpy
+_WORD = 2**64 - 1
+
+
 def context_keys(batch: TokenBatch, window: int) -> Tensor:
     """Hash each token's last ``window`` ids, itself included, and how many they are.
 
@@ -31,6 +35,8 @@ def context_keys(batch: TokenBatch, window: int) -> Tensor:
     there are fewer ids; padding and other documents take no part. Returns (B, S) int64 on the
     ids' device; values at padding positions mean nothing.
     """
+    if batch.ids.device.type == "cpu" and batch.size <= _FEW:
+        return _few(batch, window)
     ops = NUMPY if batch.ids.device.type == "cpu" else TORCH
     ids, valid = ops.of_tensor(batch.ids), ops.of_tensor(batch.valid)
     prefix_length = 0
@@ -49,6 +55,38 @@ def context_keys(batch: TokenBatch, window: int) -> Tensor:
     if order is not None:
         key = ops.put(key, order, key)
     return ops.to_tensor(key[:, prefix_length:])
+
+
+def _few(batch: TokenBatch, window: int) -> Tensor:
+    """`context_keys` in plain numbers: the same values, for a step of generation."""
+    before = [[]] * len(batch.ids) if batch.prefix is None else batch.prefix.tolist()
+    keys = []
+    for row, valid, prefix in zip(batch.ids.tolist(), batch.valid.tolist(), before, strict=True):
+        text = [token for token in prefix if token >= 0]
+        found = []
+        for token, real in zip(row, valid, strict=True):
+            if real:
+                text.append(token)
+            found.append(_key(text[-window:]))
+        keys.append(found)
+    return torch.tensor(keys, dtype=torch.int64).view(batch.ids.shape)
+
+
+def _key(context: list[int]) -> int:
+    """The key of one context, newest id last."""
+    total = (len(context) + 1) * _GOLDEN
+    for back, token in enumerate(reversed(context)):
+        total += _mixed((token + 1) * _GOLDEN + (back + 1) * _MIX_2)
+    key = _mixed(total)
+    return key - 2**64 if key >= 2**63 else key
+
+
+def _mixed(value: int) -> int:
+    """`_mix` of one number, without a sign."""
+    value &= _WORD
+    value = ((value ^ (value >> 30)) * _MIX_1) & _WORD
+    value = ((value ^ (value >> 27)) * _MIX_2) & _WORD
+    return value ^ (value >> 31)
 
 
 def stream_keys(ids: Tensor, place: Tensor, window: int) -> Tensor:

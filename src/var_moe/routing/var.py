@@ -188,7 +188,7 @@ class VARPolicy(RoutingPolicy):
         return Routing(
             index=ops.to_tensor(ops.where(drop, -1, index)),
             weight=ops.to_tensor(weight),
-            tier=ops.to_tensor(ops.where(licensed, by_table, _LEARNED)).to(torch.uint8),
+            tier=ops.small(ops.where(licensed, by_table, _LEARNED)),
             residual=residual,
         )
 
@@ -221,7 +221,7 @@ class VARPolicy(RoutingPolicy):
         return Routing(
             index=ops.to_tensor(out_index),
             weight=ops.to_tensor(out_weight),
-            tier=ops.to_tensor(tier).to(torch.uint8),
+            tier=ops.small(tier),
         )
 
     def _residual(
