@@ -115,6 +115,7 @@ def test_another_bound_is_answered_from_the_front(tuned, tmp_path, capsys):
         assert "no verified configuration keeps" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_grid_of_forecasts(common, tuned, tmp_path):
     words = ["tune", *common, "--method", "grid", "--n_points", "3", "--n_calls", "2"]
     words += ["--max_degradation", "0.5", "--profile", str(tuned / "profile"), "--seed", "1"]
@@ -130,7 +131,10 @@ def test_the_documented_script_keeps_its_method(common, tuned, tmp_path):
     script = "experiments/03_hyperparameter_optimization.py"
     words = [*common, "--n_calls", "2", "--max_degradation", "0.5", "--quiet"]
     words += ["--profile", str(tuned / "profile"), "--output", str(tmp_path)]
-    subprocess.run([sys.executable, script, *words], check=True, capture_output=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # beside other tests
+    subprocess.run(
+        [sys.executable, script, *words], check=True, capture_output=True, env=environment
+    )
     assert read(tmp_path / "optimization_results.json")["method"] == "bayesian"
 
 
@@ -221,6 +225,7 @@ def test_nothing_feasible_is_said_and_saved(common, tmp_path, capsys):
     assert not (tmp_path / "best_config.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["random", "bayesian", "replay"])
 def test_killed_and_resumed(common, tmp_path, method):
     """kill -9 loses at most the running evaluation; --resume goes on to the original number."""

@@ -263,7 +263,7 @@ def fit_cost_model(
         for name, (policy, *_rest) in policies.items():
             arms[name] = policy_arm(model, policy, backend=evaluator.backend)
         # Small forwards take a moment: more of them for the same noise.
-        repeated = batches * max(1, min(16, 1024 // tokens))
+        repeated = batches * max(1, min(8, 1024 // tokens))
         timed = time_arms(model, arms, repeated, blocks=blocks)
         base = float(np.median(timed.seconds["baseline"])) / len(repeated)
         if setting is evaluator.setting:
