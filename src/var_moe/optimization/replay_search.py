@@ -136,7 +136,11 @@ class ReplayPlan:
         self.pool = pool_points(space, seed) if points is None else list(points)
 
     def correction(self, evaluations: Sequence[Evaluation]) -> Correction:
-        """What the evaluations say of the forecasts."""
+        """What the evaluations say of the forecasts.
+
+        One that ended early counts with what it had measured by then: somewhat too high, as it
+        was stopped for being high, which errs on the safe side.
+        """
         known = [e for e in evaluations if not e.failed and e.degradation is not None]
         forecasts = self._forecasts.of([e.params for e in known])
         return Correction.fit(
