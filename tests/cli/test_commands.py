@@ -127,6 +127,7 @@ def test_a_grid_of_forecasts(common, tuned, tmp_path):
         assert row["params"]["cache_size"] in (100, 2550, 5000)
 
 
+@pytest.mark.slow
 def test_the_documented_script_keeps_its_method(common, tuned, tmp_path):
     script = "experiments/03_hyperparameter_optimization.py"
     words = [*common, "--n_calls", "2", "--max_degradation", "0.5", "--quiet"]
@@ -338,6 +339,7 @@ def test_compare_refuses_in_one_line(common, words, message, tmp_path, capsys):
     assert len(error.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_another_policy_is_tuned_saved_and_validated(common, tuned, tmp_path, capsys):
     profile = str(tuned / "profile")
     words = ["tune", *common, "--policy", "naee", "--n_calls", "6", "--max_degradation", "0.5"]
