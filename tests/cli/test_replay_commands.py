@@ -56,7 +56,7 @@ def refused(capsys):
 
 def cost_model(*, layers=3, top_k=2):
     return CostModel(
-        seconds=dict(zip(TERMS, (1e-3, 1e-6, 2e-6, 1e-4, 1e-7, 3e-7), strict=True)),
+        seconds=dict(zip(TERMS, (1e-3, 1e-6, 2e-6, 1e-4, 2e-4, 1e-7, 3e-7), strict=True)),
         baseline=0.05,
         setting=SpeedSetting(),
         layers=layers,

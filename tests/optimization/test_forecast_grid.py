@@ -27,7 +27,7 @@ from var_moe.tracing.trace import RoutingTrace
 
 LAYERS, TOKENS, EXPERTS = 2, 600, 4
 COST = CostModel(
-    seconds=dict(zip(TERMS, (1e-3, 1e-6, 2e-6, 1e-4, 1e-7, 3e-7), strict=True)),
+    seconds=dict(zip(TERMS, (1e-3, 1e-6, 2e-6, 1e-4, 2e-4, 1e-7, 3e-7), strict=True)),
     baseline=0.05,
     setting=SpeedSetting(),
     layers=LAYERS,

@@ -1,11 +1,11 @@
 """The cost model: what a forward takes, from what is executed in it.
 
-One forward of T tokens takes ``fixed + rest T + pair P + expert A + policy T + residual C``
+One forward of T tokens takes ``fixed + rest T + pair P + expert A + calls + policy T + residual C``
 seconds: the model's calls, what is done for every token (attention, norms, head), P executed
-pairs and A expert calls over all layers (an expert that any token runs must be read), and VAR's
-own decisions and the residual means of C cut decisions. The six coefficients are not negative
-and are fitted to a few timed forwards of three sizes, by relative error. Fit it once for a
-machine, model and dtype; it predicts any configuration from its counts alone.
+pairs and A expert calls over all layers (an expert that any token runs must be read), VAR's own
+calls and its work per token, and the residual means of C cut decisions. The seven coefficients are
+not negative and are fitted to a few timed forwards of three sizes, by relative error. Fit it once
+for a machine, model and dtype; it predicts any configuration from its counts alone.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from var_moe.routing.ranking import leading_count
 
 Floats = NDArray[np.float64]
 
-TERMS = ("fixed", "rest", "pair", "expert", "policy", "residual")
+TERMS = ("fixed", "rest", "pair", "expert", "calls", "policy", "residual")
 SHAPES = (
     SpeedSetting(),
     SpeedSetting(batch_size=4, sequence=128),
@@ -52,7 +52,8 @@ class Work:
 
     def terms(self) -> list[float]:
         """In the order of `TERMS`."""
-        return [1.0, self.tokens, self.pairs, self.experts, self.decided, self.cut]
+        calls = float(self.decided > 0)
+        return [1.0, self.tokens, self.pairs, self.experts, calls, self.decided, self.cut]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +142,8 @@ class CostModel:
         """
         forward = self.setting.batch_size * self.setting.sequence
         pairs, experts, cuts = self._executed(executed, tokens, forward)
-        terms: list[Any] = [1.0, forward, pairs, experts, forward * decided, cuts * residual]
+        own = [float(decided), forward * decided, cuts * residual]
+        terms: list[Any] = [1.0, forward, pairs, experts, *own]
         seconds = [self.seconds[name] for name in TERMS]
         took: Floats = np.asarray(sum(s * term for s, term in zip(seconds, terms, strict=True)))
         return self.baseline / took
