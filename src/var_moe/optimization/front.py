@@ -17,6 +17,7 @@ import numpy as np
 from var_moe.errors import UsageError
 from var_moe.optimization.correction import Correction
 from var_moe.optimization.forecast import Forecast
+from var_moe.optimization.forecast_grid import non_dominated
 from var_moe.optimization.objective_protocol import check_bound
 from var_moe.optimization.remeasure import Measured
 from var_moe.optimization.results import jsonable
@@ -50,14 +51,7 @@ def feasible_front(
     """The non-dominated points, the safest first, thinned to about ``at_most`` of them."""
     mean, deviation = correction.predict(np.array([one.degradation for one in forecasts]))
     score = np.array([one.score for one in forecasts])
-    # The safest first, of equals the fastest; each that is faster than all before it stays.
-    order = np.lexsort((-score, mean))
-    front: list[int] = []
-    fastest = -np.inf
-    for at in order.tolist():
-        if score[at] > fastest:
-            fastest = score[at]
-            front.append(at)
+    front = non_dominated(mean, score)
     keep = np.unique(np.linspace(0, len(front) - 1, min(at_most, len(front))).round().astype(int))
     return [
         FrontPoint(

@@ -18,7 +18,7 @@ from var_moe.optimization.replay_forecast import ReplayForecaster, make_forecast
 from var_moe.optimization.replay_search import Forecasts, ReplayPlan, replay_search
 from var_moe.optimization.results import OptimizationResult
 from var_moe.optimization.search_space import Params, SearchSpace, dimensions
-from var_moe.optimization.sensitivity import sensitivity, sensitivity_result
+from var_moe.optimization.sensitivity import sensitivity_result
 from var_moe.storage import atomic_write_json
 
 SENSITIVITY_FILE = "sensitivity.json"
@@ -70,7 +70,8 @@ def search_by_replay(
     objective.stop_early = True
     forecasts = Forecasts(forecaster)
     grid = forecaster.grid(space, n_points or GRID_POINTS)
-    atomic_write_json(folder / SENSITIVITY_FILE, sensitivity_result(grid))
+    indices = sensitivity_result(grid)
+    atomic_write_json(folder / SENSITIVITY_FILE, indices)
     points: list[Params] | None = None
     if n_points is not None:
         names = [d.name for d in dimensions(space)]
@@ -98,13 +99,12 @@ def search_by_replay(
     front = feasible_front(
         candidates, forecasts.of(candidates), plan.correction(result.evaluations)
     )
-    total = sensitivity(grid)["degradation"].total
     return ReplaySearch(
         result=result,
         front=front,
         forecaster=forecaster,
         forecast_count=len(forecasts),
-        sensitivity=dict(zip(grid.values, total, strict=True)),
+        sensitivity={row["parameter"]: row["degradation_total"] for row in indices["rows"]},
     )
 
 

@@ -83,6 +83,20 @@ def damage_effects(trace: RoutingTrace, kind: str, layer: int) -> NDArray[np.flo
     return effect[:, lead - 1] if lead < trace.top_k else effect.sum(axis=1)
 
 
+def predicted_degradation(
+    first: float | NDArray[np.float64], squares: float | NDArray[np.float64], scored: int
+) -> NDArray[np.float64]:
+    """Predicted PPL(VAR) / PPL(baseline) - 1, of one configuration or of many.
+
+    Args:
+        first, squares: summed damages and their squares, see `DamageSums`; half of the latter is
+            the second-order change.
+        scored: tokens that have a loss.
+    """
+    found: NDArray[np.float64] = np.expm1((first + squares / 2) / max(scored, 1))
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class DamageSums:
     """Damages of a configuration's decisions, by kind and layer, summed over tokens.

@@ -17,7 +17,12 @@ from numpy.typing import NDArray
 
 from var_moe.errors import UsageError
 from var_moe.routing.decision import Tier
-from var_moe.tracing.decisions import damage_effects, damage_kinds, stored_counts
+from var_moe.tracing.decisions import (
+    damage_effects,
+    damage_kinds,
+    predicted_degradation,
+    stored_counts,
+)
 from var_moe.tracing.stays import Ints
 
 if TYPE_CHECKING:
@@ -73,8 +78,7 @@ class GridReplay:
             raise UsageError("the trace has no damages, so no degradation can be predicted")
         first = sum(rows.sum(axis=2) for rows in self.first.values())
         squares = sum(rows.sum(axis=2) for rows in self.squares.values())
-        found: Floats = np.expm1((first + squares / 2) / max(self.scored, 1))
-        return found
+        return predicted_degradation(first, squares, self.scored)
 
 
 class ThresholdGrid:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,6 +15,7 @@ from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.counts import RoutingReport, TierCounts
 from var_moe.routing.decision import Routing, TokenBatch
 from var_moe.routing.ranking import rescaled
+from var_moe.tracing.decisions import predicted_degradation
 
 if TYPE_CHECKING:
     from var_moe.profiling.profile import RoutingProfile
@@ -44,7 +44,7 @@ class PolicyReplay:
         """Predicted PPL(policy) / PPL(baseline) - 1, as `tracing.replay.Replay.degradation`."""
         if self.first is None or self.squares is None:
             return None
-        return math.expm1((self.first + self.squares / 2) / max(self.scored, 1))
+        return float(predicted_degradation(self.first, self.squares, self.scored))
 
 
 def replay_policy(

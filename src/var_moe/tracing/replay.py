@@ -7,7 +7,6 @@ does, fed document by document.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,12 @@ from var_moe.routing.decision import Tier
 from var_moe.routing.fast_path import RoutingTable
 from var_moe.routing.keys import stream_keys
 from var_moe.routing.ranking import leading_count
-from var_moe.tracing.decisions import DamageSums, LayerDecisions, stored_counts
+from var_moe.tracing.decisions import (
+    DamageSums,
+    LayerDecisions,
+    predicted_degradation,
+    stored_counts,
+)
 from var_moe.tracing.slots import Hits, layer_hits
 from var_moe.tracing.stays import Bools, Recency, Stays
 
@@ -61,7 +65,7 @@ class Replay:
             )
         first = sum(sum(row) for row in self.damage.first.values())
         squares = sum(sum(row) for row in self.damage.squares.values())
-        return math.expm1((first + squares / 2) / max(self.scored, 1))
+        return float(predicted_degradation(first, squares, self.scored))
 
     def to_dict(self) -> dict[str, Any]:
         """For result files."""
