@@ -21,7 +21,7 @@ LEVELS = (
     ("config",),
     ("routing", "models"),
     ("apply",),
-    ("evaluation", "tracing", "profiling"),
+    ("evaluation", "tracing", "profiling", "fitting"),
     ("report", "optimization", "analysis"),
     ("cli",),
 )

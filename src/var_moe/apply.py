@@ -21,8 +21,9 @@ from var_moe.models.seam import (
     pair_backend,
 )
 from var_moe.routing.base import RoutingPolicy
+from var_moe.routing.compensation import Compensation, LayerCompensation, split_weights
 from var_moe.routing.counts import RoutingReport, TierCounts
-from var_moe.routing.decision import TokenBatch
+from var_moe.routing.decision import Residual, Routing, TokenBatch
 
 
 class Session:
@@ -31,6 +32,8 @@ class Session:
     def __init__(self, policy: RoutingPolicy, backend: PairBackend, layers: int) -> None:
         self.policy = policy
         self._backend = backend
+        self._compensation = policy.compensation
+        self._parts: dict[int, LayerCompensation] = {}
         self._layers = layers
         self._counts = TierCounts(layers)
         self._announced: TokenBatch | None = None
@@ -83,17 +86,44 @@ class Session:
         self, layer: int, module: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor
     ) -> Tensor:
         """One layer: the policy decides, the backend runs what is left, the counts grow."""
+        self.policy.see(layer, hidden)
         routing = self.policy.route(layer, index, weight)
         self._counts.add(layer, routing, self._counted)
+        if self._compensation is not None:
+            return self._compensated(layer, module, hidden, index, weight, routing)
         out = execute(module, hidden, routing.index, routing.weight, self._backend)
-        extra = routing.residual
-        if extra is not None:
-            means, scale = extra.table[extra.row], extra.scale[:, None].to(extra.table.dtype)
-            if out.dtype == means.dtype:
-                out = torch.addcmul(out, means, scale)
-            else:  # the means are float32; what they are added to must keep the model's dtype
-                out = out + (means * scale).to(out.dtype)
-        return out
+        return out if routing.residual is None else _with_residual(out, routing.residual)
+
+    def _compensated(
+        self,
+        layer: int,
+        module: nn.Module,
+        hidden: Tensor,
+        index: Tensor,
+        weight: Tensor,
+        routing: Routing,
+    ) -> Tensor:
+        """The kept pairs with the router's own weights, and what stands in for the others.
+
+        What the policy itself would do about the dropped weight (rescaling, residual means) is
+        not done.
+        """
+        assert self._compensation is not None
+        part = self._parts.get(layer)
+        if part is None:
+            part = self._compensation.layers[layer].to(hidden.device, hidden.dtype)
+            self._parts[layer] = part
+        first, kept, dropped = split_weights(index, weight, routing.index >= 0)
+        out = execute(module, hidden, routing.index, kept, self._backend)
+        return part.add(out, hidden, self._compensation.rows(index, first), dropped)
+
+
+def _with_residual(out: Tensor, extra: Residual) -> Tensor:
+    means, scale = extra.table[extra.row], extra.scale[:, None].to(extra.table.dtype)
+    if out.dtype == means.dtype:
+        return torch.addcmul(out, means, scale)
+    # The means are float32; what they are added to must keep the model's dtype.
+    return out + (means * scale).to(out.dtype)
 
 
 @contextmanager
@@ -102,7 +132,7 @@ def routed(model: Any, policy: RoutingPolicy, *, backend: str = "auto") -> Itera
 
     Args:
         model: a transformers Mixture-of-Experts causal language model.
-        policy: which pairs are executed.
+        policy: which pairs are executed, and what stands in for the others.
         backend: who executes them: ``"sorted"`` (ours), ``"grouped_mm"``, ``"eager"``, ...;
             ``"auto"`` is ``"sorted"`` on CPU and ``"grouped_mm"`` elsewhere.
 
@@ -110,13 +140,17 @@ def routed(model: Any, policy: RoutingPolicy, *, backend: str = "auto") -> Itera
         The `Session`, with `report()` and `reset()`.
 
     Raises:
-        UsageError: the model is no MoE, is routed already, or does not go through the seam.
+        UsageError: the model is no MoE, is routed already, or does not go through the seam; the
+            policy's compensation is another model's.
 
     On leaving, also by an exception, the model is what it was before.
     """
     if backend == "auto":
         backend = SORTED if next(model.parameters()).device.type == "cpu" else "grouped_mm"
-    session = Session(policy, pair_backend(backend), len(experts_modules(model)))
+    modules = [module for _, module in experts_modules(model)]
+    if policy.compensation is not None:
+        _check_fits(policy.compensation, model, modules)
+    session = Session(policy, pair_backend(backend), len(modules))
     before = attach(model, session)
     hooks = [
         model.register_forward_pre_hook(session.before_forward, with_kwargs=True),
@@ -129,3 +163,11 @@ def routed(model: Any, policy: RoutingPolicy, *, backend: str = "auto") -> Itera
         for hook in hooks:
             hook.remove()
         detach(model, before)
+
+
+def _check_fits(compensation: Compensation, model: Any, modules: list[nn.Module]) -> None:
+    compensation.check(
+        layers=len(modules),
+        experts=int(getattr(modules[0], "num_experts", 0)) if modules else 0,
+        hidden=int(model.config.get_text_config().hidden_size),
+    )

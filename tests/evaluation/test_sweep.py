@@ -10,6 +10,7 @@ from var_moe.errors import UsageError
 from var_moe.evaluation.compare import Evaluator, SpeedSetting
 from var_moe.evaluation.sweep import check_targets, control_at, require_policies, sweep
 from var_moe.evaluation.text import TextDocument, encode
+from var_moe.fitting.calibrate import with_damages
 from var_moe.models.loading import LoadedModel
 from var_moe.profiling.collect import collect_profile
 from var_moe.routing.registry import policy_names, policy_spec
@@ -27,7 +28,10 @@ def documents(tiny_texts, tiny_tokenizer):
 
 @pytest.fixture(scope="module")
 def profile(loaded, documents):
-    return collect_profile(loaded, documents[:30], dataset="t", data_hash="h", max_tokens=None)
+    found = collect_profile(loaded, documents[:30], dataset="t", data_hash="h", max_tokens=None)
+    return with_damages(
+        loaded, found, documents[:30], data={"dataset": "t", "data_hash": "h"}, tokens=2_000
+    )
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +108,7 @@ def test_settings_of_a_dial_are_its_policys(name, top_k, profile):
     for turn in spec.dials(top_k).values():
         for strength in (0.0, 0.3, 0.5, 1.0):
             settings = turn(strength)
-            if not ({"ratios", "sensitivity"} & set(spec.needs) and top_k == 8):
+            if not ({"ratios", "sensitivity", "damage"} & set(spec.needs) and top_k == 8):
                 spec.make(settings, profile.calibration())
             space = spec.search_space(top_k)
             assert set(settings) == set(space)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -113,7 +114,7 @@ def test_what_peers_need_is_gathered_and_kept(profile, tmp_path):
     assert all(row[0] > row[1] == 0 for row in sensitivity.loss)
     profile.save(tmp_path)
     assert RoutingProfile.load(tmp_path).peers == profile.peers
-    needed = profile.calibration()
+    needed = {**profile.calibration(), "damage": SimpleNamespace(compensation=None)}
     for name in policy_names():
         spec = policy_spec(name)
         settings = {key: entry["default"] for key, entry in spec.search_space(2).items()}

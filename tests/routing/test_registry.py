@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from damages import damage_model
 
 from var_moe.errors import UsageError
 from var_moe.optimization.search_space import SEARCH_SPACE, defaults, validate_space
@@ -31,6 +32,7 @@ NAMES = (
     "ser",
     "top_p",
     "per_layer_k",
+    "damage",
     "var_plain",
     "var_verified",
 )
@@ -47,6 +49,7 @@ def calibration(top_k: int) -> dict[str, Any]:
         ),
         "residuals": ResidualMeans(table=(torch.zeros(9, 4),), by_pair=False, experts=8),
         "ratios": RatioQuantiles(top_k=top_k, tokens=1, quantiles=((0.0, 1.0),)),
+        "damage": damage_model(layers=1, experts=8, top_k=top_k, vocabulary=5),
         "sensitivity": LayerSensitivity(measure="made up", loss=((0.0,) * top_k,)),
     }
 

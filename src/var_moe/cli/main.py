@@ -11,6 +11,7 @@ from cyclopts import App, CycloptsError, Parameter
 from var_moe import __version__
 from var_moe.cli.compare import compare
 from var_moe.cli.evaluate import evaluate
+from var_moe.cli.fit_compensation import fit_compensation
 from var_moe.cli.profile import profile
 from var_moe.cli.replay import replay
 from var_moe.cli.trace import trace
@@ -33,6 +34,7 @@ def build_app() -> App:
     )
     for command in (tune, profile, evaluate, compare, trace, replay):
         app.command(command)
+    app.command(fit_compensation, name="fit-compensation")
     return app
 
 
@@ -72,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _what_is_kept(words: Sequence[str]) -> str:
-    if words[:1] in (["profile"], ["trace"]):
+    if words[:1] in (["profile"], ["trace"], ["fit-compensation"]):
         return "; the same command goes on where it stopped"
     if words[:1] == ["tune"] and not any(word.startswith("--validate") for word in words):
         return "; finished evaluations are saved, go on with --resume"

@@ -16,13 +16,14 @@ def profile(
     profile: Path | None = None,
     output: Path = Path("results/profile"),
     max_tokens: int | None = None,
+    damage_tokens: int | None = None,
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
     quiet: bool = False,
 ) -> int:
-    """Gather routing statistics per (layer, token) and residual means.
+    """Gather routing statistics per (layer, token), residual means, and predicted damages.
 
     Args:
         model: demo, a local folder, or a Hub id.
@@ -31,6 +32,7 @@ def profile(
         profile: show this ready profile instead of making one.
         output: folder for the profile; an interrupted one goes on there.
         max_tokens: calibration size; frequency_threshold counts in a text of this size.
+        damage_tokens: of the backward pass that predicts what a cut costs; 0 leaves it out.
         seed: draws the documents when max_tokens takes a part of them.
         device: auto, cpu, cuda, ...
         dtype: auto, float32, bfloat16, float16.
@@ -47,6 +49,8 @@ def profile(
     check_output_folder(output)
     if max_tokens is not None and max_tokens < 1:
         raise UsageError(f"max_tokens = {max_tokens}: expected at least 1")
+    if damage_tokens is not None and damage_tokens < 0:
+        raise UsageError(f"damage_tokens = {damage_tokens}: expected at least 0")
     from var_moe.evaluation.text import check_dataset
     from var_moe.models.loading import check_name
 
@@ -55,8 +59,9 @@ def profile(
     if not quiet:
         print(f"loading model {model} ...", file=sys.stderr, flush=True)
     from var_moe.cli.progress import StageProgress
+    from var_moe.fitting.calibrate import DAMAGE_TOKENS, with_damages
     from var_moe.models.loading import load_model
-    from var_moe.optimization.preparation import read_text
+    from var_moe.optimization.preparation import DAMAGE_FOLDER, read_text
     from var_moe.profiling.collect import DEFAULT_TOKENS, collect_profile
 
     with StageProgress() as progress:
@@ -75,7 +80,17 @@ def profile(
             if quiet
             else lambda done, total: progress("profiling the routing", done, total),
         )
-    found.save(output)
+        found.save(output)
+        found = with_damages(
+            loaded,
+            found,
+            text.documents,
+            data={"dataset": dataset, "data_hash": text.data_hash},
+            tokens=DAMAGE_TOKENS if damage_tokens is None else damage_tokens,
+            folder=output / DAMAGE_FOLDER,
+            progress=None if quiet else progress,
+        )
+        found.save(output)
     _print(found, output)
     return 0
 

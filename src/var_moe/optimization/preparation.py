@@ -11,6 +11,7 @@ import numpy as np
 
 from var_moe.errors import UsageError
 from var_moe.evaluation.compare import Progress
+from var_moe.fitting.calibrate import with_damages
 from var_moe.profiling.collect import DEFAULT_TOKENS, collect_profile
 from var_moe.profiling.profile import HEAD_FILE, RoutingProfile
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from var_moe.models.loading import LoadedModel
 
 PROFILE_FOLDER = "profile"
+DAMAGE_FOLDER = "damage_pass"
+"""Where a profile's folder holds its running damage pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +131,7 @@ def obtain_profile(
         except UsageError:
             kept = None
         if kept and (kept.head["data_hash"], kept.head["tokens_asked"]) == (text.data_hash, tokens):
-            return kept, place
+            return _with_damages(loaded, kept, text, place, progress), place
     if place:
         place.mkdir(parents=True, exist_ok=True)
     profile = collect_profile(
@@ -144,4 +147,27 @@ def obtain_profile(
     )
     if place:
         profile.save(place)
-    return profile, place
+    return _with_damages(loaded, profile, text, place, progress), place
+
+
+def _with_damages(
+    loaded: LoadedModel,
+    profile: RoutingProfile,
+    text: EncodedText,
+    place: Path | None,
+    progress: Progress | None,
+) -> RoutingProfile:
+    """The profile with predicted damages, which are fitted and saved where there are none."""
+    if profile.damages:
+        return profile
+    found = with_damages(
+        loaded,
+        profile,
+        text.documents,
+        data={"dataset": text.dataset, "data_hash": text.data_hash},
+        folder=place / DAMAGE_FOLDER if place else None,
+        progress=progress,
+    )
+    if place:
+        found.save(place)
+    return found

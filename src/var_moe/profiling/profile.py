@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,19 @@ import torch
 
 from var_moe.errors import UsageError
 from var_moe.models.identity import check_fits
+from var_moe.profiling.fitted_files import (
+    DAMAGE_FILE,
+    FOLDER,
+    LEARNED,
+    FittedCompensation,
+    check_same_model,
+    load_compensation,
+    load_damages,
+    save_damages,
+)
 from var_moe.profiling.peers import PeerCalibration
+from var_moe.routing.compensation import Compensation
+from var_moe.routing.damage import DamageModel
 from var_moe.routing.fast_path import ResidualMeans, RoutingTable
 from var_moe.storage import (
     SCHEMA_VERSION,
@@ -42,13 +55,17 @@ class RoutingProfile:
     frequency, mean/std/min/max_entropy (nats), mean/std_confidence, routing_consistency (share
     of occurrences whose first expert was top_expert), top_expert, leading_experts and
     leading_weights (mean routing mass). ``peers`` is what other policies than VAR need; a
-    profile that an earlier version made has none.
+    profile that an earlier version made has none. ``damages`` are what the damage policy needs,
+    by the name of the compensation that they were fitted with; ``learned`` is a compensation
+    that was fitted with this profile.
     """
 
     stats: pd.DataFrame
     residuals: ResidualMeans
     head: dict[str, Any]
     peers: PeerCalibration | None = None
+    damages: Mapping[str, DamageModel] = field(default_factory=dict)
+    learned: FittedCompensation | None = None
 
     @property
     def layers(self) -> int:
@@ -81,15 +98,65 @@ class RoutingProfile:
         )
         return RoutingTable(count=count, entropy=entropy, index=index, weight=weight)
 
-    def calibration(self) -> dict[str, Any]:
-        """All that a policy may ask for, by the names of `routing.registry.CALIBRATION`."""
+    def calibration(self, compensation: str | None = None) -> dict[str, Any]:
+        """All that a policy may ask for, by the names of `routing.registry.CALIBRATION`.
+
+        Args:
+            compensation: which one the damage policy works with: ``"none"``, ``"means"`` or
+                ``"learned"``; by default the best that there is.
+        """
         peers = self.peers
         return {
             "table": self.table(),
             "residuals": self.residuals,
             "ratios": peers and peers.ratios,
             "sensitivity": peers and peers.sensitivity,
+            "damage": self._damage(compensation),
         }
+
+    def compensations(self) -> dict[str, Compensation | None]:
+        """What can stand in for dropped experts here, by name, from the plainest to the best."""
+        found: dict[str, Compensation | None] = {"none": None}
+        if self.residuals.by_pair:
+            found["means"] = Compensation.of_residual_means(self.residuals)
+        if self.learned is not None:
+            found[LEARNED] = self.learned.compensation
+        return found
+
+    def compensation(self, name: str) -> Compensation | None:
+        """The compensation of that name.
+
+        Raises:
+            UsageError: there is none; says what makes it.
+        """
+        found = self.compensations()
+        if name in found:
+            return found[name]
+        if name == LEARNED:
+            raise UsageError(
+                "compensation 'learned': this profile has none; fit one with "
+                "`var-moe fit-compensation --profile ...`"
+            )
+        raise UsageError(f"compensation {name!r}: expected one of {', '.join(found)}")
+
+    def _damage(self, name: str | None) -> DamageModel | None:
+        known = dict(self.damages)
+        if self.learned is not None:
+            known[LEARNED] = self.learned.damage
+        if name is not None:
+            self.compensation(name)
+            return known.get(name)
+        best = [one for one in self.compensations() if one in known]
+        return known[best[-1]] if best else None
+
+    def with_compensation(self, fitted: FittedCompensation) -> RoutingProfile:
+        """The same profile with another learned compensation.
+
+        Raises:
+            UsageError: it is another model's.
+        """
+        check_same_model(fitted, self.head)
+        return replace(self, learned=fitted)
 
     def check_loaded(self, loaded: LoadedModel) -> None:
         """Refuse a profile of another model.
@@ -105,7 +172,7 @@ class RoutingProfile:
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (HEAD_FILE, PEERS_FILE):
+        for name in (HEAD_FILE, PEERS_FILE, DAMAGE_FILE):
             (folder / name).unlink(missing_ok=True)
         atomic_write(
             folder / STATS_FILE,
@@ -116,6 +183,8 @@ class RoutingProfile:
         atomic_write(folder / RESIDUALS_FILE, lambda path: save_file(tensors, path, metadata=note))
         if self.peers is not None:
             atomic_write_json(folder / PEERS_FILE, self.peers.to_dict())
+        if self.damages:
+            save_damages(self.damages, folder / DAMAGE_FILE)
         atomic_write_json(folder / HEAD_FILE, self.head)
 
     @classmethod
@@ -160,7 +229,17 @@ class RoutingProfile:
                 f"{folder}: {STATS_FILE} or {RESIDUALS_FILE} does not belong to {HEAD_FILE}; "
                 "make it again with `var-moe profile`"
             )
-        return profile
+        return profile._with_fitted(folder)
+
+    def _with_fitted(self, folder: Path) -> RoutingProfile:
+        """The same with the damages and the compensation that lie in its folder."""
+        found = self
+        if (folder / DAMAGE_FILE).is_file():
+            damages = load_damages(folder / DAMAGE_FILE, self.compensations())
+            found = replace(found, damages=damages)
+        if (folder / FOLDER).is_dir():
+            found = found.with_compensation(load_compensation(folder / FOLDER))
+        return found
 
 
 def profile_hash(stats: pd.DataFrame, residuals: ResidualMeans, head: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from var_moe.errors import UsageError
+from var_moe.routing.compensation import Compensation
 from var_moe.routing.decision import Routing, TokenBatch
 
 Dial = Callable[[float], dict[str, Any]]
@@ -26,6 +27,9 @@ class RoutingPolicy(ABC):
     context_window: int = 1
     """Token ids that a decision depends on, the token's own included."""
 
+    compensation: Compensation | None = None
+    """What stands in for the pairs that it drops; see `compensated`."""
+
     @abstractmethod
     def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
         """Decide one layer.
@@ -38,6 +42,31 @@ class RoutingPolicy(ABC):
 
     def begin(self, batch: TokenBatch) -> None:  # noqa: B027 - optional by design
         """See the tokens of the forward that starts, once for all layers."""
+
+    def see(self, layer: int, hidden: Tensor) -> None:  # noqa: B027 - optional by design
+        """See the layer's input (T, D), just before its `route`."""
+
+    @property
+    def drops_only(self) -> bool:
+        """Whether every executed pair is one that the router chose, in its own slot."""
+        return True
+
+    def compensated(self, compensation: Compensation | None) -> Self:
+        """The same policy, with ``compensation`` in place of the experts that it drops.
+
+        It then replaces what the policy itself does about dropped weight (rescaling, residual
+        means).
+
+        Raises:
+            UsageError: the policy runs experts that the router did not choose.
+        """
+        if compensation is not None and not self.drops_only:
+            raise UsageError(
+                f"{type(self).__name__} runs experts that the router did not choose, which a "
+                "compensation can't stand in for; leave it out, or use mode='verified'"
+            )
+        self.compensation = compensation
+        return self
 
     def reset(self) -> None:  # noqa: B027 - optional by design
         """Forget everything that earlier forwards left (caches, clocks)."""

@@ -17,6 +17,7 @@ CALIBRATION = {
     "table": "the static table of a profile (RoutingTable)",
     "residuals": "the residual means of a profile (ResidualMeans)",
     "ratios": "per-layer quantiles of w_j / w_1 (RatioQuantiles)",
+    "damage": "predicted damages of cuts (DamageModel); make the profile with `var-moe profile`",
     "sensitivity": "the loss of running k experts, per layer (LayerSensitivity)",
 }
 """What a policy may need from calibration text, by the name under which it asks for it."""
@@ -160,6 +161,12 @@ for _spec in (
         target="var_moe.routing.per_layer_k:PerLayerKPolicy",
         summary="a budget of experts shared out over layers by sensitivity",
         needs=("sensitivity",),
+    ),
+    PolicySpec(
+        name="damage",
+        target="var_moe.routing.damage:DamagePolicy",
+        summary="VAR: cuts what is predicted to cost least, with a compensation for the rest",
+        needs=("damage",),
     ),
     PolicySpec(
         name="var_plain",

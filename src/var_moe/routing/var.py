@@ -102,6 +102,10 @@ class VARPolicy(RoutingPolicy):
 
         return {"presets": presets, "confidence": confidence}
 
+    @property
+    def drops_only(self) -> bool:
+        return self.config.mode == "verified"
+
     @classmethod
     def build(cls, settings: Mapping[str, Any], calibration: Mapping[str, Any]) -> Self:
         return cls(VARConfig.from_dict(settings), **calibration)

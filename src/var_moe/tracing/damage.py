@@ -7,6 +7,8 @@ experts' outputs, so that one product of g with each expert's output serves them
 - ``cut``: only the first k = 1..K-1 experts run, rescaled to the full sum of weights;
 - ``cut_residual``: the leading experts keep their own weights, and the residual mean stands for
   what is dropped, as in VAR's verified mode;
+- ``cut_compensated``: only the first k = 1..K-1 experts run, with their own weights, and a
+  compensation stands for the others;
 - ``next``: the leading experts are replaced by the next ones in rank (wrapped), rescaled;
 - ``foreign``: they are replaced by random experts that the token did not choose, rescaled.
 
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from var_moe.models.seam import PairBackend
+from var_moe.routing.compensation import Compensation
 from var_moe.routing.fast_path import ResidualMeans
 from var_moe.routing.ranking import leading_count, rescaled
 
@@ -48,12 +51,23 @@ class DamageProbe:
     Args:
         backend: runs the experts that a token did not choose.
         residuals: means for ``cut_residual``; without, there is none.
+        compensation: for ``cut_compensated``; without, there is none.
+        stored: whether to take ``next`` and ``foreign``, too.
         seed: draws the experts for ``foreign``; each forward and layer has dice of its own, so
             that a resumed recording draws the same.
     """
 
-    def __init__(self, backend: PairBackend, residuals: ResidualMeans | None, seed: int) -> None:
+    def __init__(
+        self,
+        backend: PairBackend,
+        *,
+        residuals: ResidualMeans | None,
+        compensation: Compensation | None,
+        stored: bool = True,
+        seed: int,
+    ) -> None:
         self._backend, self._residuals, self._seed = backend, residuals, seed
+        self._compensation, self._stored = compensation, stored
         self._number = 0
         self._pending: dict[int, _Pending] = {}
         self._probes: list[Tensor] = []
@@ -134,6 +148,12 @@ class DamageProbe:
         found = {name: value.cpu() for name, value in _own(note.weight, effect).items()}
         if self._residuals is not None:
             found["cut_residual"] = self._cut_residual(layer, note, g, effect).cpu()
+        if self._compensation is not None:
+            found["cut_compensated"] = self._cut_compensated(layer, note, g, effect).cpu()
+        if not self._stored:
+            del found["next"]
+            self._found[layer] = found
+            return
         found["foreign"] = found["next"]
         if note.foreign.shape[1]:
             found["foreign"] = self._foreign(note, g, effect).cpu()
@@ -150,6 +170,22 @@ class DamageProbe:
         table = means.table[layer].to(g.device)
         instead = (g * table[row].float()).sum(dim=1) * dropped.sum(dim=1)
         return instead - (dropped * effect[:, lead:]).sum(dim=1)
+
+    def _cut_compensated(self, layer: int, note: _Pending, g: Tensor, effect: Tensor) -> Tensor:
+        """(n, K - 1)"""
+        compensation = self._compensation
+        assert compensation is not None
+        part = compensation.layers[layer].to(g.device, torch.float32)
+        instead = torch.zeros_like(effect)  # (n, K) g . what stands for each slot's expert
+        rows = compensation.rows(note.index, note.index[:, 0])
+        for slot in range(1, rows.shape[1]):
+            instead[:, slot] = (g * part.vectors[rows[:, slot]]).sum(dim=1)
+        correction = part.correction(note.hidden[note.at].float())
+        if correction is not None:
+            instead += (g * correction).sum(dim=1, keepdim=True)
+        change = note.weight * (instead - effect)
+        # What rank k and all after it add up to, for k = 1..K-1.
+        return change.flip(1).cumsum(dim=1).flip(1)[:, 1:]
 
     def _foreign(self, note: _Pending, g: Tensor, effect: Tensor) -> Tensor:
         count = note.foreign.shape[1]

@@ -19,14 +19,19 @@ def scored_targets(counted: Tensor) -> Tensor:
     return targets.reshape(-1).nonzero().squeeze(1)
 
 
-def loss_and_gradient(logits: Tensor, ids: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def loss_and_gradient(
+    logits: Tensor, ids: Tensor, target: Tensor, *, sample: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
     """Loss of each scored target, and the gradient of their sum with respect to the logits.
+
+    With ``sample``, the gradient is of targets drawn from the model itself instead.
 
     Args:
         logits: (B, S, V) detached.
         ids: (B, S) token ids.
         target: (P,) positions of the targets in the flattened rows; each is predicted by the
             position before it.
+        sample: dice, on the CPU.
 
     Returns:
         (P,) float32 losses in nats; (B, S, V) gradient in the dtype of the logits.
@@ -43,6 +48,8 @@ def loss_and_gradient(logits: Tensor, ids: Tensor, target: Tensor) -> tuple[Tens
         shares = flat[rows].float().log_softmax(dim=-1)
         losses[part] = -shares.gather(1, answer)[:, 0]
         shares = shares.exp_()
+        if sample is not None:
+            answer = torch.multinomial(shares.cpu(), 1, generator=sample).to(shares.device)
         shares.scatter_add_(1, answer, torch.full_like(shares[:, :1], -1.0))
         gradient[rows] = shares.to(gradient.dtype)
     return losses, gradient.view_as(logits)

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from var_moe.errors import UsageError
 from var_moe.evaluation.batching import Window, collate
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.counts import RoutingReport, TierCounts
+from var_moe.routing.damage import DamagePolicy
 from var_moe.routing.decision import Routing, TokenBatch
 from var_moe.routing.ranking import rescaled
 from var_moe.tracing.decisions import predicted_degradation
@@ -60,7 +62,8 @@ def evaluate_policy(
     """What ``policy`` decides, from empty caches, if that does not change later layers' inputs.
 
     The degradation is predicted for a policy of which every decision runs at least one of the
-    token's experts, none with less weight than one that it drops, rescaled to the full sum.
+    token's experts, none with less weight than one that it drops: rescaled to the full sum, or
+    with the compensation that the trace was recorded with.
 
     Args:
         trace: the router's decisions.
@@ -74,7 +77,8 @@ def evaluate_policy(
     """
     if profile is not None:
         trace.check_profile(profile)
-    counts, cuts = TierCounts(trace.layers), _CutSums(trace)
+    _check_fits(trace, policy)
+    counts, cuts = TierCounts(trace.layers), _CutSums(trace, policy)
     policy.reset()
     with torch.inference_mode():
         for batch, position in _chunks(trace, policy.context_window - 1):
@@ -83,6 +87,8 @@ def evaluate_policy(
             for layer in range(trace.layers):
                 index = trace.index[layer][position].long()
                 weight = trace.weight[layer][position].float()
+                if trace.hint is not None and isinstance(policy, DamagePolicy):
+                    policy.see_hint(trace.hint[layer][position])
                 routing = policy.route(layer, index, weight)
                 counts.add(layer, routing, counted)
                 cuts.add(layer, index, weight, routing, position, counted)
@@ -91,15 +97,35 @@ def evaluate_policy(
     return PolicyReplay(report=counts.report(), scored=trace.scored, first=first, squares=squares)
 
 
+def _check_fits(trace: RoutingTrace, policy: RoutingPolicy) -> None:
+    """Refuse a policy whose compensation or damage model the trace does not know."""
+    compensation, recorded = policy.compensation, trace.head.get("compensation_hash")
+    if compensation is not None and compensation.hash != recorded:
+        raise UsageError(
+            "the policy's compensation is not the one that the trace was recorded with; record it "
+            "again with record_trace(..., compensation=policy.compensation)"
+        )
+    if not isinstance(policy, DamagePolicy) or not policy.damage.out.shape[1]:
+        return
+    if policy.damage.hash != trace.head.get("predictor_hash"):
+        raise UsageError(
+            "the damage policy looks at the layers' inputs, and the trace was not recorded "
+            "with its damage model; record it again with record_trace(..., predictor=...)"
+        )
+
+
 class _CutSums:
     """Adds up the damages of decisions that run the first experts alone, rescaled.
 
     Args:
         trace: with or without damages.
+        policy: with or without a compensation.
     """
 
-    def __init__(self, trace: RoutingTrace) -> None:
-        self.known = bool(trace.damage)
+    def __init__(self, trace: RoutingTrace, policy: RoutingPolicy) -> None:
+        self._compensated = policy.compensation is not None
+        self._kind = "cut_compensated" if self._compensated else "cut"
+        self.known = self._kind in trace.damage
         self.first = self.squares = 0.0
         self._trace = trace
 
@@ -114,34 +140,46 @@ class _CutSums:
     ) -> None:
         """One layer of a chunk; ``index`` and ``weight`` (T, K) are by rank."""
         runs = routing.index >= 0  # (T, K)
-        self.known = self.known and _runs_first_experts(index, weight, routing, runs, counted)
+        self.known = self.known and _runs_first_experts(
+            index, weight, routing, runs, counted, rescaled_weights=not self._compensated
+        )
         if not self.known:
             return
         kept = runs.sum(dim=1)
         cut = counted & (kept < index.shape[1])
-        damage = self._trace.damage["cut"][layer][position[cut]].double()  # (n, K - 1)
+        damage = self._trace.damage[self._kind][layer][position[cut]].double()  # (n, K - 1)
         effect = damage.gather(1, kept[cut, None] - 1)
         self.first += float(effect.sum())
         self.squares += float(effect.square().sum())
 
 
 def _runs_first_experts(
-    index: Tensor, weight: Tensor, routing: Routing, runs: Tensor, counted: Tensor
+    index: Tensor,
+    weight: Tensor,
+    routing: Routing,
+    runs: Tensor,
+    counted: Tensor,
+    *,
+    rescaled_weights: bool,
 ) -> bool:
     """Whether every counted token runs its own first experts, with the weights of a cut.
+
+    With a compensation, weights are not the policy's matter.
 
     Which of several experts of one weight run does not matter: shares are recorded in float16,
     so that experts of slightly different weights may tie here.
     """
-    if routing.residual is not None or routing.index.shape != index.shape:
+    if routing.index.shape != index.shape or (rescaled_weights and routing.residual is not None):
         return False
     kept, total = runs.sum(dim=1), weight.sum(dim=1)
     own = ((routing.index == index) | ~runs).all(dim=1) & (kept > 0)
     mass = weight.masked_fill(~runs, 0).sum(dim=1)
     leading = weight.cumsum(dim=1).gather(1, (kept - 1).clamp(min=0)[:, None])[:, 0]
-    scaled = rescaled(weight, mass, total).masked_fill(~runs, 0)
-    given = routing.weight.float().masked_fill(~runs, 0)
-    fits = own & _near(mass, leading) & _near(given, scaled).all(dim=1)
+    fits = own & _near(mass, leading)
+    if rescaled_weights:
+        scaled = rescaled(weight, mass, total).masked_fill(~runs, 0)
+        given = routing.weight.float().masked_fill(~runs, 0)
+        fits &= _near(given, scaled).all(dim=1)
     return bool((fits | ~counted).all())
 
 

@@ -14,6 +14,8 @@ from var_moe.evaluation.batching import Window, batches, collate, drawn
 from var_moe.models.identity import identity
 from var_moe.models.router_hooks import RouterLogits
 from var_moe.models.seam import attach, detach, pair_backend, weighted_sum
+from var_moe.routing.compensation import Compensation
+from var_moe.routing.damage import DamageModel
 from var_moe.routing.decision import TokenBatch
 from var_moe.routing.ranking import rank_slots, shares
 from var_moe.storage import SCHEMA_VERSION, provenance
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
     from var_moe.models.loading import LoadedModel
     from var_moe.profiling.profile import RoutingProfile
 
-_FORMAT = 1  # of what is recorded: a recording of another one is not gone on with
+LABELS = ("text", "sampled")
+_FORMAT = 2  # of what is recorded: a recording of another one is not gone on with
 _FORWARDS_PER_SHARD = 8
 
 
@@ -38,6 +41,9 @@ class _Recorder:
         self.layers, self.top_k = layers, top_k
         self.logits = RouterLogits(model, layers)
         self.probe: DamageProbe | None = None
+        self.sampled: int | None = None  # the seed of sampled labels
+        self.predictor: DamageModel | None = None
+        self.keep_hidden = False
         self._backend = pair_backend(backend)
         self._at = torch.empty(0, dtype=torch.int64)
         self._rows: list[dict[str, Tensor]] = []
@@ -67,6 +73,11 @@ class _Recorder:
                 "weight": shares(heavy.float()).to(torch.float16),
                 "entropy": self.logits.entropy(layer, index, weight)[at].to(torch.float16),
             }
+            if self.keep_hidden:
+                row["hidden"] = hidden[at].to(torch.float16)
+            if self.predictor is not None:
+                hint = self.predictor.layer(layer, hidden.device).hint(hidden[at])
+                row["hint"] = torch.zeros_like(row["entropy"]) if hint is None else hint
             self._rows.append({name: value.cpu() for name, value in row.items()})
         if self.probe is None:
             return out
@@ -95,7 +106,12 @@ def record_trace(
     data_hash: str,
     folder: str | Path | None = None,
     profile: RoutingProfile | None = None,
+    compensation: Compensation | None = None,
     damage: bool = True,
+    labels: str = "text",
+    stored: bool = True,
+    predictor: DamageModel | None = None,
+    hidden: bool = False,
     max_tokens: int | None = None,
     tokens_per_batch: int = 4096,
     window: int | None = None,
@@ -113,9 +129,17 @@ def record_trace(
         folder: where the trace is written as it grows, so that a killed recording goes on after
             its last whole shard; without, it is kept in memory alone.
         profile: of the same model; its residual means give the damages ``cut_residual``.
+        compensation: of the same model; gives the damages ``cut_compensated``.
         damage: also note each token's loss and first-order damages (see `tracing.damage`), which
             takes a backward pass: about three times the time, and the memory of training on one
             batch without its parameters' gradients.
+        labels: whose loss the damages are of: the ``"text"``'s own next tokens, or ``"sampled"``
+            from the model itself, for which half the mean of the squares is exactly the expected
+            rise of the loss to second order (Fisher); ``nll`` is of the text's own in both.
+        stored: also take the damages of plain VAR's stored decisions (``next``, ``foreign``).
+        predictor: also note what this damage model reads off each layer's input (``hint``), so that
+            its policy can be replayed.
+        hidden: also note the layers' inputs, 2 L D bytes a token, for fitting.
         max_tokens: use documents up to so many tokens, drawn with ``seed``.
         tokens_per_batch: padded tokens per forward; fewer need less memory.
         window: longest sequence of a forward; by default the model's context, at most 1,024.
@@ -124,10 +148,12 @@ def record_trace(
         backend: experts backend.
 
     Raises:
-        UsageError: no text, a model whose router can't be watched, a profile of another model,
-            or a model without a backward pass.
+        UsageError: unknown labels, no text, a model whose router can't be watched, a profile of
+            another model, or a model without a backward pass.
         VarMoeError: the model gave a loss or router logits that are not finite.
     """
+    if labels not in LABELS:
+        raise UsageError(f"labels = {labels!r}: expected one of {', '.join(LABELS)}")
     positions = drawn(documents, max_tokens, seed)
     chosen = [documents[i] for i in positions]
     total = sum(len(document.ids) for document in chosen)
@@ -147,16 +173,29 @@ def record_trace(
         "seed": seed,
         "backend": backend,
         "damage": damage,
+        "labels": labels,
+        "stored": stored,
+        "hidden": hidden,
+        "predictor_hash": None if predictor is None else predictor.hash,
         "profile_hash": profile.hash if profile is not None and damage else None,
+        "compensation_hash": compensation.hash if compensation is not None and damage else None,
         "dtype": loaded.dtype,
     }
     about = identity(loaded)
     writer = Writer(Path(folder), key=key_of({**about, **options})) if folder else None
     forwards = list(batches(chosen, tokens_per_batch, window=size))
     recorder = _Recorder(loaded.model, about["layers"], about["top_k"], backend)
+    recorder.predictor, recorder.keep_hidden = predictor, hidden
     if damage:
         means = profile.residuals if profile is not None else None
-        recorder.probe = DamageProbe(pair_backend(backend), means, seed)
+        recorder.probe = DamageProbe(
+            pair_backend(backend),
+            residuals=means,
+            compensation=compensation,
+            stored=stored,
+            seed=seed,
+        )
+        recorder.sampled = seed if labels == "sampled" else None
     parts = _record(loaded, recorder, forwards, writer, progress)
     head = {
         "schema_version": SCHEMA_VERSION,
@@ -232,7 +271,9 @@ def _with_damage(
     try:
         with torch.enable_grad():
             logits = _run(loaded, batch)
-            losses, gradient = loss_and_gradient(logits.detach(), batch.ids, target)
+            losses, gradient = loss_and_gradient(
+                logits.detach(), batch.ids, target, sample=_dice(recorder.sampled, number)
+            )
             probe.backward(logits, gradient)
             damages = probe.take(recorder.layers)
     except (RuntimeError, NotImplementedError) as error:
@@ -246,6 +287,11 @@ def _with_damage(
     nll = nll[batch.counted.reshape(-1)]
     named = {f"damage.{name}": value for name, value in damages.items()}
     return {**recorder.decisions(), "nll": nll, **named}
+
+
+def _dice(seed: int | None, number: int) -> torch.Generator | None:
+    """Dice of one forward's own, so that a resumed recording draws the same."""
+    return None if seed is None else torch.Generator().manual_seed(seed * 1_000_003 + number)
 
 
 def _run(loaded: LoadedModel, batch: TokenBatch, **options: Any) -> Tensor:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from var_moe.models.loading import LoadedModel
     from var_moe.profiling.profile import RoutingProfile
 
-DAMAGE = ("cut", "cut_residual", "next", "foreign")
+DAMAGE = ("cut", "cut_residual", "cut_compensated", "next", "foreign")
 """Names of the changes whose first-order damage a trace can hold; see `tracing.damage`."""
 
 
@@ -32,7 +32,9 @@ class RoutingTrace:
 
     ``head`` says where it comes from: schema_version, model, revision, tokenizer_hash, routers
     (fingerprint), layers, experts, top_k, dataset, data_hash, tokens, document_ids,
-    profile_hash (of the residual means behind ``cut_residual``, else None), provenance.
+    profile_hash (of the residual means behind ``cut_residual``, else None), compensation_hash (of
+    the one behind ``cut_compensated``, else None), labels, predictor_hash
+    (of the damage model behind ``hint``, else None), provenance.
     """
 
     ids: Tensor  # (N,) int64 token ids
@@ -42,9 +44,11 @@ class RoutingTrace:
     weight: Tensor  # (L, N, K) float16 shares of the token's weights; zeros where these are
     entropy: Tensor  # (L, N) float16 router entropy in nats
     head: dict[str, Any]
+    hint: Tensor | None = None  # (L, N) what a damage model reads off the layers' inputs
+    hidden: Tensor | None = None  # (L, N, D) float16 the layers' inputs
     nll: Tensor | None = None  # (N,) float32 loss as a target in nats, 0 for a document's first
     # Change of the summed NLL in nats, to first order, by one changed (layer, token):
-    # (L, N) float32, "cut": (L, N, K - 1)
+    # (L, N) float32, "cut" and "cut_compensated": (L, N, K - 1)
     damage: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -112,8 +116,9 @@ class RoutingTrace:
         """All tensors that have one entry per token, by their names in a shard."""
         found = {"ids": self.ids, "index": self.index, "weight": self.weight}
         found["entropy"] = self.entropy
-        if self.nll is not None:
-            found["nll"] = self.nll
+        for name in ("nll", "hint", "hidden"):
+            if getattr(self, name) is not None:
+                found[name] = getattr(self, name)
         return found | {f"damage.{name}": value for name, value in self.damage.items()}
 
     def _layout(self) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""What is fitted with gradients on calibration text: predicted damages, learned compensation."""

@@ -1,0 +1,153 @@
+"""Distillation on the model itself: all experts teach what some experts and a stand-in can do.
+
+One session runs the model in two ways. As teacher it executes all pairs, without gradients. As
+student it executes what a policy keeps, with a trainable compensation for the rest; the model's
+own weights stay as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from var_moe.models.seam import PairBackend, execute
+from var_moe.routing.base import RoutingPolicy
+from var_moe.routing.compensation import Compensation, LayerCompensation, split_weights
+from var_moe.routing.decision import TokenBatch
+from var_moe.tracing.loss import scored_targets
+
+_STEP_BYTES = 64 * 2**20  # float32 logits held at once
+
+
+class Trainable(nn.Module):
+    """A compensation whose tensors are parameters.
+
+    Args:
+        start: what its vectors begin with.
+        rank: r; the map begins as zero.
+        scale: (L,) one over the size of each layer's input.
+        seed: draws A.
+    """
+
+    def __init__(self, start: Compensation, *, rank: int, scale: Tensor, seed: int) -> None:
+        super().__init__()
+        self.by_pair, self.experts = start.by_pair, start.experts
+        size = start.layers[0].vectors.shape[1]
+        dice = torch.Generator().manual_seed(seed)
+        self.vectors, self.down = nn.ParameterList(), nn.ParameterList()
+        self.bias, self.up = nn.ParameterList(), nn.ParameterList()
+        for layer, part in enumerate(start.layers):
+            self.vectors.append(nn.Parameter(part.vectors.float().clone()))
+            if rank:
+                down = torch.randn((rank, size), generator=dice) / size**0.5 * scale[layer]
+                self.down.append(nn.Parameter(down))
+                self.bias.append(nn.Parameter(torch.zeros(rank)))
+                self.up.append(nn.Parameter(torch.zeros((size, rank))))
+
+    def compensation(self) -> Compensation:
+        """As it is used: sharing the parameters."""
+        parts = []
+        for layer, vectors in enumerate(self.vectors):
+            low = (self.down[layer], self.bias[layer], self.up[layer]) if len(self.down) else ()
+            parts.append(LayerCompensation(vectors, *low))
+        return Compensation(layers=tuple(parts), by_pair=self.by_pair, experts=self.experts)
+
+    def frozen(self) -> Compensation:
+        """A copy that no longer changes."""
+        now = self.compensation()
+        layers = tuple(part.mapped(lambda t: t.detach().clone()) for part in now.layers)
+        return Compensation(layers=layers, by_pair=self.by_pair, experts=self.experts)
+
+
+class Distillation:
+    """The experts session of both ways.
+
+    Args:
+        backend: who executes the pairs.
+    """
+
+    def __init__(self, backend: PairBackend) -> None:
+        self._backend = backend
+        self._policy: RoutingPolicy | None = None
+        self._compensation: Compensation | None = None
+        self.sizes: list[float] | None = None
+        """Root mean square of each layer's input, noted by the teacher while this is a list."""
+
+    def as_teacher(self) -> None:
+        """All pairs from now on."""
+        self._policy = self._compensation = None
+
+    def as_student(
+        self, policy: RoutingPolicy, compensation: Compensation | None, batch: TokenBatch
+    ) -> None:
+        """What ``policy`` keeps of the tokens in ``batch`` from now on."""
+        self._policy, self._compensation = policy, compensation
+        policy.begin(batch)
+
+    def experts(
+        self, layer: int, module: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor
+    ) -> Tensor:
+        """One layer."""
+        if self._policy is None:
+            if self.sizes is not None:
+                self.sizes.append(float(hidden.float().square().mean().sqrt()))
+            return execute(module, hidden, index, weight, self._backend)
+        with torch.no_grad():
+            self._policy.see(layer, hidden.detach())
+            routing = self._policy.route(layer, index, weight.detach())
+        if self._compensation is None:
+            return execute(module, hidden, routing.index, routing.weight, self._backend)
+        first, kept, dropped = split_weights(index, weight, routing.index >= 0)
+        out = execute(module, hidden, routing.index, kept, self._backend)
+        part = self._compensation.layers[layer]
+        return part.add(out, hidden, self._compensation.rows(index, first), dropped)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Summed KL(teacher || student) of a batch in nats, over its predicted tokens."""
+
+    total: float
+    tokens: int
+
+
+def forward(model: Any, batch: TokenBatch, device: torch.device) -> Tensor:
+    """Logits of a batch. (B, S, V)"""
+    logits: Tensor = model(
+        input_ids=batch.ids.to(device),
+        attention_mask=batch.valid.long().to(device),
+        use_cache=False,
+    ).logits
+    return logits
+
+
+def divergence(
+    student: Tensor, teacher: Tensor, batch: TokenBatch, *, gradient: bool
+) -> tuple[Divergence, Tensor | None]:
+    """KL(teacher || student) at every place that predicts a scored token.
+
+    Args:
+        student, teacher: (B, S, V) logits, detached.
+        batch: the tokens.
+        gradient: whether the gradient of the mean with respect to ``student`` is wanted.
+
+    Returns:
+        The divergence, and the gradient (B, S, V) or None.
+    """
+    flat, wanted = student.reshape(-1, student.shape[-1]), teacher.reshape(-1, teacher.shape[-1])
+    at = scored_targets(batch.counted).to(flat.device) - 1
+    found = torch.zeros_like(flat) if gradient else None
+    total = torch.zeros((), dtype=torch.float64, device=flat.device)
+    step = max(1, _STEP_BYTES // (4 * flat.shape[1]))
+    for start in range(0, len(at), step):
+        rows = at[start : start + step]
+        mine, theirs = flat[rows].float().log_softmax(-1), wanted[rows].float().log_softmax(-1)
+        share = theirs.exp()
+        total += (share * (theirs - mine)).sum().double()
+        if found is not None:
+            found[rows] = ((mine.exp() - share) / len(at)).to(found.dtype)
+    result = Divergence(total=float(total), tokens=len(at))
+    return result, None if found is None else found.view_as(student)

@@ -1,0 +1,171 @@
+"""Learned compensation: what stands in for experts that do not run.
+
+Where experts are dropped, the layer's output gets, per unit of the weight w that was dropped,
+
+    v[first, dropped] + B silu(A h + a)
+
+with h the layer's input, v a vector per pair (of first and dropped expert, or per dropped expert
+where pairs would need too much memory) and A, B a map of rank r for all experts. What is kept has
+the router's own weight: the compensation stands for the dropped part, so nothing is rescaled.
+Rank 0 are the residual means of a profile. It is fitted by `fitting.compensation`.
+
+Low-rank stand-ins for pruned experts are known for whole experts (MC-SMoE, arXiv:2310.01334;
+residual restoration, ResMoE, arXiv:2503.06881); here one stands in for whatever a decision drops.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from var_moe.errors import UsageError
+from var_moe.routing.fast_path import ResidualMeans
+
+
+@dataclass(frozen=True)
+class LayerCompensation:
+    """One layer's part. ``down``, ``bias`` and ``up`` are None at rank 0."""
+
+    vectors: Tensor  # (rows + 1, D) per unit of dropped weight; the last row is zero
+    down: Tensor | None = None  # (r, D) A
+    bias: Tensor | None = None  # (r,) a
+    up: Tensor | None = None  # (D, r) B
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> LayerCompensation:
+        """The same where and as the layer computes."""
+        return self.mapped(lambda tensor: tensor.to(device, dtype))
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> LayerCompensation:
+        """The same with each tensor changed."""
+        low = (None if t is None else change(t) for t in (self.down, self.bias, self.up))
+        return LayerCompensation(change(self.vectors), *low)
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """In the order of the fields."""
+        return (self.vectors, self.down, self.bias, self.up)
+
+    def correction(self, hidden: Tensor) -> Tensor | None:
+        """B silu(A h + a) for (T, D) inputs, per unit of dropped weight; None at rank 0."""
+        if self.down is None or self.up is None:
+            return None
+        return F.linear(F.silu(F.linear(hidden, self.down, self.bias)), self.up)
+
+    def add(self, out: Tensor, hidden: Tensor, row: Tensor, weight: Tensor) -> Tensor:
+        """The layer's output with what stands in for the dropped experts.
+
+        Args:
+            out: (T, D) output of the kept pairs, with the router's own weights.
+            hidden: (T, D) input of the layer.
+            row: (T, K) row of ``vectors`` per slot; of no meaning where the slot is kept.
+            weight: (T, K) dropped weight per slot, zero where it is kept.
+
+        Returns:
+            (T, D)
+        """
+        weight = weight.to(out.dtype)
+        if self.down is not None and self.up is not None:
+            inner = F.silu(F.linear(hidden, self.down, self.bias))
+            out = torch.addmm(out, inner * weight.sum(dim=1, keepdim=True), self.up.t())
+        return out + F.embedding_bag(row, self.vectors, mode="sum", per_sample_weights=weight)
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """The compensation of all layers of one model.
+
+    Args:
+        layers: L parts.
+        by_pair: vectors are keyed by ``first * E + dropped`` (else by the dropped expert).
+        experts: E.
+    """
+
+    layers: tuple[LayerCompensation, ...]
+    by_pair: bool
+    experts: int
+
+    @property
+    def rank(self) -> int:
+        """r; 0 has vectors alone."""
+        down = self.layers[0].down
+        return 0 if down is None else down.shape[0]
+
+    @classmethod
+    def of_residual_means(cls, means: ResidualMeans) -> Compensation:
+        """Rank 0: a profile's residual means per pair.
+
+        Raises:
+            UsageError: they are keyed by the first expert alone, so that they don't tell which
+                expert is dropped.
+        """
+        if not means.by_pair:
+            raise UsageError(
+                "residual means per first expert are no compensation: expected them per pair"
+            )
+        layers = tuple(LayerCompensation(table) for table in means.table)
+        return cls(layers=layers, by_pair=True, experts=means.experts)
+
+    @classmethod
+    def empty(cls, *, layers: int, experts: int, hidden: int) -> Compensation:
+        """Rank 0 with zero vectors per dropped expert: where a fit for K > 2 begins."""
+        part = LayerCompensation(torch.zeros((experts + 1, hidden)))
+        return cls(layers=(part,) * layers, by_pair=False, experts=experts)
+
+    @cached_property
+    def hash(self) -> str:
+        """Identity of its values."""
+        tensors = (t for layer in self.layers for t in layer.tensors() if t is not None)
+        digest = hashlib.sha256(f"{self.by_pair} {self.experts}".encode())
+        for tensor in tensors:
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def rows(self, index: Tensor, first: Tensor) -> Tensor:
+        """Row of the vectors for dropping each slot's expert. (T, K)
+
+        Args:
+            index: (T, K) the router's experts.
+            first: (T,) the first expert.
+        """
+        return first[:, None] * self.experts + index if self.by_pair else index
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Compensation:
+        """All layers on one device."""
+        layers = tuple(layer.to(device, dtype) for layer in self.layers)
+        return Compensation(layers=layers, by_pair=self.by_pair, experts=self.experts)
+
+    def check(self, *, layers: int, experts: int, hidden: int) -> None:
+        """Refuse another model's.
+
+        Raises:
+            UsageError: names both shapes.
+        """
+        mine = (len(self.layers), self.experts, self.layers[0].vectors.shape[1])
+        if mine != (layers, experts, hidden):
+            raise UsageError(
+                f"compensation for (layers, experts, hidden size) = {mine} does not fit a model of "
+                f"{(layers, experts, hidden)}; fit one with `var-moe fit-compensation`"
+            )
+
+
+def split_weights(index: Tensor, weight: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What is dropped from a decision of the router.
+
+    Args:
+        index: (T, K) the router's experts.
+        weight: (T, K) the router's weights.
+        kept: (T, K) bool, slots that run.
+
+    Returns:
+        first expert (T,); weights of what is kept (T, K) and of what is dropped (T, K), each zero
+        in the other's slots.
+    """
+    heaviest = weight.amax(dim=1, keepdim=True)
+    # Ties go to the lower id, as everywhere.
+    first = index.masked_fill(weight < heaviest, torch.iinfo(index.dtype).max).amin(dim=1)
+    return first, weight.masked_fill(~kept, 0), weight.masked_fill(kept, 0)
