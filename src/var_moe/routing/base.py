@@ -26,6 +26,10 @@ class RoutingPolicy(ABC):
     context_window: int = 1
     """Token ids that a decision depends on, the token's own included."""
 
+    cuts_only: bool = False
+    """Whether every decision runs some of the token's first experts, at least one, rescaled to the
+    full decision's sum: then a trace tells what it costs, and the policy is tuned by replay."""
+
     @abstractmethod
     def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
         """Decide one layer.
