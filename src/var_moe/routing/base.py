@@ -52,7 +52,8 @@ class RoutingPolicy(ABC):
 
         Returns:
             Name of a setting of `build` -> ``{"type": "int" | "float", "low", "high",
-            "default"}``; empty where there is nothing to vary.
+            "default"}``, with ``"log": True`` for a scale of orders of magnitude; empty where
+            there is nothing to vary.
         """
         return {}
 
