@@ -162,7 +162,7 @@ def test_output_that_is_a_file(refused, tmp_path):
     ("words", "expected"),
     [
         (["tune", "--method", "magic"], "magic"),
-        (["tune", "--method", "replay", "--policy", "naee"], "not searched by replay"),
+        (["tune", "--method", "replay", "--policy", "native"], "nothing to tune"),
         (["tune", "--from", "nowhere"], "--from needs --max_degradation"),
         (["tune", "--from", "nowhere", "--max_degradation", "0.1"], "pareto.json"),
         (["tune", "--n_cals", "3"], "--n_cals"),

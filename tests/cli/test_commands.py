@@ -115,6 +115,29 @@ def test_another_bound_is_answered_from_the_front(tuned, tmp_path, capsys):
         assert "no verified configuration keeps" in capsys.readouterr().err
 
 
+def test_an_answer_that_its_own_search_did_not_time(tmp_path, capsys):
+    """A candidate over the bound of its search is measured, but not timed; it may keep another."""
+    about = {"verified": True, "config": {"policy": "top_p", "settings": {"p": 0.7}}}
+    points = [
+        {
+            **about,
+            "name": name,
+            "degradation": change,
+            "degradation_upper_95": change + 0.002,
+            "speedup": timed and 1.2,
+            "speedup_95": timed and [1.1, 1.3],
+            "experts_per_token": 2 - 10 * change,
+        }
+        for name, change, timed in (("kept", 0.005, True), ("over", 0.015, None))
+    ]
+    front = {"schema_version": 1, "points": points}
+    (tmp_path / "pareto.json").write_text(json.dumps(front))
+    (tmp_path / "optimization_metadata.json").write_text("{}")
+    for bound, said in (("0.01", ": 1.200x [1.100, 1.300] at +0.50%"), ("0.02", ": not timed at")):
+        assert main(["tune", "--from", str(tmp_path), "--max_degradation", bound]) == 0
+        assert said in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_a_grid_of_forecasts(common, tuned, tmp_path):
     words = ["tune", *common, "--method", "grid", "--n_points", "3", "--n_calls", "2"]

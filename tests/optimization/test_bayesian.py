@@ -1,4 +1,5 @@
 import logging
+import math
 import signal
 import subprocess
 import sys
@@ -266,3 +267,21 @@ def test_bad_arguments():
         search(SmallObjective(), n_startup=0)
     with pytest.raises(UsageError, match="resume"):
         search(SmallObjective(), resume=True)
+
+
+@pytest.mark.parametrize(("kind", "low", "high"), [("float", 1e-6, 1.0), ("int", 1, 10**6)])
+def test_a_logarithmic_scale_is_searched_as_such(kind, low, high, tmp_path):
+    space = {"tau": {"type": kind, "low": low, "high": high, "default": high, "log": True}}
+    seen = []
+
+    def objective(params):
+        seen.append(params["tau"])
+        return -((math.log10(params["tau"] / low) - 2) ** 2)
+
+    options = {"seed": 5, "verbose": False, "n_startup": 5, "storage_path": tmp_path}
+    bayesian_optimization(objective, space, 10, **options)
+    (distribution,) = load(tmp_path).trials[-1].distributions.values()
+    assert distribution.log
+    near = [low * 10 < value < low * 1000 for value in seen]
+    assert sum(near[5:]) >= 3  # on a linear scale that is a thousandth of the range
+    assert {type(value) for value in seen} == {float if kind == "float" else int}

@@ -10,8 +10,9 @@ from analytic import SixObjective, rich_evaluation
 
 from var_moe.optimization.correction import Correction, feasible_improvement
 from var_moe.optimization.forecast import Forecast
-from var_moe.optimization.replay_search import pool_points, replay_search
-from var_moe.optimization.search_space import SEARCH_SPACE, check_point
+from var_moe.optimization.replay_pool import neighbours, pool_points
+from var_moe.optimization.replay_search import replay_search
+from var_moe.optimization.search_space import SEARCH_SPACE, check_point, dimensions
 
 
 class AnalyticForecaster:
@@ -154,3 +155,95 @@ def test_feasible_improvement_by_hand():
 def test_a_gain_where_even_the_bold_may_fail_is_not_taken_first():
     result = replay_search(SixObjective(), AnalyticForecaster(), n_calls=1, verbose=False, seed=3)
     assert result.evaluations[0].degradation < 0.012
+
+
+TAU = {"tau": {"type": "float", "low": 1e-5, "high": 1.0, "default": 0.1, "log": True}}
+PAIR = {
+    "k": {"type": "int", "low": 1, "high": 7, "default": 4},
+    "share": {"type": "float", "low": 0.0, "high": 1.0, "default": 0.5},
+}
+
+
+def test_the_pool_of_another_policy_leaves_no_gaps():
+    points = pool_points(TAU, 1)
+    assert points[:3] == [{"tau": 0.1}, {"tau": 1e-5}, {"tau": 1.0}]
+    assert points == pool_points(TAU, 2)
+    shares = np.sort([np.log10(point["tau"]) / 5 + 1 for point in points])
+    assert np.diff(shares).max() < 2 / 256
+    points = pool_points(PAIR, 1)
+    for k in range(1, 8):
+        shares = np.sort([point["share"] for point in points if point["k"] == k])
+        assert len(shares) > 30
+        assert np.diff(shares).max() < 0.1
+    assert {"k": 7, "share": 0.0} in points
+    assert pool_points({"k": PAIR["k"]}, 1)[0] == {"k": 4}
+    assert len(pool_points({"k": PAIR["k"]}, 1)) == 7
+
+
+def test_neighbours_are_near_in_the_scale_of_the_search():
+    dice = np.random.default_rng(0)
+    near = [point["tau"] for point in neighbours(dimensions(TAU), [{"tau": 1e-4}], dice)]
+    assert len(near) == 16
+    steps = np.log10(near) + 4
+    assert 0.1 < np.abs(steps).max() < 1  # a fifth of five orders of magnitude
+    assert (steps > 0).any()
+    assert (steps < 0).any()
+    far = neighbours(dimensions(PAIR), [{"k": 1, "share": 0.5}] * 3, dice)
+    assert len(far) == 32
+    for point in far:
+        check_point(PAIR, point)
+
+
+class OneSetting:
+    """Fewer pairs below each order of magnitude of tau; at the bound, tau = 10^-2.5."""
+
+    max_degradation = 0.01
+
+    def __call__(self, params):
+        return self.evaluate(params).score
+
+    def evaluate(self, params):
+        depth = -np.log10(params["tau"]) / 5
+        return rich_evaluation(
+            params, degradation=0.04 * depth**2, speedup=1 + depth / 2, bound=self.max_degradation
+        )
+
+
+class OneForecaster:
+    """Forecasts `OneSetting`; experts per token in steps of `step`."""
+
+    def __init__(self, step=0.0):
+        self.step = step
+
+    def forecast(self, points):
+        found = []
+        for point in points:
+            truth = OneSetting().evaluate(point)
+            pairs = 3 - truth.predicted_speedup
+            found.append(
+                Forecast(
+                    degradation=1.3 * truth.degradation,
+                    speedup=truth.predicted_speedup,
+                    experts_per_token=round(pairs / self.step) * self.step if self.step else pairs,
+                    fast_pct=0.0,
+                    cached_pct=0.0,
+                    learned_pct=100.0,
+                )
+            )
+        return found
+
+
+def test_one_setting_over_orders_of_magnitude():
+    result = replay_search(OneSetting(), OneForecaster(), TAU, n_calls=6, verbose=False, seed=1)
+    assert result.best_params["tau"] == pytest.approx(10**-2.5, rel=0.2)
+    assert result.best_score == pytest.approx(1.25, abs=0.01)
+
+
+def test_a_search_ends_where_everything_left_decides_as_what_is_known(tmp_path):
+    options = {"verbose": False, "seed": 1, "journal": tmp_path / "trials.jsonl"}
+    # Pairs from 1.5 to 2 in steps of 0.1: six ways to decide.
+    result = replay_search(OneSetting(), OneForecaster(0.1), TAU, n_calls=10, **options)
+    assert result.num_evaluations == 6
+    assert result.extra["stopped_early"]
+    again = replay_search(OneSetting(), OneForecaster(0.1), TAU, n_calls=10, resume=True, **options)
+    assert [e.params for e in again.evaluations] == [e.params for e in result.evaluations]

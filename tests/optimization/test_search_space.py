@@ -1,3 +1,5 @@
+import math
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +21,8 @@ from var_moe.optimization.search_space import (
 )
 
 ONE = {"x": {"type": "float", "low": 0.0, "high": 1.0, "default": 0.5}}
+TAU = {"tau": {"type": "float", "low": 1e-4, "high": 1.0, "log": True}}
+COUNT = {"n": {"type": "int", "low": 1, "high": 1000, "default": 10, "log": True}}
 
 
 def test_the_documented_space():
@@ -39,6 +43,12 @@ def spaces(draw):
     space = {}
     for name in draw(st.lists(st.text("abc", min_size=1), min_size=1, max_size=4, unique=True)):
         if draw(st.booleans()):
+            low, high = sorted(draw(st.tuples(st.floats(1e-9, 1e9), st.floats(1e-9, 1e9))))
+            kind = "float" if draw(st.booleans()) else "int"
+            if kind == "int":
+                low, high = math.ceil(low), math.ceil(high)
+            space[name] = {"type": kind, "low": low, "high": high, "log": True}
+        elif draw(st.booleans()):
             low, high = sorted(draw(st.tuples(st.integers(-50, 50), st.integers(-50, 50))))
             space[name] = {"type": "int", "low": low, "high": high}
         else:
@@ -179,6 +189,9 @@ def test_bounds_given_twice():
         ({"x": {"type": "float", "low": 0, "high": float("inf")}}, "high = inf"),
         ({"x": {"type": "int", "low": 0, "high": 4, "default": 5}}, "default = 5"),
         ({"x": {"type": "int", "low": 0, "high": 4, "step": 2}}, "unknown key 'step'"),
+        ({"x": {"type": "float", "low": 0, "high": 4, "log": True}}, "low = 0.0: expected a value"),
+        ({"x": {"type": "int", "low": -1, "high": 4, "log": True}}, "low = -1: expected a value"),
+        ({"x": {"type": "float", "low": 1, "high": 4, "log": "yes"}}, "log = 'yes'"),
     ],
 )
 def test_bad_spaces_are_refused_by_name(space, says):
@@ -189,6 +202,47 @@ def test_bad_spaces_are_refused_by_name(space, says):
 
 def test_a_missing_default_is_the_middle():
     assert defaults({"n": {"type": "int", "low": 1, "high": 4}}) == {"n": 2}
+    assert defaults(TAU)["tau"] == pytest.approx(1e-2)
+    assert defaults({"n": {**COUNT["n"], "default": 1000}}) == {"n": 1000}
+    wide = {"tau": {"type": "float", "low": 1e-300, "high": 1e300, "log": True}}
+    assert defaults(wide)["tau"] == pytest.approx(1.0)
+    assert 1e-300 <= sample(wide, 0, 0)["tau"] <= 1e300
+
+
+def test_a_logarithmic_range_is_drawn_evenly_over_its_orders_of_magnitude():
+    drawn = [sample(TAU, 0, i)["tau"] for i in range(2000)]
+    decades = [math.floor(math.log10(value)) for value in drawn]
+    assert set(decades) == {-4, -3, -2, -1}
+    assert all(abs(decades.count(d) / 2000 - 0.25) < 0.05 for d in set(decades))
+    counts = [sample(COUNT, 0, i)["n"] for i in range(2000)]
+    # Of the logarithm up to 1001: 1 takes ln 2, those below 10 ln 10, of ln 1001.
+    assert counts.count(1) / 2000 == pytest.approx(math.log(2) / math.log(1001), abs=0.03)
+    share = sum(n < 10 for n in counts) / 2000
+    assert share == pytest.approx(math.log(10) / math.log(1001), abs=0.03)
+
+
+def test_a_logarithmic_grid_is_geometric():
+    assert [p["tau"] for p in grid_points(TAU, 5)] == pytest.approx([1e-4, 1e-3, 1e-2, 0.1, 1])
+    assert [p["n"] for p in grid_points(COUNT, 4)] == [1, 10, 100, 1000]
+    assert all(type(p["n"]) is int for p in grid_points(COUNT, 4))
+
+
+def test_a_step_is_a_factor_on_a_logarithmic_scale_alone():
+    (tau,), (x,) = dimensions(TAU), dimensions(ONE)
+    assert tau.span == pytest.approx(4 * math.log(10))
+    assert tau.moved(1e-3, math.log(10)) == pytest.approx(1e-2)
+    assert tau.moved(1e-3, -3 * tau.span) == 1e-4
+    assert (x.span, x.moved(0.5, 0.25), x.moved(0.5, 2.0)) == (1.0, 0.75, 1.0)
+
+
+def test_a_scale_survives_bounds_and_is_checked_against_them():
+    space = parse_bounds(["tau=0.01:0.5"], TAU)["tau"]
+    expected = {"type": "float", "low": 0.01, "high": 0.5, "log": True}
+    assert {key: space[key] for key in expected} == expected
+    assert space["default"] == pytest.approx(0.01)
+    assert "log" not in dimensions(ONE)[0].to_dict()
+    with pytest.raises(UsageError, match=r"tau: low = 0\.0: expected a value"):
+        parse_bounds(["tau=0:1"], TAU)
 
 
 @pytest.mark.parametrize("point", [{}, {"x": 0.5, "y": 1}, {"x": 2.0}, {"x": "0.5"}, {"x": None}])

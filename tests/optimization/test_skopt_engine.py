@@ -77,3 +77,21 @@ def test_failures_and_fixed_names():
     assert result.extra["failed"] == 3
     assert {e.params["n"] for e in result.evaluations} == {3}
     assert len({e.params["x"] for e in result.evaluations}) == 7
+
+
+def test_a_logarithmic_scale_is_searched_as_such():
+    pytest.importorskip("skopt")
+    from var_moe.optimization.skopt_engine import skopt_suggest
+
+    for kind, low, high in (("float", 1e-6, 1.0), ("int", 1, 10**6)):
+        space = {"tau": {"type": kind, "low": low, "high": high, "log": True}}
+        plan = GuidedPlan(space, seed=0, total=5, n_startup=5)
+        # The best is a hundred times the lowest: on a linear scale all but one point are one.
+        done = [
+            Evaluation(params={"tau": low * 10**i}, score=-float((i - 2) ** 2)) for i in range(7)
+        ]
+        if kind == "float":
+            done = [e.replace(params={"tau": float(e.params["tau"])}) for e in done]
+        point = skopt_suggest(space, plan)(len(done), done)
+        assert low * 10 < point["tau"] < low * 1000
+        assert type(point["tau"]) is (float if kind == "float" else int)

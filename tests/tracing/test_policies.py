@@ -7,16 +7,20 @@ import math
 import pytest
 import torch
 from test_replay import profile_like
-from traces import made_trace
+from traces import OPTIONS, made_trace
 
 from var_moe.config import VARConfig
+from var_moe.models.loading import LoadedModel
+from var_moe.optimization.replay_pool import pool_points
 from var_moe.routing.fixed_k import FixedKPolicy
 from var_moe.routing.naee import NAEEPolicy
 from var_moe.routing.native import NativePolicy
 from var_moe.routing.random_skip import RandomSkipPolicy
+from var_moe.routing.registry import policy_names, policy_spec
 from var_moe.routing.top_p import TopPPolicy
 from var_moe.routing.var import VARPolicy
 from var_moe.tracing.policies import evaluate_policy, replay_policy
+from var_moe.tracing.record import record_trace
 from var_moe.tracing.replay import TraceReplay
 
 
@@ -91,6 +95,30 @@ def test_unknown_where_a_decision_is_of_another_sort(recorded, trace):
     assert evaluate_policy(recorded, policy).degradation is None
     bare = made_trace([[1, 1]], [[((0, 1), (0.75, 0.25))] * 2])
     assert evaluate_policy(bare, FixedKPolicy(1)).degradation is None
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids=lambda k: f"K={k}")
+def traced(request, make_tiny_mixtral, tiny_tokenizer, documents, make_profile):
+    """A recorded trace of a model with K = 2 or 3, and its profile."""
+    loaded = LoadedModel.of(make_tiny_mixtral(top_k=request.param), tiny_tokenizer, name="tiny")
+    profile = make_profile(loaded)
+    return record_trace(loaded, documents, profile=profile, **OPTIONS), profile
+
+
+@pytest.mark.parametrize("name", policy_names())
+def test_a_policy_says_whether_a_trace_tells_what_it_costs(traced, name):
+    """What `cuts_only` promises, over the policy's whole search space."""
+    trace, profile = traced
+    spec, calibration = policy_spec(name), profile.calibration()
+    space = spec.search_space(trace.top_k)
+    points = pool_points(space, 0) if space else [{}]
+    found = [
+        evaluate_policy(trace, spec.make(point, calibration))
+        for point in [*points[:9], *points[9 :: len(points) // 16 + 1]]
+    ]
+    assert all(one.degradation is not None for one in found) == spec.cuts_only
+    kept = {one.report.experts_per_token for one in found}
+    assert len(kept) > 1 or not space  # the settings do something
 
 
 def test_verified_var_without_means_is_one_of_them(recorded):

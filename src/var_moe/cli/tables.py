@@ -164,11 +164,13 @@ def print_front(
     """The verified points of a search's front, and the one that answers a bound."""
     from rich.table import Table
 
-    low_high, limit = best["speedup_95"], f"{100 * max_degradation:g}%"
+    limit, speed = f"{100 * max_degradation:g}%", "not timed"
+    if best["speedup_95"]:  # none where the point broke the bound of its own search
+        speed = "{:.3f}x [{:.3f}, {:.3f}]".format(best["speedup"], *best["speedup_95"])
     out = console()
     out.print(
-        f"Fastest verified configuration with degradation below {limit}: {best['speedup']:.3f}x "
-        f"[{low_high[0]:.3f}, {low_high[1]:.3f}] at {100 * best['degradation']:+.2f}% perplexity "
+        f"Fastest verified configuration with degradation below {limit}: {speed} at "
+        f"{100 * best['degradation']:+.2f}% perplexity "
         f"(95% upper bound {100 * best['degradation_upper_95']:+.2f}%), "
         f"{best['experts_per_token']:.2f} experts per token",
         highlight=False,

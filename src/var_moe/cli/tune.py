@@ -52,8 +52,9 @@ def tune(
 
     Args:
         method: how points are chosen: replay (default) runs the model for ten configurations that
-            thousands of forecasts choose; grid chooses among n_points^6 forecasts; bayesian (the
-            default with --policy) and random run the model for each point.
+            thousands of forecasts choose; grid chooses among n_points^6 forecasts (with --policy,
+            it runs the model for each point of its grid); bayesian and random run the model for
+            each point.
         model: demo (default), a local folder, or a Hub id.
         dataset: demo (default; or demo-postgres, ...), wikitext, a Hub name[:config], or a
             local file.
@@ -116,7 +117,7 @@ def tune(
     max_degradation = check_bound(DEFAULT_BOUND if max_degradation is None else max_degradation)
     check_output_folder(output)
     policy, mode = _policy(policy, mode)
-    method = method or ("bayesian" if policy else "replay")
+    method = method or _default_method(policy)
     exhaustive = exhaustive or bool(policy)
     by_forecasts = method == "replay" or (method == "grid" and not exhaustive)
     if n_calls is None:
@@ -230,6 +231,13 @@ def _policy(
     if not policy_spec(name).search_space(2):
         raise UsageError(f"--policy {name} has nothing to tune")
     return name, None
+
+
+def _default_method(policy: str | None) -> Literal["replay", "bayesian"]:
+    """Replay, wherever a trace tells what decisions cost."""
+    from var_moe.routing.registry import policy_spec
+
+    return "replay" if policy is None or policy_spec(policy).cuts_only else "bayesian"
 
 
 def _space(policy: str | None, *, top_k: int) -> SearchSpace:

@@ -159,7 +159,13 @@ def search_notes(result: OptimizationResult, independent: bool) -> list[str]:
     if failed:
         notes.append(f"{failed} of {result.num_evaluations} evaluations failed; see all_results")
     # A search by replay evaluates near the bound on purpose, and does not converge in that sense.
-    if result.method != "replay":
+    if result.method == "replay":
+        if result.extra.get("stopped_early"):
+            notes.append(
+                f"the search ended after {result.num_evaluations} evaluations: every other point "
+                "of the search space decides as one of them"
+            )
+    else:
         if result.num_evaluations <= CONVERGENCE_WINDOW:
             notes.append(f"{result.num_evaluations} evaluations are too few to tell convergence")
         elif not result.converged:

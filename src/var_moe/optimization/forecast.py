@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from var_moe.optimization.objective_protocol import LEARNED_TARGET_PCT
-from var_moe.optimization.search_space import Params
+from var_moe.optimization.search_space import Params, SearchSpace
+
+if TYPE_CHECKING:
+    from var_moe.evaluation.compare import Progress
+    from var_moe.evaluation.cost import CostModel
+    from var_moe.optimization.forecast_grid import ForecastGrid
+    from var_moe.tracing.trace import RoutingTrace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,4 +49,21 @@ class Forecaster(Protocol):
 
     def forecast(self, points: Sequence[Params]) -> list[Forecast]:
         """In the order of ``points``."""
+        ...
+
+
+class TraceForecaster(Forecaster, Protocol):
+    """Forecasts by replaying a trace."""
+
+    cost: CostModel
+
+    @property
+    def trace(self) -> RoutingTrace:
+        """What is replayed."""
+        ...
+
+    def grid(
+        self, space: SearchSpace, n_points: int, progress: Progress | None = None
+    ) -> ForecastGrid:
+        """All combinations of evenly spaced values."""
         ...

@@ -7,7 +7,7 @@ answered without a new search.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from var_moe.errors import UsageError
+from var_moe.optimization.candidate import Candidate
 from var_moe.optimization.correction import Correction
 from var_moe.optimization.forecast import Forecast
 from var_moe.optimization.forecast_grid import non_dominated
@@ -79,14 +80,24 @@ def save_front(
     front: Sequence[FrontPoint],
     measured: Sequence[Measured],
     *,
+    config: Callable[[Params], Candidate],
     max_degradation: float,
     identity: Mapping[str, Any],
 ) -> None:
-    """Write ``pareto.json``: verified and forecast points, the safest first."""
+    """Write ``pareto.json``: verified and forecast points, the safest first.
+
+    Args:
+        folder: results folder.
+        front: forecast points.
+        measured: verified ones.
+        config: what a forecast point stands for.
+        max_degradation: bound of the search.
+        identity: what was searched on.
+    """
     rows: list[dict[str, Any]] = [
         {
             "verified": False,
-            "config": point.params,
+            "config": config(point.params).to_dict(),
             "degradation": point.degradation,
             "degradation_forecast_upper_95": point.upper,
             "speedup": point.forecast.speedup,

@@ -9,11 +9,15 @@ from typing import Any
 from var_moe.config import DOCUMENTED_FIELDS, VARConfig
 from var_moe.errors import UsageError
 from var_moe.evaluation.compare import Evaluator, SpeedSetting
+from var_moe.evaluation.cost import CostModel
 from var_moe.optimization.objective_protocol import check_bound
 from var_moe.optimization.policy_objective import SEARCH_BLOCKS, PeerObjective, PolicyObjective
+from var_moe.optimization.replay_forecast import ReplayForecaster
 from var_moe.optimization.results import OptimizationResult
 from var_moe.profiling.profile import RoutingProfile
 from var_moe.routing.var import VARPolicy
+from var_moe.tracing.replay import TraceReplay
+from var_moe.tracing.trace import RoutingTrace
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +60,9 @@ class VARObjective(PolicyObjective):
 
     def policy(self, config: VARConfig) -> VARPolicy:
         return VARPolicy(config, self._table, residuals=self.profile.residuals)
+
+    def forecaster(self, trace: RoutingTrace, cost: CostModel) -> ReplayForecaster:
+        return ReplayForecaster(TraceReplay(trace, self.profile), cost, mode=self.mode)
 
     def confirm(self, result: OptimizationResult) -> OptimizationResult:
         """Measure the best again: longer, and by the upper bound of the degradation.

@@ -182,9 +182,9 @@ class OptunaSearch:
         point: Params = {}
         for d in dimensions(self._space):
             if d.integer:
-                point[d.name] = int(trial.suggest_int(d.name, int(d.low), int(d.high)))
+                point[d.name] = int(trial.suggest_int(d.name, int(d.low), int(d.high), log=d.log))
             else:
-                point[d.name] = float(trial.suggest_float(d.name, d.low, d.high))
+                point[d.name] = float(trial.suggest_float(d.name, d.low, d.high, log=d.log))
         return point
 
     def _load(self, study: optuna.Study, header: SearchHeader) -> Session:
@@ -237,7 +237,7 @@ def _sampler(seed: int) -> optuna.samplers.BaseSampler:
             search_space: dict[str, BaseDistribution],
         ) -> dict[str, Any]:
             relaxed = {
-                name: FloatDistribution(d.low, d.high)
+                name: FloatDistribution(d.low, d.high, log=d.log)
                 for name, d in search_space.items()
                 if isinstance(d, IntDistribution) and d.high - d.low >= _FEW_VALUES
             }

@@ -8,12 +8,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from var_moe.evaluation.compare import Evaluator, Speed
+from var_moe.evaluation.cost import CostModel
 from var_moe.optimization.candidate import Candidate, PolicySettings
+from var_moe.optimization.forecast import TraceForecaster
 from var_moe.optimization.objective_protocol import check_bound, documented_score
+from var_moe.optimization.policy_forecast import PolicyForecaster
 from var_moe.optimization.results import Evaluation
 from var_moe.profiling.profile import RoutingProfile
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.registry import policy_spec
+from var_moe.tracing.trace import RoutingTrace
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +31,8 @@ DOUBTFUL = 0.1
 class PolicyObjective(ABC):
     """Score of a policy's settings: the documented formula, with everything behind it.
 
-    Calling it with a dict of parameters returns the score; `evaluate` returns all figures.
+    Calling it with a dict of parameters returns the score; `evaluate` returns all figures. A
+    subclass keeps the routing statistics of calibration text in `profile`.
 
     Args:
         evaluator: the model and the text it is measured on.
@@ -38,6 +43,7 @@ class PolicyObjective(ABC):
     """
 
     stop_early = False
+    profile: RoutingProfile
 
     def __init__(
         self, evaluator: Evaluator, *, max_degradation: float = 0.01, blocks: int = SEARCH_BLOCKS
@@ -53,6 +59,10 @@ class PolicyObjective(ABC):
     @abstractmethod
     def policy(self, config: Any) -> RoutingPolicy:
         """A fresh policy for a configuration."""
+
+    @abstractmethod
+    def forecaster(self, trace: RoutingTrace, cost: CostModel) -> TraceForecaster:
+        """Forecasts of its points from a trace of its evaluator's text."""
 
     def __call__(self, params: Mapping[str, Any]) -> float:
         score = self.evaluate(dict(params)).score
@@ -120,7 +130,7 @@ class PeerObjective(PolicyObjective):
         self, evaluator: Evaluator, profile: RoutingProfile, name: str, **options: Any
     ) -> None:
         super().__init__(evaluator, **options)
-        self._spec = policy_spec(name)
+        self._spec, self.profile = policy_spec(name), profile
         self._calibration = profile.calibration()
 
     def config(self, params: Mapping[str, Any]) -> PolicySettings:
@@ -128,3 +138,7 @@ class PeerObjective(PolicyObjective):
 
     def policy(self, config: PolicySettings) -> RoutingPolicy:
         return self._spec.make(config.settings, self._calibration)
+
+    def forecaster(self, trace: RoutingTrace, cost: CostModel) -> PolicyForecaster:
+        name, calibration = self._spec.name, self._calibration
+        return PolicyForecaster(trace, cost, policy=name, calibration=calibration)

@@ -1,4 +1,4 @@
-"""Forecasts of VAR configurations from a trace, a profile and a cost model."""
+"""Forecasts from a trace, a profile and a cost model: of VAR configurations, or of a policy."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from var_moe.config import VARConfig
 from var_moe.errors import UsageError
 from var_moe.evaluation.compare import Progress
 from var_moe.evaluation.cost import CostModel, fit_cost_model
-from var_moe.optimization.forecast import Forecast
+from var_moe.optimization.forecast import Forecast, TraceForecaster
 from var_moe.optimization.forecast_grid import ForecastGrid, forecast_grid, grid_values
-from var_moe.optimization.objective import VARObjective
+from var_moe.optimization.policy_objective import PolicyObjective
 from var_moe.optimization.search_space import SEARCH_SPACE, Params, SearchSpace
 from var_moe.storage import atomic_write_json, read_json
 from var_moe.tracing.record import record_trace
 from var_moe.tracing.replay import Replay, TraceReplay
+from var_moe.tracing.trace import RoutingTrace
 
 TRACE_FOLDER, COST_FILE = "trace", "cost_model.json"
 
@@ -33,6 +34,11 @@ class ReplayForecaster:
         if not replay.trace.damage:
             raise UsageError("a search by replay needs a trace with damages; record it with them")
         self.replay, self.cost, self.mode = replay, cost, mode
+
+    @property
+    def trace(self) -> RoutingTrace:
+        """What is replayed."""
+        return self.replay.trace
 
     def config(self, point: Params) -> VARConfig:
         """The configuration that a point stands for."""
@@ -64,18 +70,18 @@ class ReplayForecaster:
 
 
 def make_forecaster(
-    objective: VARObjective,
+    objective: PolicyObjective,
     *,
     dataset: str,
     data_hash: str,
     folder: Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
-) -> ReplayForecaster:
+) -> TraceForecaster:
     """Trace the objective's text, fit the cost model, and put both in ``folder``.
 
     Args:
-        objective: its evaluator's text is traced.
+        objective: its evaluator's text is traced; VAR's, or another policy's.
         dataset, data_hash: of that text, for the trace's head.
         folder: results folder; an interrupted trace goes on there.
         resume: take the cost model that an interrupted search left, so that its choices go on as
@@ -104,7 +110,7 @@ def make_forecaster(
         cost = fit_cost_model(evaluator, var_all=var_all, var_leading=var_leading)
     if saved is not None:
         atomic_write_json(saved, cost.to_dict())
-    return ReplayForecaster(TraceReplay(trace, objective.profile), cost, mode=objective.mode)
+    return objective.forecaster(trace, cost)
 
 
 __all__ = ["COST_FILE", "TRACE_FOLDER", "ReplayForecaster", "make_forecaster"]

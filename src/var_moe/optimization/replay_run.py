@@ -8,22 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from var_moe.evaluation.compare import Evaluator, Progress
-from var_moe.optimization.forecast import Forecast
+from var_moe.optimization.forecast import Forecast, TraceForecaster
 from var_moe.optimization.forecast_grid import ForecastGrid
 from var_moe.optimization.front import FrontPoint, feasible_front, save_front, to_verify
 from var_moe.optimization.journal import JOURNAL_NAME
-from var_moe.optimization.objective import VARObjective
+from var_moe.optimization.policy_forecast import PolicyForecaster
+from var_moe.optimization.policy_objective import PolicyObjective
 from var_moe.optimization.remeasure import Measured, measure
-from var_moe.optimization.replay_forecast import ReplayForecaster, make_forecaster
+from var_moe.optimization.replay_forecast import make_forecaster
+from var_moe.optimization.replay_pool import pool_points
 from var_moe.optimization.replay_search import Forecasts, ReplayPlan, replay_search
 from var_moe.optimization.results import OptimizationResult
-from var_moe.optimization.search_space import Params, SearchSpace, dimensions
+from var_moe.optimization.search_space import Params, SearchSpace, dimensions, is_config_space
 from var_moe.optimization.sensitivity import sensitivity_result
 from var_moe.storage import atomic_write_json
 
 SENSITIVITY_FILE = "sensitivity.json"
 GRID_POINTS = 5
-"""Values per threshold of the grid that tells which of them matter."""
+"""Values per setting of the grid that tells which of them matter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +34,14 @@ class ReplaySearch:
 
     result: OptimizationResult
     front: list[FrontPoint]
-    forecaster: ReplayForecaster
+    forecaster: TraceForecaster
     forecast_count: int
-    sensitivity: Mapping[str, float]  # threshold -> total index for the degradation
+    # Setting -> total index for the degradation; empty where there is nothing to compare.
+    sensitivity: Mapping[str, float]
 
 
 def search_by_replay(
-    objective: VARObjective,
+    objective: PolicyObjective,
     space: SearchSpace,
     *,
     n_calls: int,
@@ -69,15 +72,19 @@ def search_by_replay(
     )
     objective.stop_early = True
     forecasts = Forecasts(forecaster)
-    grid = forecaster.grid(space, n_points or GRID_POINTS)
-    indices = sensitivity_result(grid)
-    atomic_write_json(folder / SENSITIVITY_FILE, indices)
+    sensitivity: dict[str, float] = {}
     points: list[Params] | None = None
-    if n_points is not None:
-        names = [d.name for d in dimensions(space)]
-        whole = [grid.point(number) for number in range(grid.size)]
-        points = [{name: point[name] for name in names} for point in whole]
-        forecasts.learn(points, [_forecast(grid, number) for number in range(grid.size)])
+    (folder / SENSITIVITY_FILE).unlink(missing_ok=True)  # an earlier search's
+    if n_points is not None or _has_alternatives(space):
+        grid = forecaster.grid(space, n_points or GRID_POINTS, progress)
+        if _has_alternatives(space):
+            sensitivity = _save_sensitivity(grid, folder)
+        if n_points is not None:
+            points = _learn_grid(forecasts, grid, space)
+    if points is None and isinstance(forecaster, PolicyForecaster):
+        # Before the search, whose own display could not stand beside that of the forecasts.
+        pool = pool_points(space, seed=0)
+        forecasts.learn(pool, forecaster.forecast(pool, progress))
     result = replay_search(
         objective,
         forecasts,
@@ -104,8 +111,29 @@ def search_by_replay(
         front=front,
         forecaster=forecaster,
         forecast_count=len(forecasts),
-        sensitivity={row["parameter"]: row["degradation_total"] for row in indices["rows"]},
+        sensitivity=sensitivity,
     )
+
+
+def _has_alternatives(space: SearchSpace) -> bool:
+    """Whether it makes sense to ask which of several settings matter."""
+    return is_config_space(space) or sum(d.low < d.high for d in dimensions(space)) > 1
+
+
+def _save_sensitivity(grid: ForecastGrid, folder: Path) -> dict[str, float]:
+    """Write which settings matter."""
+    indices = sensitivity_result(grid)
+    atomic_write_json(folder / SENSITIVITY_FILE, indices)
+    return {row["parameter"]: row["degradation_total"] for row in indices["rows"]}
+
+
+def _learn_grid(forecasts: Forecasts, grid: ForecastGrid, space: SearchSpace) -> list[Params]:
+    """All points of a grid, which are forecast already."""
+    names = [d.name for d in dimensions(space)]
+    whole = [grid.point(number) for number in range(grid.size)]
+    points = [{name: point[name] for name in names} for point in whole]
+    forecasts.learn(points, [_forecast(grid, number) for number in range(grid.size)])
+    return points
 
 
 def _forecast(grid: ForecastGrid, number: int) -> Forecast:
@@ -114,11 +142,11 @@ def _forecast(grid: ForecastGrid, number: int) -> Forecast:
 
 
 def sensitivity_note(search: ReplaySearch) -> str:
-    """Which thresholds matter, in one line."""
+    """Which settings matter, in one line."""
     shares = sorted(search.sensitivity.items(), key=lambda item: -item[1])
     told = ", ".join(f"{name} {100 * share:.1f}%" for name, share in shares if share >= 0.0005)
     return (
-        "share of each threshold in the variance of the forecast degradation over the search "
+        "share of each setting in the variance of the forecast degradation over the search "
         f"space (total Sobol index of a full grid): {told or 'none'}; others below 0.1%"
     )
 
@@ -126,7 +154,7 @@ def sensitivity_note(search: ReplaySearch) -> str:
 def verify_front(
     search: ReplaySearch,
     evaluator: Evaluator,
-    objective: VARObjective,
+    objective: PolicyObjective,
     measured: Sequence[Measured],
     *,
     blocks: int,
@@ -146,7 +174,7 @@ def verify_front(
 
 def replay_metadata(search: ReplaySearch) -> dict[str, Any]:
     """What the metadata say of a search by replay."""
-    cost, trace = search.forecaster.cost, search.forecaster.replay.trace
+    cost, trace = search.forecaster.cost, search.forecaster.trace
     return {
         "forecasts": search.forecast_count,
         "traced_tokens": trace.tokens,

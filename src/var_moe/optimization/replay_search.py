@@ -20,6 +20,7 @@ from var_moe.optimization.forecast import Forecast, Forecaster
 from var_moe.optimization.guided import check_enqueue
 from var_moe.optimization.journal import SearchHeader, TrialJournal, as_store
 from var_moe.optimization.objective_protocol import RichObjective
+from var_moe.optimization.replay_pool import neighbours, pool_points
 from var_moe.optimization.results import Evaluation, OptimizationResult
 from var_moe.optimization.search import (
     OnEvaluation,
@@ -35,21 +36,13 @@ from var_moe.optimization.search_space import (
     check_count,
     check_seed,
     dimensions,
-    distinct,
     point_key,
-    starting_points,
 )
-
-POOL_GROUPS, POOL_CONFIDENCES, POOL_REST = 48, 8, 6
-"""Points of the pool: so many draws of what the cache shares, by so many of the rest each."""
-
-SHARED = ("context_window_size", "cache_size", "cache_ttl_seconds")
-"""Settings for which a replay does most of its work: points that share them cost little."""
 
 CAUTION = (0.7, 1.4, 0.0, 1.0, 1.645, 0.4, 1.2)
 """Errors of the difference between two texts that are kept from the bound, call by call."""
 
-_NEIGHBOURS, _AROUND = 48, 6
+_AROUND = 6
 _ALIKE = 1e-9
 
 
@@ -85,24 +78,6 @@ class Forecasts:
 def column(forecasts: Sequence[Forecast], name: str) -> Floats:
     """One figure of many forecasts. (M,)"""
     return np.array([getattr(one, name) for one in forecasts], dtype=np.float64)
-
-
-def pool_points(space: SearchSpace, seed: int) -> list[Params]:
-    """The default, the presets, and random points that share what is costly to replay."""
-    dims = dimensions(space)
-    dice = np.random.default_rng([seed, 5])
-    points = starting_points(space)
-    for _ in range(POOL_GROUPS):
-        shared = {d.name: d.at(dice.random()) for d in dims if d.name in SHARED}
-        for _ in range(POOL_CONFIDENCES):
-            confidence = dice.random()
-            for _ in range(POOL_REST):
-                point = {}
-                for d in dims:
-                    share = confidence if d.name == "confidence_threshold" else dice.random()
-                    point[d.name] = shared.get(d.name, d.at(share))
-                points.append(point)
-    return distinct(points)
 
 
 class ReplayPlan:
@@ -149,19 +124,21 @@ class ReplayPlan:
             scale=self._bound,
         )
 
-    def suggest(self, number: int, evaluations: Sequence[Evaluation]) -> Params:
-        """The point of evaluation ``number`` (from 0)."""
+    def suggest(self, number: int, evaluations: Sequence[Evaluation]) -> Params | None:
+        """The point of evaluation ``number`` (from 0); None where every point is known."""
         if number < len(self._first):
             return self._first[number]
         caution = CAUTION[number % len(CAUTION)]
         limit = self._bound - caution * _text_error(evaluations, self._bound)
         gain = self._gain(self.pool, evaluations, limit)
-        if not self._local:
-            return self.pool[int(np.argmax(gain))]
-        nearest = [self.pool[i] for i in np.argsort(-gain, kind="stable")[:_AROUND]]
-        dice = np.random.default_rng([self._seed, 6, number])
-        points = [*self.pool, *self._neighbours(nearest, dice)]
-        return points[int(np.argmax(self._gain(points, evaluations, limit)))]
+        points = self.pool
+        if self._local:
+            nearest = [self.pool[i] for i in np.argsort(-gain, kind="stable")[:_AROUND]]
+            dice = np.random.default_rng([self._seed, 6, number])
+            points = [*self.pool, *neighbours(self._dims, nearest, dice)]
+            gain = self._gain(points, evaluations, limit)
+        best = int(np.argmax(gain))
+        return points[best] if np.isfinite(gain[best]) else None
 
     def _gain(
         self, points: Sequence[Params], evaluations: Sequence[Evaluation], limit: float
@@ -186,19 +163,6 @@ class ReplayPlan:
             alike = np.abs(executed - one.experts_per_token) < _ALIKE
             gain[alike & (np.abs(learned - one.learned_pct) < _ALIKE)] = -np.inf
         return gain
-
-    def _neighbours(self, centres: Sequence[Params], dice: np.random.Generator) -> list[Params]:
-        """Points near the centres: one or all settings moved by a tenth of their range or less."""
-        found: list[Params] = []
-        for number in range(_NEIGHBOURS):
-            point = dict(centres[number % len(centres)])
-            moved = [self._dims[int(dice.integers(len(self._dims)))]] if number % 2 else self._dims
-            for d in moved:
-                step = dice.normal(scale=0.05 * (d.high - d.low))
-                point[d.name] = d.clip(point[d.name] + step)
-            found.append(point)
-        # Shared settings side by side, for the replay.
-        return sorted(found, key=lambda p: [p.get(name, 0) for name in SHARED])
 
 
 def _text_error(evaluations: Sequence[Evaluation], bound: float) -> float:
@@ -229,6 +193,8 @@ def replay_search(
     should_stop: ShouldStop | None = None,
 ) -> OptimizationResult:
     """Search with few full evaluations, each chosen from thousands of forecasts.
+
+    It ends early where all points that are left decide as one that is evaluated.
 
     Args:
         objective_fn: a rich objective, as `create_objective_function` returns; best with its

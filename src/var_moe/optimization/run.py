@@ -16,6 +16,7 @@ from var_moe.optimization.grid import grid_search
 from var_moe.optimization.journal import JOURNAL_NAME, STUDY_NAME
 from var_moe.optimization.objective import VARObjective, make_objective
 from var_moe.optimization.objective_protocol import check_bound
+from var_moe.optimization.policy_forecast import not_replayable
 from var_moe.optimization.policy_objective import PolicyObjective
 from var_moe.optimization.preparation import halves, obtain_profile, read_text
 from var_moe.optimization.random_points import random_search
@@ -31,6 +32,7 @@ from var_moe.optimization.replay_run import (
 from var_moe.optimization.results import OptimizationResult, jsonable
 from var_moe.optimization.search_space import SEARCH_SPACE, SearchSpace, check_seed
 from var_moe.profiling.collect import DEFAULT_TOKENS
+from var_moe.routing.registry import policy_spec
 from var_moe.storage import check_output_folder
 
 if TYPE_CHECKING:
@@ -102,10 +104,8 @@ class TuneSettings:
         check_bound(self.max_degradation)
         if self.method not in METHODS:
             raise UsageError(f"method {self.method!r}: expected one of {', '.join(METHODS)}")
-        if self.by_replay and self.policy:
-            raise UsageError(
-                f"policy {self.policy!r} is not searched by replay; use method bayesian or random"
-            )
+        if self.by_replay and self.policy and not policy_spec(self.policy).cuts_only:
+            raise UsageError(not_replayable(self.policy))
         check_seed(self.seed)
         for name, least in _AT_LEAST.items():
             value = getattr(self, name)
@@ -185,7 +185,7 @@ def tune(
         "verbose": verbose,
     }
     replayed: ReplaySearch | None = None
-    if settings.by_replay and isinstance(objective, VARObjective):
+    if settings.by_replay:
         replayed = search_by_replay(
             objective,
             settings.space,
@@ -214,7 +214,7 @@ def tune(
     if isinstance(objective, VARObjective):
         presets = [_preset(name, measured, final, objective, settings) for name in PRESETS]
     measured = [one for one in measured if all(one.config != p.config for p in presets)]
-    if replayed is not None and isinstance(objective, VARObjective):
+    if replayed is not None:
         measured += verify_front(
             replayed, final, objective, [*measured, *presets], blocks=settings.final_blocks
         )
@@ -222,13 +222,14 @@ def tune(
             settings.output,
             replayed.front,
             [*measured, *presets],
+            config=objective.config,
             max_degradation=settings.max_degradation,
             identity=identity,
         )
     notes = [
         *([] if settings.policy else profile_notes(profile, settings.space)),
         *search_notes(result, validation.independent),
-        *([sensitivity_note(replayed)] if replayed else []),
+        *([sensitivity_note(replayed)] if replayed and replayed.sensitivity else []),
         *final.timing_notes(),
     ]
     metadata = {

@@ -29,8 +29,9 @@ from var_moe.optimization.selection import (
 
 OnEvaluation: TypeAlias = Callable[[Evaluation, int, int], None]
 ShouldStop: TypeAlias = Callable[[], bool]
-Suggest: TypeAlias = Callable[[int, Sequence[Evaluation]], Params]
-"""The point of evaluation `number` (from 0), given all finished evaluations."""
+Suggest: TypeAlias = Callable[[int, Sequence[Evaluation]], Params | None]
+"""The point of evaluation `number` (from 0), given all finished evaluations; None ends the search,
+as nothing is left that is worth one."""
 
 
 class Store(Protocol):
@@ -174,6 +175,8 @@ def _evaluate_all(
                 break
             asked = time.perf_counter()
             params = suggest(number, evaluations)
+            if params is None:
+                break
             suggestion_seconds = time.perf_counter() - asked
             evaluation = run_evaluation(objective, params)
             evaluation = evaluation.replace(suggestion_seconds=suggestion_seconds)

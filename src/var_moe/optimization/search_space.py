@@ -1,8 +1,8 @@
 """What is searched: names, types, ranges and defaults, and points drawn from them.
 
-A search space maps a name to ``{"type": "int" | "float", "low", "high", "default"}``. Every
-point is a pure function of the space, a seed and an index, so that a resumed search draws
-what an unbroken one would.
+A search space maps a name to ``{"type": "int" | "float", "low", "high", "default"}``, with
+``"log": True`` where orders of magnitude matter, not differences. Every point is a pure function
+of the space, a seed and an index, so that a resumed search draws what an unbroken one would.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from var_moe.errors import UsageError
 Params: TypeAlias = dict[str, int | float]
 SearchSpace: TypeAlias = Mapping[str, Mapping[str, Any]]
 
-_KEYS = ("type", "low", "high", "default")
+_KEYS = ("type", "low", "high", "default", "log")
 # Far more draws than a space with any free point needs, and a small one gives up at once.
 _FRESH_DRAWS = 100
 # Indices of the second and later draws of `fresh_sample`, out of the way of ordinary ones.
@@ -31,19 +31,37 @@ _FRESH_STRIDE = 1_000_003
 
 @dataclass(frozen=True, kw_only=True)
 class Dimension:
-    """One checked entry of a search space, bounds included."""
+    """One checked entry of a search space, bounds included.
+
+    With `log`, equal factors are equally far apart: shares, grids and steps are in the logarithm.
+    """
 
     name: str
     integer: bool
     low: int | float
     high: int | float
     default: int | float
+    log: bool = False
+
+    @property
+    def span(self) -> float:
+        """Length of the range, in the scale that it is searched on."""
+        return math.log(self.high) - math.log(self.low) if self.log else self.high - self.low
 
     def at(self, share: float) -> int | float:
-        """The value at `share` in [0, 1) of the range; integers are equally likely."""
+        """The value at `share` in [0, 1) of the range; integers are equally likely, but on a
+        logarithmic scale."""
+        if self.log:
+            first, last = math.log(self.low), math.log(self.high + self.integer)
+            value = math.exp(first + share * (last - first))
+            return self.clip(math.floor(value) if self.integer else value)
         if self.integer:
             return int(min(self.high, self.low + math.floor(share * (self.high - self.low + 1))))
         return float(min(self.high, self.low + share * (self.high - self.low)))
+
+    def moved(self, value: int | float, step: float) -> int | float:
+        """`value` moved by `step`, in the scale of `span`, and kept inside the bounds."""
+        return self.clip(value * math.exp(step) if self.log else value + step)
 
     def clip(self, value: float) -> int | float:
         """The nearest value inside the bounds, of this dimension's type."""
@@ -54,18 +72,21 @@ class Dimension:
         """`n_points` evenly spaced values, integers rounded and repeats removed; 1: the default."""
         if n_points == 1:
             return [self.default]
-        values = np.linspace(self.low, self.high, n_points).tolist()
-        # linspace rounds, so that its last value can miss the bound by one digit.
+        spaced = np.geomspace if self.log else np.linspace
+        values = spaced(self.low, self.high, n_points).tolist()
+        # Both round, so that the last value can miss the bound by one digit.
         return list(dict.fromkeys(self.clip(value) for value in values))
 
     def to_dict(self) -> dict[str, Any]:
         """The entry as it stands in a search space."""
         kind = "int" if self.integer else "float"
-        return {"type": kind, "low": self.low, "high": self.high, "default": self.default}
+        entry = {"type": kind, "low": self.low, "high": self.high, "default": self.default}
+        return {**entry, "log": True} if self.log else entry
 
 
 def dimensions(space: SearchSpace) -> list[Dimension]:
-    """The space's entries in order, checked and typed; a missing default is the middle.
+    """The space's entries in order, checked and typed; a missing default is the middle of the
+    range, in the scale that it is searched on.
 
     Raises:
         UsageError: names the entry, what is wrong with it and what is expected.
@@ -279,13 +300,30 @@ def _dimension(name: Any, entry: Any) -> Dimension:
     low, high = kind(entry["low"]), kind(entry["high"])
     if low > high:
         raise UsageError(f"{where}: low = {low} is above high = {high}")
-    middle = (low + high) // 2 if integer else (low + high) / 2
-    default = kind(entry.get("default", middle))
+    log = _log(where, entry, low)
+    default = kind(entry.get("default", _middle(low, high, integer=integer, log=log)))
     if not low <= default <= high:
         raise UsageError(f"{where}: default = {default}: expected a value in [{low}, {high}]")
     if name in DOCUMENTED_FIELDS:
         _check_config_bounds(where, name, low, high)
-    return Dimension(name=name, integer=integer, low=low, high=high, default=default)
+    return Dimension(name=name, integer=integer, low=low, high=high, default=default, log=log)
+
+
+def _log(where: str, entry: Mapping[str, Any], low: int | float) -> bool:
+    """Whether a range is searched on a logarithmic scale, which can't reach zero."""
+    log = entry.get("log", False)
+    if not isinstance(log, bool | np.bool_):
+        raise UsageError(f"{where}: log = {log!r}: expected true or false")
+    if log and low <= 0:
+        raise UsageError(f"{where}: low = {low}: expected a value above 0 on a logarithmic scale")
+    return bool(log)
+
+
+def _middle(low: int | float, high: int | float, *, integer: bool, log: bool) -> int | float:
+    if log:
+        middle = min(max(math.sqrt(low) * math.sqrt(high), low), high)
+        return round(middle) if integer else middle
+    return (low + high) // 2 if integer else (low + high) / 2
 
 
 def _check_config_bounds(where: str, name: str, low: float, high: float) -> None:

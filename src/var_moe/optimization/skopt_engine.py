@@ -62,7 +62,10 @@ def _ask(free: list[Dimension], complete: list[Evaluation], seed: int) -> list[i
     from skopt import Optimizer
     from skopt.space import Integer, Real
 
-    ranges: list[Any] = [Integer(d.low, d.high) if d.integer else Real(d.low, d.high) for d in free]
+    ranges: list[Any] = [
+        (Integer if d.integer else Real)(d.low, d.high, prior="log-uniform" if d.log else "uniform")
+        for d in free
+    ]
     optimizer = Optimizer(
         ranges, base_estimator="GP", n_initial_points=0, acq_func="gp_hedge", random_state=seed
     )

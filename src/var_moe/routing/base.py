@@ -30,6 +30,10 @@ class RoutingPolicy(ABC):
     compensation: Compensation | None = None
     """What stands in for the pairs that it drops; see `compensated`."""
 
+    cuts_only: bool = False
+    """Whether every decision runs some of the token's first experts, at least one, rescaled to the
+    full decision's sum or with a compensation: then a trace tells what it costs, and the policy is tuned by replay."""
+
     @abstractmethod
     def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
         """Decide one layer.
@@ -77,7 +81,8 @@ class RoutingPolicy(ABC):
 
         Returns:
             Name of a setting of `build` -> ``{"type": "int" | "float", "low", "high",
-            "default"}``; empty where there is nothing to vary.
+            "default"}``, with ``"log": True`` for a scale of orders of magnitude; empty where
+            there is nothing to vary.
         """
         return {}
 

@@ -158,6 +158,8 @@ class DamagePolicy(RoutingPolicy):
         UsageError: tau is out of its range.
     """
 
+    cuts_only = True
+
     def __init__(self, tau: float = TAU_DEFAULT, *, damage: DamageModel) -> None:
         check_number("DamagePolicy.tau", tau, low=0)
         self.tau = tau

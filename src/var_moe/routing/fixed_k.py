@@ -23,6 +23,8 @@ class FixedKPolicy(RoutingPolicy):
         UsageError: k is below 1.
     """
 
+    cuts_only = True
+
     def __init__(self, k: int) -> None:
         check_number("FixedKPolicy.k", k, integer=True, low=1)
         self.k = k

@@ -35,6 +35,8 @@ class NAEEPolicy(RoutingPolicy):
         UsageError: the quantile is out of its range.
     """
 
+    cuts_only = True
+
     def __init__(self, quantile: float, *, ratios: RatioQuantiles) -> None:
         check_number("NAEEPolicy.quantile", quantile, low=0, high=1)
         self.quantile = quantile

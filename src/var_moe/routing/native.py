@@ -12,5 +12,7 @@ from var_moe.routing.keeping import all_pairs
 class NativePolicy(RoutingPolicy):
     """Keep all: the router's decision, unchanged."""
 
+    cuts_only = True
+
     def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
         return all_pairs(index, weight)

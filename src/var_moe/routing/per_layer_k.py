@@ -34,6 +34,8 @@ class PerLayerKPolicy(RoutingPolicy):
         UsageError: the budget is out of its range.
     """
 
+    cuts_only = True
+
     def __init__(self, experts_per_token: float, *, sensitivity: LayerSensitivity) -> None:
         name = "PerLayerKPolicy.experts_per_token"
         check_number(name, experts_per_token, low=1, high=sensitivity.top_k)

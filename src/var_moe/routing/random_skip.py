@@ -27,6 +27,8 @@ class RandomSkipPolicy(RoutingPolicy):
         UsageError: share is no probability.
     """
 
+    cuts_only = True
+
     def __init__(self, share: float, *, seed: int = 0) -> None:
         check_number("RandomSkipPolicy.share", share, low=0, high=1)
         self.share = share

@@ -47,6 +47,11 @@ class PolicySpec:
         found: type[RoutingPolicy] = getattr(importlib.import_module(module), name)
         return found
 
+    @property
+    def cuts_only(self) -> bool:
+        """Whether a trace tells what its decisions cost; see `RoutingPolicy.cuts_only`."""
+        return self.load().cuts_only
+
     def search_space(self, top_k: int) -> dict[str, dict[str, Any]]:
         """What a tuner may vary, for a model with K = ``top_k``; empty: nothing."""
         return self.load().search_space(top_k)

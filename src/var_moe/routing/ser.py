@@ -31,6 +31,8 @@ class SERPolicy(RoutingPolicy):
         UsageError: a value is out of its range.
     """
 
+    cuts_only = True
+
     def __init__(self, min_experts: int, threshold: float) -> None:
         check_number("SERPolicy.min_experts", min_experts, integer=True, low=1)
         check_number("SERPolicy.threshold", threshold, low=0, high=1)

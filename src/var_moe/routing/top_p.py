@@ -32,6 +32,8 @@ class TopPPolicy(RoutingPolicy):
         UsageError: p is out of its range.
     """
 
+    cuts_only = True
+
     def __init__(self, p: float) -> None:
         check_number("TopPPolicy.p", p, low=0, high=1, open_low=True)
         self.p = p

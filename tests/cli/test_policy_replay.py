@@ -1,0 +1,159 @@
+"""``tune --policy NAME`` by replay end to end on a tiny model: the search, its files, their use."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from var_moe.cli import main
+from var_moe.cli.tune import _default_method
+from var_moe.routing import registry
+from var_moe.routing.registry import PolicySpec, policy_names, policy_spec
+
+BOUND = "0.5"
+
+
+@pytest.fixture(scope="module")
+def common(tiny_model_folder, tiny_text_folder):
+    return ["--model", str(tiny_model_folder), "--dataset", str(tiny_text_folder)]
+
+
+@pytest.fixture(scope="module")
+def profile(common, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("profile")
+    assert main(["profile", *common, "--output", str(folder), "--quiet"]) == 0
+    return ["--profile", str(folder)]
+
+
+@pytest.fixture(scope="module")
+def tuned(common, profile, tmp_path_factory):
+    """A finished search over top_p's one setting; replay is the default."""
+    folder = tmp_path_factory.mktemp("results") / "top_p"
+    words = ["tune", *common, *profile, "--policy", "top_p", "--max_degradation", BOUND]
+    words += ["--n_calls", "4", "--seed", "3", "--output", str(folder), "--quiet"]
+    assert main(words) == 0
+    return folder
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+@pytest.mark.slow
+def test_a_policy_is_searched_by_replay(tuned):
+    results = read(tuned / "optimization_results.json")
+    assert results["method"] == "replay"
+    assert [set(row["params"]) for row in results["all_results"]] == [{"p"}] * 4
+    assert len({row["experts_per_token"] for row in results["all_results"]}) == 4
+    config = read(tuned / "best_config.json")
+    assert config["policy"] == "top_p"
+    metadata = read(tuned / "optimization_metadata.json")
+    assert metadata["settings"]["policy"] == "top_p"
+    assert 256 < metadata["replay"]["forecasts"] < 400
+    # With one setting there is nothing to compare, and no VAR to have presets.
+    assert metadata["replay"]["sensitivity_of_degradation"] == {}
+    assert not (tuned / "sensitivity.json").exists()
+    assert "share of each setting" not in (tuned / "optimization_summary.txt").read_text()
+    assert all(row["config"]["policy"] == "top_p" for row in metadata["remeasured"])
+    cost = read(tuned / "cost_model.json")
+    assert cost["seconds"]["calls_s"] == cost["seconds"]["policy_s"] == 0
+
+
+@pytest.mark.slow
+def test_its_front_holds_settings_of_the_policy(tuned):
+    points = read(tuned / "pareto.json")["points"]
+    assert {point["config"]["policy"] for point in points} == {"top_p"}
+    forecast = [point for point in points if not point["verified"]]
+    assert forecast  # one may be all: on a random model, dropping experts costs nothing
+    for key in ("degradation", "speedup"):
+        assert [p[key] for p in forecast] == sorted(p[key] for p in forecast)
+    verified = [point["config"] for point in points if point["verified"]]
+    remeasured = [row["config"] for row in read(tuned / "optimization_metadata.json")["remeasured"]]
+    assert sorted(map(str, verified)) == sorted(map(str, remeasured))
+    assert len(set(map(str, verified))) == len(verified)
+
+
+@pytest.mark.slow
+def test_another_bound_and_its_validation(tuned, tmp_path, capsys):
+    points = [p for p in read(tuned / "pareto.json")["points"] if p["verified"]]
+    bound = str(max(point["degradation_upper_95"] for point in points) + 1e-9)
+    words = ["tune", "--from", str(tuned), "--max_degradation", bound]
+    assert main([*words, "--output", str(tmp_path)]) == 0
+    assert "Fastest verified configuration" in capsys.readouterr().out
+    config = tmp_path / "best_config.json"
+    fewest = min(points, key=lambda point: point["experts_per_token"])
+    assert read(config) == fewest["config"]
+    assert main(["tune", "--validate", str(config), "--max_samples", "8", "--quiet"]) == 0
+    found = read(tmp_path / "validation_results.json")
+    assert found["config"] == fewest["config"]
+    assert found["max_degradation"] == float(bound)
+
+
+@pytest.mark.slow
+def test_two_settings_are_compared(common, profile, make_tiny_mixtral, tiny_tokenizer, tmp_path):
+    """SER has two settings where K > 2; a file of an earlier search would be replaced."""
+    model = tmp_path / "model"
+    make_tiny_mixtral(top_k=3).save_pretrained(model)
+    tiny_tokenizer.save_pretrained(model)
+    words = ["tune", "--model", str(model), *common[2:], "--policy", "ser", "--n_calls", "2"]
+    words += ["--max_degradation", BOUND, "--seed", "3", "--output", str(tmp_path), "--quiet"]
+    assert main(words) == 0
+    rows = read(tmp_path / "sensitivity.json")["rows"]
+    assert [row["parameter"] for row in rows] == ["min_experts", "threshold"]
+    assert "share of each setting" in (tmp_path / "optimization_summary.txt").read_text()
+
+
+@pytest.mark.slow
+def test_few_ways_to_decide_end_the_search_early(common, profile, tmp_path):
+    (tmp_path / "sensitivity.json").write_text("{}")
+    words = ["tune", *common, *profile, "--policy", "per_layer_k", "--max_degradation", "5"]
+    assert main([*words, "--seed", "1", "--output", str(tmp_path), "--quiet"]) == 0
+    results = read(tmp_path / "optimization_results.json")
+    # Three layers of K = 2: three to six experts to share out.
+    assert results["num_evaluations"] == 4
+    notes = read(tmp_path / "optimization_metadata.json")["notes"]
+    assert any("ended after 4 evaluations" in note for note in notes)
+    assert not (tmp_path / "sensitivity.json").exists()
+
+
+@pytest.mark.slow
+def test_killed_and_resumed(common, profile, tmp_path):
+    """--resume goes on to the original number with the points of an unbroken search."""
+    folder = tmp_path / "run"
+    words = ["tune", *common, *profile, "--policy", "naee", "--n_calls", "6", "--seed", "5"]
+    words += ["--max_degradation", BOUND, "--quiet", "--output", str(folder)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "var_moe.cli", *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+    )
+    log, finished, deadline = folder / "trials.jsonl", 0, time.monotonic() + 120
+    while finished < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+        finished = log.read_text(errors="replace").count('"score"') if log.exists() else 0
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = log.read_text().splitlines()
+    cost = read(folder / "cost_model.json")
+    assert finished >= 2
+    assert main([*words, "--resume"]) == 0
+    assert read(folder / "cost_model.json") == cost
+    assert log.read_text().splitlines()[:3] == before[:3]  # the header and two evaluations
+    rows = read(folder / "optimization_results.json")["all_results"]
+    assert len(rows) == len({row["params"]["quantile"] for row in rows}) == 6
+
+
+def test_replay_is_the_default_where_a_trace_tells_what_decisions_cost(monkeypatch):
+    tunable = [name for name in policy_names() if policy_spec(name).search_space(2)]
+    by_replay = [name for name in tunable if _default_method(name) == "replay"]
+    assert by_replay == ["fixed_k", "random_skip", "naee", "ser", "top_p", "per_layer_k"]
+    assert _default_method(None) == "replay"
+    base = "var_moe.routing.base:RoutingPolicy"
+    monkeypatch.setitem(registry._SPECS, "other", PolicySpec(name="other", target=base, summary=""))
+    assert _default_method("other") == "bayesian"
