@@ -32,7 +32,8 @@ class RoutingPolicy(ABC):
 
     cuts_only: bool = False
     """Whether every decision runs some of the token's first experts, at least one, rescaled to the
-    full decision's sum or with a compensation: then a trace tells what it costs, and the policy is tuned by replay."""
+    full decision's sum or with a compensation: then a trace tells what it costs, and the policy
+    is tuned by replay."""
 
     @abstractmethod
     def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
