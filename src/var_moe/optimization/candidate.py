@@ -20,6 +20,8 @@ class PolicySettings:
     Args:
         policy: its name.
         settings: by the names of its search space.
+        compensation: name of what stands in for dropped experts (`RoutingProfile.compensations`);
+            None leaves it to the policy.
 
     Raises:
         UsageError: no such policy.
@@ -27,6 +29,7 @@ class PolicySettings:
 
     policy: str
     settings: Mapping[str, Any]
+    compensation: str | None = None
 
     def __post_init__(self) -> None:
         policy_spec(self.policy)
@@ -37,14 +40,23 @@ class PolicySettings:
 
     def to_dict(self) -> dict[str, Any]:
         """For a file."""
-        return {"policy": self.policy, "settings": dict(self.settings)}
+        extra = {} if self.compensation is None else {"compensation": self.compensation}
+        return {"policy": self.policy, "settings": dict(self.settings), **extra}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str) -> PolicySettings:
         """Read what `to_dict` gave; anything else is a UsageError."""
-        if set(values) != {"policy", "settings"} or not isinstance(values["settings"], Mapping):
-            raise UsageError(f"{source}: expected the two entries 'policy' and 'settings'")
-        return cls(policy=str(values["policy"]), settings=values["settings"])
+        own = set(values) - {"compensation"}
+        if own != {"policy", "settings"} or not isinstance(values["settings"], Mapping):
+            raise UsageError(
+                f"{source}: expected the entries 'policy' and 'settings', and perhaps "
+                "'compensation'"
+            )
+        return cls(
+            policy=str(values["policy"]),
+            settings=values["settings"],
+            compensation=values.get("compensation"),
+        )
 
 
 Candidate: TypeAlias = VARConfig | PolicySettings
@@ -54,7 +66,10 @@ def kind_of(candidate: Candidate) -> str:
     """What it configures, in a few words."""
     if isinstance(candidate, VARConfig):
         return f"mode {candidate.mode}"
-    return f"policy {candidate.policy}"
+    helped = candidate.compensation not in (None, "none")
+    return f"policy {candidate.policy}" + (
+        f", compensation {candidate.compensation}" if helped else ""
+    )
 
 
 def load_candidate(path: str | Path) -> Candidate:

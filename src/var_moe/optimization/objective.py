@@ -104,11 +104,14 @@ def make_objective(
     *,
     max_degradation: float,
     policy: str | None = None,
+    compensation: str | None = None,
     mode: str = "verified",
 ) -> PolicyObjective:
     """The objective of the policy of that name, or of VAR in ``mode`` where it is None."""
     if policy is not None:
-        return PeerObjective(evaluator, profile, policy, max_degradation=max_degradation)
+        return PeerObjective(
+            evaluator, profile, policy, compensation=compensation, max_degradation=max_degradation
+        )
     return VARObjective(evaluator, profile, max_degradation=max_degradation, mode=mode)
 
 

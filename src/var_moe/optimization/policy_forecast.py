@@ -42,6 +42,8 @@ class PolicyForecaster:
         cost: cost model of the machine and model.
         policy: name in the registry.
         calibration: what the policy may ask for, as `RoutingProfile.calibration` gives it.
+        costly: whether the cost model was fitted with the policy's own decisions and compensation,
+            which then count.
 
     Raises:
         UsageError: no such policy, or the trace has no damages.
@@ -54,11 +56,13 @@ class PolicyForecaster:
         *,
         policy: str,
         calibration: Mapping[str, Any],
+        costly: bool = False,
     ) -> None:
         if not trace.damage:
             raise UsageError("a search by replay needs a trace with damages; record it with them")
         self.cost, self._trace = cost, trace
         self._spec, self._calibration = policy_spec(policy), calibration
+        self._costly = costly
 
     @property
     def trace(self) -> RoutingTrace:
@@ -105,7 +109,7 @@ class PolicyForecaster:
         report = found.report
         return Forecast(
             degradation=found.degradation,
-            speedup=self.cost.speedup(report, decided=False),
+            speedup=self.cost.speedup(report, decided=self._costly, residual=self._costly),
             experts_per_token=report.experts_per_token,
             fast_pct=report.fast_pct,
             cached_pct=report.cached_pct,

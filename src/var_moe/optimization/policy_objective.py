@@ -16,6 +16,10 @@ from var_moe.optimization.policy_forecast import PolicyForecaster
 from var_moe.optimization.results import Evaluation
 from var_moe.profiling.profile import RoutingProfile
 from var_moe.routing.base import RoutingPolicy
+from var_moe.routing.compensation import Compensation
+from var_moe.routing.damage import DamageModel
+from var_moe.routing.overhead import Overhead
+from var_moe.routing.ranking import leading_count
 from var_moe.routing.registry import policy_spec
 from var_moe.tracing.trace import RoutingTrace
 
@@ -59,6 +63,16 @@ class PolicyObjective(ABC):
     @abstractmethod
     def policy(self, config: Any) -> RoutingPolicy:
         """A fresh policy for a configuration."""
+
+    @property
+    def predictor(self) -> DamageModel | None:
+        """The damage model whose look at the layers' inputs a trace must note."""
+        return None
+
+    @property
+    def compensation(self) -> Compensation | None:
+        """What stands in for dropped experts; a trace notes the damages with it in place."""
+        return None
 
     @abstractmethod
     def forecaster(self, trace: RoutingTrace, cost: CostModel) -> TraceForecaster:
@@ -123,22 +137,62 @@ class PeerObjective(PolicyObjective):
     Args:
         evaluator, max_degradation, blocks: see `PolicyObjective`.
         name: of the policy, in the registry.
+        compensation: name of what stands in for dropped experts; by default the best there is for
+            the damage policy, and none for others.
         profile: of the same model; holds what policies ask for.
     """
 
     def __init__(
-        self, evaluator: Evaluator, profile: RoutingProfile, name: str, **options: Any
+        self,
+        evaluator: Evaluator,
+        profile: RoutingProfile,
+        name: str,
+        *,
+        compensation: str | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(evaluator, **options)
         self._spec, self.profile = policy_spec(name), profile
-        self._calibration = profile.calibration()
+        if compensation is None and "damage" in self._spec.needs:
+            compensation = profile.best_compensation()
+        self._compensation = compensation
+        self._calibration = profile.calibration(compensation)
+        self._costly = compensation is not None
+        if self._costly and evaluator.cost_policies is None:
+            evaluator.cost_policies = self._cost_policies()
 
     def config(self, params: Mapping[str, Any]) -> PolicySettings:
-        return PolicySettings(policy=self._spec.name, settings=dict(params))
+        return PolicySettings(
+            policy=self._spec.name, settings=dict(params), compensation=self._compensation
+        )
 
     def policy(self, config: PolicySettings) -> RoutingPolicy:
         return self._spec.make(config.settings, self._calibration)
 
+    @property
+    def predictor(self) -> DamageModel | None:
+        return self._calibration["damage"] if "damage" in self._spec.needs else None
+
+    @property
+    def compensation(self) -> Compensation | None:
+        found: Compensation | None = self._calibration.get("compensation")
+        return found
+
     def forecaster(self, trace: RoutingTrace, cost: CostModel) -> PolicyForecaster:
-        name, calibration = self._spec.name, self._calibration
-        return PolicyForecaster(trace, cost, policy=name, calibration=calibration)
+        return PolicyForecaster(
+            trace,
+            cost,
+            policy=self._spec.name,
+            calibration=self._calibration,
+            costly=self._costly,
+        )
+
+    def _cost_policies(self) -> tuple[RoutingPolicy, RoutingPolicy]:
+        """What deciding and compensating cost, at all pairs and at the leading ones."""
+        top_k = self.evaluator.top_k
+        settings = {k: entry["default"] for k, entry in self._spec.search_space(top_k).items()}
+
+        def running(count: int) -> RoutingPolicy:
+            return Overhead(self._spec.make(settings, self._calibration), count)
+
+        return running(top_k), running(leading_count(top_k))

@@ -97,6 +97,8 @@ def make_forecaster(
         data_hash=data_hash,
         folder=place,
         profile=objective.profile,
+        compensation=objective.compensation,
+        predictor=objective.predictor,
         tokens_per_batch=evaluator.tokens_per_batch,
         progress=(lambda done, total: progress("tracing the router", done, total))
         if progress

@@ -14,6 +14,7 @@ from var_moe.optimization.objective_protocol import check_bound
 from var_moe.optimization.preparation import PROFILE_FOLDER, read_text, sample_documents
 from var_moe.optimization.results import jsonable
 from var_moe.optimization.saving import METADATA_FILE
+from var_moe.profiling.fitted_files import load_compensation
 from var_moe.profiling.profile import RoutingProfile
 from var_moe.routing.random_skip import RandomSkipPolicy
 from var_moe.routing.ranking import leading_count
@@ -72,6 +73,7 @@ def validate(
     max_degradation: float = 0.01,
     output: Path | None = None,
     profile_path: Path | None = None,
+    compensation: Path | None = None,
     max_samples: int | None = None,
     mode: str | None = None,
     runs: int = RUNS,
@@ -92,6 +94,7 @@ def validate(
         max_degradation: bound on the relative perplexity change.
         output: folder for the result; the configuration's own by default.
         profile_path: profile folder, where none lies beside the configuration.
+        compensation: folder of the learned compensation, where it is not the profile's own.
         max_samples: score at most so many documents (a seeded sample).
         mode: overrides the configuration's mode, for a file with the six fields alone.
         runs: throughput runs.
@@ -112,12 +115,15 @@ def validate(
         config = _in_mode(config, mode, config_path)
     profile = find_profile(config_path, profile_path)
     profile.check_loaded(loaded)
+    if compensation is not None:
+        profile = profile.with_compensation(load_compensation(compensation, loaded))
     text = read_text(dataset, split, loaded)
     documents = sample_documents(text.documents, max_samples)
     require_documents(documents, 2, "comparing perplexities")
     evaluator = Evaluator(loaded, documents, setting=setting or SpeedSetting(), progress=progress)
+    chosen: dict[str, Any]
     if isinstance(config, PolicySettings):
-        chosen = {"policy": config.policy}
+        chosen = {"policy": config.policy, "compensation": config.compensation}
     else:
         chosen = {"mode": config.mode}
     objective = make_objective(evaluator, profile, max_degradation=bound, **chosen)

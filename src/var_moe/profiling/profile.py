@@ -102,17 +102,28 @@ class RoutingProfile:
         """All that a policy may ask for, by the names of `routing.registry.CALIBRATION`.
 
         Args:
-            compensation: which one the damage policy works with: ``"none"``, ``"means"`` or
-                ``"learned"``; by default the best that there is.
+            compensation: ``"none"``, ``"means"`` or ``"learned"``: what stands in for dropped
+                experts, with any policy. By default each policy does as it is made: the damage
+                policy takes the best compensation that there is, others have none.
+
+        Raises:
+            UsageError: there is no such compensation.
         """
         peers = self.peers
-        return {
+        found = {
             "table": self.table(),
             "residuals": self.residuals,
             "ratios": peers and peers.ratios,
             "sensitivity": peers and peers.sensitivity,
             "damage": self._damage(compensation),
         }
+        if compensation is not None:
+            found["compensation"] = self.compensation(compensation)
+        return found
+
+    def best_compensation(self) -> str:
+        """Name of the best compensation that damages were fitted with."""
+        return self._best() or "none"
 
     def compensations(self) -> dict[str, Compensation | None]:
         """What can stand in for dropped experts here, by name, from the plainest to the best."""
@@ -140,14 +151,16 @@ class RoutingProfile:
         raise UsageError(f"compensation {name!r}: expected one of {', '.join(found)}")
 
     def _damage(self, name: str | None) -> DamageModel | None:
-        known = dict(self.damages)
-        if self.learned is not None:
-            known[LEARNED] = self.learned.damage
-        if name is not None:
-            self.compensation(name)
-            return known.get(name)
-        best = [one for one in self.compensations() if one in known]
-        return known[best[-1]] if best else None
+        chosen = self._best() if name is None else name
+        return None if chosen is None else self._damages().get(chosen)
+
+    def _damages(self) -> dict[str, DamageModel]:
+        learned = {LEARNED: self.learned.damage} if self.learned is not None else {}
+        return {**self.damages, **learned}
+
+    def _best(self) -> str | None:
+        known = self._damages()
+        return next((name for name in reversed(self.compensations()) if name in known), None)
 
     def with_compensation(self, fitted: FittedCompensation) -> RoutingProfile:
         """The same profile with another learned compensation.

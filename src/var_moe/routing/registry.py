@@ -67,7 +67,8 @@ class PolicySpec:
 
         Args:
             settings: its values, such as a point of its search space.
-            calibration: by the names of `CALIBRATION`; what it does not ask for is ignored.
+            calibration: by the names of `CALIBRATION`; what it does not ask for is ignored. An
+                entry ``compensation`` is what stands in for the pairs that the policy drops.
 
         Raises:
             UsageError: a setting is unknown, missing or out of its range, or an input is missing.
@@ -82,7 +83,9 @@ class PolicySpec:
             if name not in given:
                 raise UsageError(f"policy {self.name!r} needs {name!r}: {CALIBRATION[name]}")
         asked = {name: given[name] for name in self.needs}
-        return self.load().build({**settings, **self.settings}, asked)
+        policy = self.load().build({**settings, **self.settings}, asked)
+        compensation = given.get("compensation")
+        return policy if compensation is None else policy.compensated(compensation)
 
 
 _SPECS: dict[str, PolicySpec] = {}
