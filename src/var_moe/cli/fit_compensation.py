@@ -14,6 +14,7 @@ def fit_compensation(
     dataset: str = "demo",
     split: str = "calibration",
     output: Path | None = None,
+    regress_tokens: int | None = None,
     tokens: int | None = None,
     rank: int | None = None,
     rate: float | None = None,
@@ -36,9 +37,10 @@ def fit_compensation(
         split: part of the text to fit on; a part of it is held out and ends the fit.
         output: folder; by default compensation/ in the profile's folder. An interrupted fit goes
             on there.
-        tokens: calibration tokens to fit on, over as many passes as that takes.
+        regress_tokens: calibration tokens of the layer-wise part; 0 leaves it out.
+        tokens: calibration tokens of the distillation, over as many passes as that takes.
         rank: of the map; by default the largest that costs less than 3% of what it saves.
-        rate: highest learning rate.
+        rate: highest learning rate of the distillation.
         damage_tokens: of the passes that predict what a cut costs, before and after.
         seed: draws the order of the text and the start.
         device: auto, cpu, cuda, ...
@@ -65,7 +67,12 @@ def fit_compensation(
 
     place = output or profile / FOLDER
     check_output_folder(place)
-    given: dict[str, Any] = {"rank": rank, "tokens": tokens, "rate": rate}
+    given: dict[str, Any] = {
+        "rank": rank,
+        "regress_tokens": regress_tokens,
+        "tokens": tokens,
+        "rate": rate,
+    }
     settings = FitSettings(seed=seed, **{k: v for k, v in given.items() if v is not None})
     checkpoint = place.parent / f".{place.name}.checkpoint.pt"
     with StageProgress() as progress:
@@ -88,8 +95,8 @@ def fit_compensation(
         f"Compensation of rank {fit['rank']} after {fit['fitted_tokens']:,} tokens "
         f"({fit['stopped']}).\n"
         "KL from the unmodified model on held-out calibration text, nats per token: "
-        f"rescaled cuts {held['nothing']:.4f}, start {held['start']:.4f}, fitted "
-        f"{held['fitted']:.4f}"
+        f"rescaled cuts {held['nothing']:.4f}, start {held['start']:.4f}, layer by layer "
+        f"{held['regressed']:.4f}, distilled {held['fitted']:.4f}"
     )
     print(f"Saved: {place}")
     return 0

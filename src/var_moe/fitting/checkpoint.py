@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,11 @@ class Checkpoint:
         self._path, self._key = path, key
 
     def save(
-        self, trainable: Trainable, optimiser: Any, state: dict[str, Any], best: Compensation
+        self,
+        trainable: Trainable,
+        optimisers: Sequence[Any],
+        state: dict[str, Any],
+        best: Compensation,
     ) -> None:
         """Write everything that `load` gives back."""
         if self._path is None:
@@ -32,16 +37,16 @@ class Checkpoint:
         content = {
             "key": self._key,
             "trainable": trainable.state_dict(),
-            "optimiser": optimiser.state_dict(),
+            "optimisers": [one.state_dict() for one in optimisers],
             "state": dict(state),
             "best": [list(part.tensors()) for part in best.layers],
         }
         atomic_write(self._path, lambda temporary: torch.save(content, temporary))
 
     def load(
-        self, trainable: Trainable, optimiser: Any
+        self, trainable: Trainable, optimisers: Sequence[Any]
     ) -> tuple[dict[str, Any], Compensation] | None:
-        """Fill both, and return the state and the best; None where there is nothing to go on."""
+        """Fill them, and return the state and the best; None where there is nothing to go on."""
         if self._path is None or not self._path.is_file():
             return None
         try:
@@ -51,7 +56,8 @@ class Checkpoint:
         if content.get("key") != self._key:
             return None
         trainable.load_state_dict(content["trainable"])
-        optimiser.load_state_dict(content["optimiser"])
+        for optimiser, one in zip(optimisers, content["optimisers"], strict=True):
+            optimiser.load_state_dict(one)
         best = Compensation(
             layers=tuple(LayerCompensation(*part) for part in content["best"]),
             by_pair=trainable.by_pair,

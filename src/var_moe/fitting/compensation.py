@@ -1,14 +1,16 @@
-"""Fitting a compensation by distillation on calibration text (see `routing.compensation`).
+"""Fitting a compensation on calibration text (see `routing.compensation`).
 
-Each step cuts decisions at another tau, so that the result serves a range of experts per token.
-What is fitted is judged on held-out calibration documents, at fixed taus; the best state counts,
-and one that is no better there than the start is not handed out.
+First layer by layer, by least squares (`fitting.regress`), then by distillation of the whole
+model (`fitting.distill`), which costs three times as much per token. Each step cuts decisions at
+another tau, so that the result serves a range of experts per token. What is fitted is judged on
+held-out calibration documents, at fixed taus; the best state counts, and one that is no better
+there than the start is not handed out.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,7 @@ from var_moe.errors import UsageError, VarMoeError
 from var_moe.evaluation.batching import batches, collate
 from var_moe.fitting.checkpoint import Checkpoint
 from var_moe.fitting.distill import Distillation, Divergence, Trainable, divergence, forward
+from var_moe.fitting.regress import Regression
 from var_moe.models.seam import attach, detach, experts_modules, pair_backend
 from var_moe.routing.compensation import Compensation
 from var_moe.routing.damage import DamageModel, DamagePolicy
@@ -32,15 +35,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DEFAULT_TOKENS = 1_200_000
+DEFAULT_TOKENS, DEFAULT_REGRESS_TOKENS = 400_000, 800_000
 COST_SHARE = 0.03
 """What the map may cost, as a share of the multiply-adds that it helps to save."""
 KEPT_SHARES = (0.55, 0.8)
 """Experts per token during fitting, as shares of K."""
 _HELD_OUT, _HELD_OUT_TOKENS = 0.1, 8_000
+_SAVE_EVERY = 20  # steps of the layer-wise part
 _LOOKS = 12  # evaluations on held-out text in a whole run
 _PATIENCE = 4  # of them without an improvement
-_RATE, _WARM = 4e-3, 0.1
+_REGRESS_RATE, _RATE, _WARM = 4e-3, 1e-3, 0.1
 Progress = Callable[[str, int, int], None]
 
 
@@ -50,9 +54,11 @@ class FitSettings:
 
     Args:
         rank: of the map; None takes the largest multiple of 8 within `COST_SHARE`.
-        tokens: of calibration text, over as many passes as that takes.
+        regress_tokens: of calibration text for the layer-wise part, over as many passes as that
+            takes; 0 leaves it out.
+        tokens: the same for the distillation.
         tokens_per_batch: padded tokens of a step.
-        rate: highest learning rate of Adam.
+        regress_rate, rate: highest learning rates of Adam.
         seed: draws the start, the order of the text and the taus.
 
     Raises:
@@ -60,17 +66,21 @@ class FitSettings:
     """
 
     rank: int | None = None
+    regress_tokens: int = DEFAULT_REGRESS_TOKENS
     tokens: int = DEFAULT_TOKENS
     tokens_per_batch: int = 4096
+    regress_rate: float = _REGRESS_RATE
     rate: float = _RATE
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.rank < 0:
             raise UsageError(f"rank = {self.rank}: expected at least 0")
-        for name in ("tokens", "tokens_per_batch"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} = {getattr(self, name)}: expected at least 1")
+        for name, least in (("regress_tokens", 0), ("tokens", 0), ("tokens_per_batch", 1)):
+            if getattr(self, name) < least:
+                raise UsageError(f"{name} = {getattr(self, name)}: expected at least {least}")
+        if not self.tokens and not self.regress_tokens:
+            raise UsageError("tokens = regress_tokens = 0: expected one of them above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +88,7 @@ class FitResult:
     """A fitted compensation and how it came about."""
 
     compensation: Compensation
-    held_out: dict[str, float]  # nats per token: "nothing", "start", "fitted"
+    held_out: dict[str, float]  # nats per token: "nothing", "start", "regressed", "fitted"
     curve: list[tuple[int, float]]  # tokens, held-out divergence
     tokens: int
     taus: tuple[float, ...]
@@ -153,6 +163,9 @@ def fit_compensation(
 class _State:
     """What a checkpoint holds besides tensors."""
 
+    regress_steps: int = 0
+    regress_tokens: int = 0
+    regressed: float | None = None  # held-out divergence after the layer-wise part
     steps: int = 0
     tokens: int = 0
     best: float = float("inf")
@@ -172,7 +185,8 @@ class _Fit:
         backend: str,
     ) -> None:
         self.loaded, self.damage, self.settings, self.start = loaded, damage, settings, start
-        self.session = Distillation(pair_backend(backend))
+        self.backend = pair_backend(backend)
+        self.session = Distillation(self.backend)
         self.device = torch.device(loaded.device)
         self.low, self.high = min(taus), max(taus)
         order = np.random.default_rng(settings.seed).permutation(len(documents))
@@ -181,7 +195,7 @@ class _Fit:
         self.state = _State()
 
     def run(self, checkpoint: Path | None, progress: Progress | None) -> FitResult:
-        settings = self.settings
+        settings, state = self.settings, self.state
         rank = settings.rank
         if rank is None:
             rank = affordable_rank(self.loaded.model, self.loaded.top_k)
@@ -189,47 +203,94 @@ class _Fit:
         trainable = Trainable(
             self.start, rank=rank, scale=self._input_scale(held[0]), seed=settings.seed
         ).to(self.device)
+        regression = Regression(self.backend, trainable, rate=settings.regress_rate)
         optimiser = torch.optim.Adam(trainable.parameters(), lr=settings.rate)
         nothing, begun = self._look(held, None), self._look(held, trainable.compensation())
         saved = Checkpoint(checkpoint, key=self._key(rank))
         best = trainable.frozen()
-        restored = saved.load(trainable, optimiser)
+        restored = saved.load(trainable, [regression, optimiser])
         if restored is not None:
-            self.state, best = _State(**restored[0]), restored[1]
+            state.__dict__.update(restored[0])
+            best = restored[1]
+
+        def save() -> None:
+            saved.save(trainable, [regression, optimiser], state.__dict__, best)
+
+        self._regress(regression, save, progress)
+        if state.regressed is None:
+            state.regressed = self._look(held, trainable.compensation())
+            if settings.regress_tokens:
+                state.best, best = state.regressed, trainable.frozen()
+            save()
         each = max(1, settings.tokens // _LOOKS)
         stopped = "the text asked for is used up"
-        for batch in self._batches():
+        for batch in self._batches(1, lambda: (state.steps, state.tokens), settings.tokens):
             self._step(trainable, optimiser, batch)
             if progress:
-                progress("fitting", min(self.state.tokens, settings.tokens), settings.tokens)
-            done = self.state.tokens >= settings.tokens
-            if not done and self.state.tokens // each == len(self.state.curve):
+                progress("distilling", min(state.tokens, settings.tokens), settings.tokens)
+            done = state.tokens >= settings.tokens
+            if not done and state.tokens // each == len(state.curve):
                 continue
             here = self._look(held, trainable.compensation())
-            self.state.curve.append((self.state.tokens, here))
-            self.state.since += 1
-            if here < self.state.best:
-                self.state.best, self.state.since, best = here, 0, trainable.frozen()
-            saved.save(trainable, optimiser, self.state.__dict__, best)
-            if self.state.since >= _PATIENCE:
+            state.curve.append((state.tokens, here))
+            state.since += 1
+            if here < state.best:
+                state.best, state.since, best = here, 0, trainable.frozen()
+            save()
+            if state.since >= _PATIENCE:
                 stopped = f"no improvement on held-out text in {_PATIENCE} looks"
                 break
         saved.remove()
         worst = min(nothing, begun)
-        if not self.state.best < worst:
+        if not state.best < worst:
             raise VarMoeError(
-                f"the fitted compensation is no better on held-out text ({self.state.best:.4f} "
+                f"the fitted compensation is no better on held-out text ({state.best:.4f} "
                 f"nats per token) than none or the start ({worst:.4f}); nothing was saved; try "
                 "more --tokens or a lower --rate"
             )
         return FitResult(
             compensation=best,
-            held_out={"nothing": nothing, "start": begun, "fitted": self.state.best},
-            curve=self.state.curve,
-            tokens=self.state.tokens,
+            held_out={
+                "nothing": nothing,
+                "start": begun,
+                "regressed": state.regressed,
+                "fitted": state.best,
+            },
+            curve=state.curve,
+            tokens=state.regress_tokens + state.tokens,
             taus=self.looks_taus,
             stopped=stopped,
         )
+
+    def _regress(
+        self, regression: Regression, save: Callable[[], None], progress: Progress | None
+    ) -> None:
+        """The layer-wise part, from where the state stands."""
+        state, wanted = self.state, self.settings.regress_tokens
+        model = self.loaded.model
+        for batch in self._batches(0, lambda: (state.regress_steps, state.regress_tokens), wanted):
+            seed = [self.settings.seed, 8, state.regress_steps]
+            dice = np.random.default_rng(seed)
+            policy = DamagePolicy(self._tau(dice), damage=self.damage)
+            regression.begin(
+                policy,
+                batch,
+                share=_schedule(state.regress_tokens / wanted),
+                seed=int(dice.integers(2**62)),
+            )
+            self.session.hand_to(regression)
+            with torch.no_grad():
+                forward(model, batch, self.device, logits_to_keep=1)
+            self.session.hand_to(None)
+            state.regress_steps += 1
+            state.regress_tokens += int(batch.counted.sum())
+            if progress:
+                progress("fitting layer by layer", min(state.regress_tokens, wanted), wanted)
+            if state.regress_steps % _SAVE_EVERY == 0:
+                save()
+
+    def _tau(self, dice: np.random.Generator) -> float:
+        return float(self.low * (self.high / self.low) ** dice.random())
 
     def _key(self, rank: int) -> str:
         return f"{self.settings} {rank} {self.damage.hash} {self.start.hash} {self.low} {self.high}"
@@ -238,17 +299,26 @@ class _Fit:
         size, window = self.settings.tokens_per_batch, self.loaded.window
         return [collate(rows) for rows in batches(self.held_out, size, window=window)]
 
-    def _batches(self) -> Any:
-        """Batches of the text, pass after pass in another order, from where the state stands."""
+    def _batches(
+        self, part: int, done: Callable[[], tuple[int, int]], wanted: int
+    ) -> Iterator[TokenBatch]:
+        """Batches of the text, pass after pass in another order, until ``wanted`` tokens.
+
+        Args:
+            part: of the fit; each has orders of its own.
+            done: steps and tokens so far; those of a restored state are passed over.
+            wanted: tokens.
+        """
         size, window = self.settings.tokens_per_batch, self.loaded.window
         number = step = 0
-        while True:
+        while done()[1] < wanted:
             rows = list(batches(self.text, size, window=window))
-            for at in np.random.default_rng([self.settings.seed, number]).permutation(len(rows)):
-                if self.state.tokens >= self.settings.tokens:
+            order = np.random.default_rng([self.settings.seed, part, number])
+            for at in order.permutation(len(rows)):
+                if done()[1] >= wanted:
                     return
                 step += 1
-                if step > self.state.steps:
+                if step > done()[0]:
                     yield collate(rows[at])
             number += 1
 
@@ -257,7 +327,7 @@ class _Fit:
         state, dice = self.state, np.random.default_rng([self.settings.seed, 7, self.state.steps])
         for group in optimiser.param_groups:
             group["lr"] = self.settings.rate * _schedule(state.tokens / self.settings.tokens)
-        tau = self.low * (self.high / self.low) ** dice.random()
+        tau = self._tau(dice)
         teacher = self._teacher(batch)
         with torch.enable_grad():
             self.session.as_student(

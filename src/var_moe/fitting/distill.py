@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from var_moe.models.seam import PairBackend, execute
+from var_moe.models.seam import ExpertsSession, PairBackend, execute
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.compensation import Compensation, LayerCompensation, split_weights
 from var_moe.routing.decision import TokenBatch
@@ -55,6 +55,11 @@ class Trainable(nn.Module):
             parts.append(LayerCompensation(vectors, *low))
         return Compensation(layers=tuple(parts), by_pair=self.by_pair, experts=self.experts)
 
+    def by_layer(self) -> list[list[nn.Parameter]]:
+        """The parameters of each layer."""
+        lists = (self.vectors, self.down, self.bias, self.up)
+        return [[one[layer] for one in lists if len(one)] for layer in range(len(self.vectors))]
+
     def frozen(self) -> Compensation:
         """A copy that no longer changes."""
         now = self.compensation()
@@ -71,10 +76,15 @@ class Distillation:
 
     def __init__(self, backend: PairBackend) -> None:
         self._backend = backend
+        self._other: ExpertsSession | None = None
         self._policy: RoutingPolicy | None = None
         self._compensation: Compensation | None = None
         self.sizes: list[float] | None = None
         """Root mean square of each layer's input, noted by the teacher while this is a list."""
+
+    def hand_to(self, other: ExpertsSession | None) -> None:
+        """Let another session run the layers, until None takes them back."""
+        self._other = other
 
     def as_teacher(self) -> None:
         """All pairs from now on."""
@@ -91,6 +101,8 @@ class Distillation:
         self, layer: int, module: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor
     ) -> Tensor:
         """One layer."""
+        if self._other is not None:
+            return self._other.experts(layer, module, hidden, index, weight)
         if self._policy is None:
             if self.sizes is not None:
                 self.sizes.append(float(hidden.float().square().mean().sqrt()))
@@ -114,12 +126,13 @@ class Divergence:
     tokens: int
 
 
-def forward(model: Any, batch: TokenBatch, device: torch.device) -> Tensor:
+def forward(model: Any, batch: TokenBatch, device: torch.device, **options: Any) -> Tensor:
     """Logits of a batch. (B, S, V)"""
     logits: Tensor = model(
         input_ids=batch.ids.to(device),
         attention_mask=batch.valid.long().to(device),
         use_cache=False,
+        **options,
     ).logits
     return logits
 
