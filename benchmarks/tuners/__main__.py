@@ -13,7 +13,8 @@ nothing; the score is the documented one. Evaluations are kept on disk by config
 run twice; each method is charged the seconds that its evaluations took when they were measured.
 
 A run's final configuration is chosen as `var-moe tune` does: on a sample of the ordering half,
-the fastest candidate whose one-sided 95% upper bound of the degradation is below the limit. Then
+the fastest candidate whose one-sided 95% upper bound of the degradation is below the limit, of at
+most eight that are measured there; replay's forecasts propose some of them, also as in `tune`. Then
 it is measured on a sample of test. Runs go seed by seed, so that a partial result is balanced; a
 killed comparison goes on where it stopped, with the same command.
 

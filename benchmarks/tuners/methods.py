@@ -13,7 +13,8 @@ from var_moe.optimization.guided import GuidedPlan, is_repeat
 from var_moe.optimization.journal import JOURNAL_NAME, SearchHeader, TrialJournal
 from var_moe.optimization.optuna_engine import CONSTRAINT, UPPER_CONSTRAINT, told_value
 from var_moe.optimization.random_points import random_search
-from var_moe.optimization.replay_search import replay_search
+from var_moe.optimization.remeasure import Closer
+from var_moe.optimization.replay_search import Forecasts, ReplayPlan, replay_search
 from var_moe.optimization.results import Evaluation, OptimizationResult
 from var_moe.optimization.search import SearchOptions, Suggest, run_search
 from var_moe.optimization.search_space import SEARCH_SPACE, Params, dimensions
@@ -74,6 +75,17 @@ def replay(bench: Bench, seed: int, folder: Path) -> OptimizationResult:
         journal=folder / JOURNAL_NAME,
         **_common(bench, seed),
     )
+
+
+def closer(bench: Bench, seed: int) -> Closer:
+    """What replay does with measurements of the ordering text that are left, as `tune` has it."""
+    plan = ReplayPlan(
+        SEARCH_SPACE,
+        Forecasts(bench.forecaster),
+        bound=bench.objective.max_degradation,
+        seed=seed,
+    )
+    return plan.closer
 
 
 def tpe(bench: Bench, seed: int, folder: Path) -> OptimizationResult:

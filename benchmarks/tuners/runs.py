@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.tuners.bench import Bench
 from benchmarks.tuners.memo import MemoEvaluator
-from benchmarks.tuners.methods import METHODS
+from benchmarks.tuners.methods import METHODS, closer
 from benchmarks.tuners.setting import run_file
 
 from var_moe.config import VARConfig
@@ -25,7 +25,12 @@ def run(bench: Bench, method: str, seed: int) -> dict[str, Any]:
     result = METHODS[method](bench, seed, journal)
     objective = bench.objective
     measured = remeasure(
-        bench.ordering, objective, result.evaluations, blocks=0, at_most=bench.setting.candidates
+        bench.ordering,
+        objective,
+        result.evaluations,
+        blocks=0,
+        at_most=bench.setting.candidates,
+        closer=closer(bench, seed) if method == "replay" else None,
     )
     best = winner(measured)
     # With nothing that passes, the nearest miss shows what the search would have ended with.

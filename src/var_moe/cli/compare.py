@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from var_moe.cli.compensation import parse_compensation
 from var_moe.errors import UsageError
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 TURNING_DOCUMENTS = 40
 _COLUMNS = (
-    *("name", "target_experts_per_token", "experts_per_token"),
+    *("name", "policy", "dial", "compensation", "target_experts_per_token", "experts_per_token"),
     *("degradation", "degradation_standard_error", "degradation_upper_95"),
     *("degradation_of_random_skip", "speedup", "speedup_low", "speedup_high", "learned_pct"),
 )
@@ -28,6 +29,7 @@ def compare(
     dataset: str = "demo",
     split: str = "validation",
     experts: Annotated[list[float] | None, Parameter(consume_multiple=True)] = None,
+    compensation: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
     profile: Path | None = None,
     output: Path = Path("results/compare"),
     max_samples: int | None = 400,
@@ -48,10 +50,13 @@ def compare(
         dataset: demo (or demo-postgres, ...), wikitext, a Hub name[:config], or a local file.
         split: part of the text to score.
         experts: experts per token to compare at; by default 87.5%, 75% and 62.5% of K.
+        compensation: what stands in for dropped experts, for all policies that only drop: none,
+            means, learned, or the folder of a fitted one; several are compared. By default each
+            policy does as it is made.
         profile: profile folder; by default the calibration split is profiled first.
         output: folder for comparison.json, comparison.csv and comparison.html.
         max_samples: score at most so many documents.
-        blocks: timed blocks per arm and policy.
+        blocks: timed blocks per arm and policy; 0 leaves the timing out.
         max_degradation: the bound drawn into the plot.
         seed: draws the documents when max_samples takes a part of them.
         device: auto, cpu, cuda, ...
@@ -69,19 +74,27 @@ def compare(
     if not asked:
         asked = [name for name in policy_names() if policy_spec(name).dials(2)]
     names = require_policies([CONTROL, *asked])
+    given = [entry for one in compensation or [] for entry in one.split(",") if entry]
+    parsed = [parse_compensation(entry) for entry in given]
+    folders = [folder for _, folder in parsed if folder is not None]
+    if len(folders) > 1:
+        raise UsageError("--compensation: expected one folder at the most")
     subject = Subject(
         model=model,
         dataset=dataset,
         split=split,
         profile=profile,
         output=output,
+        compensation=folders[0] if folders else None,
         max_samples=max_samples,
         seed=seed,
         device=device,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
-    subject.check(blocks=blocks, quiet=quiet)
+    if blocks < 0:
+        raise UsageError(f"blocks = {blocks}: expected at least 0")
+    subject.check(blocks=max(1, blocks), quiet=quiet)
     from var_moe.cli.progress import StageProgress
     from var_moe.cli.tables import print_policies
     from var_moe.report.comparison import save_comparison
@@ -92,6 +105,7 @@ def compare(
             names,
             experts,
             subject,
+            compensations=[name for name, _ in parsed] or [None],
             blocks=blocks,
             max_degradation=max_degradation,
             progress=None if quiet else progress,
@@ -116,11 +130,12 @@ def _measure(
     experts: list[float] | None,
     subject: Subject,
     *,
+    compensations: list[str | None],
     blocks: int,
     max_degradation: float,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    from var_moe.evaluation.sweep import check_targets, control_at, sweep
+    from var_moe.evaluation.sweep import check_targets, control_at, droppers, sweep
     from var_moe.optimization.preparation import sample_documents
 
     ready = subject.ready(progress)
@@ -134,21 +149,25 @@ def _measure(
     small = sample_documents(evaluator.documents, TURNING_DOCUMENTS, subject.seed)
     turning = evaluator.with_documents(small)
     turning.progress = None
-    points = list(
-        sweep(
+    points = [
+        point
+        for compensation in compensations
+        for point in sweep(
             evaluator,
             turning,
-            names,
-            ready.profile.calibration(),
+            names if compensation is None else droppers(names),
+            ready.profile.calibration(compensation),
             targets=targets,
             blocks=blocks,
+            compensation=compensation,
             progress=progress,
         )
-    )
+    ]
     rows = []
     for point in points:
         executed = point.quality.report.experts_per_token
-        cost = control_at(points, executed, evaluator.top_k)
+        alike = [one for one in points if one.compensation == point.compensation]
+        cost = control_at(alike, executed, evaluator.top_k)
         rows.append({"name": point.name, **point.to_dict(), "degradation_of_random_skip": cost})
     return ready.result(
         rows,
@@ -168,7 +187,7 @@ def _write_csv(rows: list[dict[str, Any]], path: Path) -> None:
     from var_moe.storage import atomic_write
 
     flat = [
-        {**row, "speedup_low": row["speedup_95"][0], "speedup_high": row["speedup_95"][1]}
+        {**row, **dict(zip(("speedup_low", "speedup_high"), row["speedup_95"] or (), strict=False))}
         for row in rows
     ]
     frame = pd.DataFrame(flat, columns=list(_COLUMNS))

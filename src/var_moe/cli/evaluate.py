@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from var_moe.cli.compensation import parse_compensation
 from var_moe.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def evaluate(
     mode: Literal["verified", "plain"] | None = None,
     policy: str | None = None,
     set: Annotated[list[str] | None, Parameter(consume_multiple=False)] = None,
+    compensation: str | None = None,
     profile: Path | None = None,
     output: Path = Path("results/evaluate"),
     max_samples: int | None = None,
@@ -48,6 +50,8 @@ def evaluate(
         mode: overrides the configuration's mode.
         policy: a policy by name (naee, ser, top_p, ...) instead of a VAR configuration.
         set: name=value, a setting of --policy; may be repeated. The rest has its default.
+        compensation: what stands in for the experts that --policy drops: none, means, learned, or
+            the folder of a fitted one.
         profile: profile folder; by default the calibration split is profiled first.
         output: folder for evaluation.json.
         max_samples: score at most so many documents.
@@ -69,6 +73,9 @@ def evaluate(
     for name in preset or ([] if config or policy else ["balanced"]):
         configs[name] = None if name == "keep_all" else VARConfig.preset(name, **changes)
     peer = _peer(policy, set or [])
+    stand_in, place = parse_compensation(compensation)
+    if stand_in is not None and peer is None:
+        raise UsageError("--compensation belongs to --policy: name a policy")
     if decode_blocks < 0:
         raise UsageError(f"decode_blocks = {decode_blocks}: expected 0 or more")
     subject = Subject(
@@ -77,6 +84,7 @@ def evaluate(
         split=split,
         profile=profile,
         output=output,
+        compensation=place,
         max_samples=max_samples,
         seed=seed,
         device=device,
@@ -91,7 +99,7 @@ def evaluate(
     with StageProgress() as progress:
         shown = None if quiet else progress
         ready = subject.ready(shown)
-        policies = _policies(configs, peer, ready)
+        policies = _policies(configs, peer, ready, stand_in)
         rows = _measure(policies, ready, blocks=blocks, decode_blocks=decode_blocks, progress=shown)
     result = ready.result(rows)
     atomic_write_json(output / "evaluation.json", result)
@@ -135,7 +143,10 @@ def _value(text: str) -> int | float | str:
 
 
 def _policies(
-    configs: dict[str, VARConfig | None], peer: tuple[str, dict[str, Any]] | None, ready: Ready
+    configs: dict[str, VARConfig | None],
+    peer: tuple[str, dict[str, Any]] | None,
+    ready: Ready,
+    compensation: str | None,
 ) -> list[tuple[str, dict[str, Any] | None, RoutingPolicy]]:
     """(name, settings, policy) of what is asked for."""
     from var_moe.evaluation.compare import keep_all
@@ -154,7 +165,7 @@ def _policies(
         spec = policy_spec(name)
         space = spec.search_space(ready.loaded.top_k)
         settings = {**{key: entry["default"] for key, entry in space.items()}, **given}
-        found.append((name, settings, spec.make(settings, ready.profile.calibration())))
+        found.append((name, settings, spec.make(settings, ready.profile.calibration(compensation))))
     return found
 
 

@@ -31,6 +31,8 @@ class Subject:
     device: str
     dtype: str
     trust_remote_code: bool
+    compensation: Path | None = None
+    """Folder of a learned compensation, where it is not the profile's own."""
 
     def check(self, *, blocks: int, quiet: bool) -> None:
         """Everything that can be told before the model is loaded.
@@ -87,6 +89,7 @@ class Ready:
     def profile(self) -> RoutingProfile:
         """The profile asked for, or a fresh one; obtained when first needed."""
         from var_moe.optimization.preparation import obtain_profile
+        from var_moe.profiling.fitted_files import load_compensation
 
         subject = self.subject
         profile, _ = obtain_profile(
@@ -96,6 +99,9 @@ class Ready:
             folder=subject.output,
             progress=self.evaluator.progress,
         )
+        if subject.compensation is not None:
+            learned = load_compensation(subject.compensation, self.loaded)
+            profile = profile.with_compensation(learned)
         return profile
 
     def result(self, rows: list[dict[str, Any]], **further: Any) -> dict[str, Any]:

@@ -144,15 +144,18 @@ def print_policies(result: Mapping[str, Any]) -> None:
     for target in result["targets_experts_per_token"]:
         rows = [r for r in result["rows"] if r["target_experts_per_token"] == target]
         for row in sorted(rows, key=lambda row: row["degradation"]):
-            cost, (low, high) = row["degradation_of_random_skip"], row["speedup_95"]
+            cost, speed, interval = row["degradation_of_random_skip"], "", ""
+            if row["speedup"] is not None:
+                speed = f"{row['speedup']:.3f}x"
+                interval = "{:.3f}-{:.3f}".format(*row["speedup_95"])
             table.add_row(
                 row["name"],
                 f"{row['experts_per_token']:.3f}",
                 f"{100 * row['degradation']:+.2f}%",
                 f"{100 * row['degradation_standard_error']:.2f}",
                 "" if cost is None else f"{100 * cost:+.2f}%",
-                f"{row['speedup']:.3f}x",
-                f"{low:.3f}-{high:.3f}",
+                speed,
+                interval,
             )
         table.add_section()
     console().print(table)

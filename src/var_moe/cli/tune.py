@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from var_moe.cli.compensation import parse_compensation
 from var_moe.errors import UsageError
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 DEFAULT_OUTPUT = Path("results/phase3")
 DEFAULT_BOUND = 0.01
 CALLS, FORECAST_CALLS = 50, 10
+BEST_POLICY = "damage"
 
 
 def tune(
@@ -34,6 +36,7 @@ def tune(
     seed: int | None = None,
     mode: Literal["verified", "plain"] | None = None,
     policy: str | None = None,
+    compensation: str | None = None,
     engine: Literal["optuna", "skopt"] = "optuna",
     max_samples: int | None = None,
     final_samples: int | None = None,
@@ -48,7 +51,7 @@ def tune(
     yes: bool = False,
     quiet: bool = False,
 ) -> int:
-    """Find the VAR configuration with the most throughput within a perplexity bound.
+    """Find the configuration with the most throughput within a perplexity bound.
 
     Args:
         method: how points are chosen: replay (default) runs the model for ten configurations that
@@ -69,7 +72,11 @@ def tune(
             without a model.
         seed: of the search; by default a fresh one, which is recorded.
         mode: verified (default) asks the router and lets table and cache only license a cut.
-        policy: tune another policy (naee, ser, top_p, ...) in place of VAR.
+        policy: damage (default) cuts what is predicted to cost least; var has the six thresholds,
+            and is the default where --mode, --method or --bounds is given; or another one (naee,
+            ser, top_p, ...).
+        compensation: what stands in for dropped experts: none, means, learned, or the folder of a
+            fitted one; by default the best in the profile for damage, none for other policies.
         engine: of the bayesian method.
         max_samples: documents that each evaluation (or --validate) scores.
         final_samples: documents of the last measurement; by default half of validation.
@@ -93,6 +100,7 @@ def tune(
             raise UsageError("--policy does not belong to --validate: the configuration names it")
         return _validate(
             validate,
+            compensation=compensation,
             model=model,
             dataset=dataset,
             split=split,
@@ -116,7 +124,12 @@ def tune(
     model, dataset, output = model or "demo", dataset or "demo", output or DEFAULT_OUTPUT
     max_degradation = check_bound(DEFAULT_BOUND if max_degradation is None else max_degradation)
     check_output_folder(output)
-    policy, mode = _policy(policy, mode)
+    if policy is None and mode is None and method is None and not bounds:
+        policy = BEST_POLICY
+    policy, mode = _policy(None if policy == "var" else policy, mode)
+    stand_in, place = parse_compensation(compensation)
+    if stand_in is not None and policy is None:
+        raise UsageError("--compensation needs a --policy that drops experts, such as damage")
     method = method or _default_method(policy)
     exhaustive = exhaustive or bool(policy)
     by_forecasts = method == "replay" or (method == "grid" and not exhaustive)
@@ -154,6 +167,8 @@ def tune(
         seed=seed,
         mode=mode or "verified",
         policy=policy,
+        compensation=stand_in,
+        compensation_folder=place,
         max_samples=DEFAULT_SAMPLES if max_samples is None else max_samples,
         final_samples=final_samples,
         space=space,
@@ -265,6 +280,7 @@ def _confirm_grid(size: int) -> None:
 def _validate(
     config: Path,
     *,
+    compensation: str | None,
     model: str | None,
     dataset: str | None,
     split: str,
@@ -285,6 +301,9 @@ def _validate(
     from var_moe.storage import check_output_folder
 
     load_candidate(config)
+    name, place = parse_compensation(compensation)
+    if name is not None and place is None:
+        raise UsageError(f"--compensation {name}: the configuration names it; expected a folder")
     searched = _search_of(config)
     model = model or searched.get("model", "demo")
     dataset = dataset or searched.get("dataset", "demo")
@@ -314,6 +333,7 @@ def _validate(
             max_degradation=bound,
             output=output,
             profile_path=profile,
+            compensation=place,
             mode=mode,
             max_samples=max_samples,
             progress=None if quiet else progress,

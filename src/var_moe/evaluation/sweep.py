@@ -28,24 +28,27 @@ class Point:
     policy: str
     dial: str  # which way it was turned; empty where there is one
     target: float  # experts per token wanted
+    compensation: str | None  # what stands in for dropped experts; None: the policy's own choice
     settings: Mapping[str, Any]
     quality: Quality
-    speed: Speed
+    speed: Speed | None
 
     @property
     def name(self) -> str:
-        """Policy, and the way in which it was turned."""
-        return f"{self.policy} ({self.dial})" if self.dial else self.policy
+        """Policy, the way in which it was turned, and the compensation."""
+        turned = f"{self.policy} ({self.dial})" if self.dial else self.policy
+        return turned if self.compensation is None else f"{turned} + {self.compensation}"
 
     def to_dict(self) -> dict[str, Any]:
         """For result files."""
         return {
             "policy": self.policy,
             "dial": self.dial,
+            "compensation": self.compensation,
             "target_experts_per_token": self.target,
             "settings": dict(self.settings),
             **self.quality.to_dict(),
-            **self.speed.to_dict(),
+            **(self.speed.to_dict() if self.speed else {"speedup": None, "speedup_95": None}),
         }
 
 
@@ -69,6 +72,7 @@ def sweep(
     *,
     targets: Sequence[float],
     blocks: int,
+    compensation: str | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Point]:
     """Measure policies where they run as many experts per token as each other.
@@ -79,7 +83,8 @@ def sweep(
         names: of the registry.
         calibration: what policies may ask for, by the names of `registry.CALIBRATION`.
         targets: experts per token.
-        blocks: timed blocks per arm and point.
+        blocks: timed blocks per arm and point; 0 leaves the timing out.
+        compensation: name of the one in the calibration, for the points.
         progress: called with what is done, points done and in all.
 
     Yields:
@@ -109,9 +114,10 @@ def sweep(
                 policy=spec.name,
                 dial=dial,
                 target=target,
+                compensation=compensation,
                 settings=settings,
                 quality=evaluator.quality(policy),
-                speed=evaluator.speed(policy, blocks=blocks, factors=False),
+                speed=evaluator.speed(policy, blocks=blocks, factors=False) if blocks else None,
             )
     if progress:
         progress("policies", total, total)
@@ -167,6 +173,11 @@ def control_at(points: Sequence[Point], experts_per_token: float, top_k: int) ->
             part = (experts_per_token - low) / (high - low) if high > low else 0.0
             return cost + part * (next_cost - cost)
     return None
+
+
+def droppers(names: Sequence[str]) -> tuple[str, ...]:
+    """Those that run no expert that the router did not choose: a compensation can help them."""
+    return tuple(name for name in names if policy_spec(name).settings.get("mode") != "plain")
 
 
 def require_policies(names: Sequence[str]) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import TYPE_CHECKING
 
 from var_moe.fitting.compensation import KEPT_SHARES, FitSettings, fit_compensation
 from var_moe.fitting.damage import fit_damage, predicted, tau_for
+from var_moe.fitting.norms import norm_trace
 from var_moe.models.identity import identity
 from var_moe.profiling.fitted_files import FittedCompensation
 from var_moe.routing.compensation import Compensation
 from var_moe.storage import provenance
-from var_moe.tracing.record import record_trace
+from var_moe.tracing.record import NoBackwardError, record_trace
 
 if TYPE_CHECKING:
     from var_moe.evaluation.documents import EncodedDocument
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from var_moe.profiling.profile import RoutingProfile
     from var_moe.routing.damage import DamageModel
     from var_moe.tracing.trace import RoutingTrace
+
+log = logging.getLogger(__name__)
 
 DAMAGE_TOKENS = 150_000
 """Calibration tokens of a damage pass."""
@@ -43,6 +47,8 @@ def calibration_trace(
 ) -> RoutingTrace:
     """Record what damages are fitted to: one backward pass on labels sampled from the model.
 
+    Where the model allows none, sizes of changes stand in (`fitting.norms`), and this is logged.
+
     Args:
         loaded: the model.
         documents: calibration text.
@@ -55,22 +61,28 @@ def calibration_trace(
     """
     about = identity(loaded)
     hidden = int(loaded.model.config.get_text_config().hidden_size)
-    return record_trace(
-        loaded,
-        documents,
-        dataset=data["dataset"],
-        data_hash=data["data_hash"],
-        folder=folder,
-        compensation=compensation,
-        labels="sampled",
-        stored=False,
-        hidden=2 * hidden * about["layers"] * tokens <= HIDDEN_BYTES,
-        max_tokens=tokens,
-        seed=seed,
-        progress=(lambda done, total: progress("predicting damages", done, total))
-        if progress
-        else None,
-    )
+    report = progress
+    told = (lambda done, total: report("predicting damages", done, total)) if report else None
+    try:
+        return record_trace(
+            loaded,
+            documents,
+            dataset=data["dataset"],
+            data_hash=data["data_hash"],
+            folder=folder,
+            compensation=compensation,
+            labels="sampled",
+            stored=False,
+            hidden=2 * hidden * about["layers"] * tokens <= HIDDEN_BYTES,
+            max_tokens=tokens,
+            seed=seed,
+            progress=told,
+        )
+    except NoBackwardError as error:
+        log.warning("%s; damages are estimated from the sizes of changes instead", error)
+        return norm_trace(
+            loaded, documents, compensation=compensation, tokens=tokens, seed=seed, progress=told
+        )
 
 
 def calibrate_damages(

@@ -8,9 +8,9 @@ blocks. The one that executes the fewest pairs wins.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from var_moe.evaluation.compare import Evaluator, Quality, Speed
 from var_moe.optimization.candidate import Candidate
@@ -18,6 +18,9 @@ from var_moe.optimization.objective_protocol import INFEASIBLE_PENALTY, document
 from var_moe.optimization.policy_objective import PolicyObjective
 from var_moe.optimization.results import Evaluation
 from var_moe.optimization.selection import Z_95, distinct_evaluations, nearest_miss, promise
+
+Closer: TypeAlias = Callable[[list[tuple[dict[str, Any], float]]], dict[str, Any] | None]
+"""From points and the upper bounds of their degradation to another point; None ends it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +92,7 @@ def remeasure(
     *,
     blocks: int,
     at_most: int,
+    closer: Closer | None = None,
 ) -> list[Measured]:
     """Measure a search's evaluations again until no faster one is likely to keep the bound.
 
@@ -99,6 +103,8 @@ def remeasure(
     a safe configuration is reached when the bold ones fail. Where nothing passes, the
     evaluation with the smallest degradation is measured last. "Fast" is what the executed
     pairs predict: a search's few timed blocks would put the luckiest first.
+
+    Measurements that are left go to what ``closer`` proposes from those made.
     """
     bound = objective.max_degradation
     waiting = distinct_evaluations(
@@ -133,6 +139,14 @@ def remeasure(
     calmest = nearest_miss(waiting)
     if winner(done) is None and calmest is not None:
         take(calmest)
+    while closer is not None and len(done) < at_most:
+        point = closer([(one.config.documented(), one.quality.change.upper) for one in done])
+        if point is None:
+            break
+        name = f"candidate {len(done) + 1}"
+        done.append(
+            measure(evaluator, objective, objective.config(point), name=name, blocks=blocks)
+        )
     return done
 
 

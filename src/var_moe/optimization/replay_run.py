@@ -35,6 +35,7 @@ class ReplaySearch:
     result: OptimizationResult
     front: list[FrontPoint]
     forecaster: TraceForecaster
+    plan: ReplayPlan
     forecast_count: int
     # Setting -> total index for the degradation; empty where there is nothing to compare.
     sensitivity: Mapping[str, float]
@@ -110,6 +111,7 @@ def search_by_replay(
         result=result,
         front=front,
         forecaster=forecaster,
+        plan=plan,
         forecast_count=len(forecasts),
         sensitivity=sensitivity,
     )

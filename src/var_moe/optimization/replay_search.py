@@ -44,6 +44,7 @@ CAUTION = (0.7, 1.4, 0.0, 1.0, 1.645, 0.4, 1.2)
 
 _AROUND = 6
 _ALIKE = 1e-9
+_WORTH = 5e-4  # expected gain in score for which a last measurement is made
 
 
 class Forecasts:
@@ -139,6 +140,44 @@ class ReplayPlan:
             gain = self._gain(points, evaluations, limit)
         best = int(np.argmax(gain))
         return points[best] if np.isfinite(gain[best]) else None
+
+    def closer(self, measured: Sequence[tuple[Params, float]]) -> Params | None:
+        """A point that should be faster than the measured ones and still keep the bound.
+
+        On the text of the last measurement the forecasts are off by another factor than on the
+        search's: what was measured there tells which, and with it the bound can be approached
+        more closely than by the search's own evaluations.
+
+        Args:
+            measured: points with the upper bounds of their degradation on that text.
+
+        Returns:
+            None where no point promises a gain worth a measurement.
+        """
+        if not measured or not self._local:
+            return None
+        known = self._forecasts.of([point for point, _ in measured])
+        uppers = [upper for _, upper in measured]
+        correction = Correction.fit([f.degradation for f in known], uppers, scale=self._bound)
+        kept = [f.score for f, upper in zip(known, uppers, strict=True) if upper < self._bound]
+        if not kept:
+            return None
+        speeds = {f.experts_per_token for f in known}
+
+        def gains(points: Sequence[Params]) -> Floats:
+            forecasts = self._forecasts.of(points)
+            mean, deviation = correction.predict(column(forecasts, "degradation"))
+            score = column(forecasts, "score")
+            found = feasible_improvement(score, mean, deviation, best=max(kept), limit=self._bound)
+            found[np.isin(column(forecasts, "experts_per_token"), list(speeds))] = 0.0
+            return found
+
+        nearest = [self.pool[i] for i in np.argsort(-gains(self.pool), kind="stable")[:_AROUND]]
+        dice = np.random.default_rng([self._seed, 9, len(measured)])
+        points = [*nearest, *neighbours(self._dims, nearest, dice)]
+        found = gains(points)
+        best = int(np.argmax(found))
+        return points[best] if found[best] >= _WORTH else None
 
     def _gain(
         self, points: Sequence[Params], evaluations: Sequence[Evaluation], limit: float

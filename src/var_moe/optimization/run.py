@@ -32,6 +32,7 @@ from var_moe.optimization.replay_run import (
 from var_moe.optimization.results import OptimizationResult, jsonable
 from var_moe.optimization.search_space import SEARCH_SPACE, SearchSpace, check_seed
 from var_moe.profiling.collect import DEFAULT_TOKENS
+from var_moe.profiling.fitted_files import load_compensation
 from var_moe.routing.registry import policy_spec
 from var_moe.storage import check_output_folder
 
@@ -63,6 +64,8 @@ class TuneSettings:
         seed: of the search; None draws a fresh one, which is recorded.
         mode: ``"verified"`` or ``"plain"``.
         policy: another policy's name, to tune that one in place of VAR, in its own `space`.
+        compensation: name of what stands in for the experts that the policy drops.
+        compensation_folder: where a learned one lies, if not with the profile.
         max_samples: documents of the search half that each evaluation scores.
         final_samples: documents of the ordering half for the last measurement; None takes all.
         space: search space.
@@ -85,6 +88,8 @@ class TuneSettings:
     seed: int | None = None
     mode: str = "verified"
     policy: str | None = None
+    compensation: str | None = None
+    compensation_folder: Path | None = None
     max_samples: int = DEFAULT_SAMPLES
     final_samples: int | None = None
     space: SearchSpace = field(default_factory=lambda: dict(SEARCH_SPACE))
@@ -147,6 +152,9 @@ def tune(
         tokens=settings.calibration_tokens,
         progress=progress,
     )
+    if settings.compensation_folder is not None:
+        learned = load_compensation(settings.compensation_folder, loaded)
+        profile = profile.with_compensation(learned)
     kept = [settings.output / name for name in (JOURNAL_NAME, STUDY_NAME)]
     if settings.resume and not any(path.is_file() for path in kept):
         say(f"nothing to resume in {settings.output}: a new search begins")
@@ -157,6 +165,7 @@ def tune(
         evaluator,
         profile,
         policy=settings.policy,
+        compensation=settings.compensation,
         mode=settings.mode,
         max_degradation=settings.max_degradation,
     )
@@ -176,6 +185,8 @@ def tune(
     evaluator.progress = None  # the search shows its own
     if settings.policy:
         identity["policy"] = settings.policy
+    if objective.compensation is not None:
+        identity["compensation_hash"] = objective.compensation.hash
     options: dict[str, Any] = {
         "seed": settings.seed,
         "mode": None if settings.policy else settings.mode,
@@ -209,6 +220,7 @@ def tune(
         result.evaluations,
         blocks=settings.final_blocks,
         at_most=settings.candidates,
+        closer=replayed.plan.closer if replayed is not None else None,
     )
     presets = []
     if isinstance(objective, VARObjective):

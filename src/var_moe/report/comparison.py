@@ -48,6 +48,8 @@ def comparison_figure(result: Mapping[str, Any]) -> Any:
         }
         experts = [point["experts_per_token"] for point in points]
         figure.add_trace(go.Scatter(x=experts, **style), row=1, col=1)
+        if any(point["speedup"] is None for point in points):
+            continue  # compared without timing
         figure.add_trace(
             go.Scatter(
                 x=[point["speedup"] for point in points],

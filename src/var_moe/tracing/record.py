@@ -34,6 +34,10 @@ _FORMAT = 2  # of what is recorded: a recording of another one is not gone on wi
 _FORWARDS_PER_SHARD = 8
 
 
+class NoBackwardError(UsageError):
+    """The model, or the memory, allows no backward pass."""
+
+
 class _Recorder:
     """The experts session of a recording: runs all pairs and notes what the router decided."""
 
@@ -278,7 +282,7 @@ def _with_damage(
             damages = probe.take(recorder.layers)
     except (RuntimeError, NotImplementedError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(
+        raise NoBackwardError(
             f"model {loaded.name!r}: no backward pass ({first}); record the trace with "
             "damage=False, or fewer tokens_per_batch if memory ran out"
         ) from error
