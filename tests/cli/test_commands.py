@@ -25,7 +25,8 @@ def common(tiny_model_folder, tiny_text_folder):
 def tuned(common, tmp_path_factory):
     """One finished search, for the tests that look at its files."""
     folder = tmp_path_factory.mktemp("results") / "phase3"
-    words = ["tune", *common, "--n_calls", "6", "--max_degradation", "0.5", "--seed", "3"]
+    words = ["tune", *common, "--policy", "var", "--n_calls", "6", "--max_degradation", "0.5"]
+    words += ["--seed", "3"]
     assert main([*words, "--output", str(folder), "--quiet"]) == 0
     return folder
 

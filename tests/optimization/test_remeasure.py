@@ -28,7 +28,7 @@ def evaluation(number, pace, degradation, *, se=0.001):
 def run(monkeypatch):
     """Runs `remeasure` where the new text costs `shift` more than the search's; names tried."""
 
-    def start(evaluations, *, shift, at_most=8):
+    def start(evaluations, *, shift, at_most=8, closer=None):
         truth = {e.params["frequency_threshold"]: e for e in evaluations}
         tried = []
 
@@ -55,7 +55,9 @@ def run(monkeypatch):
         objective = SimpleNamespace(
             max_degradation=BOUND, config=lambda params: VARConfig.from_dict(params)
         )
-        done = room.remeasure(None, objective, evaluations, blocks=1, at_most=at_most)
+        done = room.remeasure(
+            None, objective, evaluations, blocks=1, at_most=at_most, closer=closer
+        )
         return tried, room.winner(done)
 
     return start
@@ -127,3 +129,23 @@ def test_a_lucky_timing_does_not_win():
         )
 
     assert room.winner([measured(1.6, 1.4), measured(1.5, 1.2)]).name == "1.5"
+
+
+def test_measurements_that_are_left_go_where_the_forecasts_point(run):
+    seen = []
+
+    def closer(measured):
+        seen.append([(point["frequency_threshold"], upper) for point, upper in measured])
+        return {"frequency_threshold": 8 + len(seen)} if len(seen) <= 2 else None
+
+    tried, best = run(LINE, shift=-0.0015, closer=closer)
+    known = len(tried) - 2
+    assert tried[known:] == [9, 10]
+    assert [len(one) for one in seen] == [known, known + 1, known + 2]
+    assert seen[0][0] == (8, pytest.approx(0.008 - 0.0015 + 0.001))
+    assert best.config.frequency_threshold == 10
+
+
+def test_proposals_end_with_the_measurements(run):
+    tried, _ = run(LINE, shift=0.0, at_most=3, closer=lambda _: {"frequency_threshold": 5})
+    assert len(tried) == 3

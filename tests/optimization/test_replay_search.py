@@ -11,7 +11,7 @@ from analytic import SixObjective, rich_evaluation
 from var_moe.optimization.correction import Correction, feasible_improvement
 from var_moe.optimization.forecast import Forecast
 from var_moe.optimization.replay_pool import neighbours, pool_points
-from var_moe.optimization.replay_search import replay_search
+from var_moe.optimization.replay_search import Forecasts, ReplayPlan, replay_search
 from var_moe.optimization.search_space import SEARCH_SPACE, check_point, dimensions
 
 
@@ -247,3 +247,39 @@ def test_a_search_ends_where_everything_left_decides_as_what_is_known(tmp_path):
     assert result.extra["stopped_early"]
     again = replay_search(OneSetting(), OneForecaster(0.1), TAU, n_calls=10, resume=True, **options)
     assert [e.params for e in again.evaluations] == [e.params for e in result.evaluations]
+
+
+def test_a_last_measurement_comes_closer_to_the_bound():
+    """On text where everything costs a fifth more than forecast."""
+    bound, factor = 0.01, 1.2
+    truth = SixObjective()
+    plan = ReplayPlan(SEARCH_SPACE, Forecasts(AnalyticForecaster()), bound=bound, seed=3)
+    assert plan.closer([]) is None
+
+    def upper(point):
+        return factor * truth.evaluate(point).degradation
+
+    calm = [p for p in plan.pool if upper(p) < 0.7 * bound]
+    slow = max(calm, key=lambda p: truth.evaluate(p).predicted_speedup)
+    measured = [(slow, upper(slow))]
+    for _ in range(4):
+        point = plan.closer(measured)
+        if point is None:
+            break
+        measured.append((point, upper(point)))
+    passed = [p for p, u in measured if u < bound]
+    fastest = max(passed, key=lambda p: truth.evaluate(p).predicted_speedup)
+    assert len(measured) > 1
+    assert upper(fastest) > 0.9 * bound
+    pace = truth.evaluate(fastest).predicted_speedup
+    assert pace > truth.evaluate(slow).predicted_speedup
+    # What breaks the bound alone gives nothing to go on from.
+    assert plan.closer([(slow, 2 * bound)]) is None
+
+
+def test_points_of_a_grid_are_not_left():
+    points = pool_points(SEARCH_SPACE, 1)[:20]
+    plan = ReplayPlan(
+        SEARCH_SPACE, Forecasts(AnalyticForecaster()), bound=0.01, seed=1, points=points
+    )
+    assert plan.closer([(points[0], 0.001)]) is None
