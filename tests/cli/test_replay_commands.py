@@ -299,3 +299,17 @@ def test_cost_model_of_another_shape(traced, tmp_path, refused):
     assert "top_k = 2" in line
     file.write_text("{}")
     assert "not a cost model" in refused("replay", traced, "--cost", file)
+
+
+@pytest.mark.slow
+def test_a_trace_with_timings_lets_a_replay_predict_speedups(common, traced, tmp_path, capsys):
+    folder = tmp_path / "trace"
+    words = ["trace", *common, "--max_samples", "6", "--timings", "--quiet"]
+    words += ["--profile", str(traced / "profile"), "--output", str(folder)]
+    assert main(words) == 0
+    assert (folder / "cost_model.json").is_file()
+    words = ["replay", str(folder), "--profile", str(traced / "profile"), "--preset", "balanced"]
+    assert main([*words, "--output", str(tmp_path / "replay"), "--quiet"]) == 0
+    (row,) = json.loads((tmp_path / "replay" / "replay.json").read_text())["rows"]
+    assert row["predicted_speedup"] > 0
+    capsys.readouterr()

@@ -11,6 +11,7 @@ from var_moe.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from var_moe.cli.progress import StageProgress
     from var_moe.evaluation.documents import EncodedDocument
     from var_moe.models.loading import LoadedModel
     from var_moe.profiling.profile import RoutingProfile
@@ -27,6 +28,7 @@ def trace(
     max_tokens: int | None = None,
     max_samples: int | None = None,
     decisions_only: bool = False,
+    timings: bool = False,
     tokens_per_batch: int = 4096,
     seed: int = 0,
     device: str = "auto",
@@ -47,6 +49,8 @@ def trace(
         max_samples: record at most so many documents.
         decisions_only: without the backward pass: quicker, and less memory, but a replay can't
             predict a degradation then.
+        timings: also time a few forwards and fit the cost model, so that a replay predicts
+            speedups; kept as cost_model.json beside the trace.
         tokens_per_batch: padded tokens per forward; fewer need less memory.
         seed: draws the documents when max_tokens or max_samples take a part of them.
         device: auto, cpu, cuda, ...
@@ -101,8 +105,37 @@ def trace(
             if quiet
             else lambda done, total: progress("tracing the router", done, total),
         )
+        if timings:
+            _fit_cost(loaded, documents, means, output, progress, quiet=quiet)
     _print(found, output, place)
     return 0
+
+
+def _fit_cost(
+    loaded: LoadedModel,
+    documents: Sequence[EncodedDocument],
+    profile: RoutingProfile,
+    output: Path,
+    progress: StageProgress,
+    *,
+    quiet: bool,
+) -> None:
+    """The cost model of this machine and model, VAR's own work included."""
+    from var_moe.evaluation.compare import Evaluator
+    from var_moe.evaluation.cost import fit_cost_model
+    from var_moe.optimization.objective import VARObjective
+    from var_moe.optimization.replay_forecast import COST_FILE
+    from var_moe.storage import atomic_write_json
+
+    if not quiet:
+        progress.say("timing forwards for the cost model ...")
+    evaluator = Evaluator(loaded, documents)
+    VARObjective(evaluator, profile)
+    most, least = evaluator.cost_policies or (None, None)
+    cost = fit_cost_model(evaluator, var_all=most, var_leading=least)
+    atomic_write_json(output / COST_FILE, cost.to_dict())
+    if not quiet:
+        progress.say(f"cost model: median error {100 * cost.error:.1f}% on timings left out")
 
 
 def _size(

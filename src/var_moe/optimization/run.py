@@ -119,6 +119,12 @@ class TuneSettings:
         check_output_folder(self.output)
 
 
+FASTER = (
+    "these are VAR's six thresholds; where it was measured, the damage policy runs fewer experts "
+    "at the same degradation: `var-moe tune --policy damage`"
+)
+
+
 def tune(
     loaded: LoadedModel,
     settings: TuneSettings,
@@ -239,7 +245,7 @@ def tune(
             identity=identity,
         )
     notes = [
-        *([] if settings.policy else profile_notes(profile, settings.space)),
+        *([] if settings.policy else [*profile_notes(profile, settings.space), FASTER]),
         *search_notes(result, validation.independent),
         *([sensitivity_note(replayed)] if replayed and replayed.sensitivity else []),
         *final.timing_notes(),
