@@ -21,7 +21,7 @@ from var_moe.models.seam import (
     pair_backend,
 )
 from var_moe.routing.base import RoutingPolicy
-from var_moe.routing.compensation import Compensation, LayerCompensation, split_weights
+from var_moe.routing.compensation import Compensation, LayerCompensation
 from var_moe.routing.counts import RoutingReport, TierCounts
 from var_moe.routing.decision import Residual, Routing, TokenBatch
 
@@ -113,9 +113,10 @@ class Session:
         if part is None:
             part = self._compensation.layers[layer].to(hidden.device, hidden.dtype)
             self._parts[layer] = part
-        first, kept, dropped = split_weights(index, weight, routing.index >= 0)
-        out = execute(module, hidden, routing.index, kept, self._backend)
-        return part.add(out, hidden, self._compensation.rows(index, first), dropped)
+        row, gone = self._compensation.dropped(index, weight, routing.index >= 0)
+        # A dropped pair's output is zero, whatever its weight.
+        out = execute(module, hidden, routing.index, weight, self._backend)
+        return part.add(out, hidden, row, gone)
 
 
 def _with_residual(out: Tensor, extra: Residual) -> Tensor:

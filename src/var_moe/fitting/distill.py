@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from var_moe.models.seam import ExpertsSession, PairBackend, execute
 from var_moe.routing.base import RoutingPolicy
-from var_moe.routing.compensation import Compensation, LayerCompensation, split_weights
+from var_moe.routing.compensation import Compensation, LayerCompensation
 from var_moe.routing.decision import TokenBatch
 from var_moe.tracing.loss import scored_targets
 
@@ -112,10 +112,9 @@ class Distillation:
             routing = self._policy.route(layer, index, weight.detach())
         if self._compensation is None:
             return execute(module, hidden, routing.index, routing.weight, self._backend)
-        first, kept, dropped = split_weights(index, weight, routing.index >= 0)
-        out = execute(module, hidden, routing.index, kept, self._backend)
-        part = self._compensation.layers[layer]
-        return part.add(out, hidden, self._compensation.rows(index, first), dropped)
+        row, gone = self._compensation.dropped(index, weight, routing.index >= 0)
+        out = execute(module, hidden, routing.index, weight, self._backend)
+        return self._compensation.layers[layer].add(out, hidden, row, gone)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from var_moe.fitting.distill import Trainable
 from var_moe.models.seam import PairBackend, weighted_sum
 from var_moe.routing.base import RoutingPolicy
-from var_moe.routing.compensation import split_weights
 from var_moe.routing.decision import TokenBatch
 
 _STEP_TOKENS = 1024
@@ -65,11 +64,12 @@ class Regression:
             outputs = self._backend(module, hidden, index)
             self._policy.see(layer, hidden)
             routing = self._policy.route(layer, index, weight)
-            first, _, dropped = split_weights(index, weight, routing.index >= 0)
-            wanted = (outputs.float() * dropped.float()[:, :, None]).sum(dim=1)
+            kept = routing.index >= 0
+            rows, dropped = self._trainable.compensation().dropped(index, weight, kept)
+            gone = weight.masked_fill(kept, 0).float()
+            wanted = (outputs.float() * gone[:, :, None]).sum(dim=1)
             at = self._counted.to(index.device)
             at = at[dropped[at].sum(dim=1) > 0]
-            rows = self._trainable.compensation().rows(index, first)
         order = at[torch.randperm(len(at), generator=self._dice).to(at.device)]
         for some in order.split(_STEP_TOKENS):
             if len(some) * 4 >= min(_STEP_TOKENS, len(order)):

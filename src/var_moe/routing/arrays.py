@@ -45,6 +45,9 @@ class Operations(Protocol):
     def clip(self, values: Array, high: int) -> Array:
         """Values above ``high`` set to it."""
 
+    def at_least(self, values: Array, low: float) -> Array:
+        """Values below ``low`` set to it."""
+
     def stack(self, *columns: Array) -> Array:
         """(T,) each -> (T, J)."""
 
@@ -82,6 +85,9 @@ class _Torch:
 
     def clip(self, values: Array, high: int) -> Array:
         return values.clamp(max=high)
+
+    def at_least(self, values: Array, low: float) -> Array:
+        return values.clamp(min=low)
 
     def stack(self, *columns: Array) -> Array:
         return torch.stack(columns, dim=1)
@@ -124,6 +130,9 @@ class _Numpy:
 
     def clip(self, values: Array, high: int) -> Array:
         return np.minimum(values, high)
+
+    def at_least(self, values: Array, low: float) -> Array:
+        return np.maximum(values, low)
 
     def stack(self, *columns: Array) -> Array:
         out = np.empty((len(columns[0]), len(columns)), dtype=columns[0].dtype)

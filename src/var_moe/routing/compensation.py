@@ -62,16 +62,19 @@ class LayerCompensation:
         Args:
             out: (T, D) output of the kept pairs, with the router's own weights.
             hidden: (T, D) input of the layer.
-            row: (T, K) row of ``vectors`` per slot; of no meaning where the slot is kept.
-            weight: (T, K) dropped weight per slot, zero where it is kept.
+            row: (T, J) rows of ``vectors``, see `Compensation.dropped`.
+            weight: (T, J) dropped weights, zero where nothing is.
 
         Returns:
             (T, D)
         """
         weight = weight.to(out.dtype)
+        total = weight if weight.shape[1] == 1 else weight.sum(dim=1, keepdim=True)
         if self.down is not None and self.up is not None:
-            inner = F.silu(F.linear(hidden, self.down, self.bias))
-            out = torch.addmm(out, inner * weight.sum(dim=1, keepdim=True), self.up.t())
+            inner = F.silu(F.linear(hidden, self.down, self.bias)) * total
+            out = torch.addmm(out, inner, self.up.t())
+        if weight.shape[1] == 1:
+            return torch.addcmul(out, self.vectors.index_select(0, row[:, 0]), weight)
         return out + F.embedding_bag(row, self.vectors, mode="sum", per_sample_weights=weight)
 
 
@@ -133,6 +136,30 @@ class Compensation:
             first: (T,) the first expert.
         """
         return first[:, None] * self.experts + index if self.by_pair else index
+
+    def dropped(self, index: Tensor, weight: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """What is dropped from a decision of the router, as `LayerCompensation.add` takes it.
+
+        Args:
+            index: (T, K) the router's experts.
+            weight: (T, K) the router's weights.
+            kept: (T, K) bool, slots that run.
+
+        Returns:
+            Rows of the vectors (T, J) and dropped weights (T, J), zero where nothing is dropped;
+            J = K, but 1 for K = 2, where at most one expert is.
+        """
+        if index.shape[1] != 2:
+            first, _, gone = split_weights(index, weight, kept)
+            return self.rows(index, first), gone
+        # At most one of two: the other is the first, or at any rate the one that runs.
+        swapped = ~kept[:, 0]
+        lost = torch.where(swapped, index[:, 0], index[:, 1])
+        row = lost
+        if self.by_pair:
+            row = torch.where(swapped, index[:, 1], index[:, 0]) * self.experts + lost
+        gone = weight.masked_fill(kept, 0).sum(dim=1, keepdim=True)
+        return row[:, None], gone
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Compensation:
         """All layers on one device."""

@@ -20,9 +20,10 @@ from torch.nn import functional as F
 
 from var_moe.config import check_number
 from var_moe.errors import UsageError
+from var_moe.routing.arrays import NUMPY, Array, Operations, operations
 from var_moe.routing.base import Dial, RoutingPolicy
 from var_moe.routing.compensation import Compensation
-from var_moe.routing.decision import Routing, TokenBatch
+from var_moe.routing.decision import Routing, Tier, TokenBatch
 from var_moe.routing.keeping import all_pairs, kept_pairs
 from var_moe.routing.ranking import rank_slots, shares
 from var_moe.routing.shapes import check_calibrated
@@ -166,6 +167,7 @@ class DamagePolicy(RoutingPolicy):
         self.damage = damage
         self.compensation = damage.compensation
         self._parts: dict[tuple[int, torch.device], LayerDamage] = {}
+        self._tables: dict[tuple[int, torch.device, bool], dict[str, Array]] = {}
         self._ids = torch.empty(0, dtype=torch.int64)
         self._hint: Tensor | None = None
 
@@ -212,9 +214,11 @@ class DamagePolicy(RoutingPolicy):
         check_calibrated(self, layer, index, layers=self.damage.layers, top_k=self.damage.top_k)
         if self.tau == 0 or index.shape[1] == 1:
             return all_pairs(index, weight)
-        part = self._part(layer, index.device)
         if self._ids.device != index.device:
             self._ids = self._ids.to(index.device)
+        if index.shape[1] == 2:
+            return self._one_of_two(layer, index, weight)
+        part = self._part(layer, index.device)
         rank = rank_slots(index, weight)  # (T, K)
         mass = shares(weight.gather(1, rank).float())
         damage = part.log_damage(index.gather(1, rank), mass, self._ids, self._hint)
@@ -223,3 +227,44 @@ class DamagePolicy(RoutingPolicy):
         runs = too_much.flip(1).cumsum(dim=1).flip(1) > 0
         needed = torch.cat((torch.ones_like(runs[:, :1]), runs), dim=1)
         return kept_pairs(index, weight, torch.empty_like(needed).scatter_(1, rank, needed))
+
+    def _one_of_two(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
+        """The same for K = 2 in few operations, which is what counts in generation."""
+        full = weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
+        ops = operations(full)
+        part = self._columns(layer, index.device, ops)
+        ids, slots, heavy = (ops.of_tensor(t) for t in (self._ids, index, full))
+        swapped = rank_slots(slots, heavy, ops)[:, 0] == 1  # the first expert is in slot 1
+        total = heavy.sum(1)
+        light = ops.where(swapped, heavy[:, 0], heavy[:, 1])
+        mass = light / ops.where(total == 0, 1.0, total)
+        first = ops.where(swapped, slots[:, 1], slots[:, 0])
+        dropped = ops.where(swapped, slots[:, 0], slots[:, 1])
+        size = ops.library.log(ops.at_least(mass, _LEAST_MASS))
+        damage = part["base"] + size * (part["slope"] + size * part["curve"])
+        rest = part["token"][ids]
+        if self._hint is not None:
+            rest = rest + ops.of_tensor(self._hint)
+        damage = damage + part["pair"][first * self.damage.experts + dropped] + rest
+        cut = damage < log(self.tau)
+        drop = ops.stack(cut & swapped, cut & ~swapped)
+        out = weight
+        if self.compensation is None:  # with one, every pair keeps its own weight
+            whole = weight.sum(dim=1, keepdim=True)
+            out = torch.where(ops.to_tensor(cut)[:, None], whole, weight)
+        return Routing(
+            index=ops.to_tensor(ops.where(drop, -1, slots)),
+            weight=out,
+            tier=torch.full_like(index[:, 0], Tier.LEARNED, dtype=torch.uint8),
+        )
+
+    def _columns(self, layer: int, device: torch.device, ops: Operations) -> dict[str, Array]:
+        """The layer's tables as `_one_of_two` needs them."""
+        key = (layer, device, ops is NUMPY)
+        found = self._tables.get(key)
+        if found is None:
+            part = self._part(layer, device)
+            names = ("base", "slope", "curve", "pair", "token")
+            found = {name: ops.of_tensor(getattr(part, name)) for name in names}
+            self._tables[key] = found
+        return found
