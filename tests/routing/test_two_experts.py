@@ -1,0 +1,78 @@
+"""The short ways for K = 2 decide and weigh exactly as the general ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from damages import damage_model
+
+from var_moe.routing.compensation import Compensation, LayerCompensation, split_weights
+from var_moe.routing.damage import DamagePolicy
+from var_moe.routing.decision import TokenBatch
+from var_moe.routing.keeping import kept_pairs
+from var_moe.routing.ranking import rank_slots, shares
+
+TOKENS, EXPERTS, HIDDEN, VOCABULARY = 200, 8, 16, 50
+
+
+def choices(seed: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Router decisions in any slot order, with zero weights and ties among them."""
+    dice = torch.Generator().manual_seed(seed)
+    index = torch.rand((TOKENS, EXPERTS), generator=dice).argsort(dim=1)[:, :2]
+    weight = torch.rand((TOKENS, 2), generator=dice).to(dtype)
+    weight[:5] = 0
+    weight[5:9] = 0.5
+    return index, weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_decision_is_that_of_the_formula(seed: int, dtype: torch.dtype) -> None:
+    dice = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, VOCABULARY, (1, TOKENS), generator=dice)
+    hidden = torch.randn((TOKENS, HIDDEN), generator=dice)
+    index, weight = choices(seed, dtype)
+    damage = damage_model(
+        layers=2, experts=EXPERTS, top_k=2, vocabulary=VOCABULARY, hidden=HIDDEN, seed=seed
+    )
+    policy = DamagePolicy(10 ** (seed - 4), damage=damage)
+    policy.begin(TokenBatch.of(ids))
+    policy.see(1, hidden)
+    found = policy.route(1, index, weight)
+
+    part = damage.layer(1, index.device)
+    rank = rank_slots(index, weight)
+    log_damage = part.log_damage(
+        index.gather(1, rank), shares(weight.gather(1, rank).float()), ids[0], part.hint(hidden)
+    )
+    runs = torch.cat((torch.ones((TOKENS, 1)), log_damage.exp() >= policy.tau), dim=1).bool()
+    wanted = kept_pairs(index, weight, torch.empty_like(runs).scatter_(1, rank, runs))
+    assert 0 < int((wanted.index < 0).sum()) < TOKENS
+    assert torch.equal(found.index, wanted.index)
+    executed = found.index >= 0
+    assert torch.equal(found.weight[executed], wanted.weight[executed])
+
+
+@pytest.mark.parametrize("by_pair", [True, False])
+def test_what_is_dropped_of_two_is_that_of_any_k(by_pair: bool) -> None:
+    dice = torch.Generator().manual_seed(3)
+    rows = EXPERTS**2 if by_pair else EXPERTS
+    part = LayerCompensation(
+        torch.randn((rows + 1, HIDDEN), generator=dice),
+        torch.randn((4, HIDDEN), generator=dice),
+        torch.randn(4, generator=dice),
+        torch.randn((HIDDEN, 4), generator=dice),
+    )
+    compensation = Compensation(layers=(part,), by_pair=by_pair, experts=EXPERTS)
+    index, weight = choices(1, torch.float32)
+    rank = rank_slots(index, weight)
+    kept = torch.rand(TOKENS, generator=dice)[:, None] < 0.5
+    kept = kept | torch.zeros_like(index, dtype=torch.bool).scatter(1, rank[:, :1], True)
+    out = torch.randn((TOKENS, HIDDEN), generator=dice)
+    hidden = torch.randn((TOKENS, HIDDEN), generator=dice)
+    first, _, gone = split_weights(index, weight, kept)
+    wanted = part.add(out, hidden, compensation.rows(index, first), gone)
+    found = part.add(out, hidden, *compensation.dropped(index, weight, kept))
+    torch.testing.assert_close(found, wanted)
+    whole = kept.all(dim=1)
+    assert torch.equal(found[whole], out[whole])
