@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from var_moe.fitting.compensation import KEPT_SHARES, FitSettings, fit_compensation
 from var_moe.fitting.damage import fit_damage, predicted, tau_for
 from var_moe.models.identity import identity
+from var_moe.models.seam import experts_shape
 from var_moe.profiling.fitted_files import FittedCompensation
 from var_moe.routing.compensation import Compensation
 from var_moe.storage import provenance
@@ -54,7 +55,7 @@ def calibration_trace(
         progress: called with what is done, tokens done and in all.
     """
     about = identity(loaded)
-    hidden = int(loaded.model.config.get_text_config().hidden_size)
+    hidden = experts_shape(loaded.model)["hidden"]
     return record_trace(
         loaded,
         documents,
@@ -186,7 +187,7 @@ def learn_compensation(
         or Compensation.empty(
             layers=about["layers"],
             experts=about["experts"],
-            hidden=int(loaded.model.config.get_text_config().hidden_size),
+            hidden=experts_shape(loaded.model)["hidden"],
         ),
         settings=settings,
         checkpoint=checkpoint,

@@ -21,7 +21,7 @@ from var_moe.errors import UsageError, VarMoeError
 from var_moe.evaluation.batching import batches, collate
 from var_moe.fitting.checkpoint import Checkpoint
 from var_moe.fitting.distill import Distillation, Divergence, Trainable, divergence, forward
-from var_moe.models.seam import attach, detach, experts_modules, pair_backend
+from var_moe.models.seam import attach, detach, experts_modules, experts_shape, pair_backend
 from var_moe.routing.compensation import Compensation
 from var_moe.routing.damage import DamageModel, DamagePolicy
 
@@ -101,7 +101,7 @@ def affordable_rank(model: Any, top_k: int) -> int:
     module: Any = experts_modules(model)[0][1]
     first = module.gate_up_proj if module.has_gate else module.up_proj
     expert = first[0].numel() + module.down_proj[0].numel()  # multiply-adds per pair
-    hidden = int(model.config.get_text_config().hidden_size)
+    hidden = experts_shape(model)["hidden"]
     saved = expert * 0.35 * top_k
     return max(8, int(COST_SHARE * saved / (2 * hidden)) // 8 * 8)
 
