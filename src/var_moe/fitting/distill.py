@@ -102,7 +102,7 @@ class Distillation:
             return execute(module, hidden, routing.index, routing.weight, self._backend)
         first, kept, dropped = split_weights(index, weight, routing.index >= 0)
         out = execute(module, hidden, routing.index, kept, self._backend)
-        part = self._compensation.layers[layer]
+        part = self._compensation.layers[layer].to(hidden.device, hidden.dtype)
         return part.add(out, hidden, self._compensation.rows(index, first), dropped)
 
 
