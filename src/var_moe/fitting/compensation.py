@@ -71,6 +71,8 @@ class FitSettings:
         for name in ("tokens", "tokens_per_batch"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} = {getattr(self, name)}: expected at least 1")
+        if not 0 < self.rate < float("inf"):
+            raise UsageError(f"rate = {self.rate}: expected a number above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,10 +134,11 @@ def fit_compensation(
         backend: experts backend.
 
     Raises:
-        UsageError: too little text.
+        UsageError: too little text, or a start of another model.
         VarMoeError: the result is no better than the start on held-out text.
     """
     settings = settings or FitSettings()
+    start.check(**experts_shape(loaded.model))
     fit = _Fit(loaded, documents, damage, taus, start, settings, backend)
     before = attach(loaded.model, fit.session)
     asked = [p.requires_grad for p in loaded.model.parameters()]
