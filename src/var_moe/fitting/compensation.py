@@ -21,9 +21,11 @@ from var_moe.errors import UsageError, VarMoeError
 from var_moe.evaluation.batching import batches, collate
 from var_moe.fitting.checkpoint import Checkpoint
 from var_moe.fitting.distill import Distillation, Divergence, Trainable, divergence, forward
+from var_moe.models.identity import identity
 from var_moe.models.seam import attach, detach, experts_modules, experts_shape, pair_backend
 from var_moe.routing.compensation import Compensation
 from var_moe.routing.damage import DamageModel, DamagePolicy
+from var_moe.storage import sha256_of
 
 if TYPE_CHECKING:
     from var_moe.evaluation.documents import EncodedDocument
@@ -200,8 +202,9 @@ class _Fit:
         if restored is not None:
             self.state, best = _State(**restored[0]), restored[1]
         each = max(1, settings.tokens // _LOOKS)
-        stopped = "the text asked for is used up"
         for batch in self._batches():
+            if self.state.since >= _PATIENCE:
+                break  # here already where a killed run had come so far
             self._step(trainable, optimiser, batch)
             if progress:
                 progress("fitting", min(self.state.tokens, settings.tokens), settings.tokens)
@@ -214,10 +217,10 @@ class _Fit:
             if here < self.state.best:
                 self.state.best, self.state.since, best = here, 0, trainable.frozen()
             saved.save(trainable, optimiser, self.state.__dict__, best)
-            if self.state.since >= _PATIENCE:
-                stopped = f"no improvement on held-out text in {_PATIENCE} looks"
-                break
         saved.remove()
+        stopped = "the text asked for is used up"
+        if self.state.since >= _PATIENCE:
+            stopped = f"no improvement on held-out text in {_PATIENCE} looks"
         worst = min(nothing, begun)
         if not self.state.best < worst:
             raise VarMoeError(
@@ -235,7 +238,11 @@ class _Fit:
         )
 
     def _key(self, rank: int) -> str:
-        return f"{self.settings} {rank} {self.damage.hash} {self.start.hash} {self.low} {self.high}"
+        """What a checkpoint was made with, down to the text and the model's routers."""
+        about = (self.settings, rank, self.damage.hash, self.start.hash, self.low, self.high)
+        model = (identity(self.loaded), self.loaded.dtype, self.loaded.window)
+        text = (document.ids.tobytes() for document in (*self.held_out, *self.text))
+        return sha256_of([str(about), str(model), *text])
 
     def _held_out_batches(self) -> list[TokenBatch]:
         size, window = self.settings.tokens_per_batch, self.loaded.window
