@@ -274,9 +274,12 @@ class _Fit:
                 DamagePolicy(tau, damage=self.damage), trainable.compensation(), batch
             )
             student = forward(self.loaded.model, batch, self.device)
-            _, gradient = divergence(student.detach(), teacher, batch, gradient=True)
+            found, gradient = divergence(student.detach(), teacher, batch, gradient=True)
             optimiser.zero_grad()
             student.backward(gradient)
+        for parameter in trainable.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= max(found.tokens, 1)  # of the mean
         torch.nn.utils.clip_grad_norm_(trainable.parameters(), 1.0)
         optimiser.step()
         state.steps += 1
