@@ -116,9 +116,7 @@ def test_tau_never_asks_for_less_than_one_or_more_than_all():
 
 def test_fits_of_compensated_damages_name_their_compensation():
     compensation = compensation_of(layers=LAYERS, experts=EXPERTS, hidden=4, top_k=2)
-    trace, truth = planted(
-        top_k=2, kind="cut_compensated", compensation=compensation, tokens=2000
-    )
+    trace, truth = planted(top_k=2, kind="cut_compensated", compensation=compensation, tokens=2000)
     fitted = fit_damage(trace, vocabulary=VOCABULARY, compensation=compensation)
     assert fitted.compensation is compensation
     assert spearmanr(predicted(trace, fitted).flatten(), truth.flatten()).statistic > 0.7
