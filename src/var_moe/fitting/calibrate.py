@@ -152,7 +152,7 @@ def learn_compensation(
         data: ``dataset`` and ``data_hash``.
         settings: of the fit.
         damage_tokens: of the damage passes.
-        checkpoint: file that a killed fit goes on from.
+        checkpoint: file that a killed fit goes on from; it is there until you remove it.
         progress: called with what is done, steps done and in all.
 
     Raises:

@@ -131,7 +131,8 @@ def fit_compensation(
         taus: the smallest and the largest tau of a step (see `tau_range`).
         start: what the vectors begin with, such as residual means.
         settings: see `FitSettings`.
-        checkpoint: file that a killed run goes on from.
+        checkpoint: file that a killed run goes on from, and an ended one gives the same again;
+            who has saved the result removes it.
         progress: called with what is done, tokens done and in all.
         backend: experts backend.
 
@@ -217,12 +218,12 @@ class _Fit:
             if here < self.state.best:
                 self.state.best, self.state.since, best = here, 0, trainable.frozen()
             saved.save(trainable, optimiser, self.state.__dict__, best)
-        saved.remove()
         stopped = "the text asked for is used up"
         if self.state.since >= _PATIENCE:
             stopped = f"no improvement on held-out text in {_PATIENCE} looks"
         worst = min(nothing, begun)
         if not self.state.best < worst:
+            saved.remove()
             raise VarMoeError(
                 f"the fitted compensation is no better on held-out text ({self.state.best:.4f} "
                 f"nats per token) than none or the start ({worst:.4f}); nothing was saved; try "
