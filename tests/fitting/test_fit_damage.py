@@ -120,8 +120,8 @@ def test_fits_of_compensated_damages_name_their_compensation():
     fitted = fit_damage(trace, vocabulary=VOCABULARY, compensation=compensation)
     assert fitted.compensation is compensation
     assert spearmanr(predicted(trace, fitted).flatten(), truth.flatten()).statistic > 0.7
+    other = compensation_of(layers=LAYERS, experts=EXPERTS, hidden=4, top_k=2, seed=1)
     with pytest.raises(UsageError, match="not recorded with this compensation"):
-        other = compensation_of(layers=LAYERS, experts=EXPERTS, hidden=4, top_k=2, seed=1)
         fit_damage(trace, vocabulary=VOCABULARY, compensation=other)
     with pytest.raises(UsageError, match="damages 'cut': the trace holds cut_compensated"):
         fit_damage(trace, vocabulary=VOCABULARY)
