@@ -18,10 +18,11 @@ from var_moe.models.seam import (
     detach,
     execute,
     experts_modules,
+    experts_shape,
     pair_backend,
 )
 from var_moe.routing.base import RoutingPolicy
-from var_moe.routing.compensation import Compensation, LayerCompensation
+from var_moe.routing.compensation import LayerCompensation
 from var_moe.routing.counts import RoutingReport, TierCounts
 from var_moe.routing.decision import Residual, Routing, TokenBatch
 
@@ -150,7 +151,7 @@ def routed(model: Any, policy: RoutingPolicy, *, backend: str = "auto") -> Itera
         backend = SORTED if next(model.parameters()).device.type == "cpu" else "grouped_mm"
     modules = [module for _, module in experts_modules(model)]
     if policy.compensation is not None:
-        _check_fits(policy.compensation, model, modules)
+        policy.compensation.check(**experts_shape(model))
     session = Session(policy, pair_backend(backend), len(modules))
     before = attach(model, session)
     hooks = [
@@ -164,11 +165,3 @@ def routed(model: Any, policy: RoutingPolicy, *, backend: str = "auto") -> Itera
         for hook in hooks:
             hook.remove()
         detach(model, before)
-
-
-def _check_fits(compensation: Compensation, model: Any, modules: list[nn.Module]) -> None:
-    compensation.check(
-        layers=len(modules),
-        experts=int(getattr(modules[0], "num_experts", 0)) if modules else 0,
-        hidden=int(model.config.get_text_config().hidden_size),
-    )

@@ -152,7 +152,7 @@ def test_killed_and_resumed(common, profile, tmp_path):
 def test_replay_is_the_default_where_a_trace_tells_what_decisions_cost(monkeypatch):
     tunable = [name for name in policy_names() if policy_spec(name).search_space(2)]
     by_replay = [name for name in tunable if _default_method(name) == "replay"]
-    assert by_replay == ["fixed_k", "random_skip", "naee", "ser", "top_p", "per_layer_k"]
+    assert by_replay == ["fixed_k", "random_skip", "naee", "ser", "top_p", "per_layer_k", "damage"]
     assert _default_method(None) == "replay"
     base = "var_moe.routing.base:RoutingPolicy"
     monkeypatch.setitem(registry._SPECS, "other", PolicySpec(name="other", target=base, summary=""))

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from damages import damage_model
 from var_moe.config import VARConfig
 from var_moe.errors import UsageError
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.counts import TierCounts
+from var_moe.routing.damage import DamagePolicy
 from var_moe.routing.decision import Routing, Tier, TokenBatch
 from var_moe.routing.fast_path import RoutingTable
 from var_moe.routing.fixed_k import FixedKPolicy
@@ -29,6 +31,7 @@ from var_moe.routing.var import VARPolicy
 LAYERS, VOCABULARY, EXPERTS = 2, 8, 10
 BATCH, LENGTH, FORWARDS = 3, 9, 4
 TOKENS = BATCH * LENGTH
+HIDDEN = 4  # of the layers' inputs
 
 Stream = list[tuple[TokenBatch, list[tuple[Tensor, Tensor]]]]
 
@@ -85,6 +88,16 @@ def per_layer_k(top_k: int) -> RoutingPolicy:
     return PerLayerKPolicy((1 + top_k) / 2, sensitivity=sensitivity)
 
 
+def damage(*, hidden: int = 0) -> Callable[[int], RoutingPolicy]:
+    def make(top_k: int) -> RoutingPolicy:
+        fitted = damage_model(
+            layers=LAYERS, experts=EXPERTS, top_k=top_k, vocabulary=VOCABULARY, hidden=hidden
+        )
+        return DamagePolicy(3e-3, damage=fitted)
+
+    return make
+
+
 POLICIES = {
     "native": Case(lambda top_k: NativePolicy(), cuts=False, stateless=True),
     "fixed_k": Case(lambda top_k: FixedKPolicy(1), stateless=True),
@@ -94,6 +107,8 @@ POLICIES = {
     "top_p": Case(lambda top_k: TopPPolicy(0.8), stateless=True),
     "per_layer_k": Case(per_layer_k, stateless=True),
     "random_skip": Case(lambda top_k: RandomSkipPolicy(0.5, seed=3)),
+    "damage": Case(damage()),
+    "damage, looking": Case(damage(hidden=HIDDEN)),
     "var plain": Case(var("plain"), runs_unseen_experts=True),
     "var verified": Case(var("verified")),
 }
@@ -132,13 +147,21 @@ def stream(top_k: int, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> 
     return forwards
 
 
+def seen(index: Tensor, weight: Tensor) -> Tensor:
+    """An input of the layer that goes with a router's decision, token by token. (T, HIDDEN)"""
+    features = (index.sum(1) / 9, weight.float().sum(1), index.amax(1) - 5, weight.float().amax(1))
+    return torch.stack(features, dim=1).to(weight.dtype)
+
+
 def run(policy: RoutingPolicy, forwards: Stream) -> list[list[Routing]]:
     decisions = []
     for batch, router in forwards:
         policy.begin(batch)
-        decisions.append(
-            [policy.route(layer, index, weight) for layer, (index, weight) in enumerate(router)]
-        )
+        layers = []
+        for layer, (index, weight) in enumerate(router):
+            policy.see(layer, seen(index, weight))
+            layers.append(policy.route(layer, index, weight))
+        decisions.append(layers)
     return decisions
 
 
@@ -362,6 +385,7 @@ def test_no_decision_waits_for_the_device(name: str, top_k: int) -> None:
         policy.begin(batch)  # the ids stay on the host, as the cache's walk needs them
         counts = TierCounts(LAYERS)
         for layer, (index, weight) in enumerate(router):
+            policy.see(layer, seen(index, weight).to("meta"))
             routing = policy.route(layer, index.to("meta"), weight.to("meta"))
             counts.add(layer, routing, batch.counted.reshape(-1))
             assert routing.index.device.type == "meta"

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from damages import damage_model
 
+from damages import damage_model
 from var_moe.errors import UsageError
 from var_moe.optimization.search_space import SEARCH_SPACE, defaults, validate_space
 from var_moe.routing.base import RoutingPolicy

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from test_replay import profile_like
 from traces import OPTIONS, made_trace
 
+from damages import damage_model
 from var_moe.config import VARConfig
 from var_moe.models.loading import LoadedModel
 from var_moe.optimization.replay_pool import pool_points
@@ -101,7 +103,8 @@ def test_unknown_where_a_decision_is_of_another_sort(recorded, trace):
 def traced(request, make_tiny_mixtral, tiny_tokenizer, documents, make_profile):
     """A recorded trace of a model with K = 2 or 3, and its profile."""
     loaded = LoadedModel.of(make_tiny_mixtral(top_k=request.param), tiny_tokenizer, name="tiny")
-    profile = make_profile(loaded)
+    damage = damage_model(layers=3, experts=8, top_k=request.param, vocabulary=300)
+    profile = replace(make_profile(loaded), damages={"none": damage})
     return record_trace(loaded, documents, profile=profile, **OPTIONS), profile
 
 

@@ -90,6 +90,7 @@ def fit_compensation(
             progress=None if quiet else progress,
         )
     save_compensation(place, fitted.damage, head=fitted.head)
+    checkpoint.unlink(missing_ok=True)
     fit, held = fitted.head["fit"], fitted.head["fit"]["held_out_divergence_nats"]
     print(
         f"Compensation of rank {fit['rank']} after {fit['fitted_tokens']:,} tokens "

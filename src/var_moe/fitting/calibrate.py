@@ -13,6 +13,7 @@ from var_moe.fitting.compensation import KEPT_SHARES, FitSettings, fit_compensat
 from var_moe.fitting.damage import fit_damage, predicted, tau_for
 from var_moe.fitting.norms import norm_trace
 from var_moe.models.identity import identity
+from var_moe.models.seam import experts_shape
 from var_moe.profiling.fitted_files import FittedCompensation
 from var_moe.routing.compensation import Compensation
 from var_moe.storage import provenance
@@ -60,7 +61,7 @@ def calibration_trace(
         progress: called with what is done, tokens done and in all.
     """
     about = identity(loaded)
-    hidden = int(loaded.model.config.get_text_config().hidden_size)
+    hidden = experts_shape(loaded.model)["hidden"]
     report = progress
     told = (lambda done, total: report("predicting damages", done, total)) if report else None
     try:
@@ -163,7 +164,7 @@ def learn_compensation(
         data: ``dataset`` and ``data_hash``.
         settings: of the fit.
         damage_tokens: of the damage passes.
-        checkpoint: file that a killed fit goes on from.
+        checkpoint: file that a killed fit goes on from; it is there until you remove it.
         progress: called with what is done, steps done and in all.
 
     Raises:
@@ -198,7 +199,7 @@ def learn_compensation(
         or Compensation.empty(
             layers=about["layers"],
             experts=about["experts"],
-            hidden=int(loaded.model.config.get_text_config().hidden_size),
+            hidden=experts_shape(loaded.model)["hidden"],
         ),
         settings=settings,
         checkpoint=checkpoint,

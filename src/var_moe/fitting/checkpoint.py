@@ -66,6 +66,6 @@ class Checkpoint:
         return content["state"], best
 
     def remove(self) -> None:
-        """The fit has ended."""
+        """The fit has come to nothing."""
         if self._path is not None:
             self._path.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ there than the start is not handed out.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,13 +20,15 @@ import torch
 from torch import Tensor
 
 from var_moe.errors import UsageError, VarMoeError
-from var_moe.evaluation.batching import batches, collate
 from var_moe.fitting.checkpoint import Checkpoint
 from var_moe.fitting.distill import Distillation, Divergence, Trainable, divergence, forward
+from var_moe.fitting.material import Material, schedule
 from var_moe.fitting.regress import Regression
-from var_moe.models.seam import attach, detach, experts_modules, pair_backend
+from var_moe.models.identity import identity
+from var_moe.models.seam import attach, detach, experts_modules, experts_shape, pair_backend
 from var_moe.routing.compensation import Compensation
 from var_moe.routing.damage import DamageModel, DamagePolicy
+from var_moe.storage import sha256_of
 
 if TYPE_CHECKING:
     from var_moe.evaluation.documents import EncodedDocument
@@ -40,11 +42,10 @@ COST_SHARE = 0.03
 """What the map may cost, as a share of the multiply-adds that it helps to save."""
 KEPT_SHARES = (0.55, 0.8)
 """Experts per token during fitting, as shares of K."""
-_HELD_OUT, _HELD_OUT_TOKENS = 0.1, 8_000
 _SAVE_EVERY = 20  # steps of the layer-wise part
 _LOOKS = 12  # evaluations on held-out text in a whole run
 _PATIENCE = 4  # of them without an improvement
-_REGRESS_RATE, _RATE, _WARM = 4e-3, 1e-3, 0.1
+_REGRESS_RATE, _RATE = 4e-3, 1e-3
 Progress = Callable[[str, int, int], None]
 
 
@@ -81,6 +82,9 @@ class FitSettings:
                 raise UsageError(f"{name} = {getattr(self, name)}: expected at least {least}")
         if not self.tokens and not self.regress_tokens:
             raise UsageError("tokens = regress_tokens = 0: expected one of them above 0")
+        for name in ("regress_rate", "rate"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UsageError(f"{name} = {getattr(self, name)}: expected a number above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +115,7 @@ def affordable_rank(model: Any, top_k: int) -> int:
     module: Any = experts_modules(model)[0][1]
     first = module.gate_up_proj if module.has_gate else module.up_proj
     expert = first[0].numel() + module.down_proj[0].numel()  # multiply-adds per pair
-    hidden = int(model.config.get_text_config().hidden_size)
+    hidden = experts_shape(model)["hidden"]
     saved = expert * 0.35 * top_k
     return max(8, int(COST_SHARE * saved / (2 * hidden)) // 8 * 8)
 
@@ -137,15 +141,17 @@ def fit_compensation(
         taus: the smallest and the largest tau of a step (see `tau_range`).
         start: what the vectors begin with, such as residual means.
         settings: see `FitSettings`.
-        checkpoint: file that a killed run goes on from.
+        checkpoint: file that a killed run goes on from, and an ended one gives the same again;
+            who has saved the result removes it.
         progress: called with what is done, tokens done and in all.
         backend: experts backend.
 
     Raises:
-        UsageError: too little text.
+        UsageError: too little text, or a start of another model.
         VarMoeError: the result is no better than the start on held-out text.
     """
     settings = settings or FitSettings()
+    start.check(**experts_shape(loaded.model))
     fit = _Fit(loaded, documents, damage, taus, start, settings, backend)
     before = attach(loaded.model, fit.session)
     asked = [p.requires_grad for p in loaded.model.parameters()]
@@ -189,8 +195,12 @@ class _Fit:
         self.session = Distillation(self.backend)
         self.device = torch.device(loaded.device)
         self.low, self.high = min(taus), max(taus)
-        order = np.random.default_rng(settings.seed).permutation(len(documents))
-        self.held_out, self.text = _split([documents[i] for i in order])
+        self.material = Material(
+            documents,
+            window=loaded.window,
+            tokens_per_batch=settings.tokens_per_batch,
+            seed=settings.seed,
+        )
         self.looks_taus = tuple(np.geomspace(self.low, self.high, 4)[1:].tolist())
         self.state = _State()
 
@@ -199,7 +209,7 @@ class _Fit:
         rank = settings.rank
         if rank is None:
             rank = affordable_rank(self.loaded.model, self.loaded.top_k)
-        held = self._held_out_batches()
+        held = self.material.held_out_batches()
         trainable = Trainable(
             self.start, rank=rank, scale=self._input_scale(held[0]), seed=settings.seed
         ).to(self.device)
@@ -221,10 +231,11 @@ class _Fit:
             state.regressed = self._look(held, trainable.compensation())
             if settings.regress_tokens:
                 state.best, best = state.regressed, trainable.frozen()
-            save()
+                save()
         each = max(1, settings.tokens // _LOOKS)
-        stopped = "the text asked for is used up"
-        for batch in self._batches(1, lambda: (state.steps, state.tokens), settings.tokens):
+        for batch in self.material.batches(1, lambda: (state.steps, state.tokens), settings.tokens):
+            if state.since >= _PATIENCE:
+                break  # here already where a killed run had come so far
             self._step(trainable, optimiser, batch)
             if progress:
                 progress("distilling", min(state.tokens, settings.tokens), settings.tokens)
@@ -237,12 +248,12 @@ class _Fit:
             if here < state.best:
                 state.best, state.since, best = here, 0, trainable.frozen()
             save()
-            if state.since >= _PATIENCE:
-                stopped = f"no improvement on held-out text in {_PATIENCE} looks"
-                break
-        saved.remove()
+        stopped = "the text asked for is used up"
+        if state.since >= _PATIENCE:
+            stopped = f"no improvement on held-out text in {_PATIENCE} looks"
         worst = min(nothing, begun)
         if not state.best < worst:
+            saved.remove()
             raise VarMoeError(
                 f"the fitted compensation is no better on held-out text ({state.best:.4f} "
                 f"nats per token) than none or the start ({worst:.4f}); nothing was saved; try "
@@ -268,14 +279,16 @@ class _Fit:
         """The layer-wise part, from where the state stands."""
         state, wanted = self.state, self.settings.regress_tokens
         model = self.loaded.model
-        for batch in self._batches(0, lambda: (state.regress_steps, state.regress_tokens), wanted):
+        for batch in self.material.batches(
+            0, lambda: (state.regress_steps, state.regress_tokens), wanted
+        ):
             seed = [self.settings.seed, 8, state.regress_steps]
             dice = np.random.default_rng(seed)
             policy = DamagePolicy(self._tau(dice), damage=self.damage)
             regression.begin(
                 policy,
                 batch,
-                share=_schedule(state.regress_tokens / wanted),
+                share=schedule(state.regress_tokens / wanted),
                 seed=int(dice.integers(2**62)),
             )
             self.session.hand_to(regression)
@@ -293,40 +306,16 @@ class _Fit:
         return float(self.low * (self.high / self.low) ** dice.random())
 
     def _key(self, rank: int) -> str:
-        return f"{self.settings} {rank} {self.damage.hash} {self.start.hash} {self.low} {self.high}"
-
-    def _held_out_batches(self) -> list[TokenBatch]:
-        size, window = self.settings.tokens_per_batch, self.loaded.window
-        return [collate(rows) for rows in batches(self.held_out, size, window=window)]
-
-    def _batches(
-        self, part: int, done: Callable[[], tuple[int, int]], wanted: int
-    ) -> Iterator[TokenBatch]:
-        """Batches of the text, pass after pass in another order, until ``wanted`` tokens.
-
-        Args:
-            part: of the fit; each has orders of its own.
-            done: steps and tokens so far; those of a restored state are passed over.
-            wanted: tokens.
-        """
-        size, window = self.settings.tokens_per_batch, self.loaded.window
-        number = step = 0
-        while done()[1] < wanted:
-            rows = list(batches(self.text, size, window=window))
-            order = np.random.default_rng([self.settings.seed, part, number])
-            for at in order.permutation(len(rows)):
-                if done()[1] >= wanted:
-                    return
-                step += 1
-                if step > done()[0]:
-                    yield collate(rows[at])
-            number += 1
+        """What a checkpoint was made with, down to the text and the model's routers."""
+        about = (self.settings, rank, self.damage.hash, self.start.hash, self.low, self.high)
+        model = (identity(self.loaded), self.loaded.dtype, self.loaded.window)
+        return sha256_of([str(about), str(model), *self.material.identity()])
 
     def _step(self, trainable: Trainable, optimiser: Any, batch: TokenBatch) -> None:
         """One descent at a tau of its own."""
         state, dice = self.state, np.random.default_rng([self.settings.seed, 7, self.state.steps])
         for group in optimiser.param_groups:
-            group["lr"] = self.settings.rate * _schedule(state.tokens / self.settings.tokens)
+            group["lr"] = self.settings.rate * schedule(state.tokens / self.settings.tokens)
         tau = self._tau(dice)
         teacher = self._teacher(batch)
         with torch.enable_grad():
@@ -334,9 +323,12 @@ class _Fit:
                 DamagePolicy(tau, damage=self.damage), trainable.compensation(), batch
             )
             student = forward(self.loaded.model, batch, self.device)
-            _, gradient = divergence(student.detach(), teacher, batch, gradient=True)
+            found, gradient = divergence(student.detach(), teacher, batch, gradient=True)
             optimiser.zero_grad()
             student.backward(gradient)
+        for parameter in trainable.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= max(found.tokens, 1)  # of the mean
         torch.nn.utils.clip_grad_norm_(trainable.parameters(), 1.0)
         optimiser.step()
         state.steps += 1
@@ -367,30 +359,3 @@ class _Fit:
         self._teacher(batch)
         sizes, self.session.sizes = self.session.sizes, None
         return torch.tensor([1 / max(size, 1e-6) for size in sizes])
-
-
-def _schedule(done: float) -> float:
-    """Share of the highest learning rate: a short rise, then a cosine to zero."""
-    if done < _WARM:
-        return max(done / _WARM, 0.02)
-    return 0.5 * (1 + float(np.cos(np.pi * min(1.0, (done - _WARM) / (1 - _WARM)))))
-
-
-def _split(
-    documents: list[EncodedDocument],
-) -> tuple[list[EncodedDocument], list[EncodedDocument]]:
-    """Held-out documents, and the others.
-
-    Raises:
-        UsageError: there are too few.
-    """
-    total = sum(len(document.ids) for document in documents)
-    wanted = min(_HELD_OUT_TOKENS, int(_HELD_OUT * total))
-    sizes = np.cumsum([len(document.ids) for document in documents])
-    count = int(np.searchsorted(sizes, wanted)) + 1
-    if len(documents) < 4 or count >= len(documents):
-        raise UsageError(
-            f"{len(documents)} calibration documents, {total:,} tokens: too few to fit on some and "
-            "judge on others; give more text"
-        )
-    return documents[:count], documents[count:]

@@ -114,7 +114,8 @@ class Distillation:
             return execute(module, hidden, routing.index, routing.weight, self._backend)
         row, gone = self._compensation.dropped(index, weight, routing.index >= 0)
         out = execute(module, hidden, routing.index, weight, self._backend)
-        return self._compensation.layers[layer].add(out, hidden, row, gone)
+        part = self._compensation.layers[layer].to(hidden.device, hidden.dtype)
+        return part.add(out, hidden, row, gone)
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,8 @@ def divergence(
     Args:
         student, teacher: (B, S, V) logits, detached.
         batch: the tokens.
-        gradient: whether the gradient of the mean with respect to ``student`` is wanted.
+        gradient: whether the gradient of the sum with respect to ``student`` is wanted (the
+            mean's would vanish in float16).
 
     Returns:
         The divergence, and the gradient (B, S, V) or None.
@@ -160,6 +162,6 @@ def divergence(
         share = theirs.exp()
         total += (share * (theirs - mine)).sum().double()
         if found is not None:
-            found[rows] = ((mine.exp() - share) / len(at)).to(found.dtype)
+            found[rows] = (mine.exp() - share).to(found.dtype)
     result = Divergence(total=float(total), tokens=len(at))
     return result, None if found is None else found.view_as(student)

@@ -56,6 +56,23 @@ def experts_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     ]
 
 
+def experts_shape(model: nn.Module) -> dict[str, int]:
+    """``layers``, ``experts``, and ``hidden``: the size of what the experts are given.
+
+    It is not the model's own hidden size where experts work in a smaller space.
+    """
+    modules: list[Any] = [module for _, module in experts_modules(model)]
+    if not modules:
+        return {"layers": 0, "experts": 0, "hidden": 0}
+    one = modules[0]
+    first = (one.gate_up_proj if one.has_gate else one.up_proj)[0]
+    return {
+        "layers": len(modules),
+        "experts": int(getattr(one, "num_experts", 0)),
+        "hidden": int(first.shape[0 if one.is_transposed else 1]),
+    }
+
+
 def attach(model: Any, session: ExpertsSession) -> dict[str, str | None]:
     """Send the model's experts through `session`; returns what `detach` puts back.
 

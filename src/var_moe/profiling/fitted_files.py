@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from var_moe.errors import UsageError
-from var_moe.models.identity import check_fits, difference
+from var_moe.models.identity import difference, identity
 from var_moe.routing.compensation import Compensation, LayerCompensation
 from var_moe.routing.damage import DamageModel
 from var_moe.storage import SCHEMA_VERSION, atomic_write, atomic_write_json, read_json
@@ -24,8 +24,9 @@ FOLDER = "compensation"
 """Where a profile's folder holds the compensation that was fitted with it."""
 LEARNED = "learned"
 _AGAIN = "make it again with `var-moe {}`"
-_FIT = _AGAIN.format("fit-compensation")
+_FIT, _PROFILE = _AGAIN.format("fit-compensation"), _AGAIN.format("profile")
 _TENSORS = tuple(f.name for f in fields(DamageModel) if f.name != "compensation")
+_HEAD = ("hash", "by_pair", "model", "tokenizer_hash", "layers", "experts", "top_k")
 _PARTS = tuple(f.name for f in fields(LayerCompensation))
 
 
@@ -71,7 +72,9 @@ def load_damages(
         UsageError: it is missing, damaged or of an earlier version, or does not belong to the
             compensations; names the file.
     """
-    tensors, note = _read(path, _AGAIN.format("profile"))
+    tensors, note = _read(path, _PROFILE)
+    if note.get("schema_version") != str(SCHEMA_VERSION):
+        raise UsageError(f"{path}: no damages of schema {SCHEMA_VERSION}; {_PROFILE}")
     found = {}
     for name, compensation in compensations.items():
         if name not in note:
@@ -132,19 +135,28 @@ def load_compensation(folder: str | Path, loaded: LoadedModel | None = None) -> 
     head = read_json(folder / HEAD_FILE, what="compensation")
     if not isinstance(head, dict) or head.get("schema_version") != SCHEMA_VERSION:
         raise UsageError(f"{folder / HEAD_FILE}: no compensation of schema {SCHEMA_VERSION}")
+    missing = [name for name in _HEAD if name not in head]
+    if missing:
+        raise UsageError(f"{folder / HEAD_FILE}: {missing[0]!r} is missing; {_FIT}")
     tensors, _ = _read(folder / COMPENSATION_FILE, _FIT)
     try:
         layers = tuple(_layer(tensors, number) for number in range(head["layers"]))
         found = Compensation(layers=layers, by_pair=head["by_pair"], experts=head["experts"])
     except KeyError as error:
         raise UsageError(f"{folder}: {error.args[0]!r} is missing; {_FIT}") from None
+    except TypeError as error:
+        raise UsageError(f"{folder / HEAD_FILE}: damaged ({error}); {_FIT}") from None
     if found.hash != head["hash"]:
         raise UsageError(f"{folder}: {COMPENSATION_FILE} does not belong to {HEAD_FILE}; {_FIT}")
     damages = load_damages(folder / DAMAGE_FILE, {LEARNED: found})
     if LEARNED not in damages:
         raise UsageError(f"{folder / DAMAGE_FILE}: holds no damages {LEARNED!r}; {_FIT}")
-    if loaded is not None:
-        check_fits("compensation", head, loaded)
+    fault = loaded and difference(head, identity(loaded))
+    if loaded is not None and fault:
+        raise UsageError(
+            f"{folder}: compensation of model {head['model']!r} does not fit model "
+            f"{loaded.name!r}: {fault}; fit one with `var-moe fit-compensation`"
+        )
     return FittedCompensation(damage=damages[LEARNED], head=head)
 
 

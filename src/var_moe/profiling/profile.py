@@ -21,6 +21,7 @@ from var_moe.profiling.fitted_files import (
     check_same_model,
     load_compensation,
     load_damages,
+    save_compensation,
     save_damages,
 )
 from var_moe.profiling.peers import PeerCalibration
@@ -198,6 +199,8 @@ class RoutingProfile:
             atomic_write_json(folder / PEERS_FILE, self.peers.to_dict())
         if self.damages:
             save_damages(self.damages, folder / DAMAGE_FILE)
+        if self.learned is not None:
+            save_compensation(folder / FOLDER, self.learned.damage, head=self.learned.head)
         atomic_write_json(folder / HEAD_FILE, self.head)
 
     @classmethod
@@ -251,7 +254,11 @@ class RoutingProfile:
             damages = load_damages(folder / DAMAGE_FILE, self.compensations())
             found = replace(found, damages=damages)
         if (folder / FOLDER).is_dir():
-            found = found.with_compensation(load_compensation(folder / FOLDER))
+            fitted = load_compensation(folder / FOLDER)
+            try:
+                found = found.with_compensation(fitted)
+            except UsageError as error:
+                raise UsageError(f"{folder / FOLDER}: {error}; remove it") from None
         return found
 
 

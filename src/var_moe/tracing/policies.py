@@ -79,6 +79,8 @@ def evaluate_policy(
         trace.check_profile(profile)
     _check_fits(trace, policy)
     counts, cuts = TierCounts(trace.layers), _CutSums(trace, policy)
+    # Of this policy's damage model, as has been checked; another one's would mislead it.
+    hint = trace.hint if _looks(policy) else None
     policy.reset()
     with torch.inference_mode():
         for batch, position in _chunks(trace, policy.context_window - 1):
@@ -87,8 +89,8 @@ def evaluate_policy(
             for layer in range(trace.layers):
                 index = trace.index[layer][position].long()
                 weight = trace.weight[layer][position].float()
-                if trace.hint is not None and isinstance(policy, DamagePolicy):
-                    policy.see_hint(trace.hint[layer][position])
+                if hint is not None and isinstance(policy, DamagePolicy):
+                    policy.see_hint(hint[layer][position])
                 routing = policy.route(layer, index, weight)
                 counts.add(layer, routing, counted)
                 cuts.add(layer, index, weight, routing, position, counted)
@@ -105,13 +107,20 @@ def _check_fits(trace: RoutingTrace, policy: RoutingPolicy) -> None:
             "the policy's compensation is not the one that the trace was recorded with; record it "
             "again with record_trace(..., compensation=policy.compensation)"
         )
-    if not isinstance(policy, DamagePolicy) or not policy.damage.out.shape[1]:
-        return
-    if policy.damage.hash != trace.head.get("predictor_hash"):
+    if (
+        isinstance(policy, DamagePolicy)
+        and _looks(policy)
+        and policy.damage.hash != trace.head.get("predictor_hash")
+    ):
         raise UsageError(
             "the damage policy looks at the layers' inputs, and the trace was not recorded "
             "with its damage model; record it again with record_trace(..., predictor=...)"
         )
+
+
+def _looks(policy: RoutingPolicy) -> bool:
+    """Whether it is a damage policy that looks at the layers' inputs."""
+    return isinstance(policy, DamagePolicy) and policy.damage.out.shape[1] > 0
 
 
 class _CutSums:

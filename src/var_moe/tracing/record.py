@@ -13,7 +13,7 @@ from var_moe.errors import UsageError, VarMoeError
 from var_moe.evaluation.batching import Window, batches, collate, drawn
 from var_moe.models.identity import identity
 from var_moe.models.router_hooks import RouterLogits
-from var_moe.models.seam import attach, detach, pair_backend, weighted_sum
+from var_moe.models.seam import attach, detach, experts_shape, pair_backend, weighted_sum
 from var_moe.routing.compensation import Compensation
 from var_moe.routing.damage import DamageModel
 from var_moe.routing.decision import TokenBatch
@@ -152,8 +152,8 @@ def record_trace(
         backend: experts backend.
 
     Raises:
-        UsageError: unknown labels, no text, a model whose router can't be watched, a profile of
-            another model, or a model without a backward pass.
+        UsageError: unknown labels, no text, a model whose router can't be watched, a profile or a
+            compensation of another model, or a model without a backward pass.
         VarMoeError: the model gave a loss or router logits that are not finite.
     """
     if labels not in LABELS:
@@ -165,6 +165,8 @@ def record_trace(
         raise UsageError(f"dataset {dataset!r}: no text to trace; expected documents")
     if profile is not None:
         profile.check_loaded(loaded)
+    if compensation is not None:
+        compensation.check(**experts_shape(loaded.model))
     size = window or loaded.window
     options = {
         "format": _FORMAT,

@@ -1,10 +1,10 @@
-"""Damage models with made-up numbers."""
+"""Damage models and compensations with made-up numbers."""
 
 from __future__ import annotations
 
 import torch
 
-from var_moe.routing.compensation import Compensation
+from var_moe.routing.compensation import Compensation, LayerCompensation
 from var_moe.routing.damage import DamageModel
 
 
@@ -39,3 +39,22 @@ def damage_model(
         out=some(layers, width),
         compensation=compensation,
     )
+
+
+def compensation_of(
+    *, layers: int, experts: int, hidden: int, top_k: int, rank: int = 0, seed: int = 0
+) -> Compensation:
+    """Random vectors, by pair where K = 2, and a random map where there is a rank."""
+    dice = torch.Generator().manual_seed(seed)
+    rows = experts**2 if top_k == 2 else experts
+
+    def part() -> LayerCompensation:
+        vectors = torch.randn((rows + 1, hidden), generator=dice)
+        vectors[-1] = 0
+        if not rank:
+            return LayerCompensation(vectors)
+        shapes = ((rank, hidden), (rank,), (hidden, rank))
+        return LayerCompensation(vectors, *(torch.randn(s, generator=dice) / 4 for s in shapes))
+
+    parts = tuple(part() for _ in range(layers))
+    return Compensation(layers=parts, by_pair=top_k == 2, experts=experts)
