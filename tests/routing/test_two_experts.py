@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from damages import damage_model
 
+from damages import damage_model
 from var_moe.routing.compensation import Compensation, LayerCompensation, split_weights
 from var_moe.routing.damage import DamagePolicy
 from var_moe.routing.decision import TokenBatch
