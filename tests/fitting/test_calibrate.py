@@ -87,7 +87,7 @@ def test_nothing_to_do(case, documents, make_loaded):
     single = make_loaded(1)
     whole = profiled(single, documents)
     assert with_damages(single, whole, documents, data=DATA) is whole
-    with pytest.raises(UsageError, match="one expert per token has nothing to drop"):
+    with pytest.raises(UsageError, match="'tiny' runs one expert per token"):
         learn_compensation(single, whole, documents, data=DATA, settings=QUICK)
 
 

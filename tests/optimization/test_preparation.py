@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from var_moe.evaluation.documents import EncodedDocument
-from var_moe.optimization.preparation import halves
+from var_moe.models.loading import load_model
+from var_moe.optimization.preparation import DAMAGE_FOLDER, halves, obtain_profile
+from var_moe.profiling.fitted_files import DAMAGE_FILE
+from var_moe.profiling.profile import RoutingProfile
 
 
 def documents(ids):
@@ -27,3 +30,38 @@ def test_sections_of_a_page_stay_in_one_half():
 def test_documents_of_one_file_are_not_one_page():
     first, second = halves(documents([f"c#notes.jsonl:{i}" for i in range(30)]))
     assert len(first) == len(second) == 15
+
+
+def test_a_profile_is_obtained_once_with_its_damages(tiny_model_folder, tiny_text_folder, tmp_path):
+    loaded, dataset = load_model(str(tiny_model_folder)), str(tiny_text_folder)
+    said = []
+
+    def obtain(given=None):
+        said.clear()
+        return obtain_profile(
+            loaded,
+            dataset,
+            given=given,
+            folder=tmp_path,
+            progress=lambda what, done, total: said.append(what),
+        )
+
+    first, place = obtain()
+    assert list(first.damages) == ["none", "means"]
+    assert set(said) == {"profiling the routing", "predicting damages"}
+    assert not (place / DAMAGE_FOLDER).exists()
+
+    def hashes(profile):
+        return {name: damage.hash for name, damage in profile.damages.items()}
+
+    assert hashes(obtain()[0]) == hashes(first)
+    assert said == []
+    # One that an earlier version left, or a kill before its damages.
+    (place / DAMAGE_FILE).unlink()
+    assert hashes(obtain()[0]) == hashes(first)
+    assert set(said) == {"predicting damages"}
+    assert hashes(RoutingProfile.load(place)) == hashes(first)
+    # One that is given is taken as it is.
+    (place / DAMAGE_FILE).unlink()
+    assert obtain(given=place)[0].damages == {}
+    assert said == []

@@ -56,21 +56,18 @@ def changes(call, token, compensation, layer):
     return found
 
 
-@pytest.mark.parametrize(("top_k", "rank"), [(2, 0), (2, 4), (3, 4)])
-def test_compensated_cuts_are_what_the_loss_does(
-    top_k, rank, make_tiny_mixtral, tiny_tokenizer, documents
-):
+def check_against_the_loss(model, tokenizer, document, top_k, rank):
     """a = g . d against a central difference of the loss itself."""
-    loaded = LoadedModel.of(make_tiny_mixtral(top_k=top_k).double(), tiny_tokenizer, name="tiny")
+    loaded = LoadedModel.of(model.double(), tokenizer, name="tiny")
     compensation = made(top_k, rank=rank, scale=0.3)
-    document = replace(documents[0], ids=documents[0].ids[:24])
+    document = replace(document, ids=document.ids[:24])
     trace = record_trace(loaded, [document], compensation=compensation, **OPTIONS)
     assert trace.head["compensation_hash"] == compensation.hash
     assert trace.damage["cut_compensated"].shape == (LAYERS, 24, top_k - 1)
     ids = torch.from_numpy(document.ids)[None]
     whole = Nudged()
     nll_with(loaded.model, ids, whole)
-    for layer, token in [(0, 0), (0, 11), (1, 5), (2, 20)]:
+    for layer, token in [(0, 1), (0, 11), (1, 5), (2, 20)]:
         for k, vector in enumerate(changes(whole.calls[layer], token, compensation, layer)):
             up, down = (
                 nll_with(loaded.model, ids, Nudged(layer, token, sign * STEP * vector))
@@ -78,6 +75,39 @@ def test_compensated_cuts_are_what_the_loss_does(
             )
             got = float(trace.damage["cut_compensated"][layer, token, k])
             assert got == pytest.approx((up - down) / (2 * STEP), rel=1e-2, abs=4e-3), (layer, k)
+    return whole.calls[0][4].sum(1)  # of the router's weights
+
+
+@pytest.mark.parametrize(("top_k", "rank"), [(2, 0), (2, 4), (3, 4)])
+def test_compensated_cuts_are_what_the_loss_does(
+    top_k, rank, make_tiny_mixtral, tiny_tokenizer, documents
+):
+    model = make_tiny_mixtral(top_k=top_k)
+    check_against_the_loss(model, tiny_tokenizer, documents[0], top_k, rank)
+
+
+@pytest.mark.parametrize("top_k", [2, 3])
+def test_compensated_cuts_with_weights_of_any_sum(top_k, tiny_tokenizer, documents):
+    """The compensation stands for the router's own weights, whatever shares a trace keeps."""
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    torch.manual_seed(0)
+    config = OlmoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=96,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=EXPERTS,
+        num_experts_per_tok=top_k,
+        norm_topk_prob=False,
+        initializer_range=0.2,
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), None),
+    )
+    model = OlmoeForCausalLM(config).eval().requires_grad_(False)
+    sums = check_against_the_loss(model, tiny_tokenizer, documents[0], top_k, 4)
+    assert sums.min() < 0.8
 
 
 def test_zeros_cost_what_is_dropped(make_tiny_mixtral, tiny_tokenizer, documents):

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from var_moe.errors import UsageError
+
 
 def fit_compensation(
     *,
@@ -53,6 +55,8 @@ def fit_compensation(
     from var_moe.profiling.profile import RoutingProfile
     from var_moe.storage import check_output_folder
 
+    if damage_tokens is not None and damage_tokens < 1:
+        raise UsageError(f"damage_tokens = {damage_tokens}: expected at least 1")
     known = RoutingProfile.load(profile)
     check_name(model)
     check_dataset(dataset)

@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from var_moe.errors import UsageError
 from var_moe.fitting.compensation import KEPT_SHARES, FitSettings, fit_compensation
 from var_moe.fitting.damage import fit_damage, predicted, tau_for
 from var_moe.fitting.norms import norm_trace
@@ -168,9 +169,14 @@ def learn_compensation(
         progress: called with what is done, steps done and in all.
 
     Raises:
-        UsageError: too little text.
+        UsageError: too little text, or a model with one expert per token.
         VarMoeError: the fit is no better than none, see `fit_compensation`.
     """
+    if loaded.top_k == 1:
+        raise UsageError(
+            f"model {loaded.name!r} runs one expert per token: there is nothing to drop, and "
+            "nothing to compensate"
+        )
     about = identity(loaded)
     start = profile.compensations().get("means")
     vocabulary, top_k = int(profile.head["vocabulary"]), int(about["top_k"])
