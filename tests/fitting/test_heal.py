@@ -17,7 +17,8 @@ from var_moe.fitting.looks import Look
 from var_moe.fitting.weights import Differences, weights_of
 from var_moe.routing.compensation import Compensation
 
-QUICK = HealSettings(parts=("router", "norms"), tokens=2500, rate=1e-2)
+QUICK = HealSettings(parts=("router", "norms"), tokens=2500, rate=1e-3)
+ALL = 1e9  # nats: a tau at which every token runs its first expert alone
 
 
 class KilledError(Exception):
@@ -27,15 +28,15 @@ class KilledError(Exception):
 @pytest.fixture(scope="module")
 def case(make_loaded, make_cuts):
     loaded = make_loaded(2)
-    return (loaded, *make_cuts(loaded))
+    return loaded, make_cuts(loaded)[0]
 
 
 def run(case, documents, settings=QUICK, **more):
-    loaded, damage, taus = case
+    loaded, damage = case
     options = {
         "damage": damage,
-        "taus": taus,
-        "looks_taus": np.geomspace(*sorted(taus), 4)[1:].tolist(),
+        "taus": [ALL, ALL],
+        "looks_taus": [ALL],
         "compensation": Compensation.empty(layers=2, experts=8, hidden=64),
         "settings": settings,
         "tokens_per_batch": 400,
@@ -84,10 +85,12 @@ def test_it_helps_on_held_out_text(unbroken):
     assert before["name"] == "compensation"
     assert after["name"] == "router,norms"
     assert after["kept"]
-    assert after["relative_divergence_at_equal_experts"] < 0.95
-    diverged = [sum(step["held_out_divergence_nats"]) for step in (before, after)]
-    assert diverged[1] < diverged[0]
-    assert len(after["held_out_degradation"]) == len(after["taus"]) == 3
+    diverged = [step["held_out_divergence_nats"][0] for step in (before, after)]
+    assert diverged[1] < 0.995 * diverged[0]
+    relative = after["relative_divergence_at_equal_experts"]
+    assert relative == pytest.approx(diverged[1] / diverged[0])
+    assert after["experts_per_token"] == [1.0]
+    assert len(after["held_out_degradation"]) == len(after["taus"]) == 1
     assert before["held_out_degradation_uncut"] == pytest.approx(0, abs=1e-6)
 
 
@@ -98,7 +101,7 @@ def test_what_is_healed_is_what_was_asked_for(unbroken, case):
         "mlp.gate.weight",
         "input_layernorm.weight",
         "post_attention_layernorm.weight",
-        "model.norm.weight",
+        "weight",  # the last norm's
     }
     assert all(len(change) == 1 for change in unbroken.compensation.healed.changes.values())
 
@@ -128,7 +131,7 @@ def test_the_compensation_is_trained_along(unbroken):
 
 def test_the_control_is_reported(unbroken):
     control, step = unbroken.report["control"], unbroken.report["steps"][1]
-    assert control["steps"] == step["steps"] > 2
+    assert control["steps"] == step["steps"] > 3
     assert control["tokens"] == step["tokens"]
     # The tiny model is random: any training on text makes its perplexity smaller.
     assert control["held_out_degradation_uncut"] < -0.01
@@ -136,6 +139,7 @@ def test_the_control_is_reported(unbroken):
 
 def test_no_control_unless_asked_for(case, documents):
     found = run(case, documents, replace(QUICK, tokens=500))
+    assert found.report["steps"][1]["steps"] == 2
     assert found.report["control"] is None
 
 
@@ -181,7 +185,7 @@ def test_the_teacher_is_the_unmodified_model_at_all_times(case, documents, monke
     torch.testing.assert_close(teacher[at], own[at], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("steps", [1, 4, 8, 11])
+@pytest.mark.parametrize("steps", [1, 3, 6, 9])
 def test_a_killed_run_goes_on_to_the_same_end(steps, case, documents, unbroken, tmp_path):
     settings, calls = replace(QUICK, control=True), []
 

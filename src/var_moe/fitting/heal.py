@@ -163,6 +163,11 @@ def heal(
         detach(loaded.model, before)
 
 
+def better(relative: float) -> bool:
+    """Whether a step is kept, by its divergence over that before it at equal experts."""
+    return relative < 1
+
+
 class _Student(nn.Module):
     """Everything that a step trains."""
 
@@ -242,7 +247,7 @@ class _Heal:
                 found = self._look(examiner, student)
                 reached = student.state()
             done.append(ended)
-            kept = ended.best < 1
+            kept = better(ended.best)
             told.append(
                 {
                     "name": ",".join(parts),
