@@ -163,7 +163,7 @@ def test_the_model_is_the_same_after_an_exception(case, documents):
     assert_same(before, snapshot(loaded.model))
 
 
-def test_the_teacher_is_the_unmodified_model_at_all_times(case, documents, monkeypatch):
+def check_teacher(case, documents, monkeypatch, settings):
     """Its logits of a batch are those of the model outside, also in the last step."""
     loaded = case[0]
     seen = []
@@ -176,13 +176,70 @@ def test_the_teacher_is_the_unmodified_model_at_all_times(case, documents, monke
         return found
 
     monkeypatch.setattr(healing, "forward", watched)
-    run(case, documents, replace(QUICK, tokens=1500))
+    run(case, documents, settings)
     batch, teacher = seen[-1]
     assert len(seen) > 3
     with torch.no_grad():
         own = loaded.model(input_ids=batch.ids, attention_mask=batch.valid.long()).logits
     at = batch.counted
     torch.testing.assert_close(teacher[at], own[at], rtol=1e-4, atol=1e-4)
+
+
+def test_the_teacher_is_the_unmodified_model_at_all_times(case, documents, monkeypatch):
+    check_teacher(case, documents, monkeypatch, replace(QUICK, tokens=1500, rate=1e-2))
+
+
+def test_the_control_knows_no_cuts(case, documents, monkeypatch):
+    phases, now = set(), [""]
+    plain = Distillation.as_student
+
+    def watched(self, policy, compensation, batch):
+        phases.add(now[0])
+        plain(self, policy, compensation, batch)
+
+    def tell(what, done, total):
+        now[0] = what
+
+    monkeypatch.setattr(Distillation, "as_student", watched)
+    run(case, documents, replace(QUICK, tokens=1000, control=True), progress=tell)
+    assert now == ["control of router,norms"]
+    # The control's first step is told when it is over; what comes before it is healing.
+    assert phases == {"", "healing router,norms"}
+
+
+def test_damages_are_taken_again_in_the_healed_state(case, documents, monkeypatch):
+    from var_moe.fitting import calibrate
+    from var_moe.fitting.compensation import FitSettings
+    from var_moe.profiling.collect import collect_profile
+
+    data, seen = {"dataset": "tiny", "data_hash": "h"}, []
+    plain = calibrate.calibration_trace
+
+    def watched(*args, **options):
+        seen.append(options["compensation"])
+        return plain(*args, **options)
+
+    monkeypatch.setattr(calibrate, "calibration_trace", watched)
+    monkeypatch.setattr(healing, "better", lambda relative: True)
+    found = calibrate.learn_compensation(
+        case[0],
+        collect_profile(case[0], documents, **data, max_tokens=None),
+        documents,
+        data=data,
+        settings=FitSettings(
+            rank=4, regress_tokens=0, tokens=2500, tokens_per_batch=400, rate=1e-2
+        ),
+        healing=replace(QUICK, tokens=800),
+    )
+    assert len(seen) == 2
+    assert seen[0].healed is None
+    assert set(seen[1].healed.changes) == set(weights_of(case[0].model, ("router", "norms")))
+    assert found.compensation is seen[1]
+    assert found.head["healed"]["hash"] == found.compensation.healed.hash
+    assert [step["name"] for step in found.head["heal"]["steps"]] == [
+        "compensation",
+        "router,norms",
+    ]
 
 
 @pytest.mark.parametrize("steps", [1, 3, 6, 9])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_heal import ALL, KilledError, assert_same, logits, run, snapshot
+from test_heal import ALL, KilledError, assert_same, check_teacher, logits, run, snapshot
 
 from var_moe.apply import routed
 from var_moe.fitting.heal import HealSettings
@@ -43,6 +43,11 @@ def _damage(compensation):
     size |= {"token": 300, "bias": 0, "out": 0}
     tensors = {name: torch.zeros((2, width)) for name, width in size.items()}
     return DamageModel(**tensors, inner=torch.zeros((2, 0, 64)), compensation=compensation)
+
+
+def test_the_teacher_is_the_unmodified_model_at_all_times(case, documents, monkeypatch):
+    settings = HealSettings(parts=("lora",), tokens=1500, rate=1e-2)
+    check_teacher(case, documents, monkeypatch, settings)
 
 
 def test_what_is_adapted(case):

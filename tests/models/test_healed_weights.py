@@ -172,6 +172,7 @@ def test_they_are_part_of_a_compensations_identity(changes):
 
 def test_a_trace_is_of_the_healed_model(model, changes, tiny_tokenizer, tiny_texts):
     from var_moe.evaluation.text import TextDocument, encode
+    from var_moe.fitting.norms import norm_trace
     from var_moe.models.loading import LoadedModel
     from var_moe.tracing.policies import evaluate_policy
     from var_moe.tracing.record import record_trace
@@ -192,5 +193,10 @@ def test_a_trace_is_of_the_healed_model(model, changes, tiny_tokenizer, tiny_tex
             wanted -= float(shares.gather(1, ids[0, 1:, None]).sum())
     assert float(trace.nll.sum()) == pytest.approx(wanted, rel=1e-4)
     evaluate_policy(trace, policy(changes))
+    with_inputs = record_trace(loaded, documents, compensation=compensation, hidden=True, **data)
+    without_backward = norm_trace(loaded, documents, compensation=compensation, tokens=10_000)
+    assert torch.equal(logits(model), before)
+    totals = [one.hidden.float().sum(dim=(1, 2)) for one in (with_inputs, without_backward)]
+    torch.testing.assert_close(*totals, rtol=1e-3, atol=1e-1)
     with pytest.raises(UsageError, match="recorded with healed weights"):
         evaluate_policy(trace, NativePolicy())

@@ -15,7 +15,7 @@ from var_moe.fitting.material import Material, schedule
 from var_moe.routing.decision import TokenBatch
 
 LOOKS = 8  # at held-out text in a stretch
-PATIENCE = 3  # of them without an improvement
+PATIENCE = 5  # of them without an improvement
 
 
 @dataclass
