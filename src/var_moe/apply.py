@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from var_moe.errors import UsageError
 from var_moe.models.generation import Texts
+from var_moe.models.healed_weights import healed_weights
 from var_moe.models.seam import (
     SORTED,
     PairBackend,
@@ -145,6 +146,7 @@ def routed(model: Any, policy: RoutingPolicy, *, backend: str = "auto") -> Itera
         UsageError: the model is no MoE, is routed already, or does not go through the seam; the
             policy's compensation is another model's.
 
+    Healed weights, where the policy's compensation has them, are in place of the model's own.
     On leaving, also by an exception, the model is what it was before.
     """
     if backend == "auto":
@@ -152,6 +154,7 @@ def routed(model: Any, policy: RoutingPolicy, *, backend: str = "auto") -> Itera
     modules = [module for _, module in experts_modules(model)]
     if policy.compensation is not None:
         policy.compensation.check(**experts_shape(model))
+    healed = None if policy.compensation is None else policy.compensation.healed
     session = Session(policy, pair_backend(backend), len(modules))
     before = attach(model, session)
     hooks = [
@@ -159,7 +162,7 @@ def routed(model: Any, policy: RoutingPolicy, *, backend: str = "auto") -> Itera
         model.register_forward_hook(session.after_forward),
     ]
     try:
-        with session.texts.watching(model):
+        with healed_weights(model, healed), session.texts.watching(model):
             yield session
     finally:
         for hook in hooks:

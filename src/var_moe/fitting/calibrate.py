@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from var_moe.errors import UsageError
 from var_moe.fitting.compensation import KEPT_SHARES, FitSettings, fit_compensation
 from var_moe.fitting.damage import fit_damage, predicted, tau_for
+from var_moe.fitting.heal import HealSettings, heal
 from var_moe.fitting.norms import norm_trace
 from var_moe.models.identity import identity
 from var_moe.models.seam import experts_shape
@@ -149,6 +150,7 @@ def learn_compensation(
     *,
     data: Mapping[str, str],
     settings: FitSettings | None = None,
+    healing: HealSettings | None = None,
     damage_tokens: int = DAMAGE_TOKENS,
     checkpoint: Path | None = None,
     progress: Progress | None = None,
@@ -164,6 +166,8 @@ def learn_compensation(
         documents: calibration text.
         data: ``dataset`` and ``data_hash``.
         settings: of the fit.
+        healing: also heal some of the model's weights; the damages are then those of the healed
+            model.
         damage_tokens: of the damage passes.
         checkpoint: file that a killed fit goes on from; it is there until you remove it.
         progress: called with what is done, steps done and in all.
@@ -196,11 +200,13 @@ def learn_compensation(
 
     before, trace = damages(start)
     sizes = predicted(trace, before)
+    settings = settings or FitSettings()
+    taus = [tau_for(sizes, max(1.0, share * top_k)) for share in KEPT_SHARES]
     fit = fit_compensation(
         loaded,
         documents,
         damage=before,
-        taus=[tau_for(sizes, max(1.0, share * top_k)) for share in KEPT_SHARES],
+        taus=taus,
         start=start
         or Compensation.empty(
             layers=about["layers"],
@@ -211,12 +217,29 @@ def learn_compensation(
         checkpoint=checkpoint,
         progress=progress,
     )
-    after, _ = damages(fit.compensation)
+    fitted, healed = fit.compensation, {}
+    if healing is not None:
+        result = heal(
+            loaded,
+            documents,
+            damage=before,
+            taus=taus,
+            looks_taus=fit.taus,
+            compensation=fitted,
+            settings=healing,
+            tokens_per_batch=settings.tokens_per_batch,
+            seed=settings.seed,
+            checkpoint=checkpoint,
+            progress=progress,
+        )
+        fitted, healed = result.compensation, {"heal": result.report, "healed": result.files}
+    after, _ = damages(fitted)
     head = {
         **about,
         **data,
         "profile_hash": profile.hash,
         "fit": fit.to_dict(),
+        **healed,
         "damage_tokens": damage_tokens,
         "provenance": provenance(),
     }

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from var_moe.apply import routed
 from var_moe.evaluation.batching import batches, collate, drawn
 from var_moe.fitting.distill import forward
+from var_moe.models.healed_weights import healed_weights
 from var_moe.models.identity import identity
 from var_moe.models.seam import PairBackend, attach, detach, pair_backend, weighted_sum
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.compensation import Compensation
 from var_moe.routing.decision import Routing
 from var_moe.routing.keeping import all_pairs, kept_pairs, leading_slots
-from var_moe.routing.native import NativePolicy
 from var_moe.routing.ranking import rank_slots, shares
 from var_moe.tracing.loss import loss_and_gradient, scored_targets
 from var_moe.tracing.shards import joined
@@ -123,8 +123,9 @@ def norm_trace(
     total, done = sum(len(document.ids) for document in chosen), 0
     parts = []
     before = attach(loaded.model, session)
+    healed = None if compensation is None else compensation.healed
     try:
-        with torch.no_grad():
+        with torch.no_grad(), healed_weights(loaded.model, healed):
             for rows in batches(chosen, _TOKENS_PER_BATCH, window=loaded.window):
                 batch = collate(rows)
                 session.at = batch.counted.reshape(-1).nonzero().squeeze(1)
@@ -179,6 +180,7 @@ def _rises(
                 total += float(loss_and_gradient(logits, batch.ids, target)[0].double().sum())
         return total
 
-    unchanged = loss(NativePolicy())
+    nowhere = layers  # every layer runs all pairs, on the weights that the compensation goes with
+    unchanged = loss(_OneLayer(nowhere, compensation))
     rises = [loss(_OneLayer(layer, compensation)) - unchanged for layer in range(layers)]
     return torch.tensor(rises, dtype=torch.float64)

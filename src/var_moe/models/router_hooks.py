@@ -35,6 +35,16 @@ def router_fingerprint(model: Any) -> list[float]:
     return norms
 
 
+def router_modules(model: Any) -> list[tuple[str, Any]]:
+    """The router of each MoE layer with its name, in layer order.
+
+    Raises:
+        UsageError: the model does not say where its routers are, or not of every layer.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    return [(names[id(module)], module) for module, _ in _routers(model)]
+
+
 class RouterLogits:
     """Holds the newest router logits of each MoE layer while the ``with`` block runs.
 

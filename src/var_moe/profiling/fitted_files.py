@@ -11,6 +11,7 @@ from torch import Tensor
 
 from var_moe.errors import UsageError
 from var_moe.models.identity import difference, identity
+from var_moe.profiling.healed_files import AdapterLayout, load_healed, save_healed
 from var_moe.routing.compensation import Compensation, LayerCompensation
 from var_moe.routing.damage import DamageModel
 from var_moe.storage import SCHEMA_VERSION, atomic_write, atomic_write_json, read_json
@@ -97,7 +98,8 @@ def save_compensation(folder: Path, damage: DamageModel, *, head: Mapping[str, A
     Args:
         folder: made when needed.
         damage: with its compensation.
-        head: identity of the model and whatever is to be told of the fit.
+        head: identity of the model and whatever is to be told of the fit; its entry ``healed``
+            names the files of healed weights, where the compensation has them.
     """
     from safetensors.torch import save_file
 
@@ -113,6 +115,9 @@ def save_compensation(folder: Path, damage: DamageModel, *, head: Mapping[str, A
     }
     atomic_write(folder / COMPENSATION_FILE, lambda temporary: save_file(tensors, temporary))
     save_damages({LEARNED: damage}, folder / DAMAGE_FILE)
+    adapter = (head.get("healed") or {}).get("adapter")
+    layout = None if adapter is None else AdapterLayout.from_dict(adapter)
+    save_healed(folder, compensation.healed, layout)
     about = {
         "schema_version": SCHEMA_VERSION,
         "hash": compensation.hash,
@@ -141,7 +146,12 @@ def load_compensation(folder: str | Path, loaded: LoadedModel | None = None) -> 
     tensors, _ = _read(folder / COMPENSATION_FILE, _FIT)
     try:
         layers = tuple(_layer(tensors, number) for number in range(head["layers"]))
-        found = Compensation(layers=layers, by_pair=head["by_pair"], experts=head["experts"])
+        found = Compensation(
+            layers=layers,
+            by_pair=head["by_pair"],
+            experts=head["experts"],
+            healed=load_healed(folder, head.get("healed")),
+        )
     except KeyError as error:
         raise UsageError(f"{folder}: {error.args[0]!r} is missing; {_FIT}") from None
     except TypeError as error:

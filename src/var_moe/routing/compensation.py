@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from var_moe.errors import UsageError
 from var_moe.routing.fast_path import ResidualMeans
+from var_moe.routing.healed import Healed
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,13 @@ class Compensation:
         layers: L parts.
         by_pair: vectors are keyed by ``first * E + dropped`` (else by the dropped expert).
         experts: E.
+        healed: changes of the model's own weights, fitted with it and in place wherever it is.
     """
 
     layers: tuple[LayerCompensation, ...]
     by_pair: bool
     experts: int
+    healed: Healed | None = None
 
     @property
     def rank(self) -> int:
@@ -126,6 +129,8 @@ class Compensation:
         digest = hashlib.sha256(f"{self.by_pair} {self.experts}".encode())
         for tensor in tensors:
             digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        if self.healed is not None:
+            digest.update(self.healed.hash.encode())
         return digest.hexdigest()
 
     def rows(self, index: Tensor, first: Tensor) -> Tensor:
@@ -164,7 +169,7 @@ class Compensation:
     def to(self, device: torch.device, dtype: torch.dtype) -> Compensation:
         """All layers on one device."""
         layers = tuple(layer.to(device, dtype) for layer in self.layers)
-        return Compensation(layers=layers, by_pair=self.by_pair, experts=self.experts)
+        return replace(self, layers=layers)
 
     def check(self, *, layers: int, experts: int, hidden: int) -> None:
         """Refuse another model's.

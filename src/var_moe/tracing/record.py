@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from var_moe.errors import UsageError, VarMoeError
 from var_moe.evaluation.batching import Window, batches, collate, drawn
+from var_moe.models.healed_weights import healed_weights
 from var_moe.models.identity import identity
 from var_moe.models.router_hooks import RouterLogits
 from var_moe.models.seam import attach, detach, experts_shape, pair_backend, weighted_sum
 from var_moe.routing.compensation import Compensation
 from var_moe.routing.damage import DamageModel
 from var_moe.routing.decision import TokenBatch
+from var_moe.routing.healed import Healed
 from var_moe.routing.ranking import rank_slots, shares
 from var_moe.storage import SCHEMA_VERSION, provenance
 from var_moe.tracing.damage import DamageProbe
@@ -133,7 +135,8 @@ def record_trace(
         folder: where the trace is written as it grows, so that a killed recording goes on after
             its last whole shard; without, it is kept in memory alone.
         profile: of the same model; its residual means give the damages ``cut_residual``.
-        compensation: of the same model; gives the damages ``cut_compensated``.
+        compensation: of the same model; gives the damages ``cut_compensated``. Where it has healed
+            weights, they are in place: the trace is of the healed model.
         damage: also note each token's loss and first-order damages (see `tracing.damage`), which
             takes a backward pass: about three times the time, and the memory of training on one
             batch without its parameters' gradients.
@@ -187,6 +190,8 @@ def record_trace(
         "compensation_hash": compensation.hash if compensation is not None and damage else None,
         "dtype": loaded.dtype,
     }
+    if compensation is not None and compensation.healed is not None:
+        options["healed"] = compensation.healed.hash
     about = identity(loaded)
     writer = Writer(Path(folder), key=key_of({**about, **options})) if folder else None
     forwards = list(batches(chosen, tokens_per_batch, window=size))
@@ -202,7 +207,8 @@ def record_trace(
             seed=seed,
         )
         recorder.sampled = seed if labels == "sampled" else None
-    parts = _record(loaded, recorder, forwards, writer, progress)
+    healed = None if compensation is None else compensation.healed
+    parts = _record(loaded, recorder, forwards, writer, progress, healed)
     head = {
         "schema_version": SCHEMA_VERSION,
         **about,
@@ -222,6 +228,7 @@ def _record(
     forwards: list[list[Window]],
     writer: Writer | None,
     progress: Callable[[int, int], None] | None,
+    healed: Healed | None,
 ) -> list[dict[str, Tensor]]:
     """Run the forwards that are not done; returns what no writer took."""
     parts: list[dict[str, Tensor]] = []
@@ -230,7 +237,11 @@ def _record(
     before = attach(loaded.model, recorder)
     try:
         # Off where a caller has it on: what is made in inference mode has no way back.
-        with recorder.logits, torch.inference_mode(False):
+        with (
+            recorder.logits,
+            torch.inference_mode(False),
+            healed_weights(loaded.model, healed),
+        ):
             for number, rows in enumerate(forwards):
                 if number < done or not sizes[number]:
                     continue
