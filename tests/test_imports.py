@@ -23,6 +23,7 @@ LEVELS = (
     ("apply",),
     ("evaluation", "tracing", "profiling", "fitting"),
     ("report", "optimization", "analysis"),
+    ("certification",),
     ("cli",),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

@@ -7,7 +7,12 @@ import math
 import numpy as np
 import pytest
 
-from var_moe.evaluation.sequential import LEAST_DOCUMENTS, is_over, lower_boundary
+from var_moe.evaluation.sequential import (
+    LEAST_DOCUMENTS,
+    anytime_p_values,
+    is_over,
+    lower_boundary,
+)
 
 
 def test_the_boundary_by_hand() -> None:
@@ -45,3 +50,30 @@ def test_what_is_clearly_over_is_seen_and_what_is_not_is_left_alone() -> None:
     assert not is_over(change[: LEAST_DOCUMENTS - 1], tokens[: LEAST_DOCUMENTS - 1], 0.01)
     assert not is_over(change, tokens, 0.02)
     assert not is_over(change, tokens, 0.03)
+
+
+def test_the_p_value_is_at_most_alpha_where_the_boundary_is_crossed() -> None:
+    values = np.random.default_rng(4).normal(0.3, 1, size=200)
+    p = anytime_p_values(values, alpha=0.05, best_at=80)
+    crossed = lower_boundary(values, alpha=0.05, best_at=80) > 0
+    assert ((p <= 0.05) == crossed).all()
+    assert crossed.any()
+    assert not crossed.all()
+    assert (p[: LEAST_DOCUMENTS - 1] == 1).all()
+    assert ((p >= 0) & (p <= 1)).all()
+
+
+def test_the_p_value_by_hand() -> None:
+    values = np.array([0.0, 2.0] * 10)
+    level = -2 * math.log(0.2)
+    rho2 = (level + math.log(level + 1)) / 20
+    wide = 20 * rho2 + 1
+    # margin(p) = mean / deviation, solved for p.
+    ratio2 = 1 / (20 / 19)
+    expected = math.sqrt(wide) / (2 * math.expm1(ratio2 * 400 * rho2 / (2 * wide)))
+    assert anytime_p_values(values, alpha=0.1, best_at=20)[-1] == pytest.approx(expected)
+
+
+def test_a_mean_that_is_not_above_zero_has_no_evidence() -> None:
+    assert (anytime_p_values(-np.ones(30), alpha=0.05) == 1).all()
+    assert anytime_p_values(np.ones(30), alpha=0.05)[-1] == 0  # without any spread

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError, Parameter
 
 from var_moe import __version__
+from var_moe.cli.certify import certify
 from var_moe.cli.compare import compare
 from var_moe.cli.evaluate import evaluate
 from var_moe.cli.fit_compensation import fit_compensation
@@ -31,8 +32,9 @@ def build_app() -> App:
         # Options are documented with underscores; `normalise` makes hyphens work as well.
         default_parameter=Parameter(negative=(), name_transform=lambda name: name),
         result_action="return_value",
+        suppress_keyboard_interrupt=False,  # `main` says what is kept
     )
-    for command in (tune, profile, evaluate, compare, trace, replay):
+    for command in (tune, certify, profile, evaluate, compare, trace, replay):
         app.command(command)
     app.command(fit_compensation, name="fit-compensation")
     return app
@@ -76,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _what_is_kept(words: Sequence[str]) -> str:
     if words[:1] in (["profile"], ["trace"], ["fit-compensation"]):
         return "; the same command goes on where it stopped"
+    if words[:1] == ["certify"]:
+        return "; the same command goes on with the study that was frozen"
     if words[:1] == ["tune"] and not any(word.startswith("--validate") for word in words):
         return "; finished evaluations are saved, go on with --resume"
     return "; nothing was written"

@@ -304,7 +304,7 @@ def _validate(
     name, place = parse_compensation(compensation)
     if name is not None and place is None:
         raise UsageError(f"--compensation {name}: the configuration names it; expected a folder")
-    searched = _search_of(config)
+    searched = search_of(config)
     model = model or searched.get("model", "demo")
     dataset = dataset or searched.get("dataset", "demo")
     if max_degradation is None:
@@ -342,7 +342,7 @@ def _validate(
     return 0
 
 
-def _search_of(config: Path) -> dict[str, Any]:
+def search_of(config: Path) -> dict[str, Any]:
     """Model, dataset and bound of the search that left a configuration, where it says so."""
     from var_moe.optimization.saving import METADATA_FILE
     from var_moe.storage import read_json

@@ -188,17 +188,25 @@ class Evaluator:
                 change[scored], known.tokens[scored], futile_over
             )
 
+        if futile_over is None:
+            losses, report = self.losses(policy, what=what)
+            return Quality(change=degradation(baseline, losses), report=report)
         with routed(self.model, policy, backend=self.backend) as session:
             session.reset()
-            if futile_over is None:
-                losses = self._losses(what, session)
-                return Quality(change=degradation(baseline, losses), report=session.report())
             known, other = both_scored(baseline, self._losses(what, session, stop=futile))
             return Quality(
                 change=degradation(known, other),
                 report=session.report(),
                 complete=np.array_equal(known.tokens, baseline.tokens),
             )
+
+    def losses(
+        self, policy: RoutingPolicy, *, what: str = "perplexity"
+    ) -> tuple[DocumentLosses, RoutingReport]:
+        """A policy's loss of each document, from empty caches, and the decisions behind them."""
+        with routed(self.model, policy, backend=self.backend) as session:
+            session.reset()
+            return self._losses(what, session), session.report()
 
     def speed(self, policy: RoutingPolicy, *, blocks: int, factors: bool = True) -> Speed:
         """Throughput of a policy against the baseline, in alternating blocks.

@@ -65,3 +65,9 @@ def text_column(columns: Sequence[str], kinds: dict[str, bool], where: str) -> s
         return strings[0]
     have = ", ".join(map(str, columns)) or "none"
     raise UsageError(f"{where}: no column 'text'; it has {have}; rename the one that is meant")
+
+
+def page_of(document_id: str) -> str:
+    """The page that a document is a section of (ids ``page#number``), else the document itself."""
+    page, _, number = document_id.rpartition("#")
+    return page if page and number.isdigit() else document_id

@@ -9,6 +9,7 @@ come in random order; they are the units, never tokens.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,19 +34,57 @@ def lower_boundary(
     Returns:
         (N,) bounds, minus infinity where there are too few values for one.
     """
-    count = np.arange(1, len(values) + 1, dtype=np.float64)
-    mean = np.cumsum(values) / count
-    square = np.cumsum(np.square(values)) / count
-    deviation = np.sqrt(np.maximum(square - mean**2, 0.0) * count / np.maximum(count - 1, 1))
-    rho2 = _mixture(alpha, best_at)
-    wide = count * rho2 + 1
-    margin = np.sqrt(2 * wide / (count**2 * rho2) * np.log1p(np.sqrt(wide) / (2 * alpha)))
-    bound: NDArray[np.float64] = mean - deviation * margin
+    count, mean, deviation = _running(values)
+    bound: NDArray[np.float64] = mean - deviation * margin(count, alpha=alpha, best_at=best_at)
     bound[: min(LEAST_DOCUMENTS - 1, len(bound))] = -np.inf
     return bound
 
 
-def _mixture(alpha: float, best_at: int) -> float:
+def margin(
+    count: NDArray[np.float64], *, alpha: float, best_at: NDArray[np.float64] | int = 50
+) -> NDArray[np.float64]:
+    """How many standard deviations the boundary lies below the mean of so many values."""
+    rho2 = _mixture(alpha, best_at)
+    wide = count * rho2 + 1
+    found: NDArray[np.float64] = np.sqrt(
+        2 * wide / (count**2 * rho2) * np.log1p(np.sqrt(wide) / (2 * alpha))
+    )
+    return found
+
+
+def anytime_p_values(
+    values: NDArray[np.float64], *, alpha: float, best_at: int = 50
+) -> NDArray[np.float64]:
+    """P value of a mean that is not above zero, after each of the values so far.
+
+    The smallest level at which `lower_boundary` is above zero there, with the mixture of
+    ``alpha``; at most ``alpha`` exactly where that of ``alpha`` is. The smallest of any number of
+    looks is a p-value again.
+
+    Returns:
+        (N,) in [0, 1]; 1 where there are too few values.
+    """
+    count, mean, deviation = _running(values)
+    rho2 = _mixture(alpha, best_at)
+    wide = count * rho2 + 1
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        ratio = np.where(mean > 0, mean / deviation, 0.0)
+        level = np.sqrt(wide) / (2 * np.expm1(ratio**2 * count**2 * rho2 / (2 * wide)))
+    found: NDArray[np.float64] = np.where(mean > 0, np.minimum(level, 1.0), 1.0)
+    found[: min(LEAST_DOCUMENTS - 1, len(found))] = 1.0
+    return found
+
+
+def _running(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
+    """Number, mean and standard deviation of the values so far."""
+    count = np.arange(1, len(values) + 1, dtype=np.float64)
+    mean = np.cumsum(values) / count
+    square = np.cumsum(np.square(values)) / count
+    deviation = np.sqrt(np.maximum(square - mean**2, 0.0) * count / np.maximum(count - 1, 1))
+    return count, mean, deviation
+
+
+def _mixture(alpha: float, best_at: NDArray[np.float64] | int) -> Any:
     """Variance of the mixture that makes the boundary tightest at so many values (eq. 13 there)."""
     level = -2 * math.log(2 * alpha)
     return (level + math.log(level + 1)) / best_at

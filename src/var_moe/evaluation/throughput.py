@@ -31,6 +31,7 @@ class Ratio:
     median: float
     low: float
     high: float
+    blocks: tuple[float, ...] = ()  # each block's ratio
 
     def to_dict(self) -> dict[str, float]:
         """For result files."""
@@ -54,7 +55,12 @@ class Timings:
         rng = np.random.default_rng(seed)
         draws = np.median(rng.choice(ratios, size=(2000, len(ratios))), axis=1)
         low, high = np.quantile(draws, (0.025, 0.975))
-        return Ratio(median=float(np.median(ratios)), low=float(low), high=float(high))
+        return Ratio(
+            median=float(np.median(ratios)),
+            low=float(low),
+            high=float(high),
+            blocks=tuple(ratios.tolist()),
+        )
 
 
 def _score(model: Any, ids: Tensor) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from var_moe.errors import UsageError
 from var_moe.evaluation.compare import Progress
+from var_moe.evaluation.documents import page_of
 from var_moe.fitting.calibrate import with_damages
 from var_moe.profiling.collect import DEFAULT_TOKENS, collect_profile
 from var_moe.profiling.profile import HEAD_FILE, RoutingProfile
@@ -80,8 +81,7 @@ def halves(documents: Sequence[EncodedDocument]) -> tuple[list[EncodedDocument],
     """
     pages: dict[str, list[EncodedDocument]] = {}
     for document in documents:
-        page, _, number = document.id.rpartition("#")
-        pages.setdefault(page if page and number.isdigit() else document.id, []).append(document)
+        pages.setdefault(page_of(document.id), []).append(document)
     groups = list(pages.values())
     rng = np.random.default_rng(20_26)
     found: tuple[list[EncodedDocument], list[EncodedDocument]] = ([], [])

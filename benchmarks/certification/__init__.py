@@ -1,0 +1,1 @@
+"""Whether certificates hold what they promise, on resampled document losses; see `__main__`."""

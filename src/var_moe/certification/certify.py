@@ -1,0 +1,299 @@
+"""Certify: freeze candidates, order them, open the certify part once, state what is proven."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from var_moe.certification.candidates import Named, find_candidates
+from var_moe.certification.conclusion import Work, conclusion, head, too_few
+from var_moe.certification.frozen import Study
+from var_moe.certification.judging import judge_all
+from var_moe.certification.ledger import Ledger
+from var_moe.certification.ordering import LEAST_POWER, order_candidates, pilot_of, power_line
+from var_moe.certification.settings import CertifySettings
+from var_moe.certification.speedup import blocks_needed
+from var_moe.certification.statement import ONE_TEXT
+from var_moe.certification.testing import LEARNED, QUALITY, SPEEDUP, split_alpha
+from var_moe.certification.units import UnitScorer, pages
+from var_moe.errors import UsageError, VarMoeError
+from var_moe.evaluation.compare import Evaluator, Progress
+from var_moe.optimization.candidate import PolicySettings
+from var_moe.optimization.objective import make_objective
+from var_moe.optimization.preparation import EncodedText, halves, read_text, sample_documents
+from var_moe.optimization.results import jsonable
+from var_moe.optimization.saving import CONFIG_FILE
+from var_moe.optimization.validation import find_profile
+from var_moe.profiling.fitted_files import load_compensation
+from var_moe.profiling.profile import RoutingProfile
+from var_moe.report.certificate import certificate_page
+from var_moe.routing.base import RoutingPolicy
+from var_moe.storage import atomic_write_json, atomic_write_text, check_output_folder
+
+if TYPE_CHECKING:
+    from var_moe.evaluation.documents import EncodedDocument
+    from var_moe.models.loading import LoadedModel
+
+CERTIFICATE_FILE = "certificate.json"
+PAGE_FILE = "certificate.html"
+CERTIFIED_CONFIG_FILE = "certified_config.json"
+LEAST_UNITS = 10
+
+Say = Callable[[str], None]
+
+
+class NotCertifiedError(VarMoeError):
+    """A claim could not be certified; `certificate` is what was written all the same."""
+
+    def __init__(self, message: str, certificate: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.certificate = certificate
+
+
+def certify(
+    loaded: LoadedModel,
+    results: Path,
+    *,
+    dataset: str,
+    settings: CertifySettings | None = None,
+    reuse: bool = False,
+    output: Path | None = None,
+    profile_path: Path | None = None,
+    compensation: Path | None = None,
+    progress: Progress | None = None,
+    say: Say = lambda _line: None,
+) -> dict[str, Any]:
+    """Certify the fastest configuration of a results folder that keeps a bound.
+
+    Candidates are frozen to ``certificate_frozen.json``, ordered on the ordering half of
+    validation, and tested on the certify part, which the folder's ledger lets confirm once.
+    Writes ``certificate.json``, ``certificate.html`` and, where it holds,
+    ``certified_config.json``.
+
+    Args:
+        loaded: the model.
+        results: results folder of `tune`.
+        dataset: name or path of the text; its parts are validation and certify.
+        settings: what to claim and how.
+        reuse: allow a certify part that was opened before; the certificate is then marked as
+            not confirmatory.
+        output: folder of the certificate; the results folder by default.
+        profile_path: profile folder, where none lies in the results folder.
+        compensation: folder of the learned compensation, where it is not the profile's own.
+        progress: called with a stage's name, steps done and in all.
+        say: called with each line worth showing.
+
+    Returns:
+        What ``certificate.json`` holds.
+
+    Raises:
+        UsageError: bad input, too little text, or a certify part that was opened before.
+        NotCertifiedError: a claim does not hold; the nearest miss is in the certificate.
+    """
+    settings = settings or CertifySettings()
+    folder = Path(results)
+    place = check_output_folder(output or folder)
+    named = find_candidates(
+        folder,
+        max_degradation=settings.max_degradation,
+        at_most=settings.candidates,
+        top_k=loaded.top_k,
+    )
+    profile = find_profile(folder / CONFIG_FILE, profile_path)
+    profile.check_loaded(loaded)
+    if compensation is not None:
+        profile = profile.with_compensation(load_compensation(compensation, loaded))
+    validation = read_text(dataset, "validation", loaded)
+    _, ordering_half = halves(validation.documents)
+    ordering = sample_documents(ordering_half, settings.ordering_samples, settings.seed)
+    evaluator = Evaluator(loaded, ordering, setting=settings.setting, progress=progress)
+    policies, fitted = _policies(named, evaluator, profile, settings.max_degradation)
+    claims = _claims(settings, named)
+    study = Study(
+        candidates=named,
+        settings=settings.to_dict(),
+        identity={
+            "model": loaded.name,
+            "revision": loaded.revision,
+            "dtype": loaded.dtype,
+            "device": str(loaded.device.type),
+            "dataset": dataset,
+            "validation_hash": validation.data_hash,
+            "profile_hash": profile.hash,
+            "compensation_hashes": fitted,
+        },
+    )
+    rows = study.freeze(place)
+    say(f"frozen: {len(named)} candidates, study {study.hash[:12]}")
+    # Only now, with the candidates on disk, is the certify part read; it is scored when the order
+    # is on disk as well.
+    text = read_text(dataset, settings.split, loaded)
+    _check_apart(text, validation, profile)
+    ledger = Ledger(folder)
+    why = ledger.objection(text.data_hash, study.hash, reuse=reuse)
+    if rows is None:
+        rows = _order(settings, claims, evaluator, ordering, named, policies)
+        study.write(place, rows)
+    work = Work(
+        settings=settings,
+        study=study,
+        named={one.name: one for one in named},
+        rows=rows,
+        policies=policies,
+        claims=claims,
+        evaluator=evaluator,
+        folder=place,
+        validation=validation,
+        say=say,
+    )
+    objections = [*([why] if why else []), *([] if text.independent else [ONE_TEXT])]
+    return _finish(work, text, ledger, objections)
+
+
+def _claims(settings: CertifySettings, named: Sequence[Named]) -> Mapping[str, float]:
+    """Each claim that will be made, with its part of alpha."""
+    names = [QUALITY]
+    if settings.blocks and not all(one.unmodified for one in named):
+        names.append(SPEEDUP)
+    if settings.max_learned_pct is not None:
+        names.append(LEARNED)
+    shares = split_alpha(settings.alpha, names)
+    if SPEEDUP in shares and settings.blocks < blocks_needed(shares[SPEEDUP]):
+        raise UsageError(
+            f"blocks = {settings.blocks}: a speedup bound at {100 * shares[SPEEDUP]:g}% needs at "
+            f"least {blocks_needed(shares[SPEEDUP])} blocks, or 0 for no speedup claim"
+        )
+    return shares
+
+
+def _policies(
+    named: Sequence[Named], evaluator: Evaluator, profile: RoutingProfile, bound: float
+) -> tuple[dict[str, RoutingPolicy | None], dict[str, str]]:
+    """Each candidate's policy, None for the unmodified model; and its compensation's hash."""
+    policies: dict[str, RoutingPolicy | None] = {}
+    fitted = {}
+    for one in named:
+        if one.unmodified:
+            policies[one.name] = None
+            continue
+        chosen: dict[str, Any] = {}
+        if isinstance(one.config, PolicySettings):
+            chosen = {"policy": one.config.policy, "compensation": one.config.compensation}
+        objective = make_objective(evaluator, profile, max_degradation=bound, **chosen)
+        policies[one.name] = objective.policy(one.config)
+        if objective.compensation is not None:
+            fitted[one.name] = objective.compensation.hash
+    return policies, fitted
+
+
+def _order(
+    settings: CertifySettings,
+    claims: Mapping[str, float],
+    evaluator: Evaluator,
+    ordering: Sequence[EncodedDocument],
+    named: Sequence[Named],
+    policies: Mapping[str, RoutingPolicy | None],
+) -> list[dict[str, Any]]:
+    if not settings.ordered:
+        return [{"name": one.name} for one in named]
+    units = pages(ordering, seed=settings.seed)
+    _require_units(len(units), "ordering candidates")
+    return order_candidates(
+        UnitScorer(evaluator, units),
+        named,
+        policies,
+        bound=settings.max_degradation,
+        alpha=claims[QUALITY],
+        sequential=settings.sequential,
+    )
+
+
+def _require_units(units: int, step: str) -> None:
+    if units < LEAST_UNITS:
+        raise UsageError(f"too few pages for {step}: {units}, at least {LEAST_UNITS} needed")
+
+
+def _check_apart(text: EncodedText, validation: EncodedText, profile: RoutingProfile) -> None:
+    """Refuse a certify part that was profiled, or with documents that were tuned on."""
+    if text.data_hash == profile.head["data_hash"]:
+        raise UsageError(f"{text.dataset}: {text.split!r} was profiled; what was can't certify")
+    seen = {document.ids.tobytes() for document in validation.documents}
+    same = sum(document.ids.tobytes() in seen for document in text.documents)
+    if same:
+        raise UsageError(
+            f"{text.dataset}: {same} of the {len(text.documents)} documents of {text.split!r} are "
+            "also in 'validation'; what was tuned on can't certify"
+        )
+
+
+def _finish(work: Work, text: EncodedText, ledger: Ledger, objections: list[str]) -> dict[str, Any]:
+    """Open the certify part for a frozen study, test, write."""
+    settings = work.settings
+    documents = sample_documents(text.documents, settings.max_samples, settings.seed)
+    units = pages(documents, seed=settings.seed)
+    _require_units(len(units), "certifying")
+    chances = {
+        row["name"]: pilot_of(row, sequential=settings.sequential).chance(
+            len(units), alpha=work.claims[QUALITY]
+        )
+        for row in work.rows
+        if settings.ordered
+    }
+    power = [power_line(row, len(units), chances[row["name"]]) for row in work.rows if chances]
+    for line in power:
+        work.say(line)
+    known = head(work, text, units=len(units), documents=len(documents), power=power)
+    if chances and max(chances.values()) < LEAST_POWER:
+        return _write(work, {**known, "opened": False, **too_few(work, len(units))})
+    ledger.open(text.data_hash, work.study.hash, text.to_dict(), confirmatory=not objections)
+    evaluator = work.evaluator.with_documents(documents)
+    verdicts = judge_all(
+        UnitScorer(evaluator, units),
+        work.rows,
+        work.policies,
+        bound=settings.max_degradation,
+        alpha=work.claims[QUALITY],
+        confidence=1 - settings.alpha,
+        sequential=settings.sequential,
+        ordered=settings.ordered,
+    )
+    result = {
+        **known,
+        "opened": True,
+        "confirmatory": not objections,
+        "not_confirmatory_because": objections,
+        "tests": [verdict.to_dict() for verdict in verdicts],
+        **conclusion(work, verdicts, evaluator, units, known, confirmatory=not objections),
+    }
+    return _write(
+        work,
+        result,
+        lambda found: ledger.finish(
+            text.data_hash, work.study.hash, certified=bool(found["certified"])
+        ),
+    )
+
+
+def _write(
+    work: Work, result: dict[str, Any], then: Callable[[dict[str, Any]], None] | None = None
+) -> dict[str, Any]:
+    """Write the files, each whole; raise where a claim does not hold."""
+    clean: dict[str, Any] = jsonable(result)
+    config = work.folder / CERTIFIED_CONFIG_FILE
+    if clean["certified"]:
+        atomic_write_json(config, clean["certified_config"])
+    else:
+        config.unlink(missing_ok=True)
+    atomic_write_text(work.folder / PAGE_FILE, certificate_page(clean))
+    atomic_write_json(work.folder / CERTIFICATE_FILE, clean)
+    if then is not None:
+        then(clean)
+    if not clean["certified"]:
+        raise NotCertifiedError(
+            f"{clean['sentence']}; it is saved in {work.folder / CERTIFICATE_FILE}", clean
+        )
+    return clean
+
+
+__all__ = ["CertifySettings", "NotCertifiedError", "certify"]

@@ -1,0 +1,203 @@
+"""Testing candidates on the certify part: each alone, then in their sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from var_moe.certification.statistics import (
+    Interval,
+    MeanTest,
+    below_zero,
+    degradation_interval,
+    excess,
+    with_worst,
+)
+from var_moe.certification.testing import fixed_sequence, holm
+from var_moe.certification.units import Measured, UnitScorer, join
+from var_moe.evaluation.sequential import LEAST_DOCUMENTS, anytime_p_values, lower_boundary
+from var_moe.routing.base import RoutingPolicy
+
+FIRST_LOOK = 50
+"""Units before a sequential test's first look: its validity is asymptotic."""
+
+PROVEN, REFUTED, OPEN = "proven", "refuted", "open"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """One candidate on the certify part."""
+
+    name: str
+    passed: bool
+    p: float
+    measured: Measured
+    interval: Interval
+    test: MeanTest
+    state: str  # of a sequential test: proven, refuted, open
+    sequential: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the certificate; in sequential mode p is the anytime-valid one."""
+        found = {
+            "name": self.name,
+            "passed": self.passed,
+            "state": self.state,
+            "degradation": self.interval.value,
+            "degradation_interval": [self.interval.low, self.interval.high],
+            "degradation_upper": self.interval.upper,
+            "units": len(self.measured.tokens),
+            "documents": self.measured.documents,
+            "scored_tokens": int(self.measured.tokens.sum()),
+            "experts_per_token": self.measured.experts_per_token,
+            "learned_pct": self.measured.learned_pct,
+            **self.test.to_dict(),
+        }
+        if self.sequential:
+            # What the fixed tests would say of a sample that stopped when it looked good.
+            for name in ("p_t", "p_bootstrap", "p_t_plain", "normal_enough"):
+                found.pop(name)
+            found["p_anytime"] = self.p
+        return {**found, "p": self.p}
+
+
+def look(z: NDArray[np.float64], *, alpha: float, best_at: int) -> tuple[float, str]:
+    """The anytime-valid p-value of E[Z] >= 0 now, and whether this look proves or refutes.
+
+    As in the fixed tests, the worst unit so far counts once more.
+    """
+    p = float(anytime_p_values(-with_worst(z), alpha=alpha, best_at=best_at)[-1])
+    if p <= alpha:
+        return p, PROVEN
+    over = lower_boundary(z, alpha=alpha, best_at=best_at)[-1] > 0
+    return p, REFUTED if over else OPEN
+
+
+def judge(
+    scorer: UnitScorer,
+    policy: RoutingPolicy | None,
+    *,
+    name: str,
+    bound: float,
+    alpha: float,
+    confidence: float,
+    best_at: int | None,
+) -> Verdict:
+    """Test one candidate; with ``best_at``, sequentially, with looks after each chunk."""
+    if best_at is None:
+        found = scorer.all(policy, what=f"certifying: {name}")
+        test = below_zero(excess(found.change, found.tokens, bound))
+        return Verdict(
+            name=name,
+            passed=test.p <= alpha,
+            p=test.p,
+            measured=found,
+            interval=degradation_interval(
+                found.change, found.tokens, confidence=confidence, alpha=alpha
+            ),
+            test=test,
+            state=PROVEN if test.p <= alpha else OPEN,
+            sequential=False,
+        )
+    parts: list[Measured] = []
+    p, state = 1.0, OPEN
+    for number in range(scorer.chunks):
+        parts.append(scorer.chunk(policy, number))
+        found = join(parts)
+        if scorer.evaluator.progress:
+            scorer.evaluator.progress(f"certifying: {name}", number + 1, scorer.chunks)
+        if len(found.tokens) < min(FIRST_LOOK, len(scorer.units)):
+            continue
+        now, state = look(excess(found.change, found.tokens, bound), alpha=alpha, best_at=best_at)
+        p = min(p, now)
+        if state != OPEN:
+            break
+    return Verdict(
+        name=name,
+        passed=state == PROVEN,
+        p=p,
+        measured=found,
+        interval=anytime_interval(found, confidence=confidence, alpha=alpha, best_at=best_at),
+        test=below_zero(excess(found.change, found.tokens, bound)),
+        state=state,
+        sequential=True,
+    )
+
+
+def anytime_interval(found: Measured, *, confidence: float, alpha: float, best_at: int) -> Interval:
+    """The degradation's confidence sequence at this look: valid though the looks decided when."""
+    total, n = float(found.tokens.sum()), len(found.tokens)
+    ratio = float(found.change.sum()) / total
+    rest = found.change - ratio * found.tokens  # has mean zero
+
+    def half(level: float) -> float:
+        if n < LEAST_DOCUMENTS:
+            return float("inf")
+        return -float(lower_boundary(rest, alpha=level, best_at=best_at)[-1]) * n / total
+
+    wide = half((1 - confidence) / 2)
+    return Interval(
+        value=float(np.expm1(ratio)),
+        low=float(np.expm1(ratio - wide)),
+        high=float(np.expm1(ratio + wide)),
+        upper=float(np.expm1(ratio + half(alpha))),
+    )
+
+
+def judge_all(
+    scorer: UnitScorer,
+    rows: Sequence[Mapping[str, Any]],
+    policies: Mapping[str, RoutingPolicy | None],
+    *,
+    bound: float,
+    alpha: float,
+    confidence: float,
+    sequential: bool,
+    ordered: bool,
+) -> list[Verdict]:
+    """Test the candidates: in their order until one fails, or all of them by Holm.
+
+    Args:
+        rows: the candidates in their order, with the units that each needs.
+    """
+    verdicts: list[Verdict] = []
+
+    def run(row: Mapping[str, Any]) -> bool:
+        need = row.get("units_needed") or len(scorer.units)
+        best_at = min(max(need, FIRST_LOOK), max(len(scorer.units), 2)) if sequential else None
+        verdict = judge(
+            scorer,
+            policies[row["name"]],
+            name=row["name"],
+            bound=bound,
+            alpha=alpha,
+            confidence=confidence,
+            best_at=best_at,
+        )
+        verdicts.append(verdict)
+        return verdict.passed
+
+    if ordered:
+        fixed_sequence([partial(run, row) for row in rows])
+        return verdicts
+    for row in rows:
+        run(row)
+    passed = holm([verdict.p for verdict in verdicts], alpha)
+    return [_with(verdict, passed=ok) for verdict, ok in zip(verdicts, passed, strict=True)]
+
+
+def _with(verdict: Verdict, *, passed: bool) -> Verdict:
+    return replace(verdict, passed=passed, state=PROVEN if passed else OPEN)
+
+
+def learned_p(found: Measured, limit_pct: float, *, best_at: int | None, alpha: float) -> float:
+    """P value of a learned share at or over the limit, with chunks of units as the units."""
+    over = found.learned - limit_pct / 100 * found.decisions
+    if best_at is not None:
+        return float(anytime_p_values(-with_worst(over), alpha=alpha, best_at=best_at)[-1])
+    return below_zero(over).p if len(over) > 1 else 1.0

@@ -1,0 +1,151 @@
+"""Which configurations are put to the test, the frozen study, and the ledger."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+from certification_helpers import point, skip
+
+from var_moe.certification.candidates import Named, find_candidates
+from var_moe.certification.frozen import FROZEN_FILE, Study
+from var_moe.certification.ledger import LEDGER_FILE, Ledger
+from var_moe.config import VARConfig
+from var_moe.errors import UsageError
+
+TEXT = {"dataset": "text", "split": "certify", "documents": 9}
+
+
+def find(folder, *, at_most=10):
+    return find_candidates(folder, max_degradation=0.01, at_most=at_most, top_k=2)
+
+
+def shares(candidates):
+    return [one.config.settings["share"] for one in candidates]
+
+
+def test_the_choice_and_safer_points_of_the_front(results):
+    front = [point(i / 100) for i in range(1, 60)]  # 0.04% to 2.36%
+    found = find(results(skip(0.235), front))
+    assert len(found) == 10
+    assert found[0].name == "best"
+    assert shares(found)[0] == 0.235
+    others = shares(found)[1:]
+    assert others[0] == 0.01  # the safest
+    assert others[-1] == 0.24  # the fastest that is believed to keep 1%
+    gaps = [b - a for a, b in itertools.pairwise(others)]
+    assert max(gaps) < 0.05  # evenly spread
+    assert len(find(results(skip(0.235), front), at_most=3)) == 3
+
+
+def test_equal_candidates_are_one(results):
+    found = find(results(skip(0.2), [point(0.2), point(0.1)]))
+    assert sorted(shares(found)) == [0.1, 0.2]
+
+
+def test_where_nothing_is_below_the_bound_the_safest_is_asked(results):
+    found = find(results(skip(0.5), [point(0.4), point(0.5), point(0.6)]))
+    assert shares(found) == [0.5, 0.4]
+
+
+def test_var_is_certified_with_a_cache_of_each_document(results):
+    front = [{"config": VARConfig().to_dict(), "degradation": 0.001}]
+    found = find(results(VARConfig(confidence_threshold=0.6).to_dict(), front))
+    assert [one.config.cache_scope for one in found] == ["document"] * 2
+
+
+def test_without_a_front_the_choice_is_turned_down(results):
+    found = find(results(VARConfig(confidence_threshold=0.8).to_dict()))
+    thresholds = [one.config.confidence_threshold for one in found]
+    assert thresholds == pytest.approx([0.8, 0.83, 0.86, 0.9, 0.94])
+    assert shares(find(results(skip(0.4)))) == pytest.approx([0.4, 0.34, 0.28, 0.2, 0.12])
+    native = find(results({"policy": "native", "settings": {}}))
+    assert [one.unmodified for one in native] == [True]
+
+
+def test_a_nearest_miss_stands_in_for_a_choice(results, tmp_path):
+    folder = results(skip(0.4))
+    (folder / "best_config.json").rename(folder / "nearest_miss.json")
+    (folder / "nearest_miss.json").write_text(json.dumps({"config": skip(0.4)}))
+    found = find(folder)
+    assert found[0].name == "nearest miss"
+    assert len(found) == 5
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("{", "not valid JSON"),
+        ('{"schema_version": 99}', "not a front of schema 1"),
+        ('{"schema_version": 1, "points": [{"config": {}}]}', "expected 'points'"),
+        (
+            '{"schema_version": 1, "points": [{"config": {"x": 1}, "degradation": 0}]}',
+            "unknown field 'x'",
+        ),
+    ],
+)
+def test_a_damaged_front(results, content, expected):
+    folder = results(skip(0.4))
+    (folder / "pareto.json").write_text(content)
+    with pytest.raises(UsageError, match=expected) as caught:
+        find(folder)
+    assert "pareto.json" in str(caught.value)
+
+
+def test_an_empty_folder(tmp_path):
+    with pytest.raises(UsageError, match=r"neither pareto.json nor best_config.json"):
+        find(tmp_path)
+
+
+def study(**changes):
+    named = Named(name="best", config=VARConfig())
+    values = {"candidates": [named], "settings": {"alpha": 0.05}, "identity": {"model": "m"}}
+    return Study(**{**values, **changes})
+
+
+def test_a_study_keeps_its_order(tmp_path):
+    assert study().freeze(tmp_path) is None
+    study().write(tmp_path, [{"name": "best"}])
+    assert study().freeze(tmp_path) == [{"name": "best"}]
+    other = study(settings={"alpha": 0.1})
+    assert other.hash != study().hash
+    assert other.freeze(tmp_path) is None
+    assert json.loads((tmp_path / FROZEN_FILE).read_text())["hash"] == other.hash
+    for changed in (
+        study(candidates=[Named(name="best", config=VARConfig(cache_size=7))]),
+        study(identity={"model": "n"}),
+    ):
+        assert changed.hash != study().hash
+
+
+def test_a_text_confirms_once(tmp_path):
+    ledger = Ledger(tmp_path)
+    assert ledger.objection("text", "one", reuse=False) is None
+    ledger.open("text", "one", TEXT, confirmatory=True)
+    # Interrupted, the same study goes on; finished, it does not.
+    assert ledger.objection("text", "one", reuse=False) is None
+    ledger.open("text", "one", TEXT, confirmatory=True)
+    ledger.finish("text", "one", certified=True)
+    (entry,) = ledger.entries()
+    assert (entry["state"], entry["certified"]) == ("finished", True)
+    with pytest.raises(UsageError, match="tested on this certify part before"):
+        ledger.objection("text", "one", reuse=False)
+    with pytest.raises(UsageError, match="opened before, for other candidates"):
+        ledger.objection("text", "two", reuse=False)
+    assert "other candidates" in ledger.objection("text", "two", reuse=True)
+    assert ledger.objection("other text", "two", reuse=False) is None
+
+
+def test_an_opened_text_counts_as_used(tmp_path):
+    ledger = Ledger(tmp_path)
+    ledger.open("text", "one", TEXT, confirmatory=True)
+    with pytest.raises(UsageError, match="opened before"):
+        ledger.objection("text", "two", reuse=False)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"entries": 3}', '{"entries": [{}]}'])
+def test_a_damaged_ledger_is_not_ignored(tmp_path, content):
+    (tmp_path / LEDGER_FILE).write_text(content)
+    with pytest.raises(UsageError, match=LEDGER_FILE):
+        Ledger(tmp_path).entries()

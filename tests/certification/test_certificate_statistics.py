@@ -1,0 +1,157 @@
+"""The tests of a mean, against figures worked out by hand and against scipy."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from var_moe.certification.power import Pilot
+from var_moe.certification.statistics import (
+    below_zero,
+    bootstrap_p_value,
+    degradation_interval,
+    excess,
+    t_p_value,
+    with_worst,
+)
+from var_moe.errors import UsageError
+from var_moe.evaluation.paired import degradation
+from var_moe.evaluation.perplexity import DocumentLosses
+
+
+def test_what_a_document_lost_beyond_its_allowance():
+    z = excess(np.array([1.0, -2.0]), np.array([100, 50]), 0.01)
+    assert z == pytest.approx([1 - 100 * math.log(1.01), -2 - 50 * math.log(1.01)])
+
+
+def test_the_t_test_by_hand():
+    values = np.array([-3.0, -1.0, -2.0, 2.0])  # mean -1, squares about it 4 + 0 + 1 + 9
+    t = -1 / math.sqrt(14 / 3 / 4)
+    assert t_p_value(values) == pytest.approx(stats.t.cdf(t, 3))
+    expected = stats.ttest_1samp(values, 0, alternative="less").pvalue
+    assert t_p_value(values) == pytest.approx(expected)
+
+
+def test_the_worst_counts_once_more():
+    values = np.array([-3.0, -1.0, -2.0, 2.0])
+    assert with_worst(values).tolist() == [-3, -1, -2, 2, 2]
+    found = below_zero(values, resamples=99)
+    assert found.p_t == pytest.approx(t_p_value(np.array([-3.0, -1, -2, 2, 2])))
+    assert found.p_t_plain == pytest.approx(t_p_value(values))
+    assert found.mean == -1  # what is reported is of the sample itself
+
+
+def test_the_larger_p_value_decides():
+    dice = np.random.default_rng(3)
+    for values in (dice.lognormal(size=40) - 2.2, -dice.lognormal(size=40) + 1.2):
+        found = below_zero(values)
+        assert found.p == max(found.p_t, found.p_bootstrap)
+        assert found.p_t != pytest.approx(found.p_bootstrap, abs=0.002)
+
+
+def test_the_bootstrap_is_the_studentised_one():
+    """The definition, in a loop, on resamples of its own."""
+    values = np.random.default_rng(5).exponential(size=30) - 0.95
+    dice, n = np.random.default_rng(6), 30
+    observed = values.mean() / (values.std(ddof=1) / math.sqrt(n))
+    count = 0
+    for _ in range(4000):
+        drawn = dice.choice(values, size=n)
+        error = drawn.std(ddof=1) / math.sqrt(n)
+        count += (drawn.mean() - values.mean()) / error <= observed
+    assert bootstrap_p_value(values) == pytest.approx((count + 1) / 4001, abs=0.012)
+    # Skewed to the right, a sample looks better than it is: the bootstrap knows.
+    assert bootstrap_p_value(values) > t_p_value(values) + 0.01
+
+
+def test_on_normal_values_both_agree():
+    values = np.random.default_rng(7).normal(-0.15, 1, size=200)
+    assert bootstrap_p_value(values) == pytest.approx(t_p_value(values), abs=0.01)
+
+
+def test_many_studies_at_once_are_as_one_by_one():
+    table = np.random.default_rng(8).normal(size=(20, 3))
+    together = bootstrap_p_value(table, resamples=199)
+    alone = [bootstrap_p_value(table[:, i].copy(), resamples=199) for i in range(3)]
+    assert together == pytest.approx(alone)
+
+
+@pytest.mark.parametrize(("value", "p"), [(-0.1, 0.0001), (0.0, 1.0), (0.1, 1.0)])
+def test_values_without_spread(value, p):
+    """0.1 repeated leaves a rounding error of a standard deviation: it is none."""
+    found = below_zero(np.full(7, value))
+    assert found.p_bootstrap == pytest.approx(p)
+    assert (found.p < 0.05) is (value < 0)
+
+
+def test_skewness_is_reported_with_cochrans_rule():
+    values = np.random.default_rng(1).lognormal(size=100)
+    found = below_zero(values)
+    assert found.skewness == pytest.approx(stats.skew(values, bias=False))
+    assert not found.normal_enough
+    assert below_zero(np.random.default_rng(1).normal(size=100)).normal_enough
+
+
+def test_a_single_value_is_no_sample():
+    with pytest.raises(UsageError, match="at least 2"):
+        below_zero(np.array([1.0]))
+
+
+def test_the_interval_agrees_with_the_paired_comparison():
+    dice = np.random.default_rng(9)
+    tokens = dice.integers(50, 500, size=60)
+    base = 3.0 * tokens
+    change = 0.005 * tokens + dice.normal(size=60)
+    known = degradation(
+        DocumentLosses(nll=base, tokens=tokens), DocumentLosses(nll=base + change, tokens=tokens)
+    )
+    found = degradation_interval(change, tokens, confidence=0.9, alpha=0.05)
+    assert found.value == pytest.approx(known.value)
+    assert found.upper == pytest.approx(known.upper)
+    assert found.high == pytest.approx(known.upper)  # two-sided 90% ends at one-sided 95%
+    assert math.log1p(found.high) + math.log1p(found.low) == pytest.approx(
+        2 * math.log1p(found.value)
+    )
+
+
+def test_units_needed_by_hand():
+    # With nothing worse than the mean: (1.645 + 0.842)^2 10^2 = 618.3, less one.
+    pilot = Pilot(mean=-1.0, deviation=10.0, worst=-1.0, sequential=False)
+    assert pilot.units_needed(alpha=0.05) == 618
+    assert pilot.chance(618, alpha=0.05) == pytest.approx(0.8, abs=0.001)
+    assert pilot.chance(10, alpha=0.05) < 0.2
+
+
+def test_a_bad_worst_page_needs_more_units():
+    mild = Pilot(mean=-1.0, deviation=10.0, worst=20.0, sequential=False)
+    bad = Pilot(mean=-1.0, deviation=10.0, worst=200.0, sequential=False)
+    assert 618 < mild.units_needed(alpha=0.05) < bad.units_needed(alpha=0.05)
+
+
+def test_no_number_of_units_shows_what_is_not_so():
+    for sequential in (False, True):
+        pilot = Pilot(mean=0.0, deviation=1.0, worst=3.0, sequential=sequential)
+        assert pilot.units_needed(alpha=0.05) is None
+
+
+def test_streaming_needs_more_units():
+    values = np.random.default_rng(2).normal(-0.3, 1, size=100)
+    fixed, streamed = (
+        Pilot.of(values, sequential=sequential).units_needed(alpha=0.05)
+        for sequential in (False, True)
+    )
+    assert fixed < streamed < 4 * fixed
+
+
+def test_the_planned_power_is_the_power():
+    values = np.random.default_rng(4).normal(-0.2, 1, size=5000)
+    pilot = Pilot.of(values[:500], sequential=False)
+    units = pilot.units_needed(alpha=0.05)
+    dice = np.random.default_rng(5)
+    drawn = values[dice.integers(5000, size=(units, 500))]
+    share = float((t_p_value(with_worst(drawn)) <= 0.05).mean())
+    truth = Pilot.of(values, sequential=False).chance(units, alpha=0.05)
+    assert share == pytest.approx(truth, abs=0.08)

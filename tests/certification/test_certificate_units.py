@@ -1,0 +1,117 @@
+"""Pages as units, and losses by chunks: the same as those of the whole."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from var_moe.certification.units import UnitScorer, pages
+from var_moe.config import VARConfig
+from var_moe.evaluation.compare import Evaluator, SpeedSetting
+from var_moe.evaluation.documents import EncodedDocument, page_of
+from var_moe.models.loading import LoadedModel
+from var_moe.profiling.collect import collect_profile
+from var_moe.routing.top_p import TopPPolicy
+from var_moe.routing.var import VARPolicy
+
+
+@pytest.fixture(scope="module")
+def loaded(make_tiny_mixtral, tiny_tokenizer):
+    return LoadedModel.of(make_tiny_mixtral(), tiny_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def sections():
+    """Forty sections on sixteen pages, which repeat contexts of each other."""
+    dice = np.random.default_rng(4)
+    pattern = dice.integers(1, 300, size=40)
+    return [
+        EncodedDocument(
+            f"page{number % 16}#{number}",
+            "made",
+            np.concatenate([pattern[: 10 + number % 20], dice.integers(1, 300, size=number % 7)]),
+        )
+        for number in range(40)
+    ]
+
+
+@pytest.fixture(scope="module")
+def evaluator(loaded, sections):
+    setting = SpeedSetting(batch_size=2, sequence=32, forwards=1)
+    return Evaluator(loaded, sections, setting=setting)
+
+
+@pytest.mark.parametrize(
+    ("document", "page"),
+    [
+        ("manual/a#3", "manual/a"),
+        ("a#b", "a#b"),
+        ("#3", "#3"),
+        ("plain", "plain"),
+        ("a#1#2", "a#1"),
+    ],
+)
+def test_sections_of_a_page(document, page):
+    assert page_of(document) == page
+
+
+def test_a_unit_holds_all_sections_of_its_page(sections):
+    found = pages(sections, seed=0)
+    assert len(found) == 16
+    assert all(len({page_of(one.id) for one in unit}) == 1 for unit in found)
+    assert sorted(one.id for unit in found for one in unit) == sorted(one.id for one in sections)
+    order = [page_of(unit[0].id) for unit in found]
+    assert order == [page_of(unit[0].id) for unit in pages(sections, seed=0)]
+    assert order != [page_of(unit[0].id) for unit in pages(sections, seed=1)]
+
+
+def test_the_unmodified_model_changes_nothing(evaluator, sections):
+    found = UnitScorer(evaluator, pages(sections, seed=0), chunk_units=5).all(None)
+    assert (found.change == 0).all()
+    assert found.tokens.sum() == sum(len(one.ids) - 1 for one in sections)
+    assert (found.experts_per_token, found.learned_pct) == (2.0, 100.0)
+    assert len(found.decisions) == 4  # chunks of 5, 5, 5, 1 pages
+
+
+def test_chunks_are_as_the_whole(evaluator, sections, loaded):
+    """No decision depends on another document: the premise of every test on units."""
+    profile = collect_profile(loaded, sections, dataset="made", data_hash="x", max_tokens=None)
+    config = VARConfig(
+        frequency_threshold=2,
+        entropy_threshold=1.4,
+        confidence_threshold=0.6,
+        context_window_size=2,
+        mode="plain",
+        cache_scope="document",
+    )
+    units = pages(sections, seed=0)
+    for policy in (VARPolicy(config, profile.table()), TopPPolicy(0.7)):
+        found = UnitScorer(evaluator, units, chunk_units=3).all(policy)
+        whole, report = evaluator.losses(policy)
+        change = dict(
+            zip(
+                (one.id for one in sections),
+                whole.nll - evaluator.baseline_losses.nll,
+                strict=True,
+            )
+        )
+        expected = [sum(change[one.id] for one in unit) for unit in units]
+        assert found.change == pytest.approx(expected, abs=1e-3)
+        assert found.executed == sum(report.executed_pairs)
+        assert found.learned.sum() == sum(row[2] for row in report.tier_counts)
+        assert found.experts_per_token == pytest.approx(report.experts_per_token)
+        assert found.learned_pct == pytest.approx(report.learned_pct)
+        assert found.documents == 40
+        assert abs(found.change).max() > 0.05  # it does change something
+
+
+def test_a_shared_cache_would_couple_documents(evaluator, sections, loaded):
+    """The same check sees a cache that is kept over documents."""
+    profile = collect_profile(loaded, sections, dataset="made", data_hash="x", max_tokens=None)
+    config = VARConfig(
+        frequency_threshold=10**6, confidence_threshold=0.6, context_window_size=2, mode="plain"
+    )
+    units = pages(sections, seed=0)
+    policy = VARPolicy(config, profile.table())
+    found = UnitScorer(evaluator, units, chunk_units=3).all(policy)
+    assert found.executed != sum(evaluator.losses(policy)[1].executed_pairs)
