@@ -80,7 +80,7 @@ class Adapters(nn.Module):
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         self._wrapped = (wrapped,)  # in a tuple: not a part of this module
-        self._layers = {
+        self._layers: dict[str, Any] = {
             name: module
             for name, module in model.named_modules()
             if isinstance(module, BaseTunerLayer)
