@@ -131,6 +131,14 @@ def test_a_bad_worst_page_needs_more_units():
     assert 618 < mild.units_needed(alpha=0.05) < bad.units_needed(alpha=0.05)
 
 
+def test_the_chance_by_hand():
+    pilot = Pilot(mean=-1.0, deviation=10.0, worst=20.0, sequential=False)
+    # A hundredth unit of 20: mean (-99 + 20) / 100, variance 10^2 + 21^2 / 100.
+    shift = 0.79 / math.sqrt(104.41) * 10
+    expected = stats.norm.cdf(shift - stats.norm.ppf(0.95))
+    assert pilot.chance(99, alpha=0.05) == pytest.approx(expected)
+
+
 def test_no_number_of_units_shows_what_is_not_so():
     for sequential in (False, True):
         pilot = Pilot(mean=0.0, deviation=1.0, worst=3.0, sequential=sequential)

@@ -17,7 +17,7 @@ from var_moe.profiling.fitted_files import COMPENSATION_FILE, DAMAGE_FILE, FOLDE
 from var_moe.profiling.profile import RoutingProfile
 from var_moe.routing.registry import make_policy
 
-FAST = ["--rank", "4", "--tokens", "2000", "--rate", "0.01", "--quiet"]
+FAST = ["--rank", "4", "--regress_tokens", "0", "--tokens", "2000", "--rate", "0.01", "--quiet"]
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,7 @@ def test_killed_in_the_last_damage_pass(common, folder, tmp_path, monkeypatch, c
     ("words", "expected"),
     [
         (["--rank", "-1"], "rank = -1"),
-        (["--tokens", "0"], "tokens = 0"),
+        (["--tokens", "-1"], "tokens = -1"),
         (["--rate", "-0.5"], "rate = -0.5"),
         (["--rate", "nan"], "rate = nan"),
         (["--damage-tokens", "0"], "damage_tokens = 0"),

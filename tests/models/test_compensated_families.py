@@ -31,7 +31,7 @@ from var_moe.routing.native import NativePolicy
 from var_moe.routing.var import VARPolicy
 
 DATA = {"dataset": "tiny", "data_hash": "h"}
-QUICK = FitSettings(rank=4, tokens=1500, tokens_per_batch=400, rate=1e-2)
+QUICK = FitSettings(rank=4, regress_tokens=4000, tokens=1500, tokens_per_batch=400, rate=1e-2)
 SHARE = 0.75
 
 # By name: the modeling module, K, changes of its configuration, whether weights sum to one.

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 TURNING_DOCUMENTS = 40
 _COLUMNS = (
-    *("name", "policy", "dial", "compensation", "target_experts_per_token", "experts_per_token"),
+    *("name", "target_experts_per_token", "experts_per_token"),
     *("degradation", "degradation_standard_error", "degradation_upper_95"),
     *("degradation_of_random_skip", "speedup", "speedup_low", "speedup_high", "learned_pct"),
+    *("policy", "dial", "compensation"),
 )
 
 
