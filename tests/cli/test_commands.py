@@ -363,6 +363,42 @@ def test_compare_refuses_in_one_line(common, words, message, tmp_path, capsys):
     assert len(error.splitlines()) == 1
 
 
+def test_a_comparison_is_measured_again_on_other_text(common, tuned, tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    rest = [*common, "--profile", str(tuned / "profile"), "--blocks", "0", "--quiet"]
+    words = ["compare", *rest, "--policies", "naee", "--compensation", "none,means"]
+    assert main([*words, "--experts", "1.5", "--output", str(first)]) == 0
+    again = ["compare", *rest, "--from", str(first), "--split", "test", "--output"]
+    assert main([*again, str(second)]) == 0
+    before, after = read(first / "comparison.json"), read(second / "comparison.json")
+    for name in ("name", "settings", "compensation", "target_experts_per_token"):
+        assert [row[name] for row in before["rows"]] == [row[name] for row in after["rows"]]
+    assert before["text"]["data_hash"] != after["text"]["data_hash"]
+    assert before["baseline"]["perplexity"] != after["baseline"]["perplexity"]
+    # Some of it only.
+    assert main([*again, str(tmp_path / "third"), "--compensation", "means"]) == 0
+    rows = read(tmp_path / "third" / "comparison.json")["rows"]
+    assert [row["name"] for row in rows] == ["random_skip + means", "naee + means"]
+    capsys.readouterr()
+    # Not over itself, nor with other policies, another profile or another compensation.
+    for words, message in (
+        ([*again, str(first)], "would overwrite --from"),
+        ([*again, str(second), "--policies", "ser"], "do not belong to --from"),
+        (["compare", *rest, "--from", str(tmp_path), "--output", str(second)], "no comparison"),
+    ):
+        assert main(words) == 2
+        assert message in capsys.readouterr().err
+    for field, message in (
+        ({"profile_hash": "0" * 64}, "measured with profile 000000000000"),
+        ({"compensation_hashes": {"means": "0"}}, "compensation 'means' was another one"),
+    ):
+        (tmp_path / "forged").mkdir(exist_ok=True)
+        (tmp_path / "forged" / "comparison.json").write_text(json.dumps(before | field))
+        words = ["compare", *rest, "--from", str(tmp_path / "forged"), "--output", str(second)]
+        assert main(words) == 2
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_another_policy_is_tuned_saved_and_validated(common, tuned, tmp_path, capsys):
     profile = str(tuned / "profile")

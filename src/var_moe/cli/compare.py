@@ -11,8 +11,9 @@ from var_moe.cli.compensation import parse_compensation
 from var_moe.errors import UsageError
 
 if TYPE_CHECKING:
-    from var_moe.cli.subject import Subject
+    from var_moe.cli.subject import Ready, Subject
     from var_moe.evaluation.compare import Progress
+    from var_moe.evaluation.sweep import Point
 
 TURNING_DOCUMENTS = 40
 _COLUMNS = (
@@ -31,6 +32,7 @@ def compare(
     split: str = "validation",
     experts: Annotated[list[float] | None, Parameter(consume_multiple=True)] = None,
     compensation: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    from_: Annotated[Path | None, Parameter(name="--from")] = None,
     profile: Path | None = None,
     output: Path = Path("results/compare"),
     max_samples: int | None = 400,
@@ -54,6 +56,8 @@ def compare(
         compensation: what stands in for dropped experts, for all policies that only drop: none,
             means, learned, or the folder of a fitted one; several are compared. By default each
             policy does as it is made.
+        from_: folder of an earlier comparison: its settings are measured again, on another --split
+            or --dataset, and nothing is turned.
         profile: profile folder; by default the calibration split is profiled first.
         output: folder for comparison.json, comparison.csv and comparison.html.
         max_samples: score at most so many documents.
@@ -71,6 +75,7 @@ def compare(
     from var_moe.routing.registry import policy_names, policy_spec
 
     check_bound(max_degradation)
+    earlier = _earlier(from_, output, policies=policies, experts=experts)
     asked = [name for entry in policies or [] for name in entry.split(",") if name]
     if not asked:
         asked = [name for name in policy_names() if policy_spec(name).dials(2)]
@@ -106,6 +111,7 @@ def compare(
             names,
             experts,
             subject,
+            earlier=earlier,
             compensations=[name for name, _ in parsed] or [None],
             blocks=blocks,
             max_degradation=max_degradation,
@@ -131,13 +137,14 @@ def _measure(
     experts: list[float] | None,
     subject: Subject,
     *,
+    earlier: dict[str, Any] | None,
     compensations: list[str | None],
     blocks: int,
     max_degradation: float,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    from var_moe.evaluation.sweep import check_targets, control_at, droppers, sweep
-    from var_moe.optimization.preparation import sample_documents
+    from var_moe.evaluation.again import measure_again
+    from var_moe.evaluation.sweep import check_targets, control_at
 
     ready = subject.ready(progress)
     evaluator = ready.evaluator
@@ -147,10 +154,64 @@ def _measure(
             f"profile {subject.profile}: made by an earlier version, without what other policies "
             f"need; make it again with `var-moe profile --model {subject.model}`"
         )
-    small = sample_documents(evaluator.documents, TURNING_DOCUMENTS, subject.seed)
+    stand_ins = ready.profile.compensations()
+    hashes = {name: one.hash for name, one in stand_ins.items() if one is not None}
+    if earlier is None:
+        points = _turned(names, ready, targets, compensations, blocks, progress)
+    else:
+        known = earlier.get("compensation_hashes", {})
+        if earlier["profile_hash"] != ready.profile.hash:
+            raise UsageError(
+                f"--from: measured with profile {earlier['profile_hash'][:12]}, but --profile is "
+                f"{ready.profile.hash[:12]}; give the same one"
+            )
+        other = [name for name, value in hashes.items() if known.get(name, value) != value]
+        if other:
+            raise UsageError(
+                f"--from: compensation {other[0]!r} was another one there; give its folder with "
+                "--compensation"
+            )
+        targets = tuple(earlier["targets_experts_per_token"])
+        chosen = [row for row in earlier["rows"] if _wanted(row, compensations)]
+        calibration = ready.profile.calibration
+        points = list(
+            measure_again(evaluator, chosen, calibration, blocks=blocks, progress=progress)
+        )
+    rows = []
+    for point in points:
+        executed = point.quality.report.experts_per_token
+        alike = [one for one in points if one.compensation == point.compensation]
+        cost = control_at(alike, executed, evaluator.top_k)
+        rows.append({"name": point.name, **point.to_dict(), "degradation_of_random_skip": cost})
+    return ready.result(
+        rows,
+        targets_experts_per_token=list(targets),
+        compensation_hashes=hashes,
+        max_degradation=max_degradation,
+        baseline={
+            "perplexity": evaluator.baseline_losses.perplexity,
+            "backend": evaluator.baseline_backend,
+            "experts_per_token": evaluator.top_k,
+        },
+    )
+
+
+def _turned(
+    names: tuple[str, ...],
+    ready: Ready,
+    targets: tuple[float, ...],
+    compensations: list[str | None],
+    blocks: int,
+    progress: Progress | None,
+) -> list[Point]:
+    from var_moe.evaluation.sweep import droppers, sweep
+    from var_moe.optimization.preparation import sample_documents
+
+    evaluator = ready.evaluator
+    small = sample_documents(evaluator.documents, TURNING_DOCUMENTS, ready.subject.seed)
     turning = evaluator.with_documents(small)
     turning.progress = None
-    points = [
+    return [
         point
         for compensation in compensations
         for point in sweep(
@@ -164,22 +225,29 @@ def _measure(
             progress=progress,
         )
     ]
-    rows = []
-    for point in points:
-        executed = point.quality.report.experts_per_token
-        alike = [one for one in points if one.compensation == point.compensation]
-        cost = control_at(alike, executed, evaluator.top_k)
-        rows.append({"name": point.name, **point.to_dict(), "degradation_of_random_skip": cost})
-    return ready.result(
-        rows,
-        targets_experts_per_token=list(targets),
-        max_degradation=max_degradation,
-        baseline={
-            "perplexity": evaluator.baseline_losses.perplexity,
-            "backend": evaluator.baseline_backend,
-            "experts_per_token": evaluator.top_k,
-        },
-    )
+
+
+def _earlier(
+    folder: Path | None, output: Path, *, policies: list[str] | None, experts: list[float] | None
+) -> dict[str, Any] | None:
+    """The earlier comparison that is asked for.
+
+    Raises:
+        UsageError: there is none, it would be overwritten, or more is asked than it holds.
+    """
+    if folder is None:
+        return None
+    if policies or experts:
+        raise UsageError("--policies and --experts do not belong to --from: its rows say both")
+    if folder.resolve() == output.resolve():
+        raise UsageError(f"--output {output}: would overwrite --from; name another folder")
+    from var_moe.evaluation.again import earlier_comparison
+
+    return earlier_comparison(folder)
+
+
+def _wanted(row: dict[str, Any], compensations: list[str | None]) -> bool:
+    return compensations == [None] or row["compensation"] in compensations
 
 
 def _write_csv(rows: list[dict[str, Any]], path: Path) -> None:
