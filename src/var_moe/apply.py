@@ -228,10 +228,9 @@ def routed(
     if policy.compensation is not None:
         policy.compensation.check(**experts_shape(model))
     healed = None if policy.compensation is None else policy.compensation.healed
-    watch = guard
     if isinstance(guard, Guard):
         guard.check(policy_facts(policy), layers=len(modules))
-        watch = Watch(guard)
+    watch = Watch(guard) if isinstance(guard, Guard) else guard
     session = Session(policy, pair_backend(backend), len(modules), watch)
     before = attach(model, session)
     hooks = [

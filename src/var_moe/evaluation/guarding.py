@@ -122,9 +122,9 @@ def play(
         seed: of the order; None keeps it.
         tokens_per_batch: padded tokens in a forward.
     """
-    order = np.arange(len(documents))
+    order = list(range(len(documents)))
     if seed is not None:
-        order = np.random.default_rng(seed).permutation(len(documents))
+        order = np.random.default_rng(seed).permutation(len(documents)).tolist()
     device = next(loaded.model.parameters()).device
     before = session.policy.context_window - 1
     with torch.inference_mode():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from var_moe.routing.decision import Routing, Tier
-from var_moe.routing.departure import COLUMNS, Departure, facts
+from var_moe.routing.departure import COLUMNS, Departure, summed
 
 if TYPE_CHECKING:
     from var_moe.routing.watch import GuardReport
@@ -131,9 +131,8 @@ class TierCounts:
         row[3] = ((index >= 0) & counted[:, None]).sum()
         before = self._sums[layer]
         self._sums[layer] = row if before is None else before + row
-        found = facts(routing, router, weight, counted, drops_only=self._drops_only)
-        # float32 holds the counts of a forward; over many forwards it would not.
-        total = found.sum(0).double()
+        found = summed(routing, router, weight, counted, drops_only=self._drops_only)
+        total = found[0].double()  # float32 holds the counts of a forward, not those of many
         known = self._facts[layer]
         self._facts[layer] = total if known is None else known + total
 

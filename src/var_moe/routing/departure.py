@@ -24,25 +24,32 @@ from var_moe.routing.decision import Routing, Tier
 
 TIERS = tuple(tier.name.lower() for tier in Tier)
 OFFERING = TIERS[:2]  # those that can offer an expert
-# Columns of `facts`: three per tier, then two per tier that offers.
+# Columns of `summed`: three per tier, then two per tier that offers.
 _DECISIONS, _DROPPED, _CUT, _OFFERED, _AGREED = 0, 3, 6, 9, 11
 COLUMNS = 13
 
 
-def facts(
-    routing: Routing, index: Tensor, weight: Tensor, counted: Tensor, *, drops_only: bool
+def summed(
+    routing: Routing,
+    index: Tensor,
+    weight: Tensor,
+    counted: Tensor,
+    *,
+    drops_only: bool,
+    rows: int = 1,
 ) -> Tensor:
-    """What each token's decision adds to the sums of its layer.
+    """Sums of the facts of one layer's decisions.
 
     Args:
-        routing: the decision.
+        routing: the decisions.
         index: (T, K) the router's experts.
         weight: (T, K) the router's weights.
         counted: (T,) bool, tokens that count.
-        drops_only: whether the decision keeps the router's slots.
+        drops_only: whether the decisions keep the router's slots.
+        rows: B, parts of equal length to be summed apart.
 
     Returns:
-        (T, 13) float32: decisions, dropped mass and cuts, each of the three tiers; offers and
+        (B, 13) float32: decisions, dropped mass and cuts, each of the three tiers; offers and
         agreements, each of the table and the cache.
     """
     if drops_only:
@@ -51,19 +58,18 @@ def facts(
         runs = (index[:, :, None] == routing.index[:, None, :]).any(2)
     full = weight.float()
     total = full.sum(1)
-    # A router may give a token no weight at all.
-    lost = full.masked_fill(runs, 0).sum(1) / torch.where(total == 0, 1.0, total)
-    number = torch.arange(len(Tier), device=index.device, dtype=torch.uint8)
-    own = ((routing.tier[:, None] == number) & counted[:, None]).float()
-    out = full.new_zeros((len(index), COLUMNS))
-    out[:, _DECISIONS:_DROPPED] = own
-    out[:, _DROPPED:_CUT] = own * lost[:, None]
-    out[:, _CUT:_OFFERED] = own * ~runs.all(1)[:, None]
-    if routing.offer is not None and routing.agrees is not None:
-        offered = (routing.offer[:, None] == number[:2]) & counted[:, None]
-        out[:, _OFFERED:_AGREED] = offered
-        out[:, _AGREED:] = offered & routing.agrees[:, None]
-    return out
+    # A router may give a token no weight at all; padding may have any, NaN as well.
+    lost = full.masked_fill(runs, 0).sum(1) / total.masked_fill(total == 0, 1)
+    lost = lost.masked_fill(~counted, 0)
+    number = torch.arange(len(Tier), device=index.device, dtype=torch.uint8)[:, None]
+    own = (routing.tier == number) & counted  # (3, T)
+    each = torch.stack((torch.ones_like(lost), lost, (~runs).any(1).float()))  # (3, T)
+    parts = (each[:, None] * own).view(9, rows, -1).sum(2)
+    if routing.offer is None or routing.agrees is None:
+        return torch.cat((parts, parts.new_zeros((COLUMNS - len(parts), rows)))).t()
+    offered = (routing.offer == number[: len(OFFERING)]) & counted  # (2, T)
+    both = torch.cat((offered, offered & routing.agrees)).view(4, rows, -1).sum(2)
+    return torch.cat((parts, both)).t()
 
 
 def statistic_names(layers: int) -> tuple[str, ...]:
@@ -82,7 +88,7 @@ def statistics(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     """Means over the decisions of a text, by `statistic_names`, each in [0, 1].
 
     Args:
-        sums: (L, 13) sums of `facts`.
+        sums: (L, 13) sums of `summed`.
 
     Returns:
         (2 L + 7,); NaN where there is no such decision.
@@ -108,7 +114,8 @@ def statistics(sums: NDArray[np.float64]) -> NDArray[np.float64]:
         )
     )
     found: NDArray[np.float64] = np.full(len(above), np.nan)
-    return np.divide(above, below, out=found, where=below > 0)
+    np.divide(above, below, out=found, where=below > 0)
+    return found
 
 
 @dataclass(frozen=True)
@@ -116,12 +123,14 @@ class Departure:
     """The counted decisions' departure from the router's own.
 
     Args:
-        sums: (L, 13) sums of `facts`.
+        sums: (L, 13) sums of `summed`.
     """
 
     sums: tuple[tuple[float, ...], ...]
 
-    def _ratio(self, above: int, below: int, tiers: int, tier: Tier | None, layer: int | None) -> Any:
+    def _ratio(
+        self, above: int, below: int, tiers: int, tier: Tier | None, layer: int | None
+    ) -> Any:
         rows = self.sums if layer is None else (self.sums[layer],)
         which = range(tiers) if tier is None else (int(tier),)
         total = sum(row[below + n] for row in rows for n in which)

@@ -50,7 +50,7 @@ class Expected:
 
     def __post_init__(self) -> None:
         for name in ("stake", "mean", "spread", "bottom", "top", "low", "high"):
-            check_number(f"Expected.{name}", getattr(self, name), low=-10, high=10)
+            check_number(f"Expected.{name}", getattr(self, name), low=0, high=1)
         if not self.bottom <= self.low <= self.high <= self.top or self.bottom == self.top:
             raise UsageError(f"Expected {self.name!r}: expected bottom <= low <= high <= top")
 
@@ -116,7 +116,7 @@ class Expectation:
             )
         layers = len(units[0])
         values = np.stack([statistics(sums) for sums in units])  # (N, J)
-        stakes = _stakes(layers, (~np.isnan(values)).sum(axis=0) >= LEAST_UNITS)
+        stakes = _stakes(values)
         names = statistic_names(layers)
         found = [
             _expected(names[j], values[:, j], stake=stake, alpha=alpha * stake / 2)
@@ -146,9 +146,16 @@ class Expectation:
         return cls(**{**values, "statistics": tuple(Expected(**row) for row in rows)})
 
 
-def _stakes(layers: int, there: Any) -> dict[int, float]:
-    """Statistics that can be watched, by position, with their stakes: half for those over all
-    layers, half for those of single layers."""
+def _stakes(values: Floats) -> dict[int, float]:
+    """Statistics that can be watched, by position, with their stakes.
+
+    Half is for those over all layers, half for those of single layers. What says the same as
+    one before (of a tier that decides everything, of the only layer) is left out.
+    """
+    there = (~np.isnan(values)).sum(axis=0) >= LEAST_UNITS
+    for j in range(values.shape[1]):
+        same = (np.array_equal(values[:, j], values[:, i], equal_nan=True) for i in range(j))
+        there[j] &= not any(same)
     whole = len(statistic_names(0))
     over_all = [j for j in range(whole) if there[j]]
     single = [j for j in range(whole, len(there)) if there[j]]
@@ -162,19 +169,20 @@ def _expected(name: str, values: Floats, *, stake: float, alpha: float) -> Expec
     rest = np.delete(own, np.s_[::4])
     middle = float(limiting.mean())
     reach = _CLIPPED_AT * max(float(limiting.std(ddof=1)), _LEAST_SPREAD)
-    bottom, top = middle - reach, middle + reach
-    scaled = np.clip((rest - bottom) / (2 * reach), 0, 1)
+    bottom, top = max(middle - reach, 0.0), min(middle + reach, 1.0)
+    width = top - bottom
+    scaled = np.clip((rest - bottom) / width, 0, 1)
     low, high = mean_range(scaled, alpha)
     return Expected(
         name=name,
         stake=stake,
         units=len(own),
-        mean=bottom + 2 * reach * float(scaled.mean()),
+        mean=bottom + width * float(scaled.mean()),
         spread=float(rest.std(ddof=1)),
         bottom=bottom,
         top=top,
-        low=bottom + 2 * reach * low,
-        high=bottom + 2 * reach * high,
+        low=bottom + width * low,
+        high=bottom + width * high,
     )
 
 
@@ -196,7 +204,9 @@ class Guard:
 
     def __post_init__(self) -> None:
         if self.action not in ACTIONS:
-            raise UsageError(f"Guard.action = {self.action!r}: expected one of {', '.join(ACTIONS)}")
+            raise UsageError(
+                f"Guard.action = {self.action!r}: expected one of {', '.join(ACTIONS)}"
+            )
         check_number("Guard.tolerance", self.tolerance, low=0)
 
     @property
@@ -264,7 +274,7 @@ def policy_facts(policy: Any) -> dict[str, Any]:
         if not name.startswith("_") and isinstance(value, (int, float, str)):
             found[name] = value
     config = getattr(policy, "config", None)
-    if hasattr(config, "to_dict"):
+    if config is not None:
         found.update(config.to_dict())
     compensation = policy.compensation
     found["compensation"] = None if compensation is None else compensation.hash

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from var_moe.routing.decision import Routing, TokenBatch
-from var_moe.routing.departure import COLUMNS, facts
+from var_moe.routing.departure import COLUMNS, summed
 
 Sums = NDArray[np.float64]
-"""(L, 13) sums of `departure.facts` over a unit."""
+"""(L, 13) sums of `departure.summed` over a unit."""
 
 _GIVEN = 2**40
 """Numbers from here on are given by a session, ascending, and never again."""
@@ -49,12 +49,16 @@ class Units:
     def add(
         self, layer: int, routing: Routing, index: Tensor, weight: Tensor, counted: Tensor
     ) -> None:
-        """See a layer's decisions; the arguments of `departure.facts`."""
+        """See a layer's decisions; the arguments of `departure.summed`."""
         assert self._batch is not None
-        found = facts(
-            routing, index, weight, counted.to(index.device), drops_only=self._drops_only
+        self._running[layer] = summed(
+            routing,
+            index,
+            weight,
+            counted.to(index.device),
+            drops_only=self._drops_only,
+            rows=len(self._batch.ids),
         )
-        self._running[layer] = found.view(*self._batch.ids.shape, COLUMNS).sum(1)
 
     def end(self) -> list[Sums]:
         """Nothing goes on; returns the units that were open."""
@@ -73,7 +77,9 @@ class Units:
         if batch is None or not batch.inserting:
             return
         rows = [
-            np.zeros((len(batch.document), COLUMNS)) if part is None else part.double().cpu().numpy()
+            np.zeros((len(batch.document), COLUMNS))
+            if part is None
+            else part.double().cpu().numpy()
             for part in running
         ]
         by_row = np.stack(rows, axis=1)  # (B, L, 13)
@@ -87,4 +93,3 @@ class Units:
                 self._open[number] = by_row[row].copy()
             newest = max(newest, number)
         self._newest = newest
-
