@@ -54,7 +54,8 @@ def calibrate_guard(
 
     The documents must be independent of each other and like those to be served, in kind, length
     and in how they come (scored as a whole, or generated); nothing of the policy should have
-    been fitted to them. They are played in random order.
+    been fitted to them. They are played in random order. The guarantee is exact for policies that
+    decide each document apart; a context cache that documents share ties them together a little.
 
     Args:
         loaded: the model.
@@ -77,6 +78,7 @@ def calibrate_guard(
         recorder.units,
         alpha=alpha,
         policy=policy_facts(policy),
+        shared_cache=not policy.documents_apart,
         head={
             "model": identity(loaded),
             "data": data or {},

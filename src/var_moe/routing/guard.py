@@ -39,7 +39,7 @@ class Expected:
     """
 
     name: str
-    stake: float  # part of the money that is bet on it
+    stake: float  # part of the money that is bet on it; 0: it is reported only
     units: int  # calibration documents that have it
     mean: float
     spread: float  # standard deviation over documents
@@ -93,6 +93,7 @@ class Expectation:
         alpha: float,
         policy: Mapping[str, Any],
         head: Mapping[str, Any] | None = None,
+        shared_cache: bool = False,
     ) -> Expectation:
         """Calibrate on documents, in random order.
 
@@ -105,6 +106,9 @@ class Expectation:
             alpha: false-alarm rate.
             policy: `policy_facts` of the policy that decided.
             head: what else is to be known about them.
+            shared_cache: documents share a context cache. What an early one leaves there then
+                decides how the cache agrees with the router in all others: statistics of the
+                cached tier are no independent values, and are reported only.
 
         Raises:
             UsageError: there are fewer than `LEAST_UNITS`.
@@ -116,10 +120,11 @@ class Expectation:
             )
         layers = len(units[0])
         values = np.stack([statistics(sums) for sums in units])  # (N, J)
-        stakes = _stakes(values)
         names = statistic_names(layers)
+        aside = [j for j, name in enumerate(names) if shared_cache and name.endswith(".cached")]
+        stakes = _stakes(values, aside)
         found = [
-            _expected(names[j], values[:, j], stake=stake, alpha=alpha * stake / 2)
+            _expected(names[j], values[:, j], stake=stake, alpha=alpha * (stake or 1) / 2)
             for j, stake in stakes.items()
         ]
         return cls(
@@ -146,8 +151,8 @@ class Expectation:
         return cls(**{**values, "statistics": tuple(Expected(**row) for row in rows)})
 
 
-def _stakes(values: Floats) -> dict[int, float]:
-    """Statistics that can be watched, by position, with their stakes.
+def _stakes(values: Floats, aside: Sequence[int]) -> dict[int, float]:
+    """Statistics that can be watched, by position, with their stakes; zero for those ``aside``.
 
     Half is for those over all layers, half for those of single layers. What says the same as
     one before (of a tier that decides everything, of the only layer) is left out.
@@ -157,10 +162,11 @@ def _stakes(values: Floats) -> dict[int, float]:
         same = (np.array_equal(values[:, j], values[:, i], equal_nan=True) for i in range(j))
         there[j] &= not any(same)
     whole = len(statistic_names(0))
-    over_all = [j for j in range(whole) if there[j]]
+    over_all = [j for j in range(whole) if there[j] and j not in aside]
     single = [j for j in range(whole, len(there)) if there[j]]
     groups = [group for group in (over_all, single) if group]
-    return {j: 1 / len(groups) / len(group) for group in groups for j in group}
+    stakes = {j: 1 / len(groups) / len(group) for group in groups for j in group}
+    return {j: stakes.get(j, 0.0) for j in range(len(there)) if there[j]}
 
 
 def _expected(name: str, values: Floats, *, stake: float, alpha: float) -> Expected:

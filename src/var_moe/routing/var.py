@@ -106,6 +106,10 @@ class VARPolicy(RoutingPolicy):
     def drops_only(self) -> bool:
         return self.config.mode == "verified"
 
+    @property
+    def documents_apart(self) -> bool:
+        return self.config.cache_scope == "document" or self.config.cache_size == 0
+
     @classmethod
     def build(cls, settings: Mapping[str, Any], calibration: Mapping[str, Any]) -> Self:
         return cls(VARConfig.from_dict(settings), **calibration)

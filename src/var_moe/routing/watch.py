@@ -28,6 +28,7 @@ class Seen:
     high: float
     seen: float | None  # mean over the documents so far, limited as in calibration
     units: int  # documents that have it
+    bet_on: bool
     evidence: float  # against the range: 1 / p-value had it been watched alone, on its worse side
 
 
@@ -48,8 +49,8 @@ class GuardReport:
         return asdict(self)
 
     def worst(self) -> Seen:
-        """The statistic with most evidence against it."""
-        return max(self.statistics, key=lambda seen: seen.evidence)
+        """The statistic with most evidence against it, of those that are bet on."""
+        return max(self.statistics, key=lambda seen: (seen.bet_on, seen.evidence))
 
 
 class Watch:
@@ -137,6 +138,7 @@ class Watch:
                     high=float(self._high[j]),
                     seen=float(mean[j]) if self._number[j] else None,
                     units=int(self._number[j]),
+                    bet_on=row.stake > 0,
                     evidence=float(sides[j]),
                 )
                 for j, row in enumerate(self.guard.expectation.statistics)
