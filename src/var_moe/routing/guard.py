@@ -75,6 +75,7 @@ class Expectation:
 
     def __post_init__(self) -> None:
         check_alpha(self.alpha)
+        check_number("Expectation.layers", self.layers, integer=True, low=1)
         known = statistic_names(self.layers)
         for expected in self.statistics:
             if expected.name not in known:

@@ -91,7 +91,7 @@ def mean_range(values: Floats, alpha: float) -> tuple[float, float]:
         values: (N,).
         alpha: probability that the mean lies outside.
     """
-    grid = np.linspace(0, 1, 2001)[1:-1]
+    grid = np.linspace(0, 1, 501)[1:-1]
     money = np.zeros((len(grid), 2, len(SHARES)))  # logarithms
     most = np.full((len(grid), 2), -np.inf)
     for value in values:
