@@ -132,9 +132,8 @@ def test_fallback_takes_compensation_and_healed_weights_away(loaded, guard) -> N
 
 def test_an_exception_leaves_the_model_as_it_was(loaded, guard) -> None:
     expected = logits(loaded, IDS)
-    with pytest.raises(KeyError), routed(loaded.model, policy(), guard=guard):
-        logits(loaded, IDS)
-        raise KeyError
+    with pytest.raises(UsageError, match="input_ids"), routed(loaded.model, policy(), guard=guard):
+        loaded.model(inputs_embeds=torch.zeros((1, 3, 64)))
     assert torch.equal(logits(loaded, IDS), expected)
 
 

@@ -79,10 +79,9 @@ def test_calm_stream(expectation: Expectation) -> None:
 
 
 def test_the_warning_says_what_has_left_its_range(expectation: Expectation) -> None:
-    watch = Watch(Guard(expectation=expectation))
+    drifted = documents(np.random.default_rng(3), 100, mean=0.19)
     with pytest.warns(DriftWarning) as caught:
-        for sums in documents(np.random.default_rng(3), 100, mean=0.19):
-            watch.see(sums)
+        watch = played(Guard(expectation=expectation), drifted)
     assert len(caught) == 1  # once, though the drift goes on
     report = watch.report()
     assert report.alarm_at is not None
@@ -96,10 +95,9 @@ def test_the_warning_says_what_has_left_its_range(expectation: Expectation) -> N
 
 
 def test_fallback_ends_the_stream(expectation: Expectation) -> None:
-    watch = Watch(Guard(expectation=expectation, action="fallback"))
+    drifted = documents(np.random.default_rng(3), 100, mean=0.11)
     with pytest.warns(DriftWarning, match="the model's own routing decides"):
-        for sums in documents(np.random.default_rng(3), 100, mean=0.11):
-            watch.see(sums)
+        watch = played(Guard(expectation=expectation, action="fallback"), drifted)
     report = watch.report()
     assert watch.native
     assert report.fallback

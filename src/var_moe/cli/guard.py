@@ -62,6 +62,7 @@ def guard(
         quiet: no progress.
     """
     from var_moe.cli.tune import search_of
+    from var_moe.config import check_number
     from var_moe.errors import UsageError
     from var_moe.evaluation.text import check_dataset
     from var_moe.models.loading import check_name
@@ -76,6 +77,7 @@ def guard(
     dataset = dataset or searched.get("dataset", "demo")
     place = check_output_folder(output or results)
     check_alpha(alpha)
+    check_number("Guard.tolerance", tolerance, low=0)
     check_name(model)
     for name in (dataset, *(check or ())):
         check_dataset(name)
