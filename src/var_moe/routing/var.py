@@ -235,7 +235,7 @@ class VARPolicy(RoutingPolicy):
             weight=ops.to_tensor(out_weight),
             tier=tiers,
             offer=tiers,
-            agrees=ops.to_tensor((lead_index == stored_index[:, :1]).any(1)),
+            agrees=ops.to_tensor(replaced[:, 0] & (lead_index == stored_index[:, :1]).any(1)),
         )
 
     def _residual(
