@@ -28,6 +28,8 @@ _PUBLIC = {
     "certify": "var_moe.certification",
     "perplexity": "var_moe.evaluation.perplexity",
     "Evaluator": "var_moe.evaluation.compare",
+    "Guard": "var_moe.routing.guard",
+    "calibrate_guard": "var_moe.evaluation.guarding",
     "tune": "var_moe.optimization.run",
 }
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,18 +26,46 @@ from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.compensation import LayerCompensation
 from var_moe.routing.counts import RoutingReport, TierCounts
 from var_moe.routing.decision import Residual, Routing, TokenBatch
+from var_moe.routing.guard import Guard, policy_facts
+from var_moe.routing.keeping import all_pairs
+from var_moe.routing.units import Sums, Units
+from var_moe.routing.watch import GuardReport, Watch
+
+
+class Watching(Protocol):
+    """What a session asks of whoever watches its documents."""
+
+    @property
+    def native(self) -> bool:
+        """Whether the model's own routing is to be used from now on."""
+
+    def see(self, unit: Sums) -> None:
+        """A document has ended."""
+
+    def report(self) -> GuardReport | None:
+        """What it says of them."""
 
 
 class Session:
     """A routed model's running state: the policy, the tokens of the forward, the counts."""
 
-    def __init__(self, policy: RoutingPolicy, backend: PairBackend, layers: int) -> None:
+    def __init__(
+        self,
+        policy: RoutingPolicy,
+        backend: PairBackend,
+        layers: int,
+        watch: Watching | None = None,
+    ) -> None:
         self.policy = policy
         self._backend = backend
         self._compensation = policy.compensation
         self._parts: dict[int, LayerCompensation] = {}
         self._layers = layers
-        self._counts = TierCounts(layers)
+        self._counts = TierCounts(layers, drops_only=policy.drops_only)
+        self._watch = watch
+        self._units = Units(layers, drops_only=policy.drops_only) if watch else None
+        self._native = False  # the guard has fallen back to the model's own routing
+        self._own_weights = ExitStack()  # closing it puts the model's own weights back
         self._announced: TokenBatch | None = None
         self._counted: Tensor = torch.empty(0, dtype=torch.bool)
         self.texts = Texts(policy.context_window)
@@ -50,14 +78,32 @@ class Session:
         self._announced = batch
 
     def report(self) -> RoutingReport:
-        """Tiers and executed pairs since the session's start or the last `reset`."""
-        return self._counts.report()
+        """Tiers, executed pairs and departure from the router since the session's start or the
+        last `reset`; with a guard, what it has seen since the session's start."""
+        return self._counts.report(self._watch.report() if self._watch else None)
 
     def reset(self) -> None:
-        """Empty the policy's caches and clocks, forget texts, set the counts to zero."""
+        """Empty the policy's caches and clocks, forget texts, set the counts to zero.
+
+        For a guard, all documents have ended; what it has seen and done stays.
+        """
+        self.end_documents()
         self.policy.reset()
         self.texts.forget()
-        self._counts = TierCounts(self._layers)
+        self._counts = TierCounts(self._layers, drops_only=self.policy.drops_only)
+
+    def end_documents(self) -> None:
+        """Tell the guard that no document goes on: it judges the last ones now.
+
+        Else it does so when the next forward shows which documents go on.
+        """
+        if self._units is not None:
+            self._judge(self._units.end())
+
+    def healed(self, weights: AbstractContextManager[None]) -> ExitStack:
+        """Keep healed weights in place until the block ends or the guard falls back."""
+        self._own_weights.enter_context(weights)
+        return self._own_weights
 
     # -- called by the model ---------------------------------------------------------------
 
@@ -77,8 +123,21 @@ class Session:
                 f"announced tokens of shape {tuple(batch.ids.shape)}, but the forward has "
                 f"{tuple(ids.shape)}"
             )
+        if self._units is not None:
+            self._judge(self._units.begin(batch))
         self._counted = batch.counted.reshape(-1)
-        self.policy.begin(batch)
+        if not self._native:
+            self.policy.begin(batch)
+
+    def _judge(self, ended: list[Sums]) -> None:
+        """Show documents that have ended to the guard, which may end the policy's decisions."""
+        assert self._watch is not None
+        for unit in ended:
+            self._watch.see(unit)
+        if self._watch.native and not self._native:
+            self._native, self._units = True, None
+            with torch.inference_mode(False):
+                self._own_weights.close()
 
     def after_forward(self, _model: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         """The model's forward hook: the output may hold a new KV cache."""
@@ -88,9 +147,15 @@ class Session:
         self, layer: int, module: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor
     ) -> Tensor:
         """One layer: the policy decides, the backend runs what is left, the counts grow."""
+        if self._native:
+            routing = all_pairs(index, weight)
+            self._counts.add(layer, routing, self._counted, index, weight)
+            return execute(module, hidden, index, weight, self._backend)
         self.policy.see(layer, hidden)
         routing = self.policy.route(layer, index, weight)
-        self._counts.add(layer, routing, self._counted)
+        self._counts.add(layer, routing, self._counted, index, weight)
+        if self._units is not None:
+            self._units.add(layer, routing, index, weight, self._counted)
         if self._compensation is not None:
             return self._compensated(layer, module, hidden, index, weight, routing)
         out = execute(module, hidden, routing.index, routing.weight, self._backend)
@@ -130,7 +195,13 @@ def _with_residual(out: Tensor, extra: Residual) -> Tensor:
 
 
 @contextmanager
-def routed(model: Any, policy: RoutingPolicy, *, backend: str = "auto") -> Iterator[Session]:
+def routed(
+    model: Any,
+    policy: RoutingPolicy,
+    *,
+    backend: str = "auto",
+    guard: Guard | Watching | None = None,
+) -> Iterator[Session]:
     """Run the model's experts as ``policy`` decides, until the block ends.
 
     Args:
@@ -138,13 +209,15 @@ def routed(model: Any, policy: RoutingPolicy, *, backend: str = "auto") -> Itera
         policy: which pairs are executed, and what stands in for the others.
         backend: who executes them: ``"sorted"`` (ours), ``"grouped_mm"``, ``"eager"``, ...;
             ``"auto"`` is ``"sorted"`` on CPU and ``"grouped_mm"`` elsewhere.
+        guard: warns, or goes over to the model's own routing, when decisions leave the range
+            that it was calibrated on (`calibrate_guard`); its stream of documents is this block.
 
     Yields:
         The `Session`, with `report()` and `reset()`.
 
     Raises:
         UsageError: the model is no MoE, is routed already, or does not go through the seam; the
-            policy's compensation is another model's.
+            policy's compensation is another model's, or the guard another policy's.
 
     Healed weights, where the policy's compensation has them, are in place of the model's own.
     On leaving, also by an exception, the model is what it was before.
@@ -155,15 +228,19 @@ def routed(model: Any, policy: RoutingPolicy, *, backend: str = "auto") -> Itera
     if policy.compensation is not None:
         policy.compensation.check(**experts_shape(model))
     healed = None if policy.compensation is None else policy.compensation.healed
-    session = Session(policy, pair_backend(backend), len(modules))
+    if isinstance(guard, Guard):
+        guard.check(policy_facts(policy), layers=len(modules))
+    watch = Watch(guard) if isinstance(guard, Guard) else guard
+    session = Session(policy, pair_backend(backend), len(modules), watch)
     before = attach(model, session)
     hooks = [
         model.register_forward_pre_hook(session.before_forward, with_kwargs=True),
         model.register_forward_hook(session.after_forward),
     ]
     try:
-        with healed_weights(model, healed), session.texts.watching(model):
+        with session.healed(healed_weights(model, healed)), session.texts.watching(model):
             yield session
+            session.end_documents()
     finally:
         for hook in hooks:
             hook.remove()

@@ -383,9 +383,11 @@ def test_no_decision_waits_for_the_device(name: str, top_k: int) -> None:
     policy = POLICIES[name].make(top_k)
     for batch, router in stream(top_k):
         policy.begin(batch)  # the ids stay on the host, as the cache's walk needs them
-        counts = TierCounts(LAYERS)
+        counts = TierCounts(LAYERS, drops_only=policy.drops_only)
         for layer, (index, weight) in enumerate(router):
             policy.see(layer, seen(index, weight).to("meta"))
-            routing = policy.route(layer, index.to("meta"), weight.to("meta"))
-            counts.add(layer, routing, batch.counted.reshape(-1))
+            index, weight = index.to("meta"), weight.to("meta")
+            routing = policy.route(layer, index, weight)
+            counts.add(layer, routing, batch.counted.reshape(-1), index, weight)
+            counts._count(layer)
             assert routing.index.device.type == "meta"

@@ -229,3 +229,36 @@ def test_no_residuals_where_nothing_is_dropped_or_none_are_wanted() -> None:
 def test_residuals_that_are_wanted_must_be_given() -> None:
     with pytest.raises(UsageError, match="give VARPolicy the profile's"):
         VARPolicy(VERIFIED, dense_table({}, 1, VOCABULARY, 1))
+
+
+# -- what came of the offers -------------------------------------------------------------------
+
+
+def offers(routing: Routing) -> list[tuple[int, bool]]:
+    assert routing.offer is not None
+    assert routing.agrees is not None
+    assert routing.offer.dtype == torch.uint8
+    return list(zip(routing.offer.tolist(), routing.agrees.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("config", [PLAIN, VERIFIED], ids=["plain", "verified"])
+def test_offers_of_the_table(config: VARConfig) -> None:
+    """The router puts 2 first, then 7; token 1 is not in the table."""
+    var = policy(config, known((2, 0.6)))
+    routing = route(var, [0, 0, 1], [SURE, OTHER, UNSURE])
+    assert offers(routing) == [(FAST, True), (FAST, False), (LEARNED, False)]
+    expected = [FAST, FAST if config.mode == "plain" else LEARNED, LEARNED]
+    assert routing.tier.tolist() == expected
+
+
+@pytest.mark.parametrize("config", [PLAIN, VERIFIED], ids=["plain", "verified"])
+def test_offers_of_the_cache(config: VARConfig) -> None:
+    """The first decision is stored; the router then agrees, and then does not."""
+    routing = route(policy(config), [0, 0, 0], [SURE, SURE, OTHER])
+    assert offers(routing) == [(LEARNED, False), (CACHED, True), (CACHED, False)]
+
+
+def test_documents_are_apart_without_a_shared_cache() -> None:
+    assert not policy(VERIFIED).documents_apart
+    assert policy(replace(VERIFIED, cache_scope="document")).documents_apart
+    assert policy(replace(VERIFIED, cache_size=0)).documents_apart

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from var_moe.config import VARConfig
 from var_moe.errors import UsageError
-from var_moe.routing.registry import policy_spec
+from var_moe.routing.registry import make_policy, policy_spec
 from var_moe.storage import read_json
+
+if TYPE_CHECKING:
+    from var_moe.profiling.profile import RoutingProfile
+    from var_moe.routing.base import RoutingPolicy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,3 +86,13 @@ def load_candidate(path: str | Path) -> Candidate:
     if isinstance(values, Mapping) and "policy" in values:
         return PolicySettings.from_dict(values, source=str(path))
     return VARConfig.load(path)
+
+
+def policy_of(candidate: Candidate, profile: RoutingProfile) -> RoutingPolicy:
+    """The policy that a candidate configures, with what a profile was calibrated to."""
+    if isinstance(candidate, VARConfig):
+        from var_moe.routing.var import VARPolicy
+
+        return VARPolicy(candidate, profile.table(), residuals=profile.residuals)
+    calibration = profile.calibration(candidate.compensation)
+    return make_policy(candidate.policy, candidate.settings, calibration)

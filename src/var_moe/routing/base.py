@@ -56,6 +56,11 @@ class RoutingPolicy(ABC):
         """Whether every executed pair is one that the router chose, in its own slot."""
         return True
 
+    @property
+    def documents_apart(self) -> bool:
+        """Whether what is decided in a document depends on that document alone."""
+        return True
+
     def compensated(self, compensation: Compensation | None) -> Self:
         """The same policy, with ``compensation`` in place of the experts that it drops.
 

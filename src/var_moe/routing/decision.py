@@ -30,13 +30,17 @@ class Residual:
 class Routing:
     """The decision for one layer and all tokens of a forward.
 
-    ``index`` keeps the slot order of the router; -1 marks a pair that is not executed.
+    ``index`` keeps the slot order of the router; -1 marks a pair that is not executed. ``offer``
+    and ``agrees`` say what came of a first expert that the table or the cache named, licensed or
+    not; None where the policy has neither.
     """
 
     index: Tensor  # (T, K) int64 expert ids, -1: not executed
     weight: Tensor  # (T, K) weights, ignored where index is -1
     tier: Tensor  # (T,) uint8, a Tier
     residual: Residual | None = None
+    offer: Tensor | None = None  # (T,) uint8, the Tier that named one; LEARNED: none did
+    agrees: Tensor | None = None  # (T,) bool, it is among the router's leading experts
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,10 @@ class VARPolicy(RoutingPolicy):
     def drops_only(self) -> bool:
         return self.config.mode == "verified"
 
+    @property
+    def documents_apart(self) -> bool:
+        return self.config.cache_scope == "document" or self.config.cache_size == 0
+
     @classmethod
     def build(cls, settings: Mapping[str, Any], calibration: Mapping[str, Any]) -> Self:
         return cls(VARConfig.from_dict(settings), **calibration)
@@ -172,7 +176,7 @@ class VARPolicy(RoutingPolicy):
             confident = kept / total >= self.config.confidence_threshold
         if self.config.mode == "plain":
             hits = self.cache.layer(layer, lead_index, lead_weight, confident)
-            return self._plain(ops, part, ids, index, weight, expected, hits)
+            return self._plain(ops, part, ids, index, weight, lead_index, expected, hits)
 
         # Verified: the table or the slot only licenses the cut; its first expert must be among
         # those that the router itself puts first. A refused licence makes the token LEARNED.
@@ -194,6 +198,8 @@ class VARPolicy(RoutingPolicy):
             weight=ops.to_tensor(weight),
             tier=ops.small(ops.where(licensed, by_table, _LEARNED)),
             residual=residual,
+            offer=ops.small(ops.where(known >= 0, by_table, _LEARNED)),
+            agrees=ops.to_tensor(licensed),
         )
 
     def _plain(
@@ -203,6 +209,7 @@ class VARPolicy(RoutingPolicy):
         ids: Array,
         index: Array,
         weight: Array,
+        lead_index: Array,
         expected: Array | None,
         hits: Hits,
     ) -> Routing:
@@ -222,10 +229,13 @@ class VARPolicy(RoutingPolicy):
         scaled = shares(stored_weight, ops) * total[:, None]
         out_weight = ops.where(replaced, 0.0, weight)
         out_weight[:, :lead] = ops.where(replaced, scaled, weight[:, :lead])
+        tiers = ops.small(tier)
         return Routing(
             index=ops.to_tensor(out_index),
             weight=ops.to_tensor(out_weight),
-            tier=ops.small(tier),
+            tier=tiers,
+            offer=tiers,
+            agrees=ops.to_tensor(replaced[:, 0] & (lead_index == stored_index[:, :1]).any(1)),
         )
 
     def _residual(

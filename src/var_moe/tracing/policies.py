@@ -78,7 +78,8 @@ def evaluate_policy(
     if profile is not None:
         trace.check_profile(profile)
     _check_fits(trace, policy)
-    counts, cuts = TierCounts(trace.layers), _CutSums(trace, policy)
+    counts = TierCounts(trace.layers, drops_only=policy.drops_only)
+    cuts = _CutSums(trace, policy)
     # Of this policy's damage model, as has been checked; another one's would mislead it.
     hint = trace.hint if _looks(policy) else None
     policy.reset()
@@ -92,7 +93,7 @@ def evaluate_policy(
                 if hint is not None and isinstance(policy, DamagePolicy):
                     policy.see_hint(hint[layer][position])
                 routing = policy.route(layer, index, weight)
-                counts.add(layer, routing, counted)
+                counts.add(layer, routing, counted, index, weight)
                 cuts.add(layer, index, weight, routing, position, counted)
     policy.reset()
     first, squares = (cuts.first, cuts.squares) if cuts.known else (None, None)

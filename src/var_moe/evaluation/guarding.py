@@ -1,0 +1,160 @@
+"""Calibrating a guard on documents, and playing documents to one as if they were served."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from var_moe.apply import Session, routed
+from var_moe.evaluation.batching import Window, collate, windows
+from var_moe.evaluation.documents import page_of
+from var_moe.models.identity import identity
+from var_moe.routing.base import RoutingPolicy
+from var_moe.routing.guard import Expectation, Guard, policy_facts
+from var_moe.routing.units import Sums
+from var_moe.routing.watch import GuardReport
+from var_moe.storage import provenance
+
+if TYPE_CHECKING:
+    from var_moe.evaluation.documents import EncodedDocument
+    from var_moe.models.loading import LoadedModel
+
+DEFAULT_ALPHA = 0.01
+_TOKENS_PER_BATCH = 4096
+
+
+def one_per_page(documents: Sequence[EncodedDocument], seed: int = 0) -> list[EncodedDocument]:
+    """One section of each page, drawn at random, in random order.
+
+    Sections of one page are alike, so that they are no independent units.
+    """
+    order = np.random.default_rng(seed).permutation(len(documents))
+    found: dict[str, EncodedDocument] = {}
+    for position in order:
+        found.setdefault(page_of(documents[position].id), documents[position])
+    return list(found.values())
+
+
+def calibrate_guard(
+    loaded: LoadedModel,
+    policy: RoutingPolicy,
+    documents: Sequence[EncodedDocument],
+    *,
+    alpha: float = DEFAULT_ALPHA,
+    action: str = "warn",
+    tolerance: float = 0.0,
+    seed: int = 0,
+    data: dict[str, Any] | None = None,
+) -> Guard:
+    """Run documents under a policy and note what its decisions look like.
+
+    The documents must be independent of each other and like those to be served, in kind, length
+    and in how they come (scored as a whole, or generated); nothing of the policy should have
+    been fitted to them. They are played in random order. The guarantee is exact for policies that
+    decide each document apart; a context cache that documents share ties them together a little.
+
+    Args:
+        loaded: the model.
+        policy: as it will serve.
+        documents: at least `guard.LEAST_UNITS`; see `one_per_page`.
+        alpha: probability of an alarm, ever, on documents like these.
+        action: see `Guard`.
+        tolerance: see `Guard`.
+        seed: of the order.
+        data: what to note about the text (name, hash).
+
+    Raises:
+        UsageError: there are too few documents.
+    """
+    recorder = _Recorder()
+    with routed(loaded.model, policy, guard=recorder) as session:
+        session.reset()
+        play(loaded, session, documents, seed=seed)
+    expectation = Expectation.of_units(
+        recorder.units,
+        alpha=alpha,
+        policy=policy_facts(policy),
+        shared_cache=not policy.documents_apart,
+        head={
+            "model": identity(loaded),
+            "data": data or {},
+            "documents": len(documents),
+            "tokens": sum(len(document.ids) for document in documents),
+            "seed": seed,
+            "provenance": provenance(),
+        },
+    )
+    return Guard(expectation=expectation, action=action, tolerance=tolerance)
+
+
+@dataclass
+class _Recorder:
+    """Keeps every document's sums."""
+
+    units: list[Sums] = field(default_factory=list)
+    native: bool = False
+
+    def see(self, unit: Sums) -> None:
+        self.units.append(unit)
+
+    def report(self) -> GuardReport | None:
+        return None
+
+
+def play(
+    loaded: LoadedModel,
+    session: Session,
+    documents: Sequence[EncodedDocument],
+    *,
+    seed: int | None = 0,
+    tokens_per_batch: int = _TOKENS_PER_BATCH,
+) -> None:
+    """Run documents through a routed model, in random order, several in a forward.
+
+    Rows are not sorted by length, so that what has come at any time is like what will come.
+
+    Args:
+        loaded: the model, routed by the session.
+        session: the running session.
+        documents: the text.
+        seed: of the order; None keeps it.
+        tokens_per_batch: padded tokens in a forward.
+    """
+    order = list(range(len(documents)))
+    if seed is not None:
+        order = np.random.default_rng(seed).permutation(len(documents)).tolist()
+    device = next(loaded.model.parameters()).device
+    before = session.policy.context_window - 1
+    with torch.inference_mode():
+        for rows in _in_order(
+            [documents[n] for n in order], loaded.window, before, tokens_per_batch
+        ):
+            batch = collate(rows)
+            session.announce(batch)
+            loaded.model(
+                input_ids=batch.ids.to(device),
+                attention_mask=batch.valid.long().to(device),
+                use_cache=False,
+            )
+    session.end_documents()
+
+
+def _in_order(
+    documents: Sequence[EncodedDocument], window: int, prefix: int, tokens_per_batch: int
+) -> Iterator[list[Window]]:
+    rows: list[Window] = []
+    width = 0
+    for number, document in enumerate(documents):
+        ids = np.asarray(document.ids, dtype=np.int64)
+        for cut in windows(number, ids, window, prefix=prefix):
+            width = max(width, len(cut.ids))
+            if rows and width * (len(rows) + 1) > tokens_per_batch:
+                yield rows
+                rows, width = [], len(cut.ids)
+            rows.append(cut)
+    if rows:
+        yield rows

@@ -1,0 +1,299 @@
+"""What a guard expects of a policy's decisions, calibrated on documents, and what it then does.
+
+The calibrated range of a statistic is a confidence interval of its mean over documents like the
+calibration's; `routing.watch` bets against the ranges while the model serves. Both share the
+false-alarm rate alpha equally: with probability 1 - alpha / 2 all means lie in their ranges,
+and if they do, a stream raises an alarm with probability alpha / 2 at most, ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from var_moe.config import check_number
+from var_moe.errors import UsageError
+from var_moe.routing.departure import statistic_names, statistics
+from var_moe.routing.shapes import check_keys
+from var_moe.routing.units import Sums
+from var_moe.routing.wager import Floats, mean_range
+from var_moe.storage import SCHEMA_VERSION, atomic_write_json, read_json
+
+ACTIONS = ("report", "warn", "fallback")
+LEAST_UNITS = 40
+"""Documents for a calibration."""
+_CLIPPED_AT = 3.0  # standard deviations from the mean beyond which a unit counts as if there
+_LEAST_SPREAD = 1e-3  # of a statistic that hardly differs from unit to unit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """One statistic over documents: see `departure.statistic_names`.
+
+    A document's value counts as at most ``top`` and at least ``bottom``, so that no document
+    raises an alarm alone; ``mean``, ``low`` and ``high`` are of values so limited.
+    """
+
+    name: str
+    stake: float  # part of the money that is bet on it; 0: it is reported only
+    units: int  # calibration documents that have it
+    mean: float
+    spread: float  # standard deviation over documents
+    bottom: float
+    top: float
+    low: float  # calibrated range of the mean
+    high: float
+
+    def __post_init__(self) -> None:
+        for name in ("stake", "mean", "spread", "bottom", "top", "low", "high"):
+            check_number(f"Expected.{name}", getattr(self, name), low=0, high=1)
+        if not self.bottom <= self.low <= self.high <= self.top or self.bottom == self.top:
+            raise UsageError(f"Expected {self.name!r}: expected bottom <= low <= high <= top")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expectation:
+    """What decisions of one policy on one kind of text look like.
+
+    Args:
+        statistics: those that are watched.
+        alpha: false-alarm rate that the ranges are made for.
+        layers: L of the model.
+        policy: `policy_facts` of the policy.
+        head: what it was calibrated on: model, data, provenance.
+    """
+
+    statistics: tuple[Expected, ...]
+    alpha: float
+    layers: int
+    policy: Mapping[str, Any]
+    head: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_alpha(self.alpha)
+        check_number("Expectation.layers", self.layers, integer=True, low=1)
+        known = statistic_names(self.layers)
+        for expected in self.statistics:
+            if expected.name not in known:
+                raise UsageError(
+                    f"Expectation.statistics: unknown {expected.name!r}; expected names such as "
+                    f"{', '.join(known[:3])}"
+                )
+        if not self.statistics:
+            raise UsageError("Expectation.statistics: expected at least one")
+
+    @classmethod
+    def of_units(
+        cls,
+        units: Sequence[Sums],
+        *,
+        alpha: float,
+        policy: Mapping[str, Any],
+        head: Mapping[str, Any] | None = None,
+        shared_cache: bool = False,
+    ) -> Expectation:
+        """Calibrate on documents, in random order.
+
+        Every fourth document says where values are limited, the others what their mean is, so
+        that the range of the mean is exact for independent documents. A statistic that
+        too few documents have (an agreement where hardly anything is offered) is left out.
+
+        Args:
+            units: (L, 13) sums of each.
+            alpha: false-alarm rate.
+            policy: `policy_facts` of the policy that decided.
+            head: what else is to be known about them.
+            shared_cache: documents share a context cache. What an early one leaves there then
+                decides how the cache agrees with the router in all others: statistics of the
+                cached tier are no independent values, and are reported only.
+
+        Raises:
+            UsageError: there are fewer than `LEAST_UNITS`.
+        """
+        check_alpha(alpha)
+        if len(units) < LEAST_UNITS:
+            raise UsageError(
+                f"{len(units)} document(s): calibrating a guard needs at least {LEAST_UNITS}"
+            )
+        layers = len(units[0])
+        values = np.stack([statistics(sums) for sums in units])  # (N, J)
+        names = statistic_names(layers)
+        aside = [j for j, name in enumerate(names) if shared_cache and name.endswith(".cached")]
+        stakes = _stakes(values, aside)
+        found = [
+            _expected(names[j], values[:, j], stake=stake, alpha=alpha * (stake or 1) / 2)
+            for j, stake in stakes.items()
+        ]
+        return cls(
+            statistics=tuple(found), alpha=alpha, layers=layers, policy=policy, head=head or {}
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a file."""
+        return {
+            "statistics": [asdict(expected) for expected in self.statistics],
+            "alpha": self.alpha,
+            "layers": self.layers,
+            "policy": dict(self.policy),
+            "head": dict(self.head),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Expectation:
+        """Read what `to_dict` gave."""
+        _check_entries(cls, values)
+        rows = values["statistics"]
+        for row in rows:
+            _check_entries(Expected, row)
+        return cls(**{**values, "statistics": tuple(Expected(**row) for row in rows)})
+
+
+def _stakes(values: Floats, aside: Sequence[int]) -> dict[int, float]:
+    """Statistics that can be watched, by position, with their stakes; zero for those ``aside``.
+
+    Half is for those over all layers, half for those of single layers. What says the same as
+    one before (of a tier that decides everything, of the only layer) is left out.
+    """
+    there = (~np.isnan(values)).sum(axis=0) >= LEAST_UNITS
+    for j in range(values.shape[1]):
+        same = (np.array_equal(values[:, j], values[:, i], equal_nan=True) for i in range(j))
+        there[j] &= not any(same)
+    whole = len(statistic_names(0))
+    over_all = [j for j in range(whole) if there[j] and j not in aside]
+    single = [j for j in range(whole, len(there)) if there[j]]
+    groups = [group for group in (over_all, single) if group]
+    stakes = {j: 1 / len(groups) / len(group) for group in groups for j in group}
+    return {j: stakes.get(j, 0.0) for j in range(len(there)) if there[j]}
+
+
+def _expected(name: str, values: Floats, *, stake: float, alpha: float) -> Expected:
+    own = values[~np.isnan(values)]
+    limiting = own[::4]
+    rest = np.delete(own, np.s_[::4])
+    middle = float(limiting.mean())
+    reach = _CLIPPED_AT * max(float(limiting.std(ddof=1)), _LEAST_SPREAD)
+    bottom, top = max(middle - reach, 0.0), min(middle + reach, 1.0)
+    width = top - bottom
+    scaled = np.clip((rest - bottom) / width, 0, 1)
+    low, high = mean_range(scaled, alpha)
+    return Expected(
+        name=name,
+        stake=stake,
+        units=len(own),
+        mean=bottom + width * float(scaled.mean()),
+        spread=float(rest.std(ddof=1)),
+        bottom=bottom,
+        top=top,
+        low=bottom + width * low,
+        high=bottom + width * high,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guard:
+    """Watches a routed model's decisions: ``routed(model, policy, guard=guard)``.
+
+    Args:
+        expectation: calibrated by `calibrate_guard`, or read from a file.
+        action: ``"report"`` (only figures in the session's report), ``"warn"`` (one Python
+            warning), ``"fallback"`` (the warning, and from then on the model's own routing).
+        tolerance: how far a mean may leave its calibrated range, in standard deviations over
+            documents.
+    """
+
+    expectation: Expectation
+    action: str = "warn"
+    tolerance: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.action not in ACTIONS:
+            raise UsageError(
+                f"Guard.action = {self.action!r}: expected one of {', '.join(ACTIONS)}"
+            )
+        check_number("Guard.tolerance", self.tolerance, low=0)
+
+    @property
+    def alpha(self) -> float:
+        """Probability of an alarm, ever, on documents like the calibration's."""
+        return self.expectation.alpha
+
+    def check(self, policy: Mapping[str, Any], *, layers: int) -> None:
+        """Refuse another policy's or another model's guard.
+
+        Args:
+            policy: `policy_facts` of the policy at hand.
+            layers: L of the model at hand.
+
+        Raises:
+            UsageError: names both.
+        """
+        expectation = self.expectation
+        if expectation.layers != layers:
+            raise UsageError(
+                f"guard for {expectation.layers} MoE layers, the model has {layers}; calibrate "
+                "one on this model"
+            )
+        for name in sorted({*expectation.policy, *policy}):
+            mine, other = expectation.policy.get(name), policy.get(name)
+            if mine != other:
+                raise UsageError(
+                    f"guard calibrated with policy {name} = {mine!r}, but this one has {other!r}; "
+                    "calibrate one with this policy"
+                )
+
+    def save(self, path: str | Path) -> None:
+        """Write a JSON file, whole or not at all."""
+        own = {"action": self.action, "tolerance": self.tolerance}
+        atomic_write_json(
+            path,
+            {"schema_version": SCHEMA_VERSION, **own, "expectation": self.expectation.to_dict()},
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> Guard:
+        """Read a file that `save` wrote.
+
+        Raises:
+            UsageError: it is none; names the file and the entry.
+        """
+        values = read_json(path, what="guard")
+        if not isinstance(values, Mapping) or values.get("schema_version") != SCHEMA_VERSION:
+            raise UsageError(f"{path}: no guard of schema version {SCHEMA_VERSION}")
+        own = {name: value for name, value in values.items() if name != "schema_version"}
+        try:
+            _check_entries(cls, own)
+            expectation = Expectation.from_dict(own.pop("expectation"))
+            return cls(expectation=expectation, **own)
+        except (TypeError, KeyError) as error:
+            raise UsageError(f"{path}: no guard ({error})") from None
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from None
+
+
+def policy_facts(policy: Any) -> dict[str, Any]:
+    """What tells one policy from another: its class, plain settings, and compensation."""
+    found: dict[str, Any] = {"class": type(policy).__name__}
+    for name, value in sorted(vars(policy).items()):
+        if not name.startswith("_") and isinstance(value, (int, float, str)):
+            found[name] = value
+    config = getattr(policy, "config", None)
+    if config is not None:
+        found.update(config.to_dict())
+    compensation = policy.compensation
+    found["compensation"] = None if compensation is None else compensation.hash
+    return found
+
+
+def check_alpha(alpha: Any) -> None:
+    """Raise UsageError unless it is a false-alarm rate in (0, 0.5]."""
+    check_number("alpha", alpha, low=0, high=0.5, open_low=True)
+
+
+def _check_entries(kind: type[Any], values: Any) -> None:
+    if not isinstance(values, Mapping):
+        raise UsageError(f"{kind.__name__}: expected a JSON object")
+    check_keys(kind, values)

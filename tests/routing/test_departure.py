@@ -1,0 +1,119 @@
+"""Agreement, cuts and dropped mass against figures computed by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from var_moe.routing.counts import TierCounts
+from var_moe.routing.decision import Routing, Tier
+from var_moe.routing.departure import COLUMNS, statistic_names, statistics, summed
+
+FAST, CACHED, LEARNED = Tier.FAST, Tier.CACHED, Tier.LEARNED
+
+# Four tokens of K = 2: the router's experts and weights.
+INDEX = torch.tensor([[1, 2], [3, 0], [5, 4], [6, 7]])
+WEIGHT = torch.tensor([[0.6, 0.2], [0.3, 0.9], [0.5, 0.5], [0.7, 0.3]])
+COUNTED = torch.tensor([True, True, True, False])
+
+
+def verified() -> Routing:
+    """Cut by the table; by the cache, in slot 0; refused by the router; not counted."""
+    return Routing(
+        index=torch.tensor([[1, -1], [-1, 0], [5, 4], [6, -1]]),
+        weight=WEIGHT,
+        tier=torch.tensor([FAST, CACHED, LEARNED, FAST], dtype=torch.uint8),
+        offer=torch.tensor([FAST, CACHED, CACHED, FAST], dtype=torch.uint8),
+        agrees=torch.tensor([True, True, False, True]),
+    )
+
+
+def named(row: torch.Tensor) -> dict[str, float]:
+    return dict(zip(statistic_names(1), statistics(row.double().numpy()), strict=True))
+
+
+def test_by_hand() -> None:
+    found = summed(verified(), INDEX, WEIGHT, COUNTED, drops_only=True)
+    # decisions, dropped mass, cuts of fast, cached, learned; offers and agreements of two
+    expected = [1, 1, 1, 0.25, 0.25, 0, 1, 1, 0, 1, 2, 1, 1]
+    assert found.shape == (1, COLUMNS)
+    assert found[0].tolist() == pytest.approx(expected)
+    seen = named(found)
+    assert seen["dropped_mass"] == seen["dropped_mass.layer0"] == pytest.approx(0.5 / 3)
+    assert seen["cut_share"] == seen["cut_share.layer0"] == pytest.approx(2 / 3)
+    assert (seen["agreement.fast"], seen["agreement.cached"]) == (1.0, 0.5)
+
+
+def test_rows_are_summed_apart() -> None:
+    rows = summed(verified(), INDEX, WEIGHT, COUNTED, drops_only=True, rows=2)
+    assert rows[0].tolist() == pytest.approx([1, 1, 0, 0.25, 0.25, 0, 1, 1, 0, 1, 1, 1, 1])
+    assert rows[1].tolist() == pytest.approx([0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0])
+
+
+def test_experts_that_were_not_chosen() -> None:
+    """Plain mode: stored experts run in the first slot, whatever the router's own are."""
+    routing = Routing(
+        index=torch.tensor([[2, -1], [7, -1], [5, 4], [6, 7]]),
+        weight=WEIGHT,
+        tier=torch.tensor([FAST, CACHED, LEARNED, LEARNED], dtype=torch.uint8),
+        offer=torch.tensor([FAST, CACHED, LEARNED, LEARNED], dtype=torch.uint8),
+        agrees=torch.tensor([False, False, False, False]),
+    )
+    seen = named(summed(routing, INDEX, WEIGHT, COUNTED, drops_only=False))
+    assert seen["dropped_mass.fast"] == pytest.approx(0.75)  # expert 1 did not run
+    assert seen["dropped_mass.cached"] == pytest.approx(1.0)  # neither of the two did
+    assert seen["dropped_mass.learned"] == 0
+    assert (seen["agreement.fast"], seen["agreement.cached"]) == (0.0, 0.0)
+
+
+def test_policies_without_offers_have_no_agreement() -> None:
+    routing = Routing(index=INDEX, weight=WEIGHT, tier=torch.full((4,), 2, dtype=torch.uint8))
+    seen = named(summed(routing, INDEX, WEIGHT, COUNTED, drops_only=True))
+    assert math.isnan(seen["agreement.fast"])
+    assert math.isnan(seen["dropped_mass.cached"])
+    assert seen["dropped_mass"] == seen["cut_share"] == 0
+
+
+def test_padding_and_tokens_without_weight_add_nothing() -> None:
+    weight = WEIGHT.clone()
+    weight[3] = math.nan
+    weight[0] = 0
+    found = summed(verified(), INDEX, weight, COUNTED, drops_only=True)
+    assert found[0, 3:6].tolist() == pytest.approx([0, 0.25, 0])
+
+
+def test_report_over_layers_and_forwards() -> None:
+    counts = TierCounts(2)
+    for _ in range(3):
+        counts.add(0, verified(), COUNTED, INDEX, WEIGHT)
+    native = Routing(index=INDEX, weight=WEIGHT, tier=torch.full((4,), 2, dtype=torch.uint8))
+    counts.add(1, verified(), COUNTED, INDEX, WEIGHT)
+    counts.add(1, native, COUNTED, INDEX, WEIGHT)  # a guard has fallen back
+    counts.add(1, native, COUNTED, INDEX, WEIGHT)
+    report = counts.report()
+    departure = report.departure
+    assert report.tokens == 9
+    assert departure is not None
+    assert departure.dropped_mass(layer=0) == pytest.approx(0.5 / 3)
+    assert departure.dropped_mass(layer=1) == pytest.approx(0.5 / 9)
+    assert departure.dropped_mass(LEARNED) == 0
+    assert departure.cut_share() == pytest.approx(8 / 18)
+    assert departure.agreement() == pytest.approx(8 / 12)
+    assert departure.agreement(CACHED, layer=1) == 0.5
+    assert math.isnan(departure.agreement(LEARNED))
+    saved = report.to_dict()["departure"]
+    assert saved["agreement_by_tier"] == {"fast": 1.0, "cached": 0.5}
+    assert saved["dropped_mass_by_tier"]["fast"] == pytest.approx(0.25)
+    assert len(saved["agreement_by_layer"]) == 2
+
+
+def test_statistics_are_in_the_order_of_their_names() -> None:
+    sums = np.zeros((3, COLUMNS))
+    sums[2, 2] = sums[2, 5] = 4.0
+    found = dict(zip(statistic_names(3), statistics(sums), strict=True))
+    assert found["dropped_mass.layer2"] == found["dropped_mass.learned"] == 1.0
+    assert found["cut_share.layer2"] == 0.0
+    assert math.isnan(found["cut_share.layer0"])
