@@ -123,6 +123,30 @@ def print_apart(rows: Sequence[Mapping[str, Any]], *, title: str) -> None:
         console().print(apart_table(rows, title=title), highlight=False)
 
 
+def print_described(rows: Sequence[Mapping[str, Any]]) -> None:
+    """A certificate's data sets, with pages as the units."""
+    from rich.table import Table
+
+    if not rows:
+        return
+    claimed = "descriptive, not claimed" if rows[0]["descriptive"] else "the claim is about each"
+    table = Table(title=f"Each data set ({claimed})", title_justify="left")
+    for heading in ("data set", "pages", "PPL baseline", "PPL", "change", "upper", "experts/token"):
+        table.add_column(heading, justify="left" if heading == "data set" else "right")
+    for row in rows:
+        low, high = row["degradation_interval"]
+        table.add_row(
+            row["dataset"],
+            f"{row['units']:,}",
+            f"{row['baseline_perplexity']:.3f}",
+            f"{row['perplexity']:.3f}",
+            f"{100 * row['degradation']:+.2f}% [{100 * low:.2f}, {100 * high:.2f}]",
+            f"{100 * row['degradation_upper']:+.2f}%",
+            f"{row['experts_per_token']:.3f}",
+        )
+    console().print(table, highlight=False)
+
+
 def print_decoding(rows: Sequence[Mapping[str, Any]]) -> None:
     """Generation's part of ``var-moe evaluate``, where it was timed."""
     from rich.table import Table
