@@ -161,7 +161,7 @@ def test_a_damaged_folder_is_refused(tmp_path):
     folder = write_run(tmp_path / "run", seed=1)
     config = {"policy": "damage", "settings": {"tau": 0.5}}
     (folder / "best_config.json").write_text(json.dumps(config))
-    with pytest.raises(UsageError, match="not what optimization_metadata.json beside it"):
+    with pytest.raises(UsageError, match="beside it was written for"):
         read_run(folder)
     (folder / "optimization_metadata.json").write_text('{"schema_version": 9}')
     with pytest.raises(UsageError, match="not of schema 1"):

@@ -53,7 +53,7 @@ def judged_apart(units: Sequence[Unit], *, robust: bool) -> Groups:
     return datasets_of([unit[0] for unit in units]) if robust else {}
 
 
-def tests_of(
+def judge_apart(
     found: Measured, judged: Groups, *, bound: float, confidence: float, alpha: float
 ) -> list[Tested]:
     """Each judged data set's test, or that of all text.

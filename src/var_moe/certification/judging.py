@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from var_moe.certification.apart import Tested, tests_of
+from var_moe.certification.apart import Tested, judge_apart
 from var_moe.certification.statistics import Interval, MeanTest, below_zero, excess, with_worst
 from var_moe.certification.testing import fixed_sequence, holm
 from var_moe.certification.units import Measured, UnitScorer, join
@@ -98,7 +98,7 @@ def judge(
     """Test one candidate; with ``best_at``, sequentially, with looks after each chunk."""
     if best_at is None:
         found = scorer.all(policy, what=f"certifying: {name}")
-        tests = tests_of(found, scorer.judged, bound=bound, confidence=confidence, alpha=alpha)
+        tests = judge_apart(found, scorer.judged, bound=bound, confidence=confidence, alpha=alpha)
         worst = worst_test(tests)
         p = worst.test.p
         return Verdict(
