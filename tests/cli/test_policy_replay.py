@@ -12,7 +12,7 @@ import time
 import pytest
 
 from var_moe.cli import main
-from var_moe.cli.tune import _default_method
+from var_moe.cli.tuned_policy import default_method
 from var_moe.routing import registry
 from var_moe.routing.registry import PolicySpec, policy_names, policy_spec
 
@@ -151,9 +151,9 @@ def test_killed_and_resumed(common, profile, tmp_path):
 
 def test_replay_is_the_default_where_a_trace_tells_what_decisions_cost(monkeypatch):
     tunable = [name for name in policy_names() if policy_spec(name).search_space(2)]
-    by_replay = [name for name in tunable if _default_method(name) == "replay"]
+    by_replay = [name for name in tunable if default_method(name) == "replay"]
     assert by_replay == ["fixed_k", "random_skip", "naee", "ser", "top_p", "per_layer_k", "damage"]
-    assert _default_method(None) == "replay"
+    assert default_method(None) == "replay"
     base = "var_moe.routing.base:RoutingPolicy"
     monkeypatch.setitem(registry._SPECS, "other", PolicySpec(name="other", target=base, summary=""))
-    assert _default_method("other") == "bayesian"
+    assert default_method("other") == "bayesian"

@@ -11,8 +11,8 @@ from var_moe.errors import UsageError
 from var_moe.evaluation.compare import SpeedSetting
 from var_moe.evaluation.cost import TERMS, CostModel
 from var_moe.optimization.policy_forecast import STAGE, PolicyForecaster
-from var_moe.optimization.run import TuneSettings
 from var_moe.optimization.sensitivity import sensitivity_result
+from var_moe.optimization.settings import TuneSettings
 from var_moe.routing import registry
 from var_moe.routing.fixed_k import FixedKPolicy
 from var_moe.routing.ratios import RatioQuantiles

@@ -32,6 +32,31 @@ def test_documents_of_one_file_are_not_one_page():
     assert len(first) == len(second) == 15
 
 
+def mixed(**counts):
+    return [
+        EncodedDocument(f"{name}/{i}", "s", np.arange(3), name)
+        for name, count in counts.items()
+        for i in range(count)
+    ]
+
+
+def test_each_data_set_is_halved_by_itself():
+    first, second = halves(mixed(a=30, b=10))
+    for half in (first, second):
+        count = [sum(d.dataset == name for d in half) for name in "ab"]
+        assert count == [15, 5]
+        # A search takes the first of its half: they are as the whole.
+        assert sum(d.dataset == "a" for d in half[:8]) == 6
+    alone = halves(mixed(a=30))[0]
+    assert [d.id for d in first if d.dataset == "a"] == [d.id for d in alone]
+
+
+def test_where_each_is_judged_the_first_are_as_many_of_each():
+    first, _ = halves(mixed(a=30, b=10), equal=True)
+    assert [d.dataset for d in first[:10]] == ["a", "b"] * 5
+    assert {d.id for d in first} == {d.id for d in halves(mixed(a=30, b=10))[0]}
+
+
 def test_a_profile_is_obtained_once_with_its_damages(tiny_model_folder, tiny_text_folder, tmp_path):
     loaded, dataset = load_model(str(tiny_model_folder)), str(tiny_text_folder)
     said = []

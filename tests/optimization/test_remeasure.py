@@ -44,7 +44,7 @@ def run(monkeypatch):
                 name=name,
                 config=config,
                 quality=SimpleNamespace(
-                    change=change,
+                    judged=change,
                     report=SimpleNamespace(learned_pct=90, experts_per_token=3 - pace),
                 ),
                 speed=speed,
@@ -105,7 +105,7 @@ def test_the_bound_itself_is_not_below_the_bound(upper, passes):
         name="one",
         config=VARConfig(),
         quality=SimpleNamespace(
-            change=SimpleNamespace(value=0.005, upper=upper),
+            judged=SimpleNamespace(value=0.005, upper=upper),
             report=SimpleNamespace(learned_pct=5, experts_per_token=1.5),
         ),
         speed=SimpleNamespace(speedup=SimpleNamespace(median=1.25)),
@@ -123,7 +123,7 @@ def test_a_lucky_timing_does_not_win():
         return room.Measured(
             name=str(executed),
             config=VARConfig(),
-            quality=SimpleNamespace(change=change, report=report),
+            quality=SimpleNamespace(judged=change, report=report),
             speed=SimpleNamespace(speedup=SimpleNamespace(median=pace)),
             max_degradation=BOUND,
         )

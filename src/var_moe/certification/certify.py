@@ -6,20 +6,29 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from var_moe.certification.apart import judged_apart
 from var_moe.certification.candidates import Named, find_candidates
 from var_moe.certification.conclusion import Work, conclusion, head, too_few
 from var_moe.certification.frozen import Study
 from var_moe.certification.judging import judge_all
 from var_moe.certification.ledger import Ledger
-from var_moe.certification.ordering import LEAST_POWER, order_candidates, pilot_of, power_line
+from var_moe.certification.ordering import (
+    LEAST_POWER,
+    order_candidates,
+    pilot_of,
+    power_line,
+    units_there,
+)
 from var_moe.certification.settings import CertifySettings
 from var_moe.certification.speedup import blocks_needed
 from var_moe.certification.statement import ONE_TEXT
 from var_moe.certification.testing import LEARNED, QUALITY, SPEEDUP, split_alpha
-from var_moe.certification.units import UnitScorer, pages
+from var_moe.certification.units import Unit, UnitScorer, pages
 from var_moe.errors import UsageError, VarMoeError
 from var_moe.evaluation.compare import Evaluator, Progress
+from var_moe.evaluation.groups import Groups
 from var_moe.optimization.candidate import PolicySettings
+from var_moe.optimization.judgement import check_robust
 from var_moe.optimization.objective import make_objective
 from var_moe.optimization.preparation import EncodedText, halves, read_text, sample_documents
 from var_moe.optimization.results import jsonable
@@ -74,7 +83,8 @@ def certify(
     Args:
         loaded: the model.
         results: results folder of `tune`.
-        dataset: name or path of the text; its parts are validation and certify.
+        dataset: name or path of the text, or several as ``a,b,c``; its parts are validation and
+            certify. Each of several is also reported apart.
         settings: what to claim and how.
         reuse: allow a certify part that was opened before; the certificate is then marked as
             not confirmatory.
@@ -92,6 +102,7 @@ def certify(
         NotCertifiedError: a claim does not hold; the nearest miss is in the certificate.
     """
     settings = settings or CertifySettings()
+    check_robust(settings.robust, dataset)
     folder = Path(results)
     place = check_output_folder(output or folder)
     named = find_candidates(
@@ -198,9 +209,9 @@ def _order(
     if not settings.ordered:
         return [{"name": one.name} for one in named]
     units = pages(ordering, seed=settings.seed)
-    _require_units(len(units), "ordering candidates")
+    judged = _judged(units, settings, "ordering candidates")
     return order_candidates(
-        UnitScorer(evaluator, units),
+        UnitScorer(evaluator, units, judged=judged),
         named,
         policies,
         bound=settings.max_degradation,
@@ -209,9 +220,16 @@ def _order(
     )
 
 
-def _require_units(units: int, step: str) -> None:
-    if units < LEAST_UNITS:
-        raise UsageError(f"too few pages for {step}: {units}, at least {LEAST_UNITS} needed")
+def _judged(units: Sequence[Unit], settings: CertifySettings, step: str) -> Groups:
+    """The data sets that a claim must hold on; refuses too little text of any."""
+    judged = judged_apart(units, robust=settings.robust)
+    counts = {f" of {name!r}": len(at) for name, at in judged.items()} or {"": len(units)}
+    for name, count in counts.items():
+        if count < LEAST_UNITS:
+            raise UsageError(
+                f"too few pages{name} for {step}: {count}, at least {LEAST_UNITS} needed"
+            )
+    return judged
 
 
 def _check_apart(text: EncodedText, validation: EncodedText, profile: RoutingProfile) -> None:
@@ -232,24 +250,27 @@ def _finish(work: Work, text: EncodedText, ledger: Ledger, objections: list[str]
     settings = work.settings
     documents = sample_documents(text.documents, settings.max_samples, settings.seed)
     units = pages(documents, seed=settings.seed)
-    _require_units(len(units), "certifying")
+    judged = _judged(units, settings, "certifying")
+    there = {row["name"]: units_there(row, len(units), judged) for row in work.rows}
     chances = {
         row["name"]: pilot_of(row, sequential=settings.sequential).chance(
-            len(units), alpha=work.claims[QUALITY]
+            there[row["name"]], alpha=work.claims[QUALITY]
         )
         for row in work.rows
         if settings.ordered
     }
-    power = [power_line(row, len(units), chances[row["name"]]) for row in work.rows if chances]
+    power = [
+        power_line(row, there[row["name"]], chances[row["name"]]) for row in work.rows if chances
+    ]
     for line in power:
         work.say(line)
     known = head(work, text, units=len(units), documents=len(documents), power=power)
     if chances and max(chances.values()) < LEAST_POWER:
-        return _write(work, {**known, "opened": False, **too_few(work, len(units))})
+        return _write(work, {**known, "opened": False, **too_few(work, there)})
     ledger.open(text.data_hash, work.study.hash, text.to_dict(), confirmatory=not objections)
     evaluator = work.evaluator.with_documents(documents)
     verdicts = judge_all(
-        UnitScorer(evaluator, units),
+        UnitScorer(evaluator, units, judged=judged),
         work.rows,
         work.policies,
         bound=settings.max_degradation,

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from var_moe.certification.apart import describe_apart
 from var_moe.certification.candidates import Named
 from var_moe.certification.frozen import Study
-from var_moe.certification.judging import Verdict, learned_p
+from var_moe.certification.judging import Verdict, learned_p, worst_test
 from var_moe.certification.power import POWER
 from var_moe.certification.settings import CertifySettings
 from var_moe.certification.speedup import median_lower_bound
@@ -57,7 +58,10 @@ def head(
         "alpha": settings.alpha,
         "alpha_by_claim": dict(work.claims),
         "sequential": settings.sequential,
-        **how_tested(sequential=settings.sequential, ordered=settings.ordered),
+        "robust": settings.robust,
+        **how_tested(
+            sequential=settings.sequential, ordered=settings.ordered, robust=settings.robust
+        ),
         "text": {**text.to_dict(), "documents": documents, "units": units},
         "ordering_text": work.validation.to_dict(),
         "candidates": [one.to_dict() for one in work.named.values()],
@@ -78,12 +82,13 @@ def head(
             sequential=settings.sequential,
             speed=SPEEDUP in work.claims,
             document_cache=document_cache,
+            datasets=None if not text.parts else settings.robust,
         ),
         "provenance": provenance(),
     }
 
 
-def too_few(work: Work, units: int) -> dict[str, Any]:
+def too_few(work: Work, there: Mapping[str, int]) -> dict[str, Any]:
     """No candidate has a fair chance: said before the part is spent."""
     alpha = work.claims[QUALITY]
     possible = [row for row in work.rows if row["units_needed"] is not None]
@@ -91,7 +96,7 @@ def too_few(work: Work, units: int) -> dict[str, Any]:
         near = min(possible, key=lambda row: row["units_needed"])
         why = (
             f"too few documents: {near['units_needed']:,} pages needed to certify "
-            f"{near['name']}, {units:,} there; the certify part was not opened"
+            f"{near['name']}, {there[near['name']]:,} there; the certify part was not opened"
         )
     else:
         near = min(work.rows, key=lambda row: row["degradation_upper"])
@@ -104,6 +109,7 @@ def too_few(work: Work, units: int) -> dict[str, Any]:
         "not_confirmatory_because": ["the certify part was not opened"],
         "tests": [],
         "claims": [],
+        "by_dataset": [],
         "nearest_miss": {**near, "config": work.named[near["name"]].config.to_dict()},
         "sentence": refusal_sentence(
             bound=work.settings.max_degradation, alpha=alpha, why=why, nearest=near
@@ -130,6 +136,7 @@ def conclusion(
             "certified": False,
             "claims": [],
             "nearest_miss": {**row, "config": work.named[near.name].config.to_dict()},
+            "by_dataset": _apart(work, near, evaluator, units),
             "sentence": refusal_sentence(
                 bound=settings.max_degradation,
                 alpha=work.claims[QUALITY],
@@ -161,15 +168,32 @@ def conclusion(
         "certified_name": best.name,
         "certified_config": config,
         "claims": claims,
+        "by_dataset": _apart(work, best, evaluator, units),
         "nearest_miss": {**best.to_dict(), "config": config} if failed else None,
         "sentence": sentence,
     }
+
+
+def _apart(
+    work: Work, verdict: Verdict, evaluator: Evaluator, units: Sequence[Unit]
+) -> list[dict[str, Any]]:
+    return describe_apart(
+        verdict.measured,
+        units,
+        evaluator,
+        work.policies[verdict.name],
+        confidence=1 - work.settings.alpha,
+        alpha=work.claims[QUALITY],
+        judged=work.settings.robust,
+    )
 
 
 def _more_text(work: Work, near: Verdict) -> str:
     """How many pages the ordering part asked for, where there were fewer."""
     need = next(row.get("units_needed") for row in work.rows if row["name"] == near.name)
     have = len(near.measured.tokens)
+    if near.by_dataset:
+        have = worst_test(near.by_dataset).units
     if need is None or need <= have:
         return ""
     return f"; {need:,} pages give it a chance of {100 * POWER:.0f}%, {have:,} were there"

@@ -10,14 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from var_moe.certification.statistics import (
-    Interval,
-    MeanTest,
-    below_zero,
-    degradation_interval,
-    excess,
-    with_worst,
-)
+from var_moe.certification.apart import Tested, judge_apart
+from var_moe.certification.statistics import Interval, MeanTest, below_zero, excess, with_worst
 from var_moe.certification.testing import fixed_sequence, holm
 from var_moe.certification.units import Measured, UnitScorer, join
 from var_moe.evaluation.sequential import LEAST_DOCUMENTS, anytime_p_values, lower_boundary
@@ -31,7 +25,11 @@ PROVEN, REFUTED, OPEN = "proven", "refuted", "open"
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """One candidate on the certify part."""
+    """One candidate on the certify part.
+
+    Where the claim is about each of several data sets, ``test`` and ``interval`` are those of the
+    data set with the largest p.
+    """
 
     name: str
     passed: bool
@@ -39,6 +37,7 @@ class Verdict:
     measured: Measured
     interval: Interval
     test: MeanTest
+    by_dataset: tuple[Tested, ...] = ()  # where a claim is about each; the worst p decides
     state: str  # of a sequential test: proven, refuted, open
     sequential: bool
 
@@ -58,12 +57,20 @@ class Verdict:
             "learned_pct": self.measured.learned_pct,
             **self.test.to_dict(),
         }
+        if self.by_dataset:
+            found["decided_by"] = worst_test(self.by_dataset).dataset
+            found["by_dataset"] = [one.to_dict() for one in self.by_dataset]
         if self.sequential:
             # What the fixed tests would say of a sample that stopped when it looked good.
             for name in ("p_t", "p_bootstrap", "p_t_plain", "normal_enough"):
                 found.pop(name)
             found["p_anytime"] = self.p
         return {**found, "p": self.p}
+
+
+def worst_test(tests: Sequence[Tested]) -> Tested:
+    """The test that decides a claim about all of them; of equal ones the highest degradation."""
+    return max(tests, key=lambda one: (one.test.p, one.interval.upper))
 
 
 def look(z: NDArray[np.float64], *, alpha: float, best_at: int) -> tuple[float, str]:
@@ -91,17 +98,18 @@ def judge(
     """Test one candidate; with ``best_at``, sequentially, with looks after each chunk."""
     if best_at is None:
         found = scorer.all(policy, what=f"certifying: {name}")
-        test = below_zero(excess(found.change, found.tokens, bound))
+        tests = judge_apart(found, scorer.judged, bound=bound, confidence=confidence, alpha=alpha)
+        worst = worst_test(tests)
+        p = worst.test.p
         return Verdict(
             name=name,
-            passed=test.p <= alpha,
-            p=test.p,
+            passed=p <= alpha,
+            p=p,
             measured=found,
-            interval=degradation_interval(
-                found.change, found.tokens, confidence=confidence, alpha=alpha
-            ),
-            test=test,
-            state=PROVEN if test.p <= alpha else OPEN,
+            interval=worst.interval,
+            test=worst.test,
+            by_dataset=tuple(tests) if scorer.judged else (),
+            state=PROVEN if p <= alpha else OPEN,
             sequential=False,
         )
     parts: list[Measured] = []

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from var_moe.certification.candidates import Named
 from var_moe.certification.power import POWER, Pilot
 from var_moe.certification.statistics import degradation_interval, excess
-from var_moe.certification.units import UnitScorer
+from var_moe.certification.units import Measured, UnitScorer
+from var_moe.evaluation.groups import Groups
 from var_moe.routing.base import RoutingPolicy
 
 LEAST_POWER = 0.5
@@ -26,7 +30,8 @@ def order_candidates(
 ) -> list[dict[str, Any]]:
     """Rows, safest first, with the degradation on the ordering part and the units needed.
 
-    Safest: the smallest upper bound of the degradation. A candidate that is not faster than a
+    Safest: the smallest upper bound of the degradation, of the worst data set where a claim is
+    about each. A candidate that is not faster than a
     safer one is left out: it could only end the sequence.
 
     Args:
@@ -39,20 +44,45 @@ def order_candidates(
     rows = []
     for one in candidates:
         found = scorer.all(policies[one.name], what=f"ordering: {one.name}")
-        interval = degradation_interval(found.change, found.tokens, confidence=0.95, alpha=alpha)
-        pilot = Pilot.of(excess(found.change, found.tokens, bound), sequential=sequential)
-        rows.append(
-            {
-                "name": one.name,
-                "degradation": interval.value,
-                "degradation_upper": interval.upper,
-                "experts_per_token": found.experts_per_token,
-                "units": len(found.tokens),
-                "units_needed": pilot.units_needed(alpha=alpha),
-                **pilot.to_dict(),
-            }
+        parts = dict(scorer.judged) or {"": np.arange(len(found.tokens))}
+        # What is planned for is the data set that will decide.
+        row = max(
+            (
+                _row(found, at, name, bound=bound, alpha=alpha, sequential=sequential)
+                for name, at in parts.items()
+            ),
+            key=lambda row: row["degradation_upper"],
         )
+        rows.append({"name": one.name, "experts_per_token": found.experts_per_token, **row})
     return faster_and_faster(rows)
+
+
+def _row(
+    found: Measured,
+    at: NDArray[np.int64],
+    dataset: str,
+    *,
+    bound: float,
+    alpha: float,
+    sequential: bool,
+) -> dict[str, Any]:
+    """A candidate on one data set's units, or on all."""
+    change, tokens = found.change[at], found.tokens[at]
+    interval = degradation_interval(change, tokens, confidence=0.95, alpha=alpha)
+    pilot = Pilot.of(excess(change, tokens, bound), sequential=sequential)
+    return {
+        **({"worst_dataset": dataset} if dataset else {}),
+        "degradation": interval.value,
+        "degradation_upper": interval.upper,
+        "units": len(tokens),
+        "units_needed": pilot.units_needed(alpha=alpha),
+        **pilot.to_dict(),
+    }
+
+
+def units_there(row: Mapping[str, Any], units: int, judged: Groups) -> int:
+    """How many of so many units are of the data set that a row was planned for."""
+    return len(judged[row["worst_dataset"]]) if "worst_dataset" in row else units
 
 
 def faster_and_faster(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -77,7 +107,8 @@ def pilot_of(row: Mapping[str, Any], *, sequential: bool) -> Pilot:
 
 def power_line(row: Mapping[str, Any], units: int, chances: float) -> str:
     """What is said about a candidate before the certify part is opened."""
-    head = f"{row['name']}: {100 * row['degradation']:+.2f}% on the ordering part"
+    where = f", worst data set {row['worst_dataset']}" if "worst_dataset" in row else ""
+    head = f"{row['name']}: {100 * row['degradation']:+.2f}% on the ordering part{where}"
     if row["units_needed"] is None:
         return f"{head}, not below the bound: no number of pages would certify it"
     return (

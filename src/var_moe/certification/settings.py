@@ -23,6 +23,7 @@ class CertifySettings:
         alpha: probability that any of the certificate's claims is wrong.
         sequential: units stream in until a claim is proven or refuted.
         ordered: candidates are ordered on the ordering part and tested in that order; else Holm.
+        robust: claim it of each of several data sets, not of their union.
         candidates: how many are frozen at the most.
         max_learned_pct: also claim that the router decides a smaller share than this.
         blocks: timed blocks per arm for the speedup; 0 claims none.
@@ -40,6 +41,7 @@ class CertifySettings:
     alpha: float = 0.05
     sequential: bool = False
     ordered: bool = True
+    robust: bool = False
     candidates: int = AT_MOST_CANDIDATES
     max_learned_pct: float | None = None
     blocks: int = 20
@@ -76,8 +78,12 @@ class CertifySettings:
             )
         if self.sequential and not self.ordered:
             raise UsageError("--sequential needs an order of the candidates: leave --unordered out")
+        if self.sequential and self.robust:
+            raise UsageError("--sequential decides on all text: leave --robust out")
 
     def to_dict(self) -> dict[str, Any]:
         """For result files and the frozen study's hash."""
         values = {one.name: getattr(self, one.name) for one in fields(self)}
+        if not self.robust:  # as before there was a choice: frozen studies keep their hash
+            values.pop("robust")
         return {**values, "setting": self.setting.to_dict()}

@@ -110,7 +110,7 @@ def t_p_value(values: Floats) -> Any:
     return stats.t.cdf(t_statistic(values), len(values) - 1)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def _counts(n: int, resamples: int, seed: int) -> NDArray[np.float32]:
     """How often each of n values is drawn in each resample. (resamples, n)"""
     dice = np.random.default_rng(seed)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from var_moe.evaluation.documents import page_of
+from var_moe.evaluation.groups import Groups
 from var_moe.evaluation.perplexity import DocumentLosses
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.decision import Tier
@@ -43,6 +44,7 @@ class Measured:
     """Units of text under a policy: what each lost, and the decisions by chunk."""
 
     change: NDArray[np.float64]  # (units,) nats
+    baseline_nll: NDArray[np.float64]  # (units,) nats
     tokens: NDArray[np.int64]  # (units,)
     learned: NDArray[np.int64]  # (chunks,) decisions left to the router
     decisions: NDArray[np.int64]  # (chunks,)
@@ -71,6 +73,8 @@ class UnitScorer:
     evaluator: Evaluator
     units: Sequence[Unit]
     chunk_units: int = CHUNK_UNITS
+    judged: Groups = field(default_factory=dict)
+    """Units of each data set that a claim must hold on; empty where it is about all of them."""
     _chunks: dict[int, Evaluator] = field(default_factory=dict)
 
     @property
@@ -126,6 +130,7 @@ def _measured(
     starts = np.cumsum([0, *(len(unit) for unit in units[:-1])])
     return Measured(
         change=np.add.reduceat(other.nll - baseline.nll, starts),
+        baseline_nll=np.add.reduceat(baseline.nll, starts),
         tokens=np.add.reduceat(baseline.tokens, starts),
         learned=np.array([learned]),
         decisions=np.array([decisions]),
@@ -138,6 +143,7 @@ def join(parts: Sequence[Measured]) -> Measured:
     """Chunks as one."""
     return Measured(
         change=np.concatenate([part.change for part in parts]),
+        baseline_nll=np.concatenate([part.baseline_nll for part in parts]),
         tokens=np.concatenate([part.tokens for part in parts]),
         learned=np.concatenate([part.learned for part in parts]),
         decisions=np.concatenate([part.decisions for part in parts]),

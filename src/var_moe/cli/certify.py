@@ -17,6 +17,7 @@ def certify(
     sequential: bool = False,
     reuse: bool = False,
     unordered: bool = False,
+    robust: bool = False,
     candidates: int = 10,
     max_learned_pct: float | None = None,
     blocks: int = 20,
@@ -37,12 +38,14 @@ def certify(
     Args:
         results: results folder of `var-moe tune`.
         model: demo, a local folder, or a Hub id; by default the search's.
-        dataset: text with the parts validation and certify; by default the search's.
+        dataset: text with the parts validation and certify; by default the search's. The claim
+            is about the union of several (a,b,c), and each is described apart.
         max_degradation: bound on the relative perplexity change; by default the search's.
         alpha: probability that any of the claims is wrong.
         sequential: let documents stream in until the claim is proven or refuted.
         reuse: allow text that was certified on before; marked as not confirmatory.
         unordered: do not order the candidates first, test all of them by Holm.
+        robust: claim it of each of several data sets instead.
         candidates: how many configurations of the front are tested at the most, up to 10.
         max_learned_pct: also claim that the router alone decides a smaller share than this.
         blocks: timed blocks per arm; 0 claims no speedup.
@@ -58,7 +61,7 @@ def certify(
         trust_remote_code: run a Hub model's own code.
         quiet: no progress.
     """
-    from var_moe.cli.tune import DEFAULT_BOUND, search_of
+    from var_moe.cli.searched import DEFAULT_BOUND, search_of
     from var_moe.errors import UsageError
     from var_moe.evaluation.text import check_dataset
     from var_moe.models.loading import check_name
@@ -81,7 +84,9 @@ def certify(
     from var_moe.certification.ledger import Ledger
     from var_moe.certification.settings import CertifySettings
     from var_moe.cli.progress import StageProgress
+    from var_moe.cli.tables import print_described
     from var_moe.models.loading import load_model
+    from var_moe.optimization.judgement import check_robust
     from var_moe.optimization.validation import find_profile
 
     settings = CertifySettings(
@@ -89,6 +94,7 @@ def certify(
         alpha=alpha,
         sequential=sequential,
         ordered=not unordered,
+        robust=robust,
         candidates=candidates,
         max_learned_pct=max_learned_pct,
         blocks=blocks,
@@ -97,6 +103,7 @@ def certify(
         split=split,
         seed=seed,
     )
+    check_robust(robust, dataset)
     # What is wrong in the folder is said before the model is loaded.
     find_candidates(results, max_degradation=max_degradation, at_most=candidates, top_k=2)
     find_profile(results / CONFIG_FILE, profile)
@@ -127,5 +134,6 @@ def certify(
             f"{row['experts_per_token']:.3f} experts per token, "
             f"{'passed' if row['passed'] else 'failed'}"
         )
+    print_described(found["by_dataset"])
     print(f"Saved: {place / CERTIFICATE_FILE}, {place / PAGE_FILE}")
     return 0

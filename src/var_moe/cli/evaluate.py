@@ -43,7 +43,8 @@ def evaluate(
 
     Args:
         model: demo, a local folder, or a Hub id.
-        dataset: demo (or demo-postgres, ...), wikitext, a Hub name[:config], or a local file.
+        dataset: demo (or demo-postgres, ...), wikitext, a Hub name[:config], or a local file; or
+            several as a,b,c, which are also reported apart.
         split: part of the text to score.
         config: a VAR configuration (JSON).
         preset: conservative, balanced, aggressive, or keep_all; may be repeated.
@@ -93,7 +94,7 @@ def evaluate(
     )
     subject.check(blocks=blocks, quiet=quiet)
     from var_moe.cli.progress import StageProgress
-    from var_moe.cli.tables import print_comparison, print_decoding
+    from var_moe.cli.tables import print_apart, print_comparison, print_decoding
     from var_moe.storage import atomic_write_json
 
     with StageProgress() as progress:
@@ -108,6 +109,8 @@ def evaluate(
         result["rows"],
         title=f"{model} on {text['dataset']} ({text['split']}, {result['documents']} documents)",
     )
+    for row in result["rows"]:
+        print_apart(row.get("by_dataset", []), title=f"{row['name']}, each data set by itself")
     print_decoding(result["rows"])
     for note in result["notes"]:
         print(f"Note: {note}")
@@ -178,6 +181,7 @@ def _measure(
     progress: Progress | None,
 ) -> list[dict[str, Any]]:
     """A row for the unmodified model, then one for each policy."""
+    from var_moe.evaluation.apart import measure_apart
     from var_moe.evaluation.decode import BATCH_SIZES, DecodeSetting, Decoding
 
     evaluator = ready.evaluator
@@ -185,6 +189,7 @@ def _measure(
     rows: list[dict[str, Any]] = []
     for name, settings, policy in policies:
         quality = evaluator.quality(policy, what=f"{name}: perplexity")
+        apart = measure_apart(evaluator, policy, what=name)
         speed = evaluator.speed(policy, blocks=blocks)
         if not rows:
             rows.append(
@@ -208,6 +213,7 @@ def _measure(
                 "config": settings,
                 **quality.to_dict(),
                 **speed.to_dict(),
+                "by_dataset": [one.to_dict() for one in apart],
                 "decode": decoded,
             }
         )

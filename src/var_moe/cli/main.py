@@ -16,6 +16,7 @@ from var_moe.cli.fit_compensation import fit_compensation
 from var_moe.cli.guard import guard
 from var_moe.cli.profile import profile
 from var_moe.cli.replay import replay
+from var_moe.cli.stability import stability
 from var_moe.cli.trace import trace
 from var_moe.cli.tune import tune
 from var_moe.errors import VarMoeError
@@ -35,7 +36,8 @@ def build_app() -> App:
         result_action="return_value",
         suppress_keyboard_interrupt=False,  # `main` says what is kept
     )
-    for command in (tune, certify, guard, profile, evaluate, compare, trace, replay):
+    commands = (tune, certify, stability, guard, profile, evaluate, compare, trace, replay)
+    for command in commands:
         app.command(command)
     app.command(fit_compensation, name="fit-compensation")
     return app

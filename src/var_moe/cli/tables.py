@@ -31,6 +31,16 @@ def print_validation(result: Mapping[str, Any], *, folder: Path) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if result.get("worst_dataset"):
+        out.print(
+            f"judged on the worst data set, {result['worst_dataset']}: "
+            f"{100 * result['worst_degradation']:+.2f}% (95% upper bound "
+            f"{100 * result['worst_degradation_upper_95']:+.2f}%, "
+            f"{result['worst_documents']} documents)",
+            highlight=False,
+            soft_wrap=True,
+        )
+    print_apart(result["by_dataset"], title="Each data set by itself")
     back, skip = result["backend_factor"], result["skipping_factor"]
     out.print(
         f"speedup {result['speedup']:.3f}x [{low_high[0]:.3f}, {low_high[1]:.3f}] against "
@@ -103,6 +113,38 @@ def print_comparison(rows: Sequence[Mapping[str, Any]], *, title: str) -> None:
             f"{100 * row['cache_hit_rate']:.1f}",
         )
     out.print(table, highlight=False)
+
+
+def print_apart(rows: Sequence[Mapping[str, Any]], *, title: str) -> None:
+    """Each data set by itself, where there are several."""
+    from var_moe.optimization.summary import apart_table
+
+    if rows:
+        console().print(apart_table(rows, title=title), highlight=False)
+
+
+def print_described(rows: Sequence[Mapping[str, Any]]) -> None:
+    """A certificate's data sets, with pages as the units."""
+    from rich.table import Table
+
+    if not rows:
+        return
+    claimed = "descriptive, not claimed" if rows[0]["descriptive"] else "the claim is about each"
+    table = Table(title=f"Each data set ({claimed})", title_justify="left")
+    for heading in ("data set", "pages", "PPL baseline", "PPL", "change", "upper", "experts/token"):
+        table.add_column(heading, justify="left" if heading == "data set" else "right")
+    for row in rows:
+        low, high = row["degradation_interval"]
+        table.add_row(
+            row["dataset"],
+            f"{row['units']:,}",
+            f"{row['baseline_perplexity']:.3f}",
+            f"{row['perplexity']:.3f}",
+            f"{100 * row['degradation']:+.2f}% [{100 * low:.2f}, {100 * high:.2f}]",
+            f"{100 * row['degradation_upper']:+.2f}%",
+            f"{row['experts_per_token']:.3f}",
+        )
+    console().print(table, highlight=False)
 
 
 def print_decoding(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from var_moe.apply import routed
 from var_moe.evaluation.batching import full_batches
+from var_moe.evaluation.groups import Worst, any_over, datasets_of, worst_of
 from var_moe.evaluation.paired import Degradation, both_scored, degradation
 from var_moe.evaluation.perplexity import DocumentLosses, document_losses
-from var_moe.evaluation.sequential import is_over
 from var_moe.evaluation.throughput import (
     Ratio,
     Timings,
@@ -46,10 +46,17 @@ class Quality:
     change: Degradation
     report: RoutingReport
     complete: bool = True  # all documents were scored
+    worst: Worst | None = None  # of several data sets, where the worst one is judged
+
+    @property
+    def judged(self) -> Degradation:
+        """What a bound is held against: the worst data set's change, else that of all text."""
+        return self.worst.change if self.worst is not None else self.change
 
     def to_dict(self) -> dict[str, Any]:
         """For result files."""
-        return {**self.change.to_dict(), **self.report.to_dict()}
+        worst = self.worst.to_dict() if self.worst is not None else {}
+        return {**self.change.to_dict(), **worst, **self.report.to_dict()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +124,8 @@ class Evaluator:
     cost_policies: tuple[RoutingPolicy, RoutingPolicy] | None = None
     """Policies that run all pairs and only the leading ones, for `predicted_speedup`; by default
     without any routing cost of their own."""
+    robust: bool = False
+    """Whether bounds are held against the worst of several data sets."""
 
     @property
     def model(self) -> Any:
@@ -178,26 +187,28 @@ class Evaluator:
         With ``futile_over``, scoring ends where the documents so far show that the degradation
         is above it (`evaluation.sequential`); the result is then of those documents.
         """
-        baseline = self.baseline_losses
+        baseline, judged = self.baseline_losses, datasets_of(self.documents) if self.robust else {}
 
         def futile(so_far: DocumentLosses) -> bool:
             known, other = both_scored(baseline, so_far)
-            change = other.nll - known.nll
-            scored = known.tokens > 0
-            return futile_over is not None and is_over(
-                change[scored], known.tokens[scored], futile_over
-            )
+            return futile_over is not None and any_over(known, other, judged, futile_over)
 
         if futile_over is None:
             losses, report = self.losses(policy, what=what)
-            return Quality(change=degradation(baseline, losses), report=report)
+            return Quality(
+                change=degradation(baseline, losses),
+                report=report,
+                worst=worst_of(baseline, losses, judged) if judged else None,
+            )
         with routed(self.model, policy, backend=self.backend) as session:
             session.reset()
             known, other = both_scored(baseline, self._losses(what, session, stop=futile))
+            whole = np.array_equal(known.tokens, baseline.tokens)
             return Quality(
                 change=degradation(known, other),
                 report=session.report(),
-                complete=np.array_equal(known.tokens, baseline.tokens),
+                complete=whole,
+                worst=worst_of(known, other, judged, partial=not whole) if judged else None,
             )
 
     def losses(
@@ -303,6 +314,7 @@ class Evaluator:
             backend=self.backend,
             progress=self.progress,
             cost_policies=self.cost_policies,
+            robust=self.robust,
         )
         for name in ("_fastest", "_pair_cost"):
             if name in self.__dict__:

@@ -19,6 +19,7 @@ class TextDocument:
     id: str
     source: str
     text: str
+    dataset: str = ""  # where the text is of several data sets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,8 @@ class TextSplit:
     """The documents of one split of a data set.
 
     ``independent`` is False where documents are parts of one text, so that intervals over
-    documents are too narrow; ``note`` says how the split came about.
+    documents are too narrow; ``note`` says how the split came about; ``parts`` are the data sets
+    of a mixture.
     """
 
     dataset: str
@@ -34,6 +36,7 @@ class TextSplit:
     documents: tuple[TextDocument, ...]
     independent: bool = True
     note: str = ""
+    parts: tuple[TextSplit, ...] = ()
 
     @cached_property
     def content_hash(self) -> str:
@@ -48,6 +51,7 @@ class EncodedDocument:
     id: str
     source: str
     ids: np.ndarray  # (S,) int64
+    dataset: str = ""  # where the text is of several data sets
 
 
 def text_column(columns: Sequence[str], kinds: dict[str, bool], where: str) -> str:

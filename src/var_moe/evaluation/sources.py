@@ -8,6 +8,7 @@ from var_moe.errors import UsageError
 from var_moe.evaluation.documents import TextDocument, TextSplit
 from var_moe.evaluation.hub_data import articles, check_hub, hub_split
 from var_moe.evaluation.local_files import check_local, local_split, looks_local, read_file
+from var_moe.evaluation.mixture import mixed_split, names_of
 from var_moe.evaluation.splitting import SPLITS, split_of
 
 __all__ = ["articles", "check", "load", "read_file", "split_of"]
@@ -18,6 +19,11 @@ DEMO_NAMES = ("demo", "demo-postgres", "demo-python", "demo-wordnet", "demo-kjv"
 
 def check(dataset: str) -> None:
     """Refuse a data set that is unknown, missing or out of reach, before anything is loaded."""
+    for name in names_of(dataset):
+        _check_one(name)
+
+
+def _check_one(dataset: str) -> None:
     if _is_demo(dataset):
         _check_demo(dataset)
     elif looks_local(dataset):
@@ -27,7 +33,16 @@ def check(dataset: str) -> None:
 
 
 def load(dataset: str, split: str) -> TextSplit:
-    """One split of a data set, wherever it comes from."""
+    """One split of a data set, or of several, wherever it comes from."""
+    names = names_of(dataset)
+    return (
+        _load_one(dataset, split)
+        if len(names) == 1
+        else mixed_split(dataset, names, split, _load_one)
+    )
+
+
+def _load_one(dataset: str, split: str) -> TextSplit:
     if _is_demo(dataset):
         return demo_split(dataset, split)
     if looks_local(dataset):

@@ -55,7 +55,7 @@ def load_text(
     Args:
         dataset: ``demo``, ``demo-postgres``, ``demo-python``, ``demo-wordnet``, ``demo-kjv``;
             ``wikitext``; another Hub data set as ``name[:config]``; a .txt, .jsonl or .parquet
-            file; a folder with files named after the splits.
+            file; a folder with files named after the splits; or several of these as ``a,b,c``.
         split: ``calibration``, ``validation``, ``certify`` or ``test``; ``all`` for the whole
             of a file or a Hub data set; for a Hub data set also one of its own by name.
         max_documents: take a random subset of so many, in the order of the text; the subset of
@@ -105,7 +105,12 @@ def encode(
         [document.text for document in chosen], return_attention_mask=False, verbose=False
     )["input_ids"]
     return [
-        EncodedDocument(document.id, document.source, np.asarray(row[:max_tokens], dtype=np.int64))
+        EncodedDocument(
+            document.id,
+            document.source,
+            np.asarray(row[:max_tokens], dtype=np.int64),
+            document.dataset,
+        )
         for document, row in zip(chosen, ids, strict=True)
         if len(row) >= min_tokens
     ]

@@ -11,7 +11,8 @@ import numpy as np
 
 from var_moe.config import VARConfig
 from var_moe.errors import VarMoeError
-from var_moe.optimization.remeasure import Measured, winner
+from var_moe.evaluation.apart import Apart
+from var_moe.optimization.remeasure import Measured, best_or_nearest, winner
 from var_moe.optimization.results import OptimizationResult
 from var_moe.optimization.saving import NEAREST_MISS_FILE, save_optimization_results
 from var_moe.optimization.search_space import SearchSpace
@@ -44,6 +45,7 @@ def conclude(
     *,
     measured: Sequence[Measured],
     presets: Sequence[Measured],
+    apart: Sequence[Apart] = (),
     output: Path,
     max_degradation: float,
     notes: Sequence[str],
@@ -51,6 +53,8 @@ def conclude(
     top_k: int,
 ) -> TuneOutcome:
     """Choose the answer and write every file.
+
+    ``apart`` is the choice, or the nearest miss, on each of several data sets.
 
     Raises:
         NothingFitsError: nothing keeps the bound; the files are written all the same, with
@@ -60,7 +64,7 @@ def conclude(
     best = winner(everything)
     limit = f"{100 * max_degradation:g}%"
     if best is None:
-        near = min(everything, key=lambda one: one.quality.change.upper)
+        near = best_or_nearest(everything)
         answer = _nothing_fits(near, limit, output)
         result = result.replace(
             best_score=near.score, extra={**result.extra, "nearest_miss": near.to_dict()}
@@ -74,6 +78,7 @@ def conclude(
     parts = summary_parts(
         best=replace(best, name=f"best ({best.name})") if best else None,
         others=others,
+        apart=apart,
         answer=answer,
         notes=notes,
         max_degradation=max_degradation,
@@ -90,8 +95,8 @@ def conclude(
 def _nothing_fits(near: Measured, limit: str, output: Path) -> str:
     return (
         f"All configurations violate constraint: the smallest degradation is "
-        f"{100 * near.quality.change.value:+.2f}% (95% upper bound "
-        f"{100 * near.quality.change.upper:+.2f}%, bound {limit}) with "
+        f"{100 * near.quality.judged.value:+.2f}% (95% upper bound "
+        f"{100 * near.quality.judged.upper:+.2f}%, bound {limit}{_judged_on(near)}) with "
         f"{near.config.documented()}. It is saved in {output / NEAREST_MISS_FILE}; "
         "try a larger --max_degradation or wider --bounds."
     )
@@ -102,8 +107,8 @@ def _found(best: Measured, default: Measured | None, limit: str, top_k: int) -> 
     answer = (
         f"Fastest configuration with degradation below {limit}: "
         f"{best.speed.speedup.median:.3f}x at "
-        f"{100 * best.quality.change.value:+.2f}% perplexity (95% upper bound "
-        f"{100 * best.quality.change.upper:+.2f}%), "
+        f"{100 * best.quality.judged.value:+.2f}% perplexity (95% upper bound "
+        f"{100 * best.quality.judged.upper:+.2f}%{_judged_on(best)}), "
         f"{best.quality.report.experts_per_token:.2f} of {top_k} experts per token."
     )
     if not _no_better(best, default):
@@ -115,6 +120,12 @@ def _found(best: Measured, default: Measured | None, limit: str, top_k: int) -> 
         f"{best.speed.baseline_tps:,.0f} tokens/s. {answer} Try a larger --max_degradation or "
         "wider --bounds."
     )
+
+
+def _judged_on(one: Measured) -> str:
+    """Where the worst of several data sets is judged, which that is."""
+    worst = one.quality.worst
+    return "" if worst is None else f", on the worst data set, {worst.dataset}"
 
 
 def _no_better(best: Measured, default: Measured | None) -> bool:

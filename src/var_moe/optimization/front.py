@@ -106,7 +106,7 @@ def save_front(
         for point in front
     ]
     for one in measured:
-        change, report = one.quality.change, one.quality.report
+        change, report = one.quality.judged, one.quality.report
         rows.append(
             {
                 "verified": True,

@@ -86,12 +86,12 @@ class VARObjective(PolicyObjective):
         if best is not None:
             extra.pop("nearest_miss", None)
             return result.replace(best_params=best.config, best_score=best.score, extra=extra)
-        near = min(measured, key=lambda one: one.quality.change.upper)
+        near = min(measured, key=lambda one: one.quality.judged.upper)
         log.warning(
             "All configurations violate the constraint: the smallest degradation is %+.2f%%, "
             "95%% upper bound %+.2f%%; try a larger max_quality_degradation or wider bounds",
-            100 * near.quality.change.value,
-            100 * near.quality.change.upper,
+            100 * near.quality.judged.value,
+            100 * near.quality.judged.upper,
         )
         extra["nearest_miss"] = near.to_dict()
         default = VARConfig(mode=self.mode)

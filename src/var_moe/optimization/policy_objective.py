@@ -100,7 +100,7 @@ class PolicyObjective(ABC):
         policy = self.policy(self.config(params))
         over = self.max_degradation if self.stop_early else None
         quality = self.evaluator.quality(policy, futile_over=over)
-        change, report = quality.change, quality.report
+        change, report = quality.judged, quality.report
         predicted = self.evaluator.predicted_speedup(report.experts_per_token)
         feasible = quality.complete and change.value <= self.max_degradation
         speed = None
@@ -119,7 +119,7 @@ class PolicyObjective(ABC):
             degradation_se=change.standard_error,
             speedup=speed.speedup.median if speed else None,
             predicted_speedup=predicted,
-            perplexity=change.perplexity,
+            perplexity=quality.change.perplexity,
             throughput_tps=speed.tps if speed else None,
             fast_pct=report.fast_pct,
             cached_pct=report.cached_pct,

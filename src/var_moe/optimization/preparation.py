@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from var_moe.errors import UsageError
 from var_moe.evaluation.compare import Progress
 from var_moe.evaluation.documents import page_of
+from var_moe.evaluation.mixture import in_turn
 from var_moe.fitting.calibrate import with_damages
 from var_moe.profiling.collect import DEFAULT_TOKENS, collect_profile
 from var_moe.profiling.profile import HEAD_FILE, RoutingProfile
@@ -27,7 +28,7 @@ DAMAGE_FOLDER = "damage_pass"
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedText:
-    """A split, tokenised, with its identity."""
+    """A split, tokenised, with its identity; ``parts`` says so of each of several data sets."""
 
     dataset: str
     split: str
@@ -35,9 +36,11 @@ class EncodedText:
     documents: Sequence[EncodedDocument]
     independent: bool
     note: str
+    parts: Sequence[Mapping[str, Any]] = ()
 
     def to_dict(self) -> dict[str, object]:
         """For result files."""
+        parts = {"datasets": [dict(part) for part in self.parts]} if self.parts else {}
         return {
             "dataset": self.dataset,
             "split": self.split,
@@ -46,6 +49,7 @@ class EncodedText:
             "tokens": sum(len(document.ids) for document in self.documents),
             "independent_documents": self.independent,
             "note": self.note,
+            **parts,
         }
 
 
@@ -54,6 +58,15 @@ def read_text(dataset: str, split: str, loaded: LoadedModel) -> EncodedText:
     from var_moe.evaluation.text import encode, load_text
 
     text = load_text(dataset, split)
+    parts = [
+        {
+            "dataset": part.dataset,
+            "data_hash": part.content_hash,
+            "documents": len(part.documents),
+            "note": part.note,
+        }
+        for part in text.parts
+    ]
     return EncodedText(
         dataset=dataset,
         split=split,
@@ -61,6 +74,7 @@ def read_text(dataset: str, split: str, loaded: LoadedModel) -> EncodedText:
         documents=encode(text, loaded.tokenizer),
         independent=text.independent,
         note=text.note,
+        parts=parts,
     )
 
 
@@ -74,11 +88,23 @@ def sample_documents(
     return [documents[i] for i in sorted(chosen)]
 
 
-def halves(documents: Sequence[EncodedDocument]) -> tuple[list[EncodedDocument], ...]:
+def halves(
+    documents: Sequence[EncodedDocument], *, equal: bool = False
+) -> tuple[list[EncodedDocument], ...]:
     """Validation's two halves, the same in every run: one to search on, one to order on.
 
-    Sections of one page (ids ``page#number``) stay in one half.
+    Sections of one page (ids ``page#number``) stay in one half. Of several data sets each is
+    halved by itself; the first so many documents of a half hold them in the proportions of the
+    whole, or with ``equal``, in equal numbers.
     """
+    sets: dict[str, list[EncodedDocument]] = {}
+    for document in documents:
+        sets.setdefault(document.dataset, []).append(document)
+    pairs = [_halves(own) for own in sets.values()]
+    return tuple(in_turn([pair[half] for pair in pairs], equal=equal) for half in (0, 1))
+
+
+def _halves(documents: Sequence[EncodedDocument]) -> tuple[list[EncodedDocument], ...]:
     pages: dict[str, list[EncodedDocument]] = {}
     for document in documents:
         pages.setdefault(page_of(document.id), []).append(document)

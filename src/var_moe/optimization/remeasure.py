@@ -36,15 +36,15 @@ class Measured:
     @property
     def passed(self) -> bool:
         """Whether the upper bound of the degradation is below the limit."""
-        return self.quality.change.upper < self.max_degradation
+        return self.quality.judged.upper < self.max_degradation
 
     @property
     def score(self) -> float:
         """The documented score, with the upper bound as the degradation."""
         if not self.passed or self.speed is None:
-            return INFEASIBLE_PENALTY * (1 + self.quality.change.upper)
+            return INFEASIBLE_PENALTY * (1 + self.quality.judged.upper)
         return documented_score(
-            degradation=self.quality.change.upper,
+            degradation=self.quality.judged.upper,
             max_degradation=self.max_degradation,
             speedup=self.speed.speedup.median,
             learned_pct=self.quality.report.learned_pct,
@@ -72,7 +72,7 @@ def measure(
 ) -> Measured:
     """Measure one configuration: quality first, throughput where it keeps the bound."""
     quality = evaluator.quality(objective.policy(config), what=f"{name}: perplexity")
-    passed = quality.change.upper < objective.max_degradation
+    passed = quality.judged.upper < objective.max_degradation
     speed = None
     if passed or always_time:
         speed = evaluator.speed(objective.policy(config), blocks=blocks)
@@ -124,7 +124,7 @@ def remeasure(
         found = measure(
             evaluator, objective, objective.config(one.params), name=name, blocks=blocks
         )
-        above.append(found.quality.change.upper - (one.degradation or 0.0))
+        above.append(found.quality.judged.upper - (one.degradation or 0.0))
         done.append(found)
         return found.passed
 
@@ -140,7 +140,7 @@ def remeasure(
     if winner(done) is None and calmest is not None:
         take(calmest)
     while closer is not None and len(done) < at_most:
-        point = closer([(one.config.documented(), one.quality.change.upper) for one in done])
+        point = closer([(one.config.documented(), one.quality.judged.upper) for one in done])
         if point is None:
             break
         name = f"candidate {len(done) + 1}"
@@ -158,3 +158,8 @@ def winner(measured: Sequence[Measured]) -> Measured | None:
     """
     passed = [one for one in measured if one.passed and one.speed]
     return min(passed, key=lambda one: one.quality.report.experts_per_token, default=None)
+
+
+def best_or_nearest(measured: Sequence[Measured]) -> Measured:
+    """The winner; where nothing keeps the bound, what comes nearest to it."""
+    return winner(measured) or min(measured, key=lambda one: one.quality.judged.upper)

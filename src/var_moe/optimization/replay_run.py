@@ -51,6 +51,7 @@ def search_by_replay(
     folder: Path,
     progress: Progress | None,
     options: Mapping[str, Any],
+    shared: Path | None = None,
 ) -> ReplaySearch:
     """Trace the search's text, then search; evaluations end early where they are futile.
 
@@ -63,11 +64,13 @@ def search_by_replay(
         folder: results folder.
         progress: called with a stage's name, steps done and in all.
         options: further arguments of `replay_search`.
+        shared: folder of the trace and the cost model, where searches share them; by default the
+            results folder. A cost model that lies there is taken as it is.
     """
     forecaster = make_forecaster(
         objective,
-        folder=folder,
-        resume=bool(options.get("resume")),
+        folder=shared or folder,
+        resume=bool(options.get("resume")) or shared is not None,
         progress=progress,
         **data,
     )

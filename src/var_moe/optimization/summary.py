@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from var_moe.evaluation.apart import Apart
 from var_moe.optimization.candidate import kind_of
 from var_moe.optimization.criteria import success_criteria
 from var_moe.optimization.remeasure import Measured
@@ -32,6 +33,8 @@ def result_table(rows: Sequence[Measured], *, baseline_tps: float | None, top_k:
         "fast/cached/learned %",
     ):
         table.add_column(heading, justify="left" if heading == "configuration" else "right")
+    if any(row.quality.worst for row in rows):
+        table.add_column("worst data set (95% upper)", justify="right")
     if rows:
         ppl = rows[0].quality.change.baseline_perplexity
         speed = "1.00" if baseline_tps is None else f"1.00 ({baseline_tps:,.0f} tokens/s)"
@@ -47,6 +50,37 @@ def result_table(rows: Sequence[Measured], *, baseline_tps: float | None, top_k:
             else "over the bound",
             f"{report.experts_per_token:.3f}",
             f"{report.fast_pct:.1f} / {report.cached_pct:.1f} / {report.learned_pct:.1f}",
+            *_worst(row),
+        )
+    return table
+
+
+def _worst(row: Measured) -> list[str]:
+    worst = row.quality.worst
+    if worst is None:
+        return []
+    change = worst.change
+    return [f"{worst.dataset} {100 * change.value:+.2f}% ({100 * change.upper:+.2f}%)"]
+
+
+def apart_table(rows: Sequence[Mapping[str, Any]], *, title: str) -> Any:
+    """One row per data set, from what `evaluation.apart.Apart.to_dict` gives."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for heading in ("data set", "documents", "PPL baseline", "PPL", "change (95% upper)"):
+        table.add_column(heading, justify="left" if heading == "data set" else "right")
+    for heading in ("experts/token", "fast/cached/learned %"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            row["dataset"],
+            f"{row['documents']:,}",
+            f"{row['baseline_perplexity']:.3f}",
+            f"{row['perplexity']:.3f}",
+            f"{100 * row['degradation']:+.2f}% ({100 * row['degradation_upper_95']:+.2f}%)",
+            f"{row['experts_per_token']:.3f}",
+            f"{row['fast_pct']:.1f} / {row['cached_pct']:.1f} / {row['learned_pct']:.1f}",
         )
     return table
 
@@ -55,6 +89,7 @@ def summary_parts(
     *,
     best: Measured | None,
     others: Sequence[Measured],
+    apart: Sequence[Apart] = (),
     answer: str,
     notes: Sequence[str],
     max_degradation: float,
@@ -68,6 +103,9 @@ def summary_parts(
     parts: list[RenderableType] = [answer, ""]
     if rows:
         parts += [result_table(rows, baseline_tps=tps, top_k=top_k), ""]
+    if apart:
+        title = f"{rows[0].name if best else 'Nearest miss'}, each data set by itself"
+        parts += [apart_table([one.to_dict() for one in apart], title=title), ""]
     if best and best.speed:
         back, skip = best.speed.backend_factor, best.speed.skipping_factor
         if back and skip:
@@ -81,8 +119,8 @@ def summary_parts(
         for heading in ("criterion", "measured", "met"):
             criteria.add_column(heading)
         for row in success_criteria(
-            degradation=best.quality.change.value,
-            upper=best.quality.change.upper,
+            degradation=best.quality.judged.value,
+            upper=best.quality.judged.upper,
             max_degradation=max_degradation,
             speedups=[best.speed.speedup],
             learned_pct=best.quality.report.learned_pct,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from var_moe.errors import UsageError
+from var_moe.evaluation.apart import measure_apart
 from var_moe.evaluation.compare import Evaluator, Progress, Speed, SpeedSetting
 from var_moe.optimization.candidate import Candidate, PolicySettings, load_candidate
 from var_moe.optimization.criteria import success_criteria
@@ -46,6 +47,8 @@ def find_profile(config_path: Path, given: Path | None) -> RoutingProfile:
     places = [given] if given else [config_path.parent / PROFILE_FOLDER]
     if not given and recorded.get("path"):
         places.append(Path(recorded["path"]))
+    if not given and recorded.get("hash"):  # one of several seeds, which share a profile
+        places.append(config_path.parent.parent / PROFILE_FOLDER)
     other = ""
     for place in places:
         if not given and not place.is_dir():
@@ -71,6 +74,7 @@ def validate(
     dataset: str,
     split: str = "test",
     max_degradation: float = 0.01,
+    robust: bool = False,
     output: Path | None = None,
     profile_path: Path | None = None,
     compensation: Path | None = None,
@@ -89,9 +93,11 @@ def validate(
     Args:
         loaded: the model.
         config_path: ``best_config.json`` of any search, or a VARConfig file.
-        dataset: name or path of the text.
+        dataset: name or path of the text, or several as ``a,b,c``; each is reported apart, and
+            so is each source of a single one.
         split: its part; ``test`` unless there is a reason.
         max_degradation: bound on the relative perplexity change.
+        robust: hold the bound against the worst of several data sets.
         output: folder for the result; the configuration's own by default.
         profile_path: profile folder, where none lies beside the configuration.
         compensation: folder of the learned compensation, where it is not the profile's own.
@@ -120,7 +126,9 @@ def validate(
     text = read_text(dataset, split, loaded)
     documents = sample_documents(text.documents, max_samples)
     require_documents(documents, 2, "comparing perplexities")
-    evaluator = Evaluator(loaded, documents, setting=setting or SpeedSetting(), progress=progress)
+    evaluator = Evaluator(
+        loaded, documents, setting=setting or SpeedSetting(), progress=progress, robust=robust
+    )
     chosen: dict[str, Any]
     if isinstance(config, PolicySettings):
         chosen = {"policy": config.policy, "compensation": config.compensation}
@@ -128,6 +136,7 @@ def validate(
         chosen = {"mode": config.mode}
     objective = make_objective(evaluator, profile, max_degradation=bound, **chosen)
     quality = evaluator.quality(objective.policy(config))
+    apart = measure_apart(evaluator, objective.policy(config))
     half = leading_count(evaluator.top_k)
     kept = quality.report.experts_per_token
     share = (evaluator.top_k - kept) / max(1, evaluator.top_k - half)
@@ -142,6 +151,7 @@ def validate(
         "config": config.to_dict(),
         "text": text.to_dict(),
         **quality.to_dict(),
+        "by_dataset": [one.to_dict() for one in apart],
         **middle.to_dict(),
         # Perplexity is deterministic: scored once, it holds for every run.
         "perplexity_scored_once": True,
@@ -152,13 +162,14 @@ def validate(
         "runs": [one.to_dict() for one in speeds],
         "speedup_spread": _spread(speeds),
         "criteria": success_criteria(
-            degradation=quality.change.value,
-            upper=quality.change.upper,
+            degradation=quality.judged.value,
+            upper=quality.judged.upper,
             max_degradation=bound,
             speedups=[one.speedup for one in speeds],
             learned_pct=quality.report.learned_pct,
         ),
         "max_degradation": bound,
+        "robust": robust,
         "profile_hash": profile.hash,
         "setting": evaluator.setting.to_dict(),
         "model": {"name": loaded.name, "revision": loaded.revision, "dtype": loaded.dtype},

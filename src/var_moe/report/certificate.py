@@ -41,6 +41,7 @@ def certificate_page(certificate: Mapping[str, Any]) -> str:
         *_section("Not confirmatory, because", _list(certificate["not_confirmatory_because"])),
         *_section("Claims", _claims(certificate)),
         *_section("Tests, in their order", _tests(certificate)),
+        *_section(_apart_title(certificate), _apart(certificate)),
         *_section("How it was tested", _facts(_procedure(certificate))),
         *_section("Said before the certify part was opened", _list(certificate["power"])),
         *_section("Configuration", _configuration(certificate)),
@@ -143,6 +144,33 @@ def _tests(certificate: Mapping[str, Any]) -> str:
     headings = (
         *("candidate", "ordering part", "certify part", "p (t)", "p (bootstrap)", "p that decides"),
         *("experts/token", "pages / documents", ""),
+    )
+    return _table(headings, rows)
+
+
+def _apart_title(certificate: Mapping[str, Any]) -> str:
+    claimed = bool(certificate.get("robust"))
+    return "Each data set" if claimed else "Each data set (descriptive, not claimed)"
+
+
+def _apart(certificate: Mapping[str, Any]) -> str:
+    rows = []
+    for row in certificate.get("by_dataset", ()):
+        low, high = row["degradation_interval"]
+        rows.append(
+            (
+                row["dataset"],
+                f"{row['baseline_perplexity']:.3f}",
+                f"{row['perplexity']:.3f}",
+                f"{_percent(row['degradation'])} [{_percent(low)}, {_percent(high)}]",
+                _percent(row["degradation_upper"]),
+                f"{row['experts_per_token']:.3f}",
+                f"{row['units']:,} / {row['documents']:,}",
+            )
+        )
+    headings = (
+        *("data set", "PPL baseline", "PPL", "degradation", "upper bound", "experts/token"),
+        "pages / documents",
     )
     return _table(headings, rows)
 

@@ -77,27 +77,49 @@ def evaluate_policy(
     """
     if profile is not None:
         trace.check_profile(profile)
-    _check_fits(trace, policy)
     counts = TierCounts(trace.layers, drops_only=policy.drops_only)
     cuts = _CutSums(trace, policy)
+    with torch.inference_mode():
+        for one in decisions(trace, policy):
+            counts.add(one.layer, one.routing, one.counted, one.index, one.weight)
+            cuts.add(one)
+    first, squares = (cuts.first, cuts.squares) if cuts.known else (None, None)
+    return PolicyReplay(report=counts.report(), scored=trace.scored, first=first, squares=squares)
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What a policy decides of T tokens, some of them padding, in one layer."""
+
+    layer: int
+    index: Tensor  # (T, K) the router's experts by rank
+    weight: Tensor  # (T, K) float32 shares
+    routing: Routing
+    position: Tensor  # (T,) of the tokens in the trace
+    counted: Tensor  # (T,) bool, False for padding
+
+
+def decisions(trace: RoutingTrace, policy: RoutingPolicy) -> Iterator[Decided]:
+    """What ``policy`` decides, from empty caches: documents in order, and of each part all layers.
+
+    Raises:
+        UsageError: the policy's compensation or damage model is not the trace's.
+    """
+    _check_fits(trace, policy)
     # Of this policy's damage model, as has been checked; another one's would mislead it.
     hint = trace.hint if _looks(policy) else None
     policy.reset()
-    with torch.inference_mode():
-        for batch, position in _chunks(trace, policy.context_window - 1):
-            policy.begin(batch)
-            counted = batch.counted.reshape(-1)
-            for layer in range(trace.layers):
-                index = trace.index[layer][position].long()
-                weight = trace.weight[layer][position].float()
-                if hint is not None and isinstance(policy, DamagePolicy):
-                    policy.see_hint(hint[layer][position])
-                routing = policy.route(layer, index, weight)
-                counts.add(layer, routing, counted, index, weight)
-                cuts.add(layer, index, weight, routing, position, counted)
+    for batch, position in _chunks(trace, policy.context_window - 1):
+        policy.begin(batch)
+        counted = batch.counted.reshape(-1)
+        for layer in range(trace.layers):
+            index = trace.index[layer][position].long()
+            weight = trace.weight[layer][position].float()
+            if hint is not None and isinstance(policy, DamagePolicy):
+                policy.see_hint(hint[layer][position])
+            routing = policy.route(layer, index, weight)
+            yield Decided(layer, index, weight, routing, position, counted)
     policy.reset()
-    first, squares = (cuts.first, cuts.squares) if cuts.known else (None, None)
-    return PolicyReplay(report=counts.report(), scored=trace.scored, first=first, squares=squares)
 
 
 def _check_fits(trace: RoutingTrace, policy: RoutingPolicy) -> None:
@@ -144,16 +166,9 @@ class _CutSums:
         self.first = self.squares = 0.0
         self._trace = trace
 
-    def add(
-        self,
-        layer: int,
-        index: Tensor,
-        weight: Tensor,
-        routing: Routing,
-        position: Tensor,
-        counted: Tensor,
-    ) -> None:
-        """One layer of a chunk; ``index`` and ``weight`` (T, K) are by rank."""
+    def add(self, one: Decided) -> None:
+        """One layer of a chunk."""
+        index, weight, routing, counted = one.index, one.weight, one.routing, one.counted
         runs = routing.index >= 0  # (T, K)
         self.known = self.known and _runs_first_experts(
             index, weight, routing, runs, counted, rescaled_weights=not self._compensated
@@ -162,7 +177,8 @@ class _CutSums:
             return
         kept = runs.sum(dim=1)
         cut = counted & (kept < index.shape[1])
-        damage = self._trace.damage[self._kind][layer][position[cut]].double()  # (n, K - 1)
+        damage = self._trace.damage[self._kind][one.layer]  # (N, K - 1)
+        damage = damage[one.position[cut]].double()
         effect = damage.gather(1, kept[cut, None] - 1)
         self.first += float(effect.sum())
         self.squares += float(effect.square().sum())

@@ -1,0 +1,32 @@
+"""``var-moe tune --from``: another bound, answered from the front of a finished search."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from var_moe.errors import UsageError
+
+
+def answer(folder: Path, max_degradation: float | None, output: Path | None) -> int:
+    """Another bound, answered from the front of a finished search."""
+    from var_moe.cli.tables import print_front
+    from var_moe.optimization.front import answer_from
+    from var_moe.optimization.saving import CONFIG_FILE, METADATA_FILE
+    from var_moe.storage import atomic_write_json, check_output_folder, read_json
+
+    if max_degradation is None:
+        raise UsageError("--from needs --max_degradation: the bound to answer")
+    best, points = answer_from(folder, max_degradation)
+    place = output or folder / f"bound_{100 * max_degradation:g}pct"
+    check_output_folder(place)
+    metadata = read_json(folder / METADATA_FILE, what="metadata of a search")
+    metadata["settings"] = {**metadata.get("settings", {}), "max_degradation": max_degradation}
+    profile = metadata.get("profile", {})
+    if (folder / "profile").is_dir():
+        profile["path"] = str(folder / "profile")
+    atomic_write_json(place / METADATA_FILE, {**metadata, "answered_from": str(folder)})
+    atomic_write_json(place / CONFIG_FILE, best["config"])
+    print_front(points, best, max_degradation=max_degradation)
+    print(f"Saved: {place / CONFIG_FILE}")
+    print(f"Next: var-moe tune --validate {place / CONFIG_FILE}")
+    return 0

@@ -1,0 +1,84 @@
+"""``var-moe tune --validate``: one configuration on held-out text."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from var_moe.cli.compensation import parse_compensation
+from var_moe.cli.searched import DEFAULT_BOUND, search_of
+from var_moe.errors import UsageError
+
+
+def validate(
+    config: Path,
+    *,
+    compensation: str | None,
+    model: str | None,
+    dataset: str | None,
+    split: str,
+    max_degradation: float | None,
+    robust: bool,
+    output: Path | None,
+    profile: Path | None,
+    mode: str | None,
+    max_samples: int | None,
+    device: str,
+    dtype: str,
+    trust_remote_code: bool,
+    quiet: bool,
+) -> int:
+    """Check, measure, print; for the arguments see `cli.tune.tune`."""
+    from var_moe.evaluation.mixture import names_of
+    from var_moe.evaluation.text import check_dataset
+    from var_moe.models.loading import check_name
+    from var_moe.optimization.candidate import load_candidate
+    from var_moe.optimization.judgement import check_robust
+    from var_moe.optimization.objective_protocol import check_bound
+    from var_moe.storage import check_output_folder
+
+    load_candidate(config)
+    name, place = parse_compensation(compensation)
+    if name is not None and place is None:
+        raise UsageError(f"--compensation {name}: the configuration names it; expected a folder")
+    searched = search_of(config)
+    model = model or searched.get("model", "demo")
+    dataset = dataset or searched.get("dataset", "demo")
+    if max_degradation is None:
+        max_degradation = searched.get("max_degradation", DEFAULT_BOUND)
+    bound = check_bound(max_degradation)
+    if robust:
+        check_robust(robust, dataset)
+    else:  # as its search did, where the text is of several data sets again
+        robust = bool(searched.get("robust")) and len(names_of(dataset)) > 1
+    if output:
+        check_output_folder(output)
+    check_name(model)
+    check_dataset(dataset)
+    if not quiet:
+        print(f"validating {config} of {model} on {dataset} ({split}) ...", file=sys.stderr)
+    from var_moe.cli.progress import StageProgress
+    from var_moe.cli.tables import print_validation
+    from var_moe.models.loading import load_model
+    from var_moe.optimization.validation import find_profile
+    from var_moe.optimization.validation import validate as run_validate
+
+    find_profile(config, profile)
+    with StageProgress() as progress:
+        loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        result = run_validate(
+            loaded,
+            config,
+            dataset=dataset,
+            split=split,
+            max_degradation=bound,
+            robust=robust,
+            output=output,
+            profile_path=profile,
+            compensation=place,
+            mode=mode,
+            max_samples=max_samples,
+            progress=None if quiet else progress,
+        )
+    print_validation(result, folder=output or config.parent)
+    return 0

@@ -1,0 +1,117 @@
+"""Whether searches' winners decide alike: each replayed on one trace that all have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from var_moe.config import VARConfig
+from var_moe.errors import UsageError
+from var_moe.optimization.candidate import Candidate
+from var_moe.optimization.replay_forecast import TRACE_FOLDER
+from var_moe.optimization.seed_runs import SeedRun
+from var_moe.optimization.validation import find_profile
+from var_moe.profiling.fitted_files import load_compensation
+from var_moe.profiling.profile import RoutingProfile
+from var_moe.routing.base import RoutingPolicy
+from var_moe.routing.registry import policy_spec
+from var_moe.routing.var import VARPolicy
+from var_moe.tracing.executed import executed_experts, share_alike
+from var_moe.tracing.policies import evaluate_policy
+from var_moe.tracing.replay import TraceReplay
+from var_moe.tracing.shards import HEAD_FILE
+from var_moe.tracing.trace import RoutingTrace
+
+
+def agreement(
+    runs: Sequence[SeedRun], *, profile: Path | None = None
+) -> tuple[dict[str, Any] | None, str]:
+    """What each winner decides on a common trace, and how often two decide alike.
+
+    Args:
+        runs: with a winner each.
+        profile: profile folder, where none lies in the results folders.
+
+    Returns:
+        Per winner experts per token and predicted degradation; per pair the share of (layer,
+        token) for which both run the same experts. Or None, and why.
+    """
+    if len(runs) < 2:
+        return None, ""
+    place = _trace_of(runs)
+    if place is None:
+        return None, "no trace in the results folders: the winners' decisions are not compared"
+    try:
+        trace = RoutingTrace.load(place)
+        return compare(trace, [(run.seed, run.winner, _profile(run, profile)) for run in runs]), ""
+    except UsageError as error:
+        return None, f"the winners' decisions are not compared: {error}"
+
+
+def compare(
+    trace: RoutingTrace, winners: Sequence[tuple[int, Candidate | None, RoutingProfile]]
+) -> dict[str, Any]:
+    """Winners, by seed, on a trace; see `agreement`.
+
+    Raises:
+        UsageError: a profile or a compensation is not the one that the trace was recorded with.
+    """
+    rows, executed = [], {}
+    for seed, winner, profile in winners:
+        assert winner is not None
+        policy = policy_of(winner, profile)
+        executed[seed] = executed_experts(trace, policy)
+        rows.append(
+            {
+                "seed": seed,
+                "experts_per_token": float((executed[seed] >= 0).sum())
+                / (trace.layers * trace.tokens),
+                "predicted_degradation": _predicted(trace, winner, policy, profile),
+            }
+        )
+    alike = {
+        (one, other): 100 * share_alike(executed[one], executed[other])
+        for one, other in combinations(executed, 2)
+    }
+    shares = list(alike.values())
+    return {
+        "trace": {name: trace.head[name] for name in ("dataset", "data_hash", "tokens")},
+        "decisions": trace.layers * trace.tokens,
+        "winners": rows,
+        "pairs": [{"seeds": list(seeds), "alike_pct": share} for seeds, share in alike.items()],
+        "alike_pct_mean": sum(shares) / len(shares),
+        "alike_pct_min": min(shares),
+    }
+
+
+def policy_of(candidate: Candidate, profile: RoutingProfile) -> RoutingPolicy:
+    """The policy that a candidate stands for."""
+    if isinstance(candidate, VARConfig):
+        return VARPolicy(candidate, profile.table(), residuals=profile.residuals)
+    spec = policy_spec(candidate.policy)
+    return spec.make(candidate.settings, profile.calibration(candidate.compensation))
+
+
+def _predicted(
+    trace: RoutingTrace, winner: Candidate, policy: RoutingPolicy, profile: RoutingProfile
+) -> float | None:
+    if not trace.damage:
+        return None
+    if isinstance(winner, VARConfig):
+        return TraceReplay(trace, profile).evaluate(winner).degradation
+    return evaluate_policy(trace, policy).degradation
+
+
+def _trace_of(runs: Sequence[SeedRun]) -> Path | None:
+    """The first trace in a run's folder, or in the one that runs of several seeds share."""
+    places = [place for run in runs for place in (run.folder, run.folder.parent)]
+    traces = [place / TRACE_FOLDER for place in places]
+    return next((trace for trace in traces if (trace / HEAD_FILE).is_file()), None)
+
+
+def _profile(run: SeedRun, given: Path | None) -> RoutingProfile:
+    profile = find_profile(run.config, given)
+    fitted = run.known("compensation_folder")
+    return profile if fitted is None else profile.with_compensation(load_compensation(fitted))

@@ -1,0 +1,162 @@
+"""Certificates over several data sets: the union claimed, or each; the truth is made up."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import numpy as np
+import pytest
+from certification_helpers import point, skip
+
+from var_moe.certification.apart import judge_apart, judged_apart
+from var_moe.certification.judging import worst_test
+from var_moe.certification.units import Measured
+from var_moe.cli import main
+from var_moe.evaluation.documents import EncodedDocument
+
+WORDS = [
+    "the",
+    "router",
+    "sends",
+    "a",
+    "token",
+    "to",
+    "an",
+    "expert",
+    "and",
+    "table",
+    "cache",
+    "window",
+    "speed",
+    "model",
+]
+
+
+@pytest.fixture(scope="module")
+def two_sets(tmp_path_factory):
+    """Two data sets; the documents of the second start with a Z, and are known by that."""
+    root, dice = tmp_path_factory.mktemp("sets"), random.Random(3)
+    for name, mark in (("calm", ""), ("harsh", "Z ")):
+        (root / name).mkdir()
+        for split, count in {"calibration": 10, "validation": 60, "certify": 60}.items():
+            rows = [{"text": mark + " ".join(dice.choices(WORDS, k=12))} for _ in range(count)]
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            (root / name / f"{split}.jsonl").write_text(lines)
+    return f"{root / 'calm'},{root / 'harsh'}"
+
+
+@pytest.fixture
+def certify(two_sets, tiny_model_folder, tiny_tokenizer, certify_profile, results, made_up, capsys):
+    """Runs the command where one data set costs a third of what the other does."""
+    mark = tiny_tokenizer("Z").input_ids[1]
+    made_up.rate = lambda share, ids: (0.03 if ids[1] == mark else 0.01) * share
+
+    def run(share, *more):
+        folder = results(skip(share), [point(s, 0.02 * s) for s in (share / 2, share)])
+        words = ["--model", str(tiny_model_folder), "--dataset", two_sets]
+        words += ["--profile", str(certify_profile), "--quiet", "--blocks", "0"]
+        code = main(["certify", str(folder), *words, *map(str, more)])
+        captured = capsys.readouterr()
+        return code, json.loads((folder / "certificate.json").read_text()), captured
+
+    return run
+
+
+def measured(change, tokens):
+    return Measured(
+        change=np.array(change),
+        baseline_nll=np.ones(len(change)),
+        tokens=np.array(tokens),
+        learned=np.array([0]),
+        decisions=np.array([1]),
+        executed=1,
+        documents=len(change),
+    )
+
+
+def test_the_largest_p_decides():
+    """a: -1 nat below its allowance each; b: on it, give or take."""
+    groups = {"a": np.array([0, 2, 4, 6]), "b": np.array([1, 3, 5, 7])}
+    found = measured([-1, 0.5, -1.1, -0.5, -0.9, 0.4, -1, -0.4], [10] * 8)
+    tests = judge_apart(found, groups, bound=1e-9, confidence=0.95, alpha=0.05)
+    p = {one.dataset: one.test.p for one in tests}
+    assert p["a"] < 0.05 < p["b"]
+    assert worst_test(tests).dataset == "b"
+    (union,) = judge_apart(found, {}, bound=1e-9, confidence=0.95, alpha=0.05)
+    assert union.units == 8
+    assert union.test.p < p["b"]
+
+
+def test_units_are_judged_apart_only_where_that_is_claimed():
+    units = [[EncodedDocument("d", "s", np.arange(3), name)] for name in ("a", "b", "a")]
+    assert judged_apart(units, robust=False) == {}
+    assert {name: at.tolist() for name, at in judged_apart(units, robust=True).items()} == {
+        "a": [0, 2],
+        "b": [1],
+    }
+
+
+def test_the_union_is_certified_and_each_data_set_described(certify):
+    """+0.38% on one and +1.14% on the other: about +0.76% together."""
+    code, found, captured = certify(0.38)
+    assert code == 0
+    assert found["certified_config"] == skip(0.38)
+    assert not found["robust"]
+    rows = {row["dataset"].rpartition("/")[2]: row for row in found["by_dataset"]}
+    assert rows["calm"]["degradation"] == pytest.approx(0.0038, abs=0.001)
+    assert rows["harsh"]["degradation"] == pytest.approx(0.0114, abs=0.001)
+    assert rows["harsh"]["degradation_upper"] > 0.01  # the union hides it
+    for row in rows.values():
+        assert row["descriptive"]
+        assert row["units"] == 60
+        assert row["experts_per_token"] == pytest.approx(2 - 0.38, abs=0.01)
+        ratio = row["perplexity"] / row["baseline_perplexity"]
+        assert ratio - 1 == pytest.approx(row["degradation"])
+        low, high = row["degradation_interval"]
+        assert low < row["degradation"] < row["degradation_upper"] < high
+    assert "descriptive, not claimed" in captured.out
+    assert any("The data sets apart" in line for line in found["not_claimed"])
+    assert [part["documents"] for part in found["text"]["datasets"]] == [60, 60]
+
+
+def test_robust_refuses_what_one_data_set_does_not_keep(certify):
+    """Half as much keeps the bound on each: +0.19% and +0.57%."""
+    code, found, captured = certify(0.38, "--robust")
+    assert code == 0
+    assert found["certified_config"] == skip(0.19)
+    assert found["robust"]
+    test = found["tests"][0]
+    assert [row["passed"] for row in found["tests"]] == [True, False][: len(found["tests"])]
+    assert test["decided_by"].endswith("harsh")
+    assert test["degradation"] == pytest.approx(0.0057, abs=0.001)
+    assert test["p"] == max(row["p"] for row in test["by_dataset"])
+    assert "on text like each of " in found["sentence"]
+    assert not any(row["descriptive"] for row in found["by_dataset"])
+    assert "the claim is about each" in captured.out
+
+
+def test_robust_alone_refuses_where_the_union_would_pass(certify):
+    code, found, captured = certify(0.38, "--robust", "--candidates", 1)
+    assert code == 1
+    assert not found["certified"]
+    assert found["nearest_miss"]["degradation"] == pytest.approx(0.0114, abs=0.001)
+    assert "harsh, the worst" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--dataset", "demo", "--robust"], "--robust judges the worst of several data sets"),
+        (["--robust", "--sequential"], "--sequential decides on all text: leave --robust out"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    words, why, two_sets, tiny_model_folder, results, capsys
+):
+    given = [] if "--dataset" in words else ["--dataset", two_sets]
+    model = ["--model", str(tiny_model_folder), "--quiet"]
+    assert main(["certify", str(results(skip(0.2))), *model, *given, *words]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert why in lines[0]
