@@ -61,7 +61,7 @@ def guard(
         trust_remote_code: run a Hub model's own code.
         quiet: no progress.
     """
-    from var_moe.cli.tune import search_of
+    from var_moe.cli.searched import search_of
     from var_moe.config import check_number
     from var_moe.errors import UsageError
     from var_moe.evaluation.text import check_dataset
