@@ -7,7 +7,7 @@ import json
 SPACE = {"tau": {"type": "float", "low": 1e-4, "high": 1.0, "default": 0.01, "log": True}}
 
 
-def write_run(folder, *, seed, score=1.2, tau=0.01, found=True, **changed):
+def write_run(folder, *, seed, score=1.2, tau=0.01, experts=1.3, found=True, **changed):
     """A finished search; ``changed`` are settings, or parts of the identity."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
@@ -34,7 +34,7 @@ def write_run(folder, *, seed, score=1.2, tau=0.01, found=True, **changed):
         "degradation_standard_error": 0.0005,
         "degradation_upper_95": 0.0088,
         "documents": 400,
-        "experts_per_token": 1.3,
+        "experts_per_token": experts,
         "learned_pct": 100.0,
         "speedup": score,
         "speedup_95": [score - 0.1, score + 0.1],

@@ -106,6 +106,21 @@ def test_a_seed_without_an_answer_is_not_stable(tmp_path):
     assert any("nothing kept the bound with seed 2" in note for note in report["notes"])
 
 
+def test_one_winner_of_all_seeds_differs_by_its_timings_alone(tmp_path):
+    folders = [
+        write_run(tmp_path / f"run_{seed}", seed=seed, score=score, experts=1.3)
+        for seed, score in ((1, 1.5), (2, 1.7))
+    ]
+    report = stability(read_runs(folders))
+    assert report["best_score"]["spread_relative"] == pytest.approx(0.2 / 1.6)
+    assert report["experts_per_token"]["spread_relative"] == 0.0
+    assert any(note.startswith("all seeds found one configuration") for note in report["notes"])
+    other = write_run(tmp_path / "run_3", seed=3, score=1.6, tau=0.02, experts=1.4)
+    report = stability(read_runs([*folders, other]))
+    assert report["experts_per_token"]["spread_relative"] == pytest.approx(0.1 / 1.3)
+    assert not any("one configuration" in note for note in report["notes"])
+
+
 def test_without_two_answers_there_is_no_spread(tmp_path):
     folders = [write_run(tmp_path / "a", seed=1), write_run(tmp_path / "b", seed=2, found=False)]
     report = stability(read_runs(folders))

@@ -40,15 +40,17 @@ def print_stability(report: Mapping[str, Any]) -> None:
 
     out = console()
     out.print(_runs(report), highlight=False)
-    score, criterion = report["best_score"], report["criterion"]
-    if score is not None:
-        spread = 100 * score["spread_relative"]
-        out.print(
-            f"best score: mean {score['mean']:.4f}, sd {score['standard_deviation']:.4f}, "
-            f"{score['min']:.4f} to {score['max']:.4f}, spread {spread:.2f}%",
-            highlight=False,
-            soft_wrap=True,
-        )
+    criterion = report["criterion"]
+    for name in ("best_score", "experts_per_token"):
+        found = report[name]
+        if found is not None:
+            out.print(
+                f"{name.replace('_', ' ')}: mean {found['mean']:.4f}, sd "
+                f"{found['standard_deviation']:.4f}, {found['min']:.4f} to {found['max']:.4f}, "
+                f"spread {100 * found['spread_relative']:.2f}%",
+                highlight=False,
+                soft_wrap=True,
+            )
     met = "yes" if criterion["met"] else "NO"
     out.print(f"{criterion['name']}: {met}", highlight=False, soft_wrap=True)
     if report["parameters"]:
