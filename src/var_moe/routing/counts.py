@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,14 +17,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RoutingReport:
-    """What was executed, per layer and over all: padding and overlaps left out."""
+    """What was executed, per layer and over all: padding and overlaps left out.
+
+    Reports are equal where what was executed is: departure has sums of floats, and a guard its own
+    stream.
+    """
 
     tokens: int  # counted tokens, per layer
     top_k: int
     tier_counts: tuple[tuple[int, int, int], ...]  # per layer: fast, cached, learned
     executed_pairs: tuple[int, ...]  # per layer
-    departure: Departure | None = None  # from the router's own decisions, where they were seen
-    guard: GuardReport | None = None  # where one is set: its stream, which outlives `reset`
+    # From the router's own decisions, where they were seen.
+    departure: Departure | None = field(default=None, compare=False)
+    # Where one is set: its stream, which outlives `reset`.
+    guard: GuardReport | None = field(default=None, compare=False)
 
     def _share(self, tier: Tier) -> float:
         total = self.tokens * len(self.tier_counts)
