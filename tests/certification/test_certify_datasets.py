@@ -9,40 +9,21 @@ import numpy as np
 import pytest
 from certification_helpers import point, skip
 
+from texts import WORDS, write_data_set
 from var_moe.certification.apart import judge_apart, judged_apart
 from var_moe.certification.judging import worst_test
 from var_moe.certification.units import Measured
 from var_moe.cli import main
 from var_moe.evaluation.documents import EncodedDocument
 
-WORDS = [
-    "the",
-    "router",
-    "sends",
-    "a",
-    "token",
-    "to",
-    "an",
-    "expert",
-    "and",
-    "table",
-    "cache",
-    "window",
-    "speed",
-    "model",
-]
-
 
 @pytest.fixture(scope="module")
 def two_sets(tmp_path_factory):
     """Two data sets; the documents of the second start with a Z, and are known by that."""
     root, dice = tmp_path_factory.mktemp("sets"), random.Random(3)
+    sizes = {"calibration": 10, "validation": 60, "certify": 60}
     for name, mark in (("calm", ""), ("harsh", "Z ")):
-        (root / name).mkdir()
-        for split, count in {"calibration": 10, "validation": 60, "certify": 60}.items():
-            rows = [{"text": mark + " ".join(dice.choices(WORDS, k=12))} for _ in range(count)]
-            lines = "".join(json.dumps(row) + "\n" for row in rows)
-            (root / name / f"{split}.jsonl").write_text(lines)
+        write_data_set(root / name, sizes, dice, words=WORDS[:14], length=12, mark=mark)
     return f"{root / 'calm'},{root / 'harsh'}"
 
 

@@ -17,11 +17,6 @@ RESULT_KEYS = {"best_score", "optimization_time", "num_evaluations", "converged"
 
 
 @pytest.fixture(scope="module")
-def common(tiny_model_folder, tiny_text_folder):
-    return ["--model", str(tiny_model_folder), "--dataset", str(tiny_text_folder)]
-
-
-@pytest.fixture(scope="module")
 def tuned(common, tmp_path_factory):
     """One finished search, for the tests that look at its files."""
     folder = tmp_path_factory.mktemp("results") / "phase3"

@@ -12,11 +12,6 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def common(tiny_model_folder, tiny_text_folder):
-    return ["--model", str(tiny_model_folder), "--dataset", str(tiny_text_folder)]
-
-
-@pytest.fixture(scope="module")
 def tuned(common, tmp_path_factory):
     folder = tmp_path_factory.mktemp("results") / "phase3"
     words = ["tune", *common, "--n_calls", "5", "--max_degradation", "0.5", "--seed", "3"]

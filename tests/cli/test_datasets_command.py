@@ -7,25 +7,8 @@ import random
 
 import pytest
 
+from texts import write_data_set
 from var_moe.cli import main
-
-WORDS = [
-    "the",
-    "router",
-    "sends",
-    "a",
-    "token",
-    "to",
-    "an",
-    "expert",
-    "and",
-    "table",
-    "cache",
-    "window",
-    "speed",
-    "model",
-    "index",
-]
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +16,8 @@ def sets(tmp_path_factory):
     """Two data sets as ``a,b``."""
     root, dice = tmp_path_factory.mktemp("sets"), random.Random(5)
     for name in ("one", "two"):
-        (root / name).mkdir()
-        for split, count in {"calibration": 12, "validation": 24, "test": 10}.items():
-            rows = [{"text": " ".join(dice.choices(WORDS, k=40))} for _ in range(count)]
-            lines = "".join(json.dumps(row) + "\n" for row in rows)
-            (root / name / f"{split}.jsonl").write_text(lines)
+        sizes = {"calibration": 12, "validation": 24, "test": 10}
+        write_data_set(root / name, sizes, dice, length=40)
     return f"{root / 'one'},{root / 'two'}"
 
 

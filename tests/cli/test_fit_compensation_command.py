@@ -21,11 +21,6 @@ FAST = ["--rank", "4", "--regress_tokens", "0", "--tokens", "2000", "--rate", "0
 
 
 @pytest.fixture(scope="module")
-def common(tiny_model_folder, tiny_text_folder):
-    return ["--model", str(tiny_model_folder), "--dataset", str(tiny_text_folder)]
-
-
-@pytest.fixture(scope="module")
 def folder(common, tmp_path_factory):
     """A profile with damages, and a compensation beside it."""
     place = tmp_path_factory.mktemp("profile")

@@ -21,11 +21,6 @@ from var_moe.evaluation.cost import TERMS, CostModel
 
 
 @pytest.fixture(scope="module")
-def common(tiny_model_folder, tiny_text_folder):
-    return ["--model", str(tiny_model_folder), "--dataset", str(tiny_text_folder)]
-
-
-@pytest.fixture(scope="module")
 def traced(common, tmp_path_factory):
     """A trace with the profile that was made for it."""
     folder = tmp_path_factory.mktemp("traced") / "trace"

@@ -15,11 +15,6 @@ from var_moe.cli import main
 
 
 @pytest.fixture(scope="module")
-def common(tiny_model_folder, tiny_text_folder):
-    return ["--model", str(tiny_model_folder), "--dataset", str(tiny_text_folder)]
-
-
-@pytest.fixture(scope="module")
 def profile(common, tmp_path_factory):
     folder = tmp_path_factory.mktemp("profile")
     assert main(["profile", *common, "--output", str(folder), "--quiet"]) == 0

@@ -53,6 +53,11 @@ def judged_apart(units: Sequence[Unit], *, robust: bool) -> Groups:
     return datasets_of([unit[0] for unit in units]) if robust else {}
 
 
+def parts_of(found: Measured, judged: Groups) -> Groups:
+    """Positions of the units that are tested together: of each judged data set, else of all."""
+    return judged or {WHOLE: np.arange(len(found.tokens))}
+
+
 def judge_apart(
     found: Measured, judged: Groups, *, bound: float, confidence: float, alpha: float
 ) -> list[Tested]:
@@ -61,9 +66,8 @@ def judge_apart(
     A claim about every data set is the intersection of theirs, and holds at alpha where each
     test passes at alpha: no correction is needed (intersection-union test, Berger 1982).
     """
-    parts = dict(judged) or {WHOLE: np.arange(len(found.tokens))}
     tests = []
-    for name, at in parts.items():
+    for name, at in parts_of(found, judged).items():
         change, tokens = found.change[at], found.tokens[at]
         tests.append(
             Tested(

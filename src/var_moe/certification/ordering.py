@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from var_moe.certification.apart import WHOLE, parts_of
 from var_moe.certification.candidates import Named
 from var_moe.certification.power import POWER, Pilot
 from var_moe.certification.statistics import degradation_interval, excess
@@ -44,12 +45,11 @@ def order_candidates(
     rows = []
     for one in candidates:
         found = scorer.all(policies[one.name], what=f"ordering: {one.name}")
-        parts = dict(scorer.judged) or {"": np.arange(len(found.tokens))}
         # What is planned for is the data set that will decide.
         row = max(
             (
                 _row(found, at, name, bound=bound, alpha=alpha, sequential=sequential)
-                for name, at in parts.items()
+                for name, at in parts_of(found, scorer.judged).items()
             ),
             key=lambda row: row["degradation_upper"],
         )
@@ -71,7 +71,7 @@ def _row(
     interval = degradation_interval(change, tokens, confidence=0.95, alpha=alpha)
     pilot = Pilot.of(excess(change, tokens, bound), sequential=sequential)
     return {
-        **({"worst_dataset": dataset} if dataset else {}),
+        **({"worst_dataset": dataset} if dataset != WHOLE else {}),
         "degradation": interval.value,
         "degradation_upper": interval.upper,
         "units": len(tokens),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from var_moe.evaluation.documents import page_of
+from var_moe.evaluation.documents import by_page
 from var_moe.evaluation.groups import Groups
 from var_moe.evaluation.perplexity import DocumentLosses
 from var_moe.routing.base import RoutingPolicy
@@ -32,10 +32,7 @@ def pages(documents: Sequence[EncodedDocument], *, seed: int) -> list[Unit]:
     Sections of one page share its subject: as units of their own they would be counted as more
     evidence than they are. A document that is no section is a page by itself.
     """
-    found: dict[str, list[EncodedDocument]] = {}
-    for document in documents:
-        found.setdefault(page_of(document.id), []).append(document)
-    groups = list(found.values())
+    groups = by_page(documents)
     return [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
 
 

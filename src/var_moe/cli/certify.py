@@ -61,7 +61,7 @@ def certify(
         trust_remote_code: run a Hub model's own code.
         quiet: no progress.
     """
-    from var_moe.cli.searched import DEFAULT_BOUND, search_of
+    from var_moe.cli.searched import search_of
     from var_moe.errors import UsageError
     from var_moe.evaluation.text import check_dataset
     from var_moe.models.loading import check_name
@@ -71,10 +71,10 @@ def certify(
     if not results.is_dir():
         raise UsageError(f"{results}: no such folder; expected the results of `var-moe tune`")
     searched = search_of(results / CONFIG_FILE)
-    model = model or searched.get("model", "demo")
-    dataset = dataset or searched.get("dataset", "demo")
+    model = model or searched.model
+    dataset = dataset or searched.dataset
     if max_degradation is None:
-        max_degradation = searched.get("max_degradation", DEFAULT_BOUND)
+        max_degradation = searched.max_degradation
     check_output_folder(output or results)
     check_name(model)
     check_dataset(dataset)

@@ -73,8 +73,8 @@ def guard(
     if not results.is_dir():
         raise UsageError(f"{results}: no such folder; expected the results of `var-moe tune`")
     searched = search_of(results / CONFIG_FILE)
-    model = model or searched.get("model", "demo")
-    dataset = dataset or searched.get("dataset", "demo")
+    model = model or searched.model
+    dataset = dataset or searched.dataset
     place = check_output_folder(output or results)
     check_alpha(alpha)
     check_number("Guard.tolerance", tolerance, low=0)

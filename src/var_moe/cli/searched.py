@@ -1,22 +1,32 @@
-"""What the search was about that left a configuration."""
+"""What the search was about that left a configuration: the defaults of what comes after it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 DEFAULT_BOUND = 0.01
 
 
-def search_of(config: Path) -> dict[str, Any]:
-    """Model, dataset, bound and judgement of that search, where it says so."""
+@dataclass(frozen=True, kw_only=True)
+class Searched:
+    """A search's model, dataset, bound and judgement; of an unknown one, those of the demo."""
+
+    model: str = "demo"
+    dataset: str = "demo"
+    max_degradation: float = DEFAULT_BOUND
+    robust: bool = False
+
+
+def search_of(config: Path) -> Searched:
+    """That of the search, as far as the file beside its configuration says so."""
     from var_moe.optimization.saving import METADATA_FILE
     from var_moe.storage import read_json
 
     beside = config.parent / METADATA_FILE
     if not beside.is_file():
-        return {}
+        return Searched()
     metadata = read_json(beside, what="metadata of a search")
     known = {**metadata.get("identity", {}), **metadata.get("settings", {})}
     names = ("model", "dataset", "max_degradation", "robust")
-    return {key: known[key] for key in names if key in known}
+    return Searched(**{key: known[key] for key in names if key in known})

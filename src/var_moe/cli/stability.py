@@ -61,19 +61,11 @@ def print_stability(report: Mapping[str, Any]) -> None:
         out.print(f"Note: {note}", highlight=False, soft_wrap=True)
 
 
-def _table(title: str, *headings: str) -> Any:
-    """The first column to the left, figures to the right."""
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left")
-    return table
-
-
 def _runs(report: Mapping[str, Any]) -> Any:
+    from var_moe.optimization.summary import figures_table
+
     about = report["search"]
-    table = _table(
+    table = figures_table(
         f"{about['model']} on {about['dataset']}, bound {100 * about['max_degradation']:g}%, "
         f"{len(report['seeds'])} seeds",
         *(
@@ -104,8 +96,10 @@ def _runs(report: Mapping[str, Any]) -> Any:
 
 
 def _parameters(report: Mapping[str, Any]) -> Any:
+    from var_moe.optimization.summary import figures_table
+
     headings = ("parameter", "mean", "sd", "min", "max", "searched", "spread / range")
-    table = _table("Settings of the winners", *headings)
+    table = figures_table("Settings of the winners", *headings)
     for row in report["parameters"]:
         low, high = row["searched_low"], row["searched_high"]
         log = " (log)" if row["logarithmic"] else ""
@@ -119,10 +113,12 @@ def _parameters(report: Mapping[str, Any]) -> Any:
 
 
 def _agreement(report: Mapping[str, Any]) -> Any:
+    from var_moe.optimization.summary import figures_table
+
     found = report["agreement"]
     seeds = [row["seed"] for row in found["winners"]]
     alike = {tuple(pair["seeds"]): pair["alike_pct"] for pair in found["pairs"]}
-    table = _table(
+    table = figures_table(
         f"The winners on one trace of {found['trace']['tokens']:,} tokens; decisions alike, %",
         *("seed", "experts/token", "predicted change", *(f"as {seed}" for seed in seeds)),
     )

@@ -125,14 +125,15 @@ def print_apart(rows: Sequence[Mapping[str, Any]], *, title: str) -> None:
 
 def print_described(rows: Sequence[Mapping[str, Any]]) -> None:
     """A certificate's data sets, with pages as the units."""
-    from rich.table import Table
+    from var_moe.optimization.summary import figures_table
 
     if not rows:
         return
     claimed = "descriptive, not claimed" if rows[0]["descriptive"] else "the claim is about each"
-    table = Table(title=f"Each data set ({claimed})", title_justify="left")
-    for heading in ("data set", "pages", "PPL baseline", "PPL", "change", "upper", "experts/token"):
-        table.add_column(heading, justify="left" if heading == "data set" else "right")
+    table = figures_table(
+        f"Each data set ({claimed})",
+        *("data set", "pages", "PPL baseline", "PPL", "change", "upper", "experts/token"),
+    )
     for row in rows:
         low, high = row["degradation_interval"]
         table.add_row(

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from var_moe.cli.compensation import parse_compensation
-from var_moe.cli.searched import DEFAULT_BOUND, search_of
+from var_moe.cli.searched import search_of
 from var_moe.errors import UsageError
 
 
@@ -42,15 +42,15 @@ def validate(
     if name is not None and place is None:
         raise UsageError(f"--compensation {name}: the configuration names it; expected a folder")
     searched = search_of(config)
-    model = model or searched.get("model", "demo")
-    dataset = dataset or searched.get("dataset", "demo")
+    model = model or searched.model
+    dataset = dataset or searched.dataset
     if max_degradation is None:
-        max_degradation = searched.get("max_degradation", DEFAULT_BOUND)
+        max_degradation = searched.max_degradation
     bound = check_bound(max_degradation)
     if robust:
         check_robust(robust, dataset)
     else:  # as its search did, where the text is of several data sets again
-        robust = bool(searched.get("robust")) and len(names_of(dataset)) > 1
+        robust = searched.robust and len(names_of(dataset)) > 1
     if output:
         check_output_folder(output)
     check_name(model)

@@ -7,13 +7,13 @@ held-out text has to show that nothing else was turned there either.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from var_moe.errors import UsageError
 from var_moe.evaluation.compare import Evaluator, Progress
-from var_moe.evaluation.sweep import Point
-from var_moe.routing.registry import policy_spec
+from var_moe.evaluation.sweep import Point, measured_point
 from var_moe.storage import read_json
 
 COMPARISON_FILE = "comparison.json"
@@ -61,18 +61,19 @@ def measure_again(
     Yields:
         Points, in the order of the rows.
     """
+    known = cache(calibration)  # it holds tables as large as the vocabulary
     for done, row in enumerate(rows):
         if progress:
             progress(str(row.get("name", row["policy"])), done, len(rows))
-        policy = policy_spec(row["policy"]).make(row["settings"], calibration(row["compensation"]))
-        yield Point(
+        yield measured_point(
+            evaluator,
+            known(row["compensation"]),
             policy=row["policy"],
             dial=row["dial"],
             target=row["target_experts_per_token"],
             compensation=row["compensation"],
             settings=row["settings"],
-            quality=evaluator.quality(policy),
-            speed=evaluator.speed(policy, blocks=blocks, factors=False) if blocks else None,
+            blocks=blocks,
         )
     if progress:
         progress("policies", len(rows), len(rows))

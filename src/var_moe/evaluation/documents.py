@@ -75,3 +75,11 @@ def page_of(document_id: str) -> str:
     """The page that a document is a section of (ids ``page#number``), else the document itself."""
     page, _, number = document_id.rpartition("#")
     return page if page and number.isdigit() else document_id
+
+
+def by_page(documents: Sequence[EncodedDocument]) -> list[list[EncodedDocument]]:
+    """Documents by their page (`page_of`), pages in the order in which they first occur."""
+    found: dict[str, list[EncodedDocument]] = {}
+    for document in documents:
+        found.setdefault(page_of(document.id), []).append(document)
+    return list(found.values())

@@ -11,7 +11,7 @@ import torch
 
 from var_moe.apply import Session, routed
 from var_moe.evaluation.batching import Window, collate, windows
-from var_moe.evaluation.documents import page_of
+from var_moe.evaluation.documents import by_page
 from var_moe.models.identity import identity
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.guard import Expectation, Guard, policy_facts
@@ -33,10 +33,7 @@ def one_per_page(documents: Sequence[EncodedDocument], seed: int = 0) -> list[En
     Sections of one page are alike, so that they are no independent units.
     """
     order = np.random.default_rng(seed).permutation(len(documents))
-    found: dict[str, EncodedDocument] = {}
-    for position in order:
-        found.setdefault(page_of(documents[position].id), documents[position])
-    return list(found.values())
+    return [sections[0] for sections in by_page([documents[position] for position in order])]
 
 
 def calibrate_guard(

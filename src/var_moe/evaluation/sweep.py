@@ -108,19 +108,42 @@ def sweep(
             found = _turned(turning, spec, turn, calibration, target, seen)
             if abs(seen[found] / target - 1) > REACHED:
                 continue
-            settings = turn(found)
-            policy = spec.make(settings, calibration)
-            yield Point(
+            yield measured_point(
+                evaluator,
+                calibration,
                 policy=spec.name,
                 dial=dial,
                 target=target,
                 compensation=compensation,
-                settings=settings,
-                quality=evaluator.quality(policy),
-                speed=evaluator.speed(policy, blocks=blocks, factors=False) if blocks else None,
+                settings=turn(found),
+                blocks=blocks,
             )
     if progress:
         progress("policies", total, total)
+
+
+def measured_point(
+    evaluator: Evaluator,
+    calibration: Mapping[str, Any],
+    *,
+    policy: str,
+    dial: str,
+    target: float,
+    compensation: str | None,
+    settings: Mapping[str, Any],
+    blocks: int,
+) -> Point:
+    """Measure a policy at one setting; the arguments are those of `Point` and `sweep`."""
+    made = policy_spec(policy).make(settings, calibration)
+    return Point(
+        policy=policy,
+        dial=dial,
+        target=target,
+        compensation=compensation,
+        settings=settings,
+        quality=evaluator.quality(made),
+        speed=evaluator.speed(made, blocks=blocks, factors=False) if blocks else None,
+    )
 
 
 def _turned(

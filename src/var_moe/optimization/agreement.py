@@ -9,15 +9,13 @@ from typing import Any
 
 from var_moe.config import VARConfig
 from var_moe.errors import UsageError
-from var_moe.optimization.candidate import Candidate
+from var_moe.optimization.candidate import Candidate, policy_of
 from var_moe.optimization.replay_forecast import TRACE_FOLDER
 from var_moe.optimization.seed_runs import SeedRun
 from var_moe.optimization.validation import find_profile
 from var_moe.profiling.fitted_files import load_compensation
 from var_moe.profiling.profile import RoutingProfile
 from var_moe.routing.base import RoutingPolicy
-from var_moe.routing.registry import policy_spec
-from var_moe.routing.var import VARPolicy
 from var_moe.tracing.executed import executed_experts, share_alike
 from var_moe.tracing.policies import evaluate_policy
 from var_moe.tracing.replay import TraceReplay
@@ -84,14 +82,6 @@ def compare(
         "alike_pct_mean": sum(shares) / len(shares),
         "alike_pct_min": min(shares),
     }
-
-
-def policy_of(candidate: Candidate, profile: RoutingProfile) -> RoutingPolicy:
-    """The policy that a candidate stands for."""
-    if isinstance(candidate, VARConfig):
-        return VARPolicy(candidate, profile.table(), residuals=profile.residuals)
-    spec = policy_spec(candidate.policy)
-    return spec.make(candidate.settings, profile.calibration(candidate.compensation))
 
 
 def _predicted(

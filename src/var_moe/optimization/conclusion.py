@@ -12,7 +12,7 @@ import numpy as np
 from var_moe.config import VARConfig
 from var_moe.errors import VarMoeError
 from var_moe.evaluation.apart import Apart
-from var_moe.optimization.remeasure import Measured, best_or_nearest, winner
+from var_moe.optimization.remeasure import Measured, nearest, winner
 from var_moe.optimization.results import OptimizationResult
 from var_moe.optimization.saving import NEAREST_MISS_FILE, save_optimization_results
 from var_moe.optimization.search_space import SearchSpace
@@ -64,7 +64,7 @@ def conclude(
     best = winner(everything)
     limit = f"{100 * max_degradation:g}%"
     if best is None:
-        near = best_or_nearest(everything)
+        near = nearest(everything)
         answer = _nothing_fits(near, limit, output)
         result = result.replace(
             best_score=near.score, extra={**result.extra, "nearest_miss": near.to_dict()}

@@ -70,7 +70,7 @@ class VARObjective(PolicyObjective):
         `best_params` becomes the fastest that keeps the bound then; where none does, the
         default configuration, with ``nearest_miss`` in the result's `extra`.
         """
-        from var_moe.optimization.remeasure import remeasure, winner
+        from var_moe.optimization.remeasure import nearest, remeasure, winner
 
         measured = remeasure(
             self.confirmation,
@@ -86,7 +86,7 @@ class VARObjective(PolicyObjective):
         if best is not None:
             extra.pop("nearest_miss", None)
             return result.replace(best_params=best.config, best_score=best.score, extra=extra)
-        near = min(measured, key=lambda one: one.quality.judged.upper)
+        near = nearest(measured)
         log.warning(
             "All configurations violate the constraint: the smallest degradation is %+.2f%%, "
             "95%% upper bound %+.2f%%; try a larger max_quality_degradation or wider bounds",

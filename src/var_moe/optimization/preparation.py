@@ -11,7 +11,7 @@ import numpy as np
 
 from var_moe.errors import UsageError
 from var_moe.evaluation.compare import Progress
-from var_moe.evaluation.documents import page_of
+from var_moe.evaluation.documents import by_page
 from var_moe.evaluation.mixture import in_turn
 from var_moe.fitting.calibrate import with_damages
 from var_moe.profiling.collect import DEFAULT_TOKENS, collect_profile
@@ -105,10 +105,7 @@ def halves(
 
 
 def _halves(documents: Sequence[EncodedDocument]) -> tuple[list[EncodedDocument], ...]:
-    pages: dict[str, list[EncodedDocument]] = {}
-    for document in documents:
-        pages.setdefault(page_of(document.id), []).append(document)
-    groups = list(pages.values())
+    groups = by_page(documents)
     rng = np.random.default_rng(20_26)
     found: tuple[list[EncodedDocument], list[EncodedDocument]] = ([], [])
     for at in rng.permutation(len(groups)):

@@ -160,6 +160,11 @@ def winner(measured: Sequence[Measured]) -> Measured | None:
     return min(passed, key=lambda one: one.quality.report.experts_per_token, default=None)
 
 
+def nearest(measured: Sequence[Measured]) -> Measured:
+    """What comes nearest to keeping the bound."""
+    return min(measured, key=lambda one: one.quality.judged.upper)
+
+
 def best_or_nearest(measured: Sequence[Measured]) -> Measured:
     """The winner; where nothing keeps the bound, what comes nearest to it."""
-    return winner(measured) or min(measured, key=lambda one: one.quality.judged.upper)
+    return winner(measured) or nearest(measured)

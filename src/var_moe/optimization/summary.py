@@ -63,15 +63,23 @@ def _worst(row: Measured) -> list[str]:
     return [f"{worst.dataset} {100 * change.value:+.2f}% ({100 * change.upper:+.2f}%)"]
 
 
-def apart_table(rows: Sequence[Mapping[str, Any]], *, title: str) -> Any:
-    """One row per data set, from what `evaluation.apart.Apart.to_dict` gives."""
+def figures_table(title: str, *headings: str) -> Any:
+    """An empty table: the first column to the left, figures to the right."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
-    for heading in ("data set", "documents", "PPL baseline", "PPL", "change (95% upper)"):
-        table.add_column(heading, justify="left" if heading == "data set" else "right")
-    for heading in ("experts/token", "fast/cached/learned %"):
-        table.add_column(heading, justify="right")
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left")
+    return table
+
+
+def apart_table(rows: Sequence[Mapping[str, Any]], *, title: str) -> Any:
+    """One row per data set, from what `evaluation.apart.Apart.to_dict` gives."""
+    table = figures_table(
+        title,
+        *("data set", "documents", "PPL baseline", "PPL", "change (95% upper)"),
+        *("experts/token", "fast/cached/learned %"),
+    )
     for row in rows:
         table.add_row(
             row["dataset"],
