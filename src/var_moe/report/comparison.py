@@ -1,95 +1,138 @@
-"""The picture of `var-moe compare`: what each policy's cuts cost, and what they bring."""
+"""What ``var-moe compare`` measured: what each policy's cuts cost, and what they bring."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from var_moe.errors import UsageError
-from var_moe.storage import atomic_write
+from var_moe.report.blocks import Notes, Picture, Section, Table, pictures, section
+from var_moe.report.folder import Results
+from var_moe.report.theme import GREY, SERIES, empty_figure, line_at
+from var_moe.report.wording import limit, percent, settings, speedup
 
 CONTROL = "random_skip"
-_COLOURS = (
-    *("#4477aa", "#ee6677", "#228833", "#aa3377", "#66ccee", "#ccbb44", "#ee7733", "#0077bb"),
-    *("#cc3311", "#009988"),
-)
 
 
-def comparison_figure(result: Mapping[str, Any]) -> Any:
-    """Degradation against experts per token (left) and against measured speedup (right).
-
-    Args:
-        result: what ``comparison.json`` holds.
-
-    Raises:
-        UsageError: plotly is not installed.
-    """
-    try:
-        import plotly.graph_objects as go
-        from plotly.subplots import make_subplots
-    except ImportError:
-        raise UsageError(
-            "plotly not found: the plot needs `pip install 'var-moe[report]'`"
-        ) from None
-    figure = make_subplots(cols=2, shared_yaxes=True, horizontal_spacing=0.04)
-    for number, (name, points) in enumerate(_lines(result["rows"]).items()):
-        control = name == CONTROL
-        style = {
-            "name": name,
-            "legendgroup": name,
-            "mode": "lines+markers",
-            "line": {
-                "color": "#888888" if control else _COLOURS[number % len(_COLOURS)],
-                "dash": "dash" if control else "solid",
-            },
-            "y": [100 * point["degradation"] for point in points],
-            "error_y": {"array": [196 * p["degradation_standard_error"] for p in points]},
-        }
-        experts = [point["experts_per_token"] for point in points]
-        figure.add_trace(go.Scatter(x=experts, **style), row=1, col=1)
-        if any(point["speedup"] is None for point in points):
-            continue  # compared without timing
-        figure.add_trace(
-            go.Scatter(
-                x=[point["speedup"] for point in points],
-                error_x={
-                    "symmetric": False,
-                    "array": [p["speedup_95"][1] - p["speedup"] for p in points],
-                    "arrayminus": [p["speedup"] - p["speedup_95"][0] for p in points],
-                },
-                showlegend=False,
-                **style,
-            ),
-            row=1,
-            col=2,
-        )
-    bound = 100 * result["max_degradation"]
-    figure.add_hline(y=bound, line={"dash": "dot", "color": "#000000", "width": 1})
-    figure.update_xaxes(title="experts per token", autorange="reversed", row=1, col=1)
-    figure.update_xaxes(title="speedup against the unmodified model", row=1, col=2)
-    figure.update_yaxes(title="perplexity change, %", row=1, col=1)
-    text = result["text"]
-    figure.update_layout(
-        title=f"{result['model']['name']} on {text['dataset']} ({text['split']}, "
-        f"{result['documents']} documents); bars are 95% intervals",
-        template="plotly_white",
-        legend={"orientation": "h", "y": -0.2},
+def comparison_section(results: Results) -> Section | None:
+    """Policies at equal experts per token."""
+    found = results.get("comparison")
+    if found is None:
+        return None
+    text = found["text"]
+    return section(
+        "policies",
+        "Policies at equal experts per token",
+        [
+            pictures(experts_figure(found), speed_figure(found)),
+            *(_table(found, target) for target in found["targets_experts_per_token"]),
+            Notes(lines=found["notes"]) if found["notes"] else None,
+        ],
+        intro=f"{found['model']['name']} on {text['dataset']} ({text['split']}), "
+        f"{found['documents']:,} documents, perplexity {found['baseline']['perplexity']:.3f}.",
     )
-    return figure
 
 
-def _lines(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """A line per policy and way of turning it, most experts first."""
-    found: dict[str, list[Mapping[str, Any]]] = {}
+def experts_figure(found: Mapping[str, Any]) -> Picture:
+    """Degradation against executed experts per token."""
+    figure = empty_figure("experts per token", "perplexity change, %", height=520)
+    for name, style, points in _lines(found["rows"]):
+        figure.add_scatter(
+            x=[point["experts_per_token"] for point in points],
+            y=[100 * point["degradation"] for point in points],
+            error_y={"array": [196 * point["degradation_standard_error"] for point in points]},
+            text=[f"{name}<br>{settings(point['settings'])}" for point in points],
+            name=name,
+            **style,
+        )
+    line_at(figure, f"bound {limit(found['max_degradation'])}", y=100 * found["max_degradation"])
+    figure.update_xaxes(autorange="reversed")
+    return Picture(
+        name="policies-experts",
+        title="What cuts cost",
+        caption="Lower is better; further right, fewer experts run. Bars are 95% intervals over "
+        "documents. The grey line is the control: the same number of cuts, at random.",
+        figure=figure,
+    )
+
+
+def speed_figure(found: Mapping[str, Any]) -> Picture | None:
+    """Degradation against measured speedup, where it was timed."""
+    lines = [line for line in _lines(found["rows"]) if all(p["speedup"] for p in line[2])]
+    if not lines:
+        return None
+    figure = empty_figure("speedup", "perplexity change, %", height=520)
+    for name, style, points in lines:
+        figure.add_scatter(
+            x=[point["speedup"] for point in points],
+            y=[100 * point["degradation"] for point in points],
+            error_x={
+                "symmetric": False,
+                "array": [p["speedup_95"][1] - p["speedup"] for p in points],
+                "arrayminus": [p["speedup"] - p["speedup_95"][0] for p in points],
+                "thickness": 1,
+            },
+            text=[f"{name}<br>{settings(point['settings'])}" for point in points],
+            name=name,
+            **style,
+        )
+    line_at(figure, f"bound {limit(found['max_degradation'])}", y=100 * found["max_degradation"])
+    return Picture(
+        name="policies-speed",
+        title="What cuts bring",
+        caption="Measured speedup against the unmodified model; bars are 95% intervals over "
+        "interleaved blocks.",
+        figure=figure,
+    )
+
+
+def _lines(
+    rows: Sequence[Mapping[str, Any]],
+) -> list[tuple[str, dict[str, Any], list[Mapping[str, Any]]]]:
+    """Name, style and points of each policy and way of turning it, most experts first.
+
+    A policy has one colour, and a dash for each compensation.
+    """
+    grouped: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        found.setdefault(row["name"], []).append(row)
-    for points in found.values():
-        points.sort(key=lambda row: -row["experts_per_token"])
+        grouped.setdefault(row["name"], []).append(row)
+    policies = list(dict.fromkeys((row["policy"], row.get("dial")) for row in rows))
+    policies = [one for one in policies if one[0] != CONTROL]
+    dashes = dict(
+        zip(
+            dict.fromkeys(row.get("compensation") for row in rows),
+            ("solid", "dash", "dot", "dashdot"),
+            strict=False,
+        )
+    )
+    found = []
+    for name, points in grouped.items():
+        first = points[0]
+        key = (first["policy"], first.get("dial"))
+        colour = GREY if key[0] == CONTROL else SERIES[policies.index(key) % len(SERIES)]
+        dash = dashes.get(first.get("compensation"), "solid")
+        style = {"mode": "lines+markers", "line": {"color": colour, "dash": dash}}
+        found.append((name, style, sorted(points, key=lambda row: -row["experts_per_token"])))
     return found
 
 
-def save_comparison(result: Mapping[str, Any], path: Path) -> None:
-    """Write the picture as one HTML file that needs no network."""
-    figure = comparison_figure(result)
-    atomic_write(path, lambda temporary: figure.write_html(temporary, include_plotlyjs=True))
+def _table(found: Mapping[str, Any], target: float) -> Table:
+    rows = [row for row in found["rows"] if row["target_experts_per_token"] == target]
+    rows.sort(key=lambda row: row["degradation"])
+    timed = any(row["speedup"] is not None for row in rows)
+    headings = ("policy", "experts per token", "perplexity change", "± s.e.", "random skipping")
+    return Table(
+        title=f"At {target:g} experts per token",
+        headings=(*headings, *(["speedup [95%]"] if timed else [])),
+        rows=[
+            (
+                row["name"],
+                f"{row['experts_per_token']:.3f}",
+                percent(row["degradation"]),
+                f"{100 * row['degradation_standard_error']:.2f}",
+                percent(row["degradation_of_random_skip"]),
+                *([speedup(row)] if timed else []),
+            )
+            for row in rows
+        ],
+        marked=0 if rows else None,
+    )

@@ -1,0 +1,109 @@
+"""What a results folder holds: each result file that is there, read and checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from var_moe.errors import UsageError
+from var_moe.storage import SCHEMA_VERSION, read_json
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FILES = {
+    "search": "optimization_results.json",
+    "metadata": "optimization_metadata.json",
+    "front": "pareto.json",
+    "cost": "cost_model.json",
+    "sensitivity": "sensitivity.json",
+    "validation": "validation_results.json",
+    "certificate": "certificate.json",
+    "stability": "stability.json",
+    "comparison": "comparison.json",
+    "evaluation": "evaluation.json",
+    "guard": "guard.json",
+    "analysis": "systems_analysis.json",
+    "components": "profile_report.json",
+    "routing": "routing_analysis.json",
+}
+"""The files that a report reads, by the name of the part."""
+
+STATS_FILE = "routing_stats.parquet"
+PROFILE_FILE = "profile.json"
+_NEED = {"search": "metadata", "front": "metadata", "components": "analysis"}
+_UNVERSIONED = ("cost",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """A results folder's parts.
+
+    Args:
+        folder: where they lie.
+        parts: by the names of `FILES`, those that are there.
+        stats: rows of ``routing_stats.parquet`` of the profile that the results were made with,
+            where it can be found.
+    """
+
+    folder: Path
+    parts: dict[str, Any] = field(default_factory=dict)
+    stats: pd.DataFrame | None = None
+
+    def get(self, name: str) -> Any:
+        """A part, or None."""
+        return self.parts.get(name)
+
+
+def read_results(folder: Path) -> Results:
+    """Read what is there.
+
+    Raises:
+        UsageError: no folder, nothing to report in it, or a file that is broken or of another
+            version; names it.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder; expected one that a command left results in")
+    parts = {}
+    for name, file in FILES.items():
+        path = folder / file
+        if path.is_file():
+            parts[name] = _checked(path, name)
+    for name, needed in _NEED.items():
+        if name in parts and needed not in parts:
+            raise UsageError(f"{folder}: {FILES[name]} is there, {FILES[needed]} is missing")
+    stats = _stats(folder, parts)
+    if not parts.keys() - {"cost"} and stats is None:
+        known = ", ".join(FILES.values())
+        raise UsageError(f"{folder}: nothing to report; expected one of {known}")
+    return Results(folder=folder, parts=parts, stats=stats)
+
+
+def _checked(path: Path, name: str) -> Any:
+    value = read_json(path, what="result file")
+    if not isinstance(value, dict):
+        raise UsageError(f"{path}: expected an object at the top")
+    version = value.get("schema_version")
+    if name not in _UNVERSIONED and version != SCHEMA_VERSION:
+        raise UsageError(
+            f"{path}: schema_version {version}, expected {SCHEMA_VERSION}; "
+            "make it again with this version of var_moe"
+        )
+    return value
+
+
+def _stats(folder: Path, parts: dict[str, Any]) -> pd.DataFrame | None:
+    """The profile's rows: the folder itself, one beside the results, or the one they name."""
+    profile = parts.get("metadata", {}).get("profile", {})
+    named = profile.get("path")
+    places = [folder, folder / "profile", *([Path(named)] if named else [])]
+    for place in places:
+        if not (place / STATS_FILE).is_file() or not (place / PROFILE_FILE).is_file():
+            continue
+        head = read_json(place / PROFILE_FILE, what="profile head")
+        if profile.get("hash") in (None, head.get("hash")):
+            import pandas as pd
+
+            return pd.read_parquet(place / STATS_FILE)
+    return None

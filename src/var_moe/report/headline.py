@@ -1,0 +1,251 @@
+"""The top of a report: what was asked, the answer in one sentence, the figures that count."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from var_moe.report.folder import Results
+from var_moe.report.wording import between, factor, kind, limit, percent
+
+GOOD, BAD, PLAIN = "good", "bad", "plain"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """One figure, its unit or interval below it, and what it is."""
+
+    label: str
+    value: str
+    detail: str = ""
+    tone: str = PLAIN
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A sentence that holds by itself, and whether it is good news."""
+
+    sentence: str
+    tone: str = PLAIN
+
+
+@dataclass(frozen=True, kw_only=True)
+class Headline:
+    """What a reader sees first.
+
+    Args:
+        title: of the page.
+        question: what was asked.
+        answers: the answers, the strongest first.
+        cards: figures that count.
+        configuration: of what is reported on; empty where there are several.
+    """
+
+    title: str
+    question: str
+    answers: tuple[Answer, ...]
+    cards: tuple[Card, ...] = ()
+    configuration: Mapping[str, Any] | None = None
+
+
+def headline(results: Results) -> Headline:
+    """The headline of whatever a folder holds."""
+    for name, made in (
+        ("search", _of_search),
+        ("validation", _of_validation),
+        ("certificate", _of_certificate),
+        ("stability", _of_seeds),
+        ("comparison", _of_comparison),
+        ("evaluation", _of_evaluation),
+    ):
+        if results.get(name) is not None:
+            return made(results)
+    return Headline(
+        title="Routing profile",
+        question="How does the unmodified model route this text?",
+        answers=(),
+    )
+
+
+def _certified(certificate: Mapping[str, Any] | None) -> tuple[Answer, ...]:
+    if certificate is None:
+        return ()
+    tone = GOOD if certificate["certified"] else BAD
+    return (Answer(sentence=certificate["sentence"], tone=tone),)
+
+
+def _certificate_cards(certificate: Mapping[str, Any] | None) -> tuple[Card, ...]:
+    if certificate is None or not certificate["certified"]:
+        return ()
+    speed = next((c for c in certificate["claims"] if c["name"] == "speedup"), None)
+    share = f"with {100 * (1 - certificate['alpha']):g}% confidence"
+    bound = Card(
+        label="certified perplexity rise",
+        value=f"< {limit(certificate['max_degradation'])}",
+        detail=share,
+        tone=GOOD,
+    )
+    if speed is None or not speed.get("at_least"):
+        return (bound,)
+    least = Card(
+        label="certified speed", value=f"≥ {factor(speed['at_least'])}", detail=share, tone=GOOD
+    )
+    return (bound, least)
+
+
+def _measured_cards(row: Mapping[str, Any], top_k: int, bound: float, where: str) -> list[Card]:
+    kept = row["degradation_upper_95"] < bound
+    cards = []
+    if row.get("speedup") is not None:
+        cards.append(
+            Card(
+                label=f"speedup, {where}",
+                value=factor(row["speedup"]),
+                detail=f"95% interval {between(row['speedup_95'])}",
+            )
+        )
+    cards += [
+        Card(
+            label=f"perplexity, {where}",
+            value=percent(row["degradation"]),
+            detail=f"95% upper bound {percent(row['degradation_upper_95'])}, "
+            f"limit {limit(bound)}",
+            tone=GOOD if kept else BAD,
+        ),
+        Card(
+            label="executed experts per token",
+            value=f"{row['experts_per_token']:.2f}",
+            detail=f"of {top_k}",
+        ),
+    ]
+    return cards
+
+
+def _of_search(results: Results) -> Headline:
+    search, metadata = results.get("search"), results.get("metadata")
+    settings, identity = metadata["settings"], metadata["identity"]
+    bound, top_k = metadata["max_degradation"], metadata["geometry"]["top_k"]
+    best = search["best_params"]
+    what = kind(best) if best else _asked(settings)
+    row = next((one for one in metadata["remeasured"] if one["config"] == best), None)
+    cards = _measured_cards(row, top_k, bound, "validation") if row else []
+    validation, certificate = results.get("validation"), results.get("certificate")
+    answers = (
+        *_certified(certificate),
+        *_held_out(validation),
+        Answer(sentence=metadata["answer"], tone=GOOD if best else BAD),
+    )
+    return Headline(
+        title=f"{identity['model']} on {identity['dataset']}",
+        question=f"Which configuration ({what}) runs {identity['model']} fastest, while its "
+        f"perplexity on {identity['dataset']} rises by less than {limit(bound)}?",
+        answers=answers,
+        cards=(*_certificate_cards(certificate), *cards),
+        configuration=best or metadata.get("search", {}).get("nearest_miss", {}).get("config"),
+    )
+
+
+def _asked(settings: Mapping[str, Any]) -> str:
+    return f"policy {settings['policy']}" if settings.get("policy") else "VAR"
+
+
+def _held_out(found: Mapping[str, Any] | None) -> tuple[Answer, ...]:
+    if found is None:
+        return ()
+    kept = found["degradation_upper_95"] < found["max_degradation"]
+    split = found["text"]["split"]
+    return (
+        Answer(
+            sentence=f"On {split}, which nothing was chosen on, it "
+            f"{'keeps' if kept else 'breaks'} the bound of {limit(found['max_degradation'])}: "
+            f"{percent(found['degradation'])} (95% upper bound "
+            f"{percent(found['degradation_upper_95'])}) at {factor(found['speedup'])} "
+            f"{between(found['speedup_95'])}.",
+            tone=GOOD if kept else BAD,
+        ),
+    )
+
+
+def _of_validation(results: Results) -> Headline:
+    found = results.get("validation")
+    text, config = found["text"], found["config"]
+    return Headline(
+        title=f"{found['model']['name']} on {text['dataset']} ({text['split']})",
+        question=f"Does the configuration ({kind(config)}) keep perplexity within "
+        f"{limit(found['max_degradation'])} on {text['split']}, and how fast is it?",
+        answers=(*_certified(results.get("certificate")), *_held_out(found)),
+        cards=(
+            *_certificate_cards(results.get("certificate")),
+            *_measured_cards(found, found["top_k"], found["max_degradation"], text["split"]),
+        ),
+        configuration=config,
+    )
+
+
+def _of_certificate(results: Results) -> Headline:
+    found = results.get("certificate")
+    text = found["text"]
+    return Headline(
+        title=f"Certificate: {found['identity']['model']} on {text['dataset']}",
+        question=f"Which configuration surely keeps perplexity within "
+        f"{limit(found['max_degradation'])}?",
+        answers=_certified(found),
+        cards=_certificate_cards(found),
+        configuration=found.get("certified_config"),
+    )
+
+
+def _of_seeds(results: Results) -> Headline:
+    found = results.get("stability")
+    search = found["search"]
+    score = found["best_score"]
+    sentence = f"{len(found['seeds'])} seeds: fewer than two found a configuration."
+    if score is not None:
+        sentence = (
+            f"{len(found['seeds'])} seeds score {factor(score['min'])} to {factor(score['max'])} "
+            f"(mean {factor(score['mean'])}), a spread of {100 * score['spread_relative']:.1f}%, "
+            f"at {found['experts_per_token']['min']:.2f} to "
+            f"{found['experts_per_token']['max']:.2f} experts per token."
+        )
+    met = found["criterion"]["met"]
+    return Headline(
+        title=f"Stability: {search['model']} on {search['dataset']}",
+        question="Does the answer depend on the seed of the search?",
+        answers=(Answer(sentence=sentence, tone=GOOD if met else BAD),),
+    )
+
+
+def _of_comparison(results: Results) -> Headline:
+    found = results.get("comparison")
+    text = found["text"]
+    told = []
+    for target in found["targets_experts_per_token"]:
+        rows = [row for row in found["rows"] if row["target_experts_per_token"] == target]
+        if rows:
+            least = min(rows, key=lambda row: row["degradation"])
+            told.append(f"at {target:g}, {least['name']} ({percent(least['degradation'])})")
+    return Headline(
+        title=f"Policies: {found['model']['name']} on {text['dataset']} ({text['split']})",
+        question="At equally many executed experts per token, which policy costs least?",
+        answers=(Answer(sentence="Least perplexity: " + "; ".join(told) + ".", tone=GOOD),)
+        if told
+        else (),
+    )
+
+
+def _of_evaluation(results: Results) -> Headline:
+    found = results.get("evaluation")
+    text = found["text"]
+    told = [
+        f"{row['name']}: {percent(row['degradation'])} perplexity (95% upper bound "
+        f"{percent(row['degradation_upper_95'])}) at {factor(row['speedup'])} "
+        f"{between(row['speedup_95'])}, {row['experts_per_token']:.2f} experts per token."
+        for row in found["rows"]
+        if row["name"] != "baseline"
+    ]
+    return Headline(
+        title=f"{found['model']['name']} on {text['dataset']} ({text['split']})",
+        question="What does each policy cost, and what does it bring?",
+        answers=tuple(Answer(sentence=line) for line in told),
+    )

@@ -1,0 +1,88 @@
+"""Where a report's results come from, and the command that repeats them."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from var_moe.report.blocks import Facts, Notes, Section, section
+from var_moe.report.folder import FILES, Results
+from var_moe.report.wording import setting
+
+_ORDER = ("metadata", "validation", "certificate", "stability", "comparison", "evaluation")
+
+
+def origin_section(results: Results) -> Section:
+    """Provenance, notes of the search, and how to repeat it."""
+    metadata = results.get("metadata") or {}
+    told = [_command(results, name) for name in _ORDER if results.get(name)]
+    commands = list(dict.fromkeys(line for line in told if line))
+    return section(
+        "origin",
+        "Where this comes from",
+        [
+            Notes(title="To repeat it", lines=commands) if commands else None,
+            Notes(title="Notes", lines=metadata["notes"]) if metadata.get("notes") else None,
+            Facts(title="Provenance", rows=_facts(results)),
+        ],
+    )
+
+
+def _command(results: Results, name: str) -> str:
+    """The command as it was given, with the seed that it drew; "" where it is not known."""
+    part = results.get(name)
+    command = str(part.get("provenance", {}).get("command") or "")
+    seed = part.get("seed")
+    if not command or seed is None or name != "metadata":
+        return command
+    words = shlex.split(command)
+    if any(word.split("=")[0] in ("--seed", "--seeds", "--resume") for word in words):
+        return command
+    return f"{command} --seed {seed}"
+
+
+def _facts(results: Results) -> dict[str, str]:
+    facts: dict[str, str] = {"folder": str(results.folder)}
+    metadata = results.get("metadata")
+    if metadata:
+        facts |= _search_facts(metadata)
+    for name in _ORDER:
+        part = results.get(name)
+        if part is None:
+            continue
+        origin = part["provenance"]
+        versions = ", ".join(
+            f"{package} {version}" for package, version in origin["versions"].items() if version
+        )
+        hardware = ", ".join(str(value) for value in origin["hardware"].values())
+        commit = (origin["commit"] or "unknown")[:12]
+        facts[FILES[name]] = f"{versions}; Python {origin['python']}; commit {commit}; {hardware}"
+        if part.get("text"):
+            facts[f"text of {FILES[name]}"] = _text(part["text"])
+    return facts
+
+
+def _search_facts(metadata: Mapping[str, Any]) -> dict[str, str]:
+    identity = metadata["identity"]
+    measured = identity["setting"]
+    facts = {
+        "model": f"{identity['model']} {identity['revision'] or ''} ({identity['dtype']}, "
+        f"{identity['device']})",
+        "validation text": _text(metadata["validation"]),
+        "timed batch": ", ".join(f"{name} {setting(value)}" for name, value in measured.items()),
+        "seed": str(metadata["seed"]),
+    }
+    profile = metadata.get("profile", {})
+    if profile.get("hash"):
+        facts["profile"] = f"{profile['tokens']:,} tokens of {profile['dataset']}, {profile['hash']}"
+    if identity.get("compensation_hash"):
+        facts["compensation"] = identity["compensation_hash"]
+    return facts
+
+
+def _text(text: Mapping[str, Any]) -> str:
+    return (
+        f"{text['dataset']}, {text['split']}: {text['documents']:,} documents, "
+        f"{text['tokens']:,} tokens ({text['note']}), {text['data_hash']}"
+    )

@@ -1,0 +1,132 @@
+"""What profiling saw: entropy of the routers, frequency of tokens, consistency of decisions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from var_moe.report.blocks import Picture, Section, pictures, section
+from var_moe.report.folder import Results
+from var_moe.report.theme import BLUE, DENSITY, ORANGE, SERIES, empty_figure, line_at
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_BINS = 60
+_MOST_LINES = 8  # layers drawn by themselves; of more, evenly chosen ones
+
+
+def routing_section(results: Results) -> Section | None:
+    """The routing statistics of the profile."""
+    stats = results.stats
+    if stats is None or not len(stats):
+        return None
+    search = results.get("search") or {}
+    best = search.get("best_params") or {}
+    threshold = best.get("entropy_threshold")
+    tokens = int(stats["frequency"].sum() / stats["layer"].nunique())
+    return section(
+        "routing",
+        "Routing of the unmodified model",
+        [
+            pictures(
+                entropy_figure(stats, threshold),
+                frequency_figure(stats),
+                consistency_figure(stats),
+            )
+        ],
+        intro=f"The profile: {tokens:,} tokens of calibration text, "
+        f"{stats['token_id'].nunique():,} different ones, {stats['layer'].nunique()} layers.",
+    )
+
+
+def _shown_layers(stats: pd.DataFrame) -> list[int]:
+    layers = sorted(stats["layer"].unique().tolist())
+    if len(layers) <= _MOST_LINES:
+        return layers
+    return [layers[i] for i in np.linspace(0, len(layers) - 1, _MOST_LINES).round().astype(int)]
+
+
+def entropy_figure(stats: pd.DataFrame, threshold: float | None) -> Picture:
+    """Distribution of the mean router entropy, weighted by how often a token comes."""
+    figure = empty_figure("mean router entropy of a token, nats", "share of tokens, %")
+    top = float(stats["mean_entropy"].max())
+    edges = np.linspace(0, max(top, 1e-6), _BINS + 1)
+    for number, layer in enumerate(_shown_layers(stats)):
+        rows = stats[stats["layer"] == layer]
+        counts, _ = np.histogram(rows["mean_entropy"], bins=edges, weights=rows["frequency"])
+        figure.add_scatter(
+            x=((edges[:-1] + edges[1:]) / 2).tolist(),
+            y=(100 * counts / max(counts.sum(), 1)).tolist(),
+            mode="lines",
+            line={"color": SERIES[number % len(SERIES)], "width": 2},
+            name=f"layer {layer}",
+        )
+    if threshold is not None:
+        line_at(figure, "entropy_threshold", x=threshold)
+    return Picture(
+        name="entropy",
+        title="Entropy of the routers",
+        caption="Tokens far to the left are predictable: the static table can serve them. Most "
+        "of the mass to the right means that a threshold on entropy cuts little.",
+        figure=figure,
+    )
+
+
+def frequency_figure(stats: pd.DataFrame) -> Picture:
+    """Frequency against entropy: density, medians, Spearman's rho."""
+    from scipy.stats import spearmanr
+
+    frequency = stats["frequency"].to_numpy(np.float64)
+    entropy = stats["mean_entropy"].to_numpy(np.float64)
+    rho = float(spearmanr(frequency, entropy).statistic) if len(stats) > 2 else float("nan")
+    log = np.log10(frequency)
+    counts, x_edges, y_edges = np.histogram2d(log, entropy, bins=(40, 40))
+    x = (10 ** ((x_edges[:-1] + x_edges[1:]) / 2)).tolist()
+    figure = empty_figure("occurrences of the token", "mean router entropy, nats", x_log=True)
+    figure.add_heatmap(
+        x=x,
+        y=((y_edges[:-1] + y_edges[1:]) / 2).tolist(),
+        z=np.log10(1 + counts.T).tolist(),
+        text=counts.T.astype(int).tolist(),
+        hovertemplate="%{x:.0f} occurrences, %{y:.2f} nats: %{text} entries<extra></extra>",
+        colorscale=DENSITY,
+        showscale=False,
+    )
+    place = np.clip(np.digitize(log, x_edges) - 1, 0, len(x) - 1)
+    medians: list[Any] = [
+        float(np.median(entropy[place == bin_])) if (place == bin_).sum() >= 5 else None
+        for bin_ in range(len(x))
+    ]
+    figure.add_scatter(
+        x=x, y=medians, mode="lines", line={"color": ORANGE, "width": 2}, name="median"
+    )
+    return Picture(
+        name="frequency-entropy",
+        title="Frequency against entropy",
+        caption=f"Entries of the table, one per (layer, token); Spearman's rho = {rho:+.2f}. "
+        "Were frequent tokens routed more predictably, the median would fall to the right.",
+        figure=figure,
+    )
+
+
+def consistency_figure(stats: pd.DataFrame) -> Picture:
+    """How often a token's most frequent first expert is its first expert."""
+    figure = empty_figure("routing consistency", "share of tokens, %", height=340, legend=False)
+    counts, edges = np.histogram(
+        stats["routing_consistency"], bins=np.linspace(0, 1, 41), weights=stats["frequency"]
+    )
+    figure.add_bar(
+        x=((edges[:-1] + edges[1:]) / 2).tolist(),
+        y=(100 * counts / max(counts.sum(), 1)).tolist(),
+        marker={"color": BLUE},
+    )
+    figure.update_layout(bargap=0.05)
+    return Picture(
+        name="consistency",
+        title="Consistency",
+        caption="Share of a token's occurrences whose first expert is the token's usual one; at 1 "
+        "the token alone decides, whatever its context.",
+        figure=figure,
+    )

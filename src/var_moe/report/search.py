@@ -1,0 +1,160 @@
+"""How a search went: the best so far, speedup against degradation, each parameter's slice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from var_moe.report.blocks import Picture, Section, Table, pictures, section
+from var_moe.report.folder import Results
+from var_moe.report.slices import parallel_figure, slice_figures
+from var_moe.report.theme import BLUE, GREY, ORANGE, empty_figure, line_at
+from var_moe.report.tradeoff import tradeoff_figure
+from var_moe.report.wording import change, hover, limit, percent, speedup, tiers
+
+PRESETS = ("conservative", "balanced", "aggressive")
+
+
+def search_section(results: Results) -> Section | None:
+    """The course of the search and what it left."""
+    search, metadata = results.get("search"), results.get("metadata")
+    if search is None:
+        return None
+    shown = [row for row in search["all_results"] if row.get("speedup") is not None]
+    return section(
+        "search",
+        "The search",
+        [
+            pictures(
+                progress_figure(shown, metadata) if shown else None,
+                tradeoff_figure(results, shown),
+            ),
+            measured_table(metadata, search["best_params"]),
+            pictures(*slice_figures(shown, metadata)),
+            pictures(parallel_figure(shown, metadata)),
+        ],
+        intro=_course(search, metadata),
+    )
+
+
+def _course(search: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
+    failed = metadata.get("search", {}).get("failed", 0)
+    text = f"{search['num_evaluations']} full evaluations by the {search['method']} method"
+    if metadata.get("replay"):
+        text += f", chosen by {metadata['replay']['forecasts']:,} replays of a recorded trace"
+    text += f", in {search['optimization_time'] / 60:.1f} minutes"
+    return text + (f"; {failed} of them failed." if failed else ".")
+
+
+def progress_figure(rows: Sequence[Mapping[str, Any]], metadata: Mapping[str, Any]) -> Picture:
+    """Speedup of each evaluation, and the best feasible one so far.
+
+    Args:
+        rows: evaluations in their order, with a speedup.
+        metadata: of the search.
+    """
+    figure = empty_figure("full evaluation", "speedup on the search text")
+    number = {id(row): place for place, row in enumerate(rows, start=1)}
+    for feasible, name, colour, symbol in (
+        (False, "over the bound", GREY, "x"),
+        (True, "keeps the bound", BLUE, "circle"),
+    ):
+        some = [row for row in rows if bool(row["feasible"]) is feasible]
+        if some:
+            figure.add_scatter(
+                x=[number[id(row)] for row in some],
+                y=[row["speedup"] for row in some],
+                text=hover(some),
+                mode="markers",
+                marker={"color": colour, "symbol": symbol, "size": 9},
+                name=name,
+            )
+    best, course = None, []
+    for row in rows:
+        if row["feasible"]:
+            best = row["speedup"] if best is None else max(best, row["speedup"])
+        course.append(best)
+    figure.add_scatter(
+        x=list(range(1, len(rows) + 1)),
+        y=course,
+        mode="lines",
+        line={"color": BLUE, "width": 2, "shape": "hv"},
+        name="best so far",
+    )
+    presets = [row for row in metadata["remeasured"] if row["name"] in PRESETS and row["speedup"]]
+    if presets:
+        figure.add_scatter(
+            x=[0] * len(presets),
+            y=[row["speedup"] for row in presets],
+            text=[f"{row['name']}<br>perplexity {change(row)}" for row in presets],
+            mode="markers",
+            marker={
+                "symbol": ["diamond" if row["passed"] else "diamond-open" for row in presets],
+                "color": ORANGE,
+                "size": 10,
+            },
+            name="presets",
+        )
+    line_at(figure, "unmodified model", y=1.0)
+    caption = (
+        "Each mark is one run of the model on the search text; the line is the fastest so far "
+        "whose perplexity kept the bound."
+    )
+    if presets:
+        caption += " Presets stand at 0 (open: over the bound), on the text that judges."
+    return Picture(
+        name="best-so-far", title="Best feasible so far", caption=caption, figure=figure
+    )
+
+
+def measured_table(metadata: Mapping[str, Any], best: Mapping[str, Any] | None) -> Table:
+    """What was measured on text that was not searched on.
+
+    Args:
+        metadata: of the search.
+        best: the winner's configuration, where there is one.
+    """
+    rows = metadata["remeasured"]
+    winner = next((number for number, row in enumerate(rows) if row["config"] == best), None)
+    worst = any(row.get("worst_dataset") for row in rows)
+    baseline = metadata["baseline"]
+    table = [
+        (
+            "unmodified model",
+            f"{baseline['perplexity']:.3f}",
+            "",
+            f"1 ({baseline['backend']})",
+            f"{metadata['geometry']['top_k']:.2f}",
+            "0 / 0 / 100",
+            *([""] if worst else []),
+        )
+    ]
+    for row in rows:
+        table.append(
+            (
+                row["name"],
+                f"{row['perplexity']:.3f}",
+                change(row),
+                speedup(row),
+                f"{row['experts_per_token']:.3f}",
+                tiers(row),
+                *([_worst(row)] if worst else []),
+            )
+        )
+    headings = ("", "perplexity", "change (95% upper)", "speedup [95%]", "experts per token")
+    return Table(
+        title="Measured on text that was not searched on",
+        headings=(*headings, "fast / cached / learned, %", *(["worst data set"] if worst else [])),
+        rows=table,
+        marked=None if winner is None else winner + 1,
+        caption=f"{metadata['ordering_documents']:,} documents. The marked row wins: the fewest "
+        "executed experts among those whose upper bound keeps "
+        f"{limit(metadata['max_degradation'])}.",
+    )
+
+
+def _worst(row: Mapping[str, Any]) -> str:
+    if not row.get("worst_dataset"):
+        return ""
+    upper = percent(row["worst_degradation_upper_95"])
+    return f"{row['worst_dataset']} {percent(row['worst_degradation'])} ({upper})"

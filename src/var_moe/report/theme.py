@@ -1,0 +1,58 @@
+"""One look for all figures: colours that read on light and dark, and an empty figure.
+
+Text, grid and background colours are left to the page, which sets them for its light and its dark
+face; traces use the colours below, which stand out from both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+BLUE, ORANGE, GREEN, RED = "#3f86c8", "#e08a2e", "#2f9e6e", "#d1505c"
+PURPLE, TEAL, GREY = "#9270c4", "#2b9fb0", "#8b9098"
+SERIES = (BLUE, ORANGE, GREEN, PURPLE, TEAL, RED, "#b0894f", "#c765a5", "#7f9f3f", "#5c6ac4")
+DENSITY = [[0.0, "rgba(63,134,200,0.0)"], [0.02, "rgba(63,134,200,0.15)"], [1.0, BLUE]]
+COLD_TO_HOT = [[0.0, GREEN], [0.5, "#d9b23c"], [1.0, RED]]
+
+
+def empty_figure(
+    x: str, y: str, *, height: int = 400, x_log: bool = False, legend: bool = True
+) -> Any:
+    """A figure with its axes named and nothing in it.
+
+    Args:
+        x, y: titles of the axes.
+        height: pixels.
+        x_log: whether the x axis is logarithmic.
+        legend: whether there is one, below the axes.
+    """
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    figure.update_layout(
+        template="none",
+        height=height,
+        margin={"l": 62, "r": 16, "t": 16, "b": 56},
+        font={"size": 13, "family": "system-ui, sans-serif"},
+        showlegend=legend,
+        # Below the axes, where it takes no width from a narrow page.
+        legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
+        hoverlabel={"align": "left"},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+    )
+    axis = {"automargin": True, "showline": True, "ticks": "outside", "zeroline": False}
+    figure.update_xaxes(title={"text": x, "standoff": 8}, **axis)
+    if x_log:
+        figure.update_xaxes(type="log")
+    figure.update_yaxes(title={"text": y, "standoff": 8}, **axis)
+    return figure
+
+
+def line_at(figure: Any, text: str, *, x: float | None = None, y: float | None = None) -> None:
+    """A dotted line across the figure at x or y, with its name at its end."""
+    style = {"line": {"dash": "dot", "color": GREY, "width": 1.5}, "annotation_text": text}
+    if x is not None:
+        figure.add_vline(x=x, annotation_position="top right", **style)
+    if y is not None:
+        figure.add_hline(y=y, annotation_position="bottom right", **style)
