@@ -6,9 +6,12 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +20,8 @@ from typing import Any
 from var_moe.errors import UsageError
 
 SCHEMA_VERSION = 1
+
+_COMMAND: ContextVar[str | None] = ContextVar("command", default=None)
 
 
 def atomic_write(path: str | Path, write: Callable[[Path], None]) -> None:
@@ -116,9 +121,20 @@ def version_of(package: str) -> str | None:
         return None
 
 
+@contextmanager
+def command_line(words: Sequence[str]) -> Iterator[None]:
+    """Within it, `provenance` names this command: what a report gives for repeating a result."""
+    token = _COMMAND.set(shlex.join(words))
+    try:
+        yield
+    finally:
+        _COMMAND.reset(token)
+
+
 def provenance() -> dict[str, Any]:
-    """Where a result comes from: versions, commit and hardware (no model, no data)."""
+    """Where a result comes from: command, versions, commit and hardware (no model, no data)."""
     return {
+        "command": _COMMAND.get(),  # None where a program called the library
         "versions": {
             name: version_of(name)
             for name in ("var-moe", "torch", "transformers", "optuna", "numpy")

@@ -338,7 +338,9 @@ def test_compare_writes_table_data_and_picture(common, tmp_path, capsys):
     lines = (out / "comparison.csv").read_text().splitlines()
     assert len(lines) == 4
     assert lines[0].startswith("name,target_experts_per_token,experts_per_token,degradation,")
-    assert (out / "comparison.html").read_text(errors="ignore").count("experts per token") >= 1
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "At 1.5 experts per token" in page
+    assert 'data-figure="policies-experts"' in page
 
 
 @pytest.mark.parametrize(

@@ -79,11 +79,12 @@ def certify(
     check_name(model)
     check_dataset(dataset)
     from var_moe.certification.candidates import find_candidates
-    from var_moe.certification.certify import CERTIFICATE_FILE, PAGE_FILE
+    from var_moe.certification.certify import CERTIFICATE_FILE, PAGE_FILE, NotCertifiedError
     from var_moe.certification.certify import certify as run_certify
     from var_moe.certification.ledger import Ledger
     from var_moe.certification.settings import CertifySettings
     from var_moe.cli.progress import StageProgress
+    from var_moe.cli.report import make_report
     from var_moe.cli.tables import print_described
     from var_moe.models.loading import load_model
     from var_moe.optimization.judgement import check_robust
@@ -112,19 +113,23 @@ def certify(
         print(f"loading model {model} ...", file=sys.stderr, flush=True)
     with StageProgress() as progress:
         loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        found = run_certify(
-            loaded,
-            results,
-            dataset=dataset,
-            settings=settings,
-            reuse=reuse,
-            output=output,
-            profile_path=profile,
-            compensation=compensation,
-            progress=None if quiet else progress,
-            say=(lambda _line: None) if quiet else progress.say,
-        )
-    place = output or results
+        place = output or results
+        try:
+            found = run_certify(
+                loaded,
+                results,
+                dataset=dataset,
+                settings=settings,
+                reuse=reuse,
+                output=output,
+                profile_path=profile,
+                compensation=compensation,
+                progress=None if quiet else progress,
+                say=(lambda _line: None) if quiet else progress.say,
+            )
+        except NotCertifiedError:
+            make_report(place)  # which shows the nearest miss
+            raise
     print(found["sentence"])
     for row in found["tests"]:
         low, high = row["degradation_interval"]
@@ -136,4 +141,5 @@ def certify(
         )
     print_described(found["by_dataset"])
     print(f"Saved: {place / CERTIFICATE_FILE}, {place / PAGE_FILE}")
+    make_report(place)
     return 0

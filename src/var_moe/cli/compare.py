@@ -59,7 +59,7 @@ def compare(
         from_: folder of an earlier comparison: its settings are measured again, on another --split
             or --dataset, and nothing is turned.
         profile: profile folder; by default the calibration split is profiled first.
-        output: folder for comparison.json, comparison.csv and comparison.html.
+        output: folder for comparison.json, comparison.csv and report.html.
         max_samples: score at most so many documents.
         blocks: timed blocks per arm and policy; 0 leaves the timing out.
         max_degradation: the bound drawn into the plot.
@@ -102,8 +102,8 @@ def compare(
         raise UsageError(f"blocks = {blocks}: expected at least 0")
     subject.check(blocks=max(1, blocks), quiet=quiet)
     from var_moe.cli.progress import StageProgress
+    from var_moe.cli.report import make_report
     from var_moe.cli.tables import print_policies
-    from var_moe.report.comparison import save_comparison
     from var_moe.storage import atomic_write_json
 
     with StageProgress() as progress:
@@ -119,16 +119,11 @@ def compare(
         )
     atomic_write_json(output / "comparison.json", result)
     _write_csv(result["rows"], output / "comparison.csv")
-    saved = ["comparison.json", "comparison.csv"]
-    try:
-        save_comparison(result, output / "comparison.html")
-        saved.append("comparison.html")
-    except UsageError as error:
-        result["notes"].append(str(error))
     print_policies(result)
     for note in result["notes"]:
         print(f"Note: {note}")
-    print(f"Saved: {', '.join(str(output / name) for name in saved)}")
+    print(f"Saved: {output / 'comparison.json'}, {output / 'comparison.csv'}")
+    make_report(output)
     return 0
 
 

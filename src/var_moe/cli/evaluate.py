@@ -94,6 +94,7 @@ def evaluate(
     )
     subject.check(blocks=blocks, quiet=quiet)
     from var_moe.cli.progress import StageProgress
+    from var_moe.cli.report import make_report
     from var_moe.cli.tables import print_apart, print_comparison, print_decoding
     from var_moe.storage import atomic_write_json
 
@@ -115,6 +116,7 @@ def evaluate(
     for note in result["notes"]:
         print(f"Note: {note}")
     print(f"Saved: {output / 'evaluation.json'}")
+    make_report(output)
     return 0
 
 

@@ -16,10 +16,12 @@ from var_moe.cli.fit_compensation import fit_compensation
 from var_moe.cli.guard import guard
 from var_moe.cli.profile import profile
 from var_moe.cli.replay import replay
+from var_moe.cli.report import report
 from var_moe.cli.stability import stability
 from var_moe.cli.trace import trace
 from var_moe.cli.tune import tune
 from var_moe.errors import VarMoeError
+from var_moe.storage import command_line
 
 INTERRUPTED = 130
 
@@ -36,7 +38,7 @@ def build_app() -> App:
         result_action="return_value",
         suppress_keyboard_interrupt=False,  # `main` says what is kept
     )
-    commands = (tune, certify, stability, guard, profile, evaluate, compare, trace, replay)
+    commands = (tune, certify, stability, guard, profile, evaluate, compare, trace, replay, report)
     for command in commands:
         app.command(command)
     app.command(fit_compensation, name="fit-compensation")
@@ -56,13 +58,15 @@ def normalise(arguments: Sequence[str]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 for a failure, 2 for bad usage."""
-    words = normalise(sys.argv[1:] if arguments is None else arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = normalise(given)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     if not debug:
         _quiet_libraries()
     try:
-        code = build_app()(words, exit_on_error=False, print_error=False)
+        with command_line(["var-moe", *given]):
+            code = build_app()(words, exit_on_error=False, print_error=False)
     except CycloptsError as error:
         return _fail(str(error), 2, "see `var-moe --help`")
     except VarMoeError as error:

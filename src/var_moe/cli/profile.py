@@ -39,6 +39,7 @@ def profile(
         trust_remote_code: run a Hub model's own code.
         quiet: no progress.
     """
+    from var_moe.cli.report import make_report
     from var_moe.storage import check_output_folder
 
     if profile is not None:
@@ -92,6 +93,7 @@ def profile(
         )
         found.save(output)
     _print(found, output)
+    make_report(output)
     return 0
 
 

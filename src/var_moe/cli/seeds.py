@@ -53,6 +53,7 @@ def run_seeds(
     quiet: bool,
 ) -> int:
     """Search, print the tables, say where the results are."""
+    from var_moe.cli.report import make_report
     from var_moe.cli.stability import print_stability
     from var_moe.optimization.seeds import plan_seeds, tune_seeds
     from var_moe.optimization.stability import STABILITY_FILE
@@ -68,4 +69,5 @@ def run_seeds(
     )
     print_stability(report)
     print(f"Saved: {settings.output / STABILITY_FILE}")
+    make_report(settings.output)
     return 0

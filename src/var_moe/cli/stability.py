@@ -21,6 +21,7 @@ def stability(
         output: folder for stability.json; by default the one that holds the first.
         profile: profile folder, where none lies in the results folders.
     """
+    from var_moe.cli.report import make_report
     from var_moe.optimization.seed_runs import read_runs
     from var_moe.optimization.stability import save_stability
     from var_moe.optimization.stability import stability as report_of
@@ -31,6 +32,7 @@ def stability(
     path = save_stability(place, report)
     print_stability(report)
     print(f"Saved: {path}")
+    make_report(place)
     return 0
 
 

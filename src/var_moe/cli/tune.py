@@ -163,6 +163,7 @@ def tune(
         require_skopt()
     if not quiet:
         print(f"loading model {model} ...", file=sys.stderr, flush=True)
+    from var_moe.cli.report import make_report
     from var_moe.optimization.conclusion import NothingFitsError
     from var_moe.optimization.run import tune as run_tune
     from var_moe.optimization.settings import DEFAULT_SAMPLES, TuneSettings
@@ -211,9 +212,11 @@ def tune(
             )
         except NothingFitsError as error:
             show(error.parts[1:], console)  # the first part is the error's own line
+            make_report(output)
             raise
     show(outcome.parts, console)
     console.print(f"Results: {output}", highlight=False)
+    make_report(output)
     console.print(
         f"Next: var-moe tune --validate {output / 'best_config.json'}",
         highlight=False,

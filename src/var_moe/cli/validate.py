@@ -58,6 +58,7 @@ def validate(
     if not quiet:
         print(f"validating {config} of {model} on {dataset} ({split}) ...", file=sys.stderr)
     from var_moe.cli.progress import StageProgress
+    from var_moe.cli.report import make_report
     from var_moe.cli.tables import print_validation
     from var_moe.models.loading import load_model
     from var_moe.optimization.validation import find_profile
@@ -81,4 +82,5 @@ def validate(
             progress=None if quiet else progress,
         )
     print_validation(result, folder=output or config.parent)
+    make_report(output or config.parent)
     return 0

@@ -27,7 +27,8 @@ def certificate_section(results: Results) -> Section | None:
             _by_dataset(certificate),
             Notes(lines=certificate["not_claimed"], title="What is not claimed"),
         ],
-        intro=f"{certificate['sentence']} All figures and hashes: certificate.html.",
+        intro=f"At most {100 * certificate['alpha']:g}% of such certificates are wrong. With every "
+        "hash and p-value it stands in certificate.html.",
     )
 
 

@@ -109,8 +109,7 @@ def _measured_cards(row: Mapping[str, Any], top_k: int, bound: float, where: str
         Card(
             label=f"perplexity, {where}",
             value=percent(row["degradation"]),
-            detail=f"95% upper bound {percent(row['degradation_upper_95'])}, "
-            f"limit {limit(bound)}",
+            detail=f"95% upper bound {percent(row['degradation_upper_95'])}, limit {limit(bound)}",
             tone=GOOD if kept else BAD,
         ),
         Card(
@@ -138,8 +137,8 @@ def _of_search(results: Results) -> Headline:
     )
     return Headline(
         title=f"{identity['model']} on {identity['dataset']}",
-        question=f"Which configuration ({what}) runs {identity['model']} fastest, while its "
-        f"perplexity on {identity['dataset']} rises by less than {limit(bound)}?",
+        question=f"Which configuration ({what}) runs the model {identity['model']} fastest, "
+        f"while its perplexity on {identity['dataset']} text rises by less than {limit(bound)}?",
         answers=answers,
         cards=(*_certificate_cards(certificate), *cards),
         configuration=best or metadata.get("search", {}).get("nearest_miss", {}).get("config"),

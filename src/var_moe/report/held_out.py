@@ -27,7 +27,9 @@ def held_out_section(results: Results) -> Section | None:
                 title="Success criteria",
                 headings=("criterion", "measured", "met"),
                 words=2,
-                rows=[(row["name"], row["measured"], _MET[row["met"]]) for row in found["criteria"]],
+                rows=[
+                    (row["name"], row["measured"], _MET[row["met"]]) for row in found["criteria"]
+                ],
             ),
             datasets_table(found.get("by_dataset") or ()),
             Notes(lines=found["notes"]) if found["notes"] else None,

@@ -71,9 +71,9 @@ def ped_anova(
 
     distributions: dict[str, Any] = {}
     for name, entry in space.items():
-        integer = entry["type"] == "int"
-        kind = optuna.distributions.IntDistribution if integer else None
-        kind = kind or optuna.distributions.FloatDistribution
+        kind: Any = optuna.distributions.FloatDistribution
+        if entry["type"] == "int":
+            kind = optuna.distributions.IntDistribution
         if entry["low"] < entry["high"]:
             distributions[name] = kind(entry["low"], entry["high"], log=entry.get("log", False))
     if len(rows) < LEAST_EVALUATIONS or len(distributions) < 2:

@@ -32,7 +32,11 @@ def _subject(results: Results) -> tuple[str, Mapping[str, Any], int] | None:
     """Whose layers are shown: what was measured on held-out text, else the winner of a search."""
     validation = results.get("validation")
     if validation:
-        return f"the configuration on {validation['text']['split']}", validation, validation["top_k"]
+        return (
+            f"the configuration on {validation['text']['split']}",
+            validation,
+            validation["top_k"],
+        )
     search, metadata = results.get("search"), results.get("metadata")
     if search is None:
         return None
@@ -46,14 +50,17 @@ def experts_figure(row: Mapping[str, Any], top_k: int) -> Picture:
     """Executed experts per token of each layer."""
     executed: Sequence[float] = row["experts_per_token_by_layer"]
     figure = empty_figure("layer", "experts per token", height=320, legend=False)
+    mean = row["experts_per_token"]
     figure.add_bar(
         x=list(range(len(executed))),
         y=list(executed),
         marker={"color": BLUE},
         text=[f"{value:.2f}" for value in executed] if len(executed) <= 16 else None,
     )
-    line_at(figure, f"unmodified: {top_k}", y=top_k)
-    line_at(figure, f"all layers: {row['experts_per_token']:.2f}", y=row["experts_per_token"])
+    line_at(figure, f"unmodified model {top_k}", y=top_k)
+    # Above the bars, where its name hides no figure of theirs.
+    line_at(figure, f"mean {mean:.2f}", y=mean, position="top left")
+    figure.update_traces(textposition="inside", insidetextanchor="start")
     figure.update_yaxes(range=[0, top_k * 1.1])
     figure.update_xaxes(dtick=max(1, len(executed) // 12))
     return Picture(

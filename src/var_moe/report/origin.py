@@ -75,7 +75,9 @@ def _search_facts(metadata: Mapping[str, Any]) -> dict[str, str]:
     }
     profile = metadata.get("profile", {})
     if profile.get("hash"):
-        facts["profile"] = f"{profile['tokens']:,} tokens of {profile['dataset']}, {profile['hash']}"
+        facts["profile"] = (
+            f"{profile['tokens']:,} tokens of {profile['dataset']}, {profile['hash']}"
+        )
     if identity.get("compensation_hash"):
         facts["compensation"] = identity["compensation_hash"]
     return facts

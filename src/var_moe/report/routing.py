@@ -25,7 +25,8 @@ def routing_section(results: Results) -> Section | None:
     search = results.get("search") or {}
     best = search.get("best_params") or {}
     threshold = best.get("entropy_threshold")
-    tokens = int(stats["frequency"].sum() / stats["layer"].nunique())
+    layers = stats["layer"].nunique()
+    tokens = int(stats["frequency"].sum() / layers)
     return section(
         "routing",
         "Routing of the unmodified model",
@@ -37,7 +38,7 @@ def routing_section(results: Results) -> Section | None:
             )
         ],
         intro=f"The profile: {tokens:,} tokens of calibration text, "
-        f"{stats['token_id'].nunique():,} different ones, {stats['layer'].nunique()} layers.",
+        f"{stats['token_id'].nunique():,} different ones, {layers} layers.",
     )
 
 

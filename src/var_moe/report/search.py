@@ -8,7 +8,7 @@ from typing import Any
 from var_moe.report.blocks import Picture, Section, Table, pictures, section
 from var_moe.report.folder import Results
 from var_moe.report.slices import parallel_figure, slice_figures
-from var_moe.report.theme import BLUE, GREY, ORANGE, empty_figure, line_at
+from var_moe.report.theme import BLUE, GREY, ORANGE, TALL, empty_figure, line_at
 from var_moe.report.tradeoff import tradeoff_figure
 from var_moe.report.wording import change, hover, limit, percent, speedup, tiers
 
@@ -53,7 +53,7 @@ def progress_figure(rows: Sequence[Mapping[str, Any]], metadata: Mapping[str, An
         rows: evaluations in their order, with a speedup.
         metadata: of the search.
     """
-    figure = empty_figure("full evaluation", "speedup on the search text")
+    figure = empty_figure("full evaluation", "speedup on the search text", height=TALL)
     number = {id(row): place for place, row in enumerate(rows, start=1)}
     for feasible, name, colour, symbol in (
         (False, "over the bound", GREY, "x"),
@@ -102,9 +102,7 @@ def progress_figure(rows: Sequence[Mapping[str, Any]], metadata: Mapping[str, An
     )
     if presets:
         caption += " Presets stand at 0 (open: over the bound), on the text that judges."
-    return Picture(
-        name="best-so-far", title="Best feasible so far", caption=caption, figure=figure
-    )
+    return Picture(name="best-so-far", title="Best feasible so far", caption=caption, figure=figure)
 
 
 def measured_table(metadata: Mapping[str, Any], best: Mapping[str, Any] | None) -> Table:

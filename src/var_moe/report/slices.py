@@ -16,9 +16,7 @@ def varied(rows: Sequence[Mapping[str, Any]], metadata: Mapping[str, Any]) -> li
     return [name for name in space if len({row["params"].get(name) for row in rows}) > 1]
 
 
-def slice_figures(
-    rows: Sequence[Mapping[str, Any]], metadata: Mapping[str, Any]
-) -> list[Picture]:
+def slice_figures(rows: Sequence[Mapping[str, Any]], metadata: Mapping[str, Any]) -> list[Picture]:
     """Each parameter's values against speedup, coloured by degradation."""
     space, bound = metadata["settings"]["space"], 100 * metadata["max_degradation"]
     names = varied(rows, metadata)

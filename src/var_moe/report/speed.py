@@ -74,7 +74,7 @@ def breakdown_figure(cost: Mapping[str, Any], winner: Mapping[str, Any] | None) 
                 y=list(there), x=values, orientation="h", name=title, marker={"color": colour}
             )
     figure.add_scatter(
-        y=[list(there)[0]],
+        y=[next(iter(there))],
         x=[1000 * cost["baseline_s"]],
         mode="markers",
         marker={"symbol": "line-ns", "size": 26, "line": {"width": 3, "color": GREEN}},
@@ -137,8 +137,8 @@ def fit_figure(cost: Mapping[str, Any]) -> Picture | None:
         mode="markers",
         marker={"color": BLUE, "size": 9},
     )
-    figure.update_xaxes(type="log")
-    figure.update_yaxes(type="log")
+    figure.update_xaxes(type="log", dtick="D2")
+    figure.update_yaxes(type="log", dtick="D2")
     return Picture(
         name="cost-fit",
         title="Fit of the cost model",

@@ -11,6 +11,7 @@ from typing import Any
 BLUE, ORANGE, GREEN, RED = "#3f86c8", "#e08a2e", "#2f9e6e", "#d1505c"
 PURPLE, TEAL, GREY = "#9270c4", "#2b9fb0", "#8b9098"
 SERIES = (BLUE, ORANGE, GREEN, PURPLE, TEAL, RED, "#b0894f", "#c765a5", "#7f9f3f", "#5c6ac4")
+TALL = 460  # pixels of the figures that matter most
 DENSITY = [[0.0, "rgba(63,134,200,0.0)"], [0.02, "rgba(63,134,200,0.15)"], [1.0, BLUE]]
 COLD_TO_HOT = [[0.0, GREEN], [0.5, "#d9b23c"], [1.0, RED]]
 
@@ -42,17 +43,31 @@ def empty_figure(
         plot_bgcolor="rgba(0,0,0,0)",
     )
     axis = {"automargin": True, "showline": True, "ticks": "outside", "zeroline": False}
-    figure.update_xaxes(title={"text": x, "standoff": 8}, **axis)
+    figure.update_xaxes(title={"text": x, "standoff": 8, "font": {"size": 13}}, **axis)
     if x_log:
-        figure.update_xaxes(type="log")
-    figure.update_yaxes(title={"text": y, "standoff": 8}, **axis)
+        figure.update_xaxes(type="log", dtick="D2", exponentformat="power")
+    figure.update_yaxes(title={"text": y, "standoff": 8, "font": {"size": 13}}, **axis)
     return figure
 
 
-def line_at(figure: Any, text: str, *, x: float | None = None, y: float | None = None) -> None:
-    """A dotted line across the figure at x or y, with its name at its end."""
+def line_at(
+    figure: Any,
+    text: str,
+    *,
+    x: float | None = None,
+    y: float | None = None,
+    position: str = "bottom right",
+) -> None:
+    """A dotted line across the figure at x or y, with its name at its end.
+
+    Args:
+        figure: the figure.
+        text: name of the line.
+        x, y: where it crosses the axis.
+        position: of the name on a line at y.
+    """
     style = {"line": {"dash": "dot", "color": GREY, "width": 1.5}, "annotation_text": text}
     if x is not None:
         figure.add_vline(x=x, annotation_position="top right", **style)
     if y is not None:
-        figure.add_hline(y=y, annotation_position="bottom right", **style)
+        figure.add_hline(y=y, annotation_position=position, **style)

@@ -7,14 +7,14 @@ from typing import Any
 
 from var_moe.report.blocks import Picture
 from var_moe.report.folder import Results
-from var_moe.report.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, empty_figure, line_at
+from var_moe.report.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, TALL, empty_figure, line_at
 from var_moe.report.wording import change, hover, limit, settings
 
 
 def tradeoff_figure(results: Results, rows: Sequence[Mapping[str, Any]]) -> Picture:
     """Speedup against degradation: evaluations, front, what was measured again, the bound."""
     metadata, front = results.get("metadata"), results.get("front")
-    figure = empty_figure("perplexity change, %", "speedup", height=460)
+    figure = empty_figure("perplexity change, %", "speedup", height=TALL)
     if front:
         forecast = [point for point in front["points"] if not point["verified"]]
         figure.add_scatter(
@@ -31,10 +31,13 @@ def tradeoff_figure(results: Results, rows: Sequence[Mapping[str, Any]]) -> Pict
             text=hover(rows),
             mode="markers",
             marker={"color": GREY, "size": 6, "opacity": 0.7},
-            name="search text",
+            name="on the search text",
         )
     again = [row for row in metadata["remeasured"] if row.get("speedup") is not None]
-    for passed, name, colour in ((False, "over the bound", ORANGE), (True, "keeps it", BLUE)):
+    for passed, name, colour in (
+        (False, "over the bound", ORANGE),
+        (True, "keeps the bound", BLUE),
+    ):
         some = [row for row in again if row["passed"] is passed]
         if some:
             figure.add_scatter(**_measured(some), marker_color=colour, name=name)
@@ -54,7 +57,9 @@ def tradeoff_figure(results: Results, rows: Sequence[Mapping[str, Any]]) -> Pict
             marker={"symbol": "star", "size": 15, "color": GREEN},
             name="certified",
         )
-    line_at(figure, f"bound {limit(metadata['max_degradation'])}", x=100 * metadata["max_degradation"])
+    line_at(
+        figure, f"bound {limit(metadata['max_degradation'])}", x=100 * metadata["max_degradation"]
+    )
     figure.add_scatter(
         x=[0],
         y=[1],

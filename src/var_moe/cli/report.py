@@ -1,0 +1,58 @@
+"""``var-moe report``: a results folder as one page, and its figures as files."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+
+def report(
+    results: Path,
+    /,
+    *,
+    output: Path | None = None,
+    figures: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    open: bool = False,
+) -> int:
+    """Make one HTML page of whatever results a folder holds.
+
+    The page needs no network, has a light and a dark face, and can be printed. Nothing is
+    measured: what a command did not save is left out.
+
+    Args:
+        results: folder of tune, certify, evaluate, compare, stability, analyze or profile.
+        output: the page's file; report.html in the folder by default.
+        figures: also each figure as a file, in these formats: png, svg, pdf; into the folder
+            figures beside the page.
+        open: show the page in the browser.
+    """
+    from var_moe.report.page import write_report
+
+    path = write_report(results, output)
+    print(f"Report: {path}")
+    if figures:
+        from var_moe.report.export import export_figures
+
+        written = export_figures(results, figures, path.parent / "figures")
+        print(f"Figures: {len(written)} in {path.parent / 'figures'}")
+    if open:
+        import webbrowser
+
+        webbrowser.open(path.resolve().as_uri())
+    return 0
+
+
+def make_report(folder: Path) -> None:
+    """The report of a command that ends; a report that fails does not take the results with it."""
+    from var_moe.errors import VarMoeError
+    from var_moe.report.page import write_report
+
+    try:
+        path = write_report(folder)
+    except (VarMoeError, OSError) as error:
+        print(f"Note: no report was made ({error})", file=sys.stderr)
+        return
+    print(f"Report: {path}")

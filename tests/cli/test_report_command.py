@@ -1,0 +1,44 @@
+"""``var-moe report``."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from var_moe.cli import main
+
+SAMPLE = Path(__file__).parents[1] / "report" / "sample"
+
+
+@pytest.fixture
+def results(tmp_path):
+    return Path(shutil.copytree(SAMPLE, tmp_path / "results"))
+
+
+def test_the_page_goes_into_the_folder(results, capsys):
+    assert main(["report", str(results)]) == 0
+    assert capsys.readouterr().out == f"Report: {results / 'report.html'}\n"
+    assert "Fastest configuration" in (results / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_page_goes_where_it_is_told(results, tmp_path):
+    assert main(["report", str(results), "--output", str(tmp_path / "mine.html")]) == 0
+    assert (tmp_path / "mine.html").is_file()
+    assert not (results / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere"], "nowhere: no such folder"),
+        ([str(SAMPLE.parent)], "nothing to report"),
+        ([str(SAMPLE), "--figures", "bmp", "--output", "{tmp}/x.html"], "figure format 'bmp'"),
+    ],
+)
+def test_bad_input_gets_one_line(words, message, tmp_path, capsys):
+    assert main(["report", *(word.format(tmp=tmp_path) for word in words)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
