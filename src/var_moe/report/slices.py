@@ -37,7 +37,7 @@ def slice_figures(rows: Sequence[Mapping[str, Any]], metadata: Mapping[str, Any]
                 "cmin": 0,
                 "cmax": 2 * bound,
                 "symbol": ["circle" if row["feasible"] else "x" for row in rows],
-                "showscale": name == names[-1],
+                "showscale": len(names) == 1,
                 "colorbar": {"title": {"text": "PPL, %", "side": "right"}, "thickness": 10},
             },
         )
