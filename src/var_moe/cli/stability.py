@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from var_moe.cli.output import Answer
+
 
 def stability(
     folders: list[Path],
-    /,
     *,
     output: Path | None = None,
     profile: Path | None = None,
-) -> int:
+) -> Answer:
     """Tell how much the answer of `var-moe tune` depends on its seed.
 
     Args:
@@ -31,7 +32,7 @@ def stability(
     path = save_stability(place, report)
     print_stability(report)
     print(f"Saved: {path}")
-    return 0
+    return Answer(report)
 
 
 def print_stability(report: Mapping[str, Any]) -> None:
