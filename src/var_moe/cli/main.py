@@ -11,17 +11,20 @@ from cyclopts import App, CycloptsError, Parameter
 from var_moe import __version__
 from var_moe.cli.certify import certify
 from var_moe.cli.compare import compare
+from var_moe.cli.demo import demo
 from var_moe.cli.doctor import doctor
 from var_moe.cli.evaluate import evaluate
+from var_moe.cli.export import export
 from var_moe.cli.fit_compensation import fit_compensation
 from var_moe.cli.guard import guard
+from var_moe.cli.lm_eval import lm_eval
 from var_moe.cli.output import run
 from var_moe.cli.profile import profile
 from var_moe.cli.replay import replay
 from var_moe.cli.stability import stability
 from var_moe.cli.trace import trace
 from var_moe.cli.tune import tune
-from var_moe.cli.words import Words, read_words
+from var_moe.cli.words import FORWARDED, Words, read_words
 from var_moe.errors import UsageError, VarMoeError
 
 INTERRUPTED = 130
@@ -43,10 +46,12 @@ def build_app() -> App:
         suppress_keyboard_interrupt=False,  # `main` says what is kept
     )
     commands = (tune, certify, stability, guard, profile, evaluate, compare, trace, replay)
-    commands = (*commands, doctor)
+    commands = (*commands, export, doctor, demo)
     for command in commands:
         app.command(command)
     app.command(fit_compensation, name="fit-compensation")
+    app.command(lm_eval, name=FORWARDED, help_flags=(), version_flags=())
+    app.register_install_completion_command(name=("--install_completion", "--install-completion"))
     return app
 
 
