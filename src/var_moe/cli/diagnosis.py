@@ -198,13 +198,14 @@ def _layer(device: str) -> tuple[Any, Tensor, Tensor, Tensor]:
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-    config = MixtralConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE,
-        num_local_experts=EXPERTS,
-        num_experts_per_tok=TOP_K,
-        experts_implementation="eager",
-    )
+    sizes: dict[str, Any] = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_local_experts": EXPERTS,
+        "num_experts_per_tok": TOP_K,
+        "experts_implementation": "eager",
+    }
+    config = MixtralConfig(**sizes)
     dice = torch.Generator().manual_seed(0)
     module = MixtralExperts(config).eval().requires_grad_(False)
     for parameter in module.parameters():

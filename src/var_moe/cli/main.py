@@ -46,8 +46,7 @@ def build_app() -> App:
         suppress_keyboard_interrupt=False,  # `main` says what is kept
     )
     commands = (tune, certify, stability, guard, profile, evaluate, compare, trace, replay)
-    commands = (*commands, export, doctor, demo)
-    for command in commands:
+    for command in (*commands, export, doctor, demo):
         app.command(command)
     app.command(fit_compensation, name="fit-compensation")
     app.command(lm_eval, name=FORWARDED, help_flags=(), version_flags=())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -22,7 +22,10 @@ Tensors = dict[str, Tensor]
 _TABLE = tuple(field.name for field in fields(RoutingTable))
 _DAMAGE = tuple(field.name for field in fields(DamageModel) if field.name != "compensation")
 _LAYER = tuple(field.name for field in fields(LayerCompensation))
-_PLAIN = {"ratios": RatioQuantiles, "sensitivity": LayerSensitivity}
+_PLAIN: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "ratios": RatioQuantiles.from_dict,
+    "sensitivity": LayerSensitivity.from_dict,
+}
 
 
 def pack(calibration: Mapping[str, Any]) -> tuple[Tensors, dict[str, Any]]:
@@ -80,9 +83,9 @@ def unpack(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> dict[str,
     if "residuals" in about:
         parts = tuple(tensors[f"residuals.{layer}"] for layer in range(layers))
         found["residuals"] = ResidualMeans(table=parts, **about["residuals"])
-    for name, kind in _PLAIN.items():
+    for name, read in _PLAIN.items():
         if name in about:
-            found[name] = kind.from_dict(about[name])
+            found[name] = read(about[name])
     compensation = None
     if "compensation" in about:
         compensation = _unpack_compensation(about["compensation"], tensors)
@@ -129,10 +132,10 @@ def _pack_compensation(compensation: Compensation, tensors: Tensors) -> dict[str
 def _unpack_compensation(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Compensation:
     layers = []
     for number in range(about["layers"]):
-        own = {name: tensors.get(f"compensation.{number}.{name}") for name in _LAYER}
-        if own["vectors"] is None:
-            raise KeyError(f"compensation.{number}.vectors")
-        layers.append(LayerCompensation(**own))
+        own = f"compensation.{number}."
+        vectors, *low = _LAYER
+        low_rank = [tensors.get(own + name) for name in low]
+        layers.append(LayerCompensation(tensors[own + vectors], *low_rank))
     changes: dict[str, Change] = {}
     for number, entry in enumerate(about["healed"]):
         one = tensors[f"healed.{number}.0"]
