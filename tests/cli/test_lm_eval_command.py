@@ -46,11 +46,10 @@ def results(common, tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
     words = ["profile", *common, "--max_tokens", "900", "--damage_tokens", "0", "--quiet"]
     assert main([*words, "--output", str(folder / "profile")]) == 0
-    (folder / "best_config.json").write_text(
-        json.dumps({"policy": "top_p", "settings": {"p": 0.6}})
-    )
-    assert main(["export", str(results := folder)]) == 0
-    return results
+    config = {"policy": "top_p", "settings": {"p": 0.6}}
+    (folder / "best_config.json").write_text(json.dumps(config))
+    assert main(["export", str(folder)]) == 0
+    return folder
 
 
 def harness(model, config, task, output):
