@@ -20,10 +20,11 @@ LEVELS = (
     ("storage", "hub", "demo"),
     ("config",),
     ("routing", "models"),
+    ("exported",),
     ("apply",),
     ("evaluation", "tracing", "profiling", "fitting"),
     ("report", "optimization", "analysis"),
-    ("certification",),
+    ("certification", "lm_eval"),
     ("cli",),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

@@ -16,6 +16,8 @@ _PUBLIC = {
     "load_model": "var_moe.models.loading",
     "load_text": "var_moe.evaluation.text",
     "routed": "var_moe.apply",
+    "export": "var_moe.certification.exporting",
+    "load_exported": "var_moe.exported.folder",
     "RoutingProfile": "var_moe.profiling.profile",
     "collect_profile": "var_moe.profiling.collect",
     "RoutingTrace": "var_moe.tracing.trace",

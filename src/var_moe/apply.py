@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from var_moe.errors import UsageError
+from var_moe.exported.folder import load_exported
 from var_moe.models.generation import Texts
 from var_moe.models.healed_weights import healed_weights
+from var_moe.models.loading import LoadedModel
 from var_moe.models.seam import (
     SORTED,
     PairBackend,
@@ -197,7 +200,7 @@ def _with_residual(out: Tensor, extra: Residual) -> Tensor:
 @contextmanager
 def routed(
     model: Any,
-    policy: RoutingPolicy,
+    policy: RoutingPolicy | str | Path,
     *,
     backend: str = "auto",
     guard: Guard | Watching | None = None,
@@ -205,8 +208,10 @@ def routed(
     """Run the model's experts as ``policy`` decides, until the block ends.
 
     Args:
-        model: a transformers Mixture-of-Experts causal language model.
-        policy: which pairs are executed, and what stands in for the others.
+        model: a transformers Mixture-of-Experts causal language model; or a `LoadedModel`, whose
+            tokenizer an exported policy is then held against as well.
+        policy: which pairs are executed, and what stands in for the others; or the folder that
+            `var-moe export` wrote, or its Hub id.
         backend: who executes them: ``"sorted"`` (ours), ``"grouped_mm"``, ``"eager"``, ...;
             ``"auto"`` is ``"sorted"`` on CPU and ``"grouped_mm"`` elsewhere.
         guard: warns, or goes over to the model's own routing, when decisions leave the range
@@ -217,11 +222,16 @@ def routed(
 
     Raises:
         UsageError: the model is no MoE, is routed already, or does not go through the seam; the
-            policy's compensation is another model's, or the guard another policy's.
+            policy or its compensation is another model's, or the guard another policy's; no such
+            exported folder.
 
     Healed weights, where the policy's compensation has them, are in place of the model's own.
     On leaving, also by an exception, the model is what it was before.
     """
+    if isinstance(policy, str | Path):
+        policy = load_exported(policy, model).policy()
+    if isinstance(model, LoadedModel):
+        model = model.model
     if backend == "auto":
         backend = SORTED if next(model.parameters()).device.type == "cpu" else "grouped_mm"
     modules = [module for _, module in experts_modules(model)]

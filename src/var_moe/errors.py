@@ -6,14 +6,19 @@ and what to do.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 
 class VarMoeError(Exception):
     """A failure while working: the input was understood, the work did not succeed."""
 
-    exit_code = 1
+    exit_code: ClassVar[int] = 1
+    result: Mapping[str, Any] | None = None
+    """What is known all the same, for machines: a refused certificate, a nearest miss."""
 
 
 class UsageError(VarMoeError, ValueError):
     """Bad input: a missing file, an unknown field, a value out of its range."""
 
-    exit_code = 2
+    exit_code: ClassVar[int] = 2

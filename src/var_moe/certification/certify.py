@@ -57,7 +57,7 @@ class NotCertifiedError(VarMoeError):
 
     def __init__(self, message: str, certificate: dict[str, Any]) -> None:
         super().__init__(message)
-        self.certificate = certificate
+        self.certificate = self.result = certificate
 
 
 def certify(

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from var_moe.cli.output import Answer
 from var_moe.errors import UsageError
 
 
-def answer(folder: Path, max_degradation: float | None, output: Path | None) -> int:
+def answer(folder: Path, max_degradation: float | None, output: Path | None) -> Answer:
     """Another bound, answered from the front of a finished search."""
     from var_moe.cli.tables import print_front
     from var_moe.optimization.front import answer_from
     from var_moe.optimization.saving import CONFIG_FILE, METADATA_FILE
-    from var_moe.storage import atomic_write_json, check_output_folder, read_json
+    from var_moe.storage import (
+        SCHEMA_VERSION,
+        atomic_write_json,
+        check_output_folder,
+        provenance,
+        read_json,
+    )
 
     if max_degradation is None:
         raise UsageError("--from needs --max_degradation: the bound to answer")
@@ -29,4 +36,12 @@ def answer(folder: Path, max_degradation: float | None, output: Path | None) -> 
     print_front(points, best, max_degradation=max_degradation)
     print(f"Saved: {place / CONFIG_FILE}")
     print(f"Next: var-moe tune --validate {place / CONFIG_FILE}")
-    return 0
+    return Answer(
+        {
+            "schema_version": SCHEMA_VERSION,
+            "max_degradation": max_degradation,
+            "best": best,
+            "points": points,
+            "provenance": provenance(),
+        }
+    )

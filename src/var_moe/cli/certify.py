@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from var_moe.cli.output import Answer
+
 
 def certify(
     results: Path,
-    /,
     *,
     model: str | None = None,
     dataset: str | None = None,
@@ -32,7 +33,7 @@ def certify(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     quiet: bool = False,
-) -> int:
+) -> Answer:
     """Certify the fastest configuration of a results folder that keeps a perplexity bound.
 
     Args:
@@ -142,4 +143,4 @@ def certify(
     print_described(found["by_dataset"])
     print(f"Saved: {place / CERTIFICATE_FILE}, {place / PAGE_FILE}")
     make_report(place)
-    return 0
+    return Answer(found)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from var_moe.cli.compensation import parse_compensation
+from var_moe.cli.output import Answer
 from var_moe.errors import UsageError
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def compare(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     quiet: bool = False,
-) -> int:
+) -> Answer:
     """Compare policies where they run equally many experts: what it costs, what it brings.
 
     Args:
@@ -124,7 +125,7 @@ def compare(
         print(f"Note: {note}")
     print(f"Saved: {output / 'comparison.json'}, {output / 'comparison.csv'}")
     make_report(output)
-    return 0
+    return Answer(result)
 
 
 def _measure(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from var_moe.cli.compensation import parse_compensation
+from var_moe.cli.output import Answer
 from var_moe.errors import UsageError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def evaluate(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     quiet: bool = False,
-) -> int:
+) -> Answer:
     """Compare the baseline with VAR or a peer: perplexity, tokens/s, experts per token, tiers.
 
     Args:
@@ -117,7 +118,7 @@ def evaluate(
         print(f"Note: {note}")
     print(f"Saved: {output / 'evaluation.json'}")
     make_report(output)
-    return 0
+    return Answer(result)
 
 
 def _peer(name: str | None, assignments: list[str]) -> tuple[str, dict[str, Any]] | None:

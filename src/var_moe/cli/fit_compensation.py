@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from var_moe.fitting.heal import HealSettings
 
+from var_moe.cli.output import Answer
 from var_moe.errors import UsageError
 
 
@@ -33,7 +34,7 @@ def fit_compensation(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     quiet: bool = False,
-) -> int:
+) -> Answer:
     """Distil the unmodified model into what damage-aware skipping leaves of it.
 
     The model's weights stay as they are. What is fitted lies with the profile, and every later
@@ -122,7 +123,7 @@ def fit_compensation(
     for line in _healed_lines(fitted.head.get("heal")):
         print(line)
     print(f"Saved: {place}")
-    return 0
+    return Answer(fitted.head)
 
 
 def _healing(

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from var_moe.cli.output import Answer
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -23,7 +25,6 @@ CHECK_FILE = "guard_check.json"
 
 def guard(
     results: Path,
-    /,
     *,
     check: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
     alpha: float = 0.01,
@@ -39,7 +40,7 @@ def guard(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     quiet: bool = False,
-) -> int:
+) -> Answer:
     """Calibrate a guard for `routed(..., guard=...)` on one half of validation, one section a page.
 
     The other half, and the data sets of --check, are then played to it: how soon does it alarm?
@@ -117,20 +118,18 @@ def guard(
                 progress.say(f"playing {name} ...")
             documents = one_per_page(read_text(name, "validation", loaded).documents, seed)
             rows.append(_checked(name, loaded, policy, made, documents[:max_samples], seed))
-    atomic_write_json(
-        place / CHECK_FILE,
-        {
-            "schema_version": SCHEMA_VERSION,
-            "guard": made.expectation.to_dict(),
-            "checks": rows,
-            "seed": seed,
-            "provenance": provenance(),
-        },
-    )
+    result = {
+        "schema_version": SCHEMA_VERSION,
+        "guard": made.expectation.to_dict(),
+        "checks": rows,
+        "seed": seed,
+        "provenance": provenance(),
+    }
+    atomic_write_json(place / CHECK_FILE, result)
     for row in rows:
         print(_line(row))
     print(f"Saved: {place / GUARD_FILE}, {place / CHECK_FILE}")
-    return 0
+    return Answer(result)
 
 
 def _checked(

@@ -11,16 +11,22 @@ from cyclopts import App, CycloptsError, Parameter
 from var_moe import __version__
 from var_moe.cli.certify import certify
 from var_moe.cli.compare import compare
+from var_moe.cli.demo import demo
+from var_moe.cli.doctor import doctor
 from var_moe.cli.evaluate import evaluate
+from var_moe.cli.export import export
 from var_moe.cli.fit_compensation import fit_compensation
 from var_moe.cli.guard import guard
+from var_moe.cli.lm_eval import lm_eval
+from var_moe.cli.output import run
 from var_moe.cli.profile import profile
 from var_moe.cli.replay import replay
 from var_moe.cli.report import report
 from var_moe.cli.stability import stability
 from var_moe.cli.trace import trace
 from var_moe.cli.tune import tune
-from var_moe.errors import VarMoeError
+from var_moe.cli.words import FORWARDED, Words, read_words
+from var_moe.errors import UsageError, VarMoeError
 from var_moe.storage import command_line
 
 INTERRUPTED = 130
@@ -31,55 +37,66 @@ def build_app() -> App:
     app = App(
         name="var-moe",
         help="Make a Mixture-of-Experts language model faster by running fewer experts per "
-        "token, and measure what that costs. `--debug` shows tracebacks.",
+        "token, and measure what that costs.",
+        help_epilogue="Every command takes `--json` (the result alone on stdout), `--options "
+        "FILE.yaml` (its options from a file; words win), `--show-config` (the options that it "
+        "would use, as such a file) and `--debug` (tracebacks).",
         version=__version__,
-        # Options are documented with underscores; `normalise` makes hyphens work as well.
+        # Options are documented with underscores; `read_words` makes hyphens work as well.
         default_parameter=Parameter(negative=(), name_transform=lambda name: name),
         result_action="return_value",
         suppress_keyboard_interrupt=False,  # `main` says what is kept
     )
-    commands = (tune, certify, stability, guard, profile, evaluate, compare, trace, replay, report)
-    for command in commands:
+    commands = (tune, certify, stability, guard, profile, evaluate, compare, trace, replay)
+    for command in (*commands, report, export, doctor, demo):
         app.command(command)
     app.command(fit_compensation, name="fit-compensation")
+    app.command(lm_eval, name=FORWARDED, help_flags=(), version_flags=())
+    app.register_install_completion_command(name=("--install_completion", "--install-completion"))
     return app
-
-
-def normalise(arguments: Sequence[str]) -> list[str]:
-    """``--max-samples`` and ``--max_samples`` are one option."""
-    out = []
-    for argument in arguments:
-        if argument.startswith("--"):
-            name, equals, value = argument.partition("=")
-            argument = "--" + name[2:].replace("-", "_") + equals + value
-        out.append(argument)
-    return out
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 for a failure, 2 for bad usage."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    words = normalise(given)
-    debug = "--debug" in words
-    words = [word for word in words if word != "--debug"]
-    if not debug:
+    try:
+        words = read_words(given)
+    except UsageError as error:
+        return _fail(str(error), error.exit_code)
+    if not words.debug:
         _quiet_libraries()
     try:
         with command_line(["var-moe", *given]):
-            code = build_app()(words, exit_on_error=False, print_error=False)
+            return _run(words)
     except CycloptsError as error:
         return _fail(str(error), 2, "see `var-moe --help`")
     except VarMoeError as error:
-        if debug:
+        if words.debug:
             raise
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return _fail("interrupted" + _what_is_kept(words), INTERRUPTED)
+        return _fail("interrupted" + _what_is_kept(words.rest), INTERRUPTED)
     except Exception as error:
-        if debug:
+        if words.debug:
             raise
         return _fail(f"{type(error).__name__}: {error}", 1, "--debug shows where")
-    return code if isinstance(code, int) else 0
+
+
+def _run(words: Words) -> int:
+    app = build_app()
+    if words.options is not None:
+        from var_moe.cli.options import load_options
+
+        app.config = (load_options(words.options),)
+    if words.show_config:
+        from var_moe.cli.options import effective_options
+
+        print(effective_options(app, words.rest), end="")
+        return 0
+    return run(
+        lambda: app(list(words.rest), exit_on_error=False, print_error=False),
+        as_json=words.json,
+    )
 
 
 def _what_is_kept(words: Sequence[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from var_moe.cli.output import Answer
 from var_moe.errors import UsageError
 
 
@@ -22,7 +23,7 @@ def profile(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     quiet: bool = False,
-) -> int:
+) -> Answer:
     """Gather routing statistics per (layer, token), residual means, and predicted damages.
 
     Args:
@@ -45,8 +46,9 @@ def profile(
     if profile is not None:
         from var_moe.profiling.profile import RoutingProfile
 
-        _print(RoutingProfile.load(profile), profile)
-        return 0
+        ready = RoutingProfile.load(profile)
+        _print(ready, profile)
+        return Answer(ready.head)
     check_output_folder(output)
     if max_tokens is not None and max_tokens < 1:
         raise UsageError(f"max_tokens = {max_tokens}: expected at least 1")
@@ -94,7 +96,7 @@ def profile(
         found.save(output)
     _print(found, output)
     make_report(output)
-    return 0
+    return Answer(found.head)
 
 
 def _print(profile: object, output: Path) -> None:

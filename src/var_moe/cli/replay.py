@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from var_moe.cli.output import Answer
 from var_moe.errors import UsageError
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ _NO_DAMAGE = (
 
 def replay(
     trace: Path,
-    /,
     *,
     profile: Path | None = None,
     config: Annotated[list[Path] | None, Parameter(consume_multiple=True)] = None,
@@ -39,7 +39,7 @@ def replay(
     output: Path = Path("results/replay"),
     max_degradation: float = 0.01,
     quiet: bool = False,
-) -> int:
+) -> Answer:
     """Predict tiers, experts per token, degradation and speedup from a trace.
 
     Args:
@@ -80,16 +80,18 @@ def replay(
     notes += [] if recorded.damage else [_NO_DAMAGE]
     about = _about(stack, trace, place, model, notes)
     if grid is None:
-        _some(stack, configs, model, about, output)
+        result = _some(stack, configs, model, about, output)
     else:
         from var_moe.cli.progress import StageProgress
 
         with StageProgress() as progress:
             shown = None if quiet else progress
-            _grid(stack, grid, mode or "verified", model, about, output, max_degradation, shown)
+            result = _grid(
+                stack, grid, mode or "verified", model, about, output, max_degradation, shown
+            )
     for note in notes:
         print(f"Note: {note}")
-    return 0
+    return Answer(result)
 
 
 def _configs(files: list[Path], presets: list[str], mode: str | None) -> dict[str, VARConfig]:
@@ -166,7 +168,7 @@ def _some(
     cost: CostModel | None,
     about: dict[str, Any],
     output: Path,
-) -> None:
+) -> dict[str, Any]:
     from var_moe.cli.replay_tables import print_replays
     from var_moe.optimization.results import jsonable
     from var_moe.storage import atomic_write_json
@@ -177,7 +179,8 @@ def _some(
         speedup = None if cost is None else cost.speedup(found.report, residual=residual)
         row = {"name": name, "config": found.config.to_dict(), **found.to_dict()}
         rows.append({**row, "predicted_speedup": speedup})
-    atomic_write_json(output / "replay.json", jsonable({**about, "rows": rows}))
+    result: dict[str, Any] = jsonable({**about, "rows": rows})
+    atomic_write_json(output / "replay.json", result)
     flat = [
         {"name": row["name"], **row["config"], **{k: v for k, v in row.items() if k in _FLAT}}
         for row in rows
@@ -185,6 +188,7 @@ def _some(
     _write_csv({name: [row[name] for row in flat] for name in flat[0]}, output)
     print_replays(rows, about["trace"])
     print(f"Saved: {output / 'replay.json'}, {output / 'replay.csv'}")
+    return result
 
 
 _FLAT = (
@@ -202,7 +206,7 @@ def _grid(
     output: Path,
     max_degradation: float,
     progress: Progress | None,
-) -> None:
+) -> dict[str, Any]:
     from var_moe.cli.replay_tables import print_front, print_sensitivity
     from var_moe.config import VARConfig
     from var_moe.optimization.forecast_grid import forecast_grid, grid_values
@@ -220,7 +224,7 @@ def _grid(
         feasible = row["predicted_degradation"] <= max_degradation
         front.append({"config": config.to_dict(), **row, "feasible": feasible})
     indices = sensitivity_result(found)
-    result = {
+    result: dict[str, Any] = {
         **about,
         "mode": mode,
         "max_degradation": max_degradation,
@@ -236,6 +240,7 @@ def _grid(
     print_sensitivity(indices)
     names = ("replay.json", "replay.csv", "sensitivity.json")
     print(f"Saved: {', '.join(str(output / name) for name in names)}")
+    return result
 
 
 def _write_csv(columns: dict[str, Any], output: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from var_moe.cli.output import Answer
 from var_moe.errors import UsageError
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def run_seeds(
     *,
     progress: StageProgress,
     quiet: bool,
-) -> int:
+) -> Answer:
     """Search, print the tables, say where the results are."""
     from var_moe.cli.report import make_report
     from var_moe.cli.stability import print_stability
@@ -70,4 +71,4 @@ def run_seeds(
     print_stability(report)
     print(f"Saved: {settings.output / STABILITY_FILE}")
     make_report(settings.output)
-    return 0
+    return Answer(report)

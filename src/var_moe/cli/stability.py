@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from var_moe.cli.output import Answer
+
 
 def stability(
     folders: list[Path],
-    /,
     *,
     output: Path | None = None,
     profile: Path | None = None,
-) -> int:
+) -> Answer:
     """Tell how much the answer of `var-moe tune` depends on its seed.
 
     Args:
@@ -33,7 +34,7 @@ def stability(
     print_stability(report)
     print(f"Saved: {path}")
     make_report(place)
-    return 0
+    return Answer(report)
 
 
 def print_stability(report: Mapping[str, Any]) -> None:

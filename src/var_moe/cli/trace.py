@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from var_moe.cli.output import Answer
 from var_moe.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def trace(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     quiet: bool = False,
-) -> int:
+) -> Answer:
     """Record every decision of the router on a text, for `var-moe replay`.
 
     Args:
@@ -108,7 +109,7 @@ def trace(
         if timings:
             _fit_cost(loaded, documents, means, output, progress, quiet=quiet)
     _print(found, output, place)
-    return 0
+    return Answer(found.head)
 
 
 def _fit_cost(

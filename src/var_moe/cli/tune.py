@@ -11,6 +11,7 @@ from cyclopts import Parameter
 
 from var_moe.cli.answer import answer
 from var_moe.cli.compensation import parse_compensation
+from var_moe.cli.output import Answer
 from var_moe.cli.searched import DEFAULT_BOUND
 from var_moe.cli.seeds import parse_seeds, run_seeds
 from var_moe.cli.tuned_policy import confirm_grid, default_method, space_of, tuned_policy
@@ -54,7 +55,7 @@ def tune(
     trust_remote_code: bool = False,
     yes: bool = False,
     quiet: bool = False,
-) -> int:
+) -> Answer:
     """Find the configuration with the most throughput within a perplexity bound.
 
     Args:
@@ -101,7 +102,7 @@ def tune(
     """
     from var_moe.cli.progress import StageProgress
     from var_moe.models.loading import check_name, load_model
-    from var_moe.storage import check_output_folder
+    from var_moe.storage import check_output_folder, read_json
 
     if (validate is not None or from_ is not None) and (seeds or repeats is not None):
         raise UsageError("--seeds and --repeats belong to a search, not to --validate or --from")
@@ -166,6 +167,7 @@ def tune(
     from var_moe.cli.report import make_report
     from var_moe.optimization.conclusion import NothingFitsError
     from var_moe.optimization.run import tune as run_tune
+    from var_moe.optimization.saving import RESULTS_FILE
     from var_moe.optimization.settings import DEFAULT_SAMPLES, TuneSettings
     from var_moe.optimization.summary import show
     from var_moe.profiling.collect import DEFAULT_TOKENS
@@ -213,6 +215,7 @@ def tune(
         except NothingFitsError as error:
             show(error.parts[1:], console)  # the first part is the error's own line
             make_report(output)
+            error.result = read_json(output / RESULTS_FILE, what="results of a search")
             raise
     show(outcome.parts, console)
     console.print(f"Results: {output}", highlight=False)
@@ -222,4 +225,4 @@ def tune(
         highlight=False,
         soft_wrap=True,
     )
-    return 0
+    return Answer(read_json(output / RESULTS_FILE, what="results of a search"))

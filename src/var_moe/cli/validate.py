@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from var_moe.cli.compensation import parse_compensation
+from var_moe.cli.output import Answer
 from var_moe.cli.searched import search_of
 from var_moe.errors import UsageError
 
@@ -27,7 +28,7 @@ def validate(
     dtype: str,
     trust_remote_code: bool,
     quiet: bool,
-) -> int:
+) -> Answer:
     """Check, measure, print; for the arguments see `cli.tune.tune`."""
     from var_moe.evaluation.mixture import names_of
     from var_moe.evaluation.text import check_dataset
@@ -83,4 +84,4 @@ def validate(
         )
     print_validation(result, folder=output or config.parent)
     make_report(output or config.parent)
-    return 0
+    return Answer(result)

@@ -27,15 +27,31 @@ _SHAPE = {
 
 def identity(loaded: LoadedModel) -> dict[str, Any]:
     """What a file's head says of its model: name, revision, tokenizer, sizes and routers."""
-    modules = experts_modules(loaded.model)
     return {
         "model": loaded.name,
         "revision": loaded.revision,
         "tokenizer_hash": loaded.tokenizer_hash,
-        "routers": router_fingerprint(loaded.model),
+        **_shape(loaded.model, loaded.top_k),
+    }
+
+
+def identity_of_model(model: Any) -> dict[str, Any]:
+    """The same of a `LoadedModel`, or as far as a bare transformers model tells it."""
+    from var_moe.models.loading import LoadedModel, top_k_of
+
+    if isinstance(model, LoadedModel):
+        return identity(model)
+    name = str(getattr(model, "name_or_path", "") or type(model).__name__)
+    return {"model": name, **_shape(model, top_k_of(model.config.get_text_config(), name))}
+
+
+def _shape(model: Any, top_k: int) -> dict[str, Any]:
+    modules = experts_modules(model)
+    return {
+        "routers": router_fingerprint(model),
         "layers": len(modules),
         "experts": int(getattr(modules[0][1], "num_experts", 0)) if modules else 0,
-        "top_k": loaded.top_k,
+        "top_k": top_k,
     }
 
 

@@ -76,7 +76,7 @@ class LoadedModel:
             name=label,
             revision=revision,
             tokenizer_hash=tokenizer_hash(tokenizer),
-            top_k=_top_k(config, label),
+            top_k=top_k_of(config, label),
             num_experts=int(getattr(experts[0], "num_experts", 0)),
             moe_layers=len(experts),
             window=min(int(context), LONGEST_WINDOW),
@@ -94,7 +94,12 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return sha256_of([*tokens, *(f"special:{token}" for token in special)])
 
 
-def _top_k(config: Any, name: str) -> int:
+def top_k_of(config: Any, name: str) -> int:
+    """K of a model's text configuration; ``name`` is for the message.
+
+    Raises:
+        UsageError: no field of `TOP_K_FIELDS` says it.
+    """
     for field in TOP_K_FIELDS:
         value = getattr(config, field, None)
         if isinstance(value, list) and value:

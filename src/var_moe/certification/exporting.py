@@ -1,0 +1,134 @@
+"""A results folder's configuration as one folder to keep, share and load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from var_moe.certification.certify import CERTIFICATE_FILE
+from var_moe.config import VARConfig
+from var_moe.errors import UsageError, VarMoeError
+from var_moe.exported.folder import save_exported
+from var_moe.exported.place import CARD_FILE
+from var_moe.optimization.candidate import Candidate, load_candidate, policy_of
+from var_moe.optimization.saving import CONFIG_FILE, METADATA_FILE
+from var_moe.optimization.validation import find_profile
+from var_moe.profiling.fitted_files import load_compensation
+from var_moe.profiling.profile import RoutingProfile
+from var_moe.report.model_card import model_card
+from var_moe.storage import atomic_write_text, check_output_folder, read_json
+
+_QUOTED = ("sentence", "confirmatory", "not_claimed", "alpha", "max_degradation", "text")
+
+
+def export(
+    results: str | Path,
+    output: str | Path,
+    *,
+    config: str | Path | None = None,
+    profile: str | Path | None = None,
+    compensation: str | Path | None = None,
+) -> dict[str, Any]:
+    """Write the folder that `routed(model, folder)` takes in place of a policy.
+
+    It holds ``var_moe.json`` (what, for which model, from where), ``var_moe.safetensors`` (the
+    parts of the profile that the policy needs) and ``README.md``, a model card.
+
+    Args:
+        results: results folder of `tune`.
+        output: folder to write.
+        config: another configuration than the results' ``best_config.json``, such as their
+            ``certified_config.json``.
+        profile: profile folder, where none lies in the results folder.
+        compensation: folder of the learned compensation, where it is not the profile's own.
+
+    Returns:
+        What ``var_moe.json`` holds.
+
+    Raises:
+        UsageError: something is missing in the results, or is not what the search used.
+    """
+    folder, place = Path(results), check_output_folder(output)
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder; expected the results of `var-moe tune`")
+    path = Path(config) if config is not None else folder / CONFIG_FILE
+    candidate = load_candidate(path)
+    known = find_profile(folder / CONFIG_FILE, Path(profile) if profile is not None else None)
+    if compensation is not None:
+        known = known.with_compensation(load_compensation(compensation))
+    stand_in = policy_of(candidate, known).compensation
+    fitted = None if stand_in is None else stand_in.hash
+    _check_compensation(folder, path, fitted)
+    name, settings, asked = _parts(candidate)
+    certificate = _certificate(folder, candidate, known, fitted)
+    head = save_exported(
+        place,
+        policy=name,
+        settings=settings,
+        compensation=asked,
+        calibration=known.calibration(asked),
+        profile=known.head,
+        certificate=certificate,
+    )
+    atomic_write_text(place / CARD_FILE, model_card(head, folder=place.name))
+    return head
+
+
+def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
+    """Upload an exported folder to the Hub; returns its address.
+
+    Raises:
+        VarMoeError: the Hub does not take it, in one line: no network, not logged in, ...
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=repo, folder_path=str(folder), commit_message="var_moe configuration"
+        )
+    except Exception as error:  # the library's own errors have no common parent
+        line = " ".join(str(error).split())[:200]
+        raise VarMoeError(
+            f"--push_to_hub {repo}: not uploaded ({line}); the folder is in {folder}"
+        ) from error
+    return str(done)
+
+
+def _parts(candidate: Candidate) -> tuple[str, dict[str, Any], str | None]:
+    """Policy, settings and compensation, by the names of the registry."""
+    if isinstance(candidate, VARConfig):
+        return f"var_{candidate.mode}", candidate.to_dict(), None
+    return candidate.policy, dict(candidate.settings), candidate.compensation
+
+
+def _check_compensation(folder: Path, config: Path, fitted: str | None) -> None:
+    """Refuse a compensation that was fitted anew since the search."""
+    if config.parent.resolve() != folder.resolve() or not (folder / METADATA_FILE).is_file():
+        return
+    metadata = read_json(folder / METADATA_FILE, what="metadata of a search")
+    recorded = metadata.get("identity", {}).get("compensation_hash")
+    if recorded is not None and fitted is not None and recorded != fitted:
+        raise UsageError(
+            f"{folder}: was searched with compensation {recorded[:12]}, but the profile's is "
+            f"{fitted[:12]}; give the folder of that one with --compensation"
+        )
+
+
+def _certificate(
+    folder: Path, candidate: Candidate, profile: RoutingProfile, fitted: str | None
+) -> dict[str, Any] | None:
+    """What the results' certificate says of this configuration; None where that is nothing."""
+    path = folder / CERTIFICATE_FILE
+    if not path.is_file():
+        return None
+    found: Mapping[str, Any] = read_json(path, what="certificate")
+    if not found.get("certified") or found.get("certified_config") != candidate.to_dict():
+        return None
+    hashes = found["hashes"]
+    with_it = hashes.get("compensation", {}).get(found["certified_name"])
+    if hashes["profile"] != profile.hash or with_it != fitted:
+        return None
+    return {name: found[name] for name in _QUOTED}

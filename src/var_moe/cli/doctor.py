@@ -1,0 +1,97 @@
+"""``var-moe doctor``: what is installed, what this machine is, what is slow and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from var_moe.cli.output import Answer
+
+
+def doctor() -> Answer:
+    """Say what is installed, which device and backends there are, and what is slow and why.
+
+    The exit code is 1 where something is missing that var_moe does not work without.
+    """
+    from var_moe.cli.diagnosis import diagnose
+
+    found = diagnose()
+    _print(found)
+    return Answer(found, code=1 if found["missing"] else 0)
+
+
+def _print(found: Mapping[str, Any]) -> None:
+    from var_moe.cli.tables import console
+
+    out = console()
+    out.print(_packages(found["packages"]), highlight=False)
+    if found["backends"]:
+        out.print(_backends(found["backends"]), highlight=False)
+    for line in (*_about(found), *(f"Slow: {line}" for line in found["slow"])):
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
+    if found["missing"]:
+        line = f"Missing: {', '.join(found['missing'])}; see `install` above"
+    else:
+        line = "Nothing that is needed is missing."
+    out.print(line, highlight=False, markup=False)
+
+
+def _packages(rows: list[dict[str, Any]]) -> Any:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title="Installed", title_justify="left")
+    for heading in ("package", "version", "for", "install"):
+        table.add_column(heading)
+    for row in rows:
+        absent = "MISSING" if row["needed"] else "-"
+        table.add_row(
+            row["name"], row["version"] or absent, row["why"], escape(row["install"] or "")
+        )
+    return table
+
+
+def _backends(rows: list[dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    from var_moe.cli.diagnosis import EXPERTS, HIDDEN, INTERMEDIATE, TOKENS, TOP_K
+
+    table = Table(
+        title=f"Experts backends on one layer ({TOKENS:,} tokens, {TOP_K} of {EXPERTS} experts, "
+        f"{HIDDEN} x {INTERMEDIATE})",
+        title_justify="left",
+    )
+    table.add_column("backend")
+    table.add_column("ms", justify="right")
+    table.add_column("")
+    for row in sorted(rows, key=lambda row: row["latency_ms"] or float("inf")):
+        took = "" if row["latency_ms"] is None else f"{row['latency_ms']:.2f}"
+        table.add_row(row["name"], took, row["why_not"] or "")
+    return table
+
+
+def _about(found: Mapping[str, Any]) -> list[str]:
+    """Machine, memory and Hub, a line each."""
+    lines = []
+    here, free, hub = found["machine"], found["memory"], found["hub"]
+    if here is not None:
+        devices = ", ".join(here["devices"]) or "cpu"
+        omp = here["omp_num_threads"] or "not set"
+        lines.append(
+            f"Device: {devices}; {here['cores']} cores, torch uses {here['torch_threads']} threads "
+            f"(OMP_NUM_THREADS {omp})"
+        )
+    if free["available_mib"] is not None:
+        lines.append(
+            f"Memory: {free['available_mib']:,.0f} of {free['total_mib']:,.0f} MiB free, "
+            f"{free['swap_used_mib']:,.0f} MiB of swap in use"
+        )
+    if hub["offline"]:
+        state = "offline mode (HF_HUB_OFFLINE is set): only what is in the cache can be loaded"
+    elif hub["reachable"]:
+        state = f"{hub['endpoint']} answers"
+    else:
+        state = "no answer within 2 s: only what is in the cache can be loaded"
+    lines.append(f"Hub: {state}")
+    lines.append(f"Cache: {hub['cache']} ({hub['cached_models']} models)")
+    return lines

@@ -1,0 +1,50 @@
+"""``var-moe export``: a configuration with all that it needs, as one folder or Hub repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from var_moe.cli.output import Answer
+
+
+def export(
+    results: Path,
+    *,
+    output: Path | None = None,
+    config: Path | None = None,
+    profile: Path | None = None,
+    compensation: Path | None = None,
+    push_to_hub: str | None = None,
+    private: bool = False,
+) -> Answer:
+    """Write a configuration, with the parts of the profile that it needs, as one folder.
+
+    `routed(model, folder)` takes it in place of a policy, and so does its Hub id.
+
+    Args:
+        results: results folder of `var-moe tune`.
+        output: folder to write; by default export in the results folder.
+        config: another configuration than best_config.json, such as certified_config.json.
+        profile: profile folder, where none lies in the results folder.
+        compensation: folder of a learned compensation, where it is not the profile's own.
+        push_to_hub: also upload it under this name (owner/name); needs `hf auth login`.
+        private: make the repository a private one.
+    """
+    from var_moe.certification.exporting import export as run_export
+    from var_moe.certification.exporting import push
+
+    place = output or results / "export"
+    head = run_export(results, place, config=config, profile=profile, compensation=compensation)
+    certificate = head["certificate"]
+    print(
+        f"{head['policy']} for model {head['model']['model']}: "
+        + (certificate["sentence"] if certificate else "not certified")
+    )
+    for path in sorted(place.iterdir()):
+        print(f"  {path} ({path.stat().st_size / 1024:,.0f} KiB)")
+    address = push(place, push_to_hub, private=private) if push_to_hub else None
+    if address:
+        print(f"Uploaded: {address}")
+    source = push_to_hub if address else place
+    print(f'Next: with routed(model, "{source}") as session: ...')
+    return Answer({**head, "folder": str(place), "address": address})

@@ -1,0 +1,1 @@
+"""A configuration with all that it needs as one folder: written, found and read."""

@@ -1,0 +1,154 @@
+"""What a policy was calibrated to, as named tensors and plain data, and back."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from var_moe.errors import UsageError
+from var_moe.routing.compensation import Compensation, LayerCompensation
+from var_moe.routing.damage import DamageModel
+from var_moe.routing.fast_path import ResidualMeans, RoutingTable
+from var_moe.routing.healed import Change, Healed
+from var_moe.routing.layer_sensitivity import LayerSensitivity
+from var_moe.routing.ratios import RatioQuantiles
+
+Tensors = dict[str, Tensor]
+_TABLE = tuple(field.name for field in fields(RoutingTable))
+_DAMAGE = tuple(field.name for field in fields(DamageModel) if field.name != "compensation")
+_LAYER = tuple(field.name for field in fields(LayerCompensation))
+_PLAIN: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "ratios": RatioQuantiles.from_dict,
+    "sensitivity": LayerSensitivity.from_dict,
+}
+
+
+def pack(calibration: Mapping[str, Any]) -> tuple[Tensors, dict[str, Any]]:
+    """Tensors by name, and what says how they belong together.
+
+    Args:
+        calibration: by the names of `routing.registry.CALIBRATION`, with ``compensation`` where
+            one was asked for; entries that are None are left out.
+
+    Raises:
+        UsageError: the damages were fitted with another compensation than the one asked for.
+    """
+    given = {name: value for name, value in calibration.items() if value is not None}
+    tensors: Tensors = {}
+    about: dict[str, Any] = {}
+    if "table" in given:
+        tensors |= {f"table.{name}": getattr(given["table"], name) for name in _TABLE}
+        about["table"] = {}
+    if "residuals" in given:
+        means = given["residuals"]
+        tensors |= {f"residuals.{layer}": part for layer, part in enumerate(means.table)}
+        about["residuals"] = {"by_pair": means.by_pair, "experts": means.experts}
+    for name in _PLAIN:
+        if name in given:
+            about[name] = given[name].to_dict()
+    compensation = given.get("compensation")
+    if "damage" in given:
+        damage = given["damage"]
+        tensors |= {f"damage.{name}": value for name, value in damage.tensors().items()}
+        about["damage"] = {"compensated": damage.compensation is not None}
+        if compensation is not None and _hash(damage.compensation) != compensation.hash:
+            raise UsageError("the damages were fitted with another compensation than asked for")
+        compensation = compensation or damage.compensation
+    if compensation is not None:
+        about["compensation"] = {
+            "asked_for": "compensation" in given,
+            **_pack_compensation(compensation, tensors),
+        }
+    # Copies: what shares memory cannot be saved, and views drag their whole storage along.
+    return {
+        name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()
+    }, about
+
+
+def unpack(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> dict[str, Any]:
+    """The calibration that `pack` was given.
+
+    Raises:
+        KeyError: a tensor or an entry is missing; names it.
+    """
+    found: dict[str, Any] = {}
+    layers = _count(tensors, "residuals")
+    if "table" in about:
+        found["table"] = RoutingTable(**{name: tensors[f"table.{name}"] for name in _TABLE})
+    if "residuals" in about:
+        parts = tuple(tensors[f"residuals.{layer}"] for layer in range(layers))
+        found["residuals"] = ResidualMeans(table=parts, **about["residuals"])
+    for name, read in _PLAIN.items():
+        if name in about:
+            found[name] = read(about[name])
+    compensation = None
+    if "compensation" in about:
+        compensation = _unpack_compensation(about["compensation"], tensors)
+        if about["compensation"]["asked_for"]:
+            found["compensation"] = compensation
+    if "damage" in about:
+        found["damage"] = DamageModel(
+            **{name: tensors[f"damage.{name}"] for name in _DAMAGE},
+            compensation=compensation if about["damage"]["compensated"] else None,
+        )
+    return found
+
+
+def hash_of(tensors: Mapping[str, Tensor]) -> str:
+    """Identity of names, shapes, dtypes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _hash(compensation: Compensation | None) -> str | None:
+    return None if compensation is None else compensation.hash
+
+
+def _pack_compensation(compensation: Compensation, tensors: Tensors) -> dict[str, Any]:
+    for number, layer in enumerate(compensation.layers):
+        for name, value in zip(_LAYER, layer.tensors(), strict=True):
+            if value is not None:
+                tensors[f"compensation.{number}.{name}"] = value
+    changes = {} if compensation.healed is None else compensation.healed.changes
+    healed = list(changes.items())
+    for number, (_, change) in enumerate(healed):
+        tensors |= {f"healed.{number}.{factor}": part for factor, part in enumerate(change)}
+    return {
+        "by_pair": compensation.by_pair,
+        "experts": compensation.experts,
+        "layers": len(compensation.layers),
+        "healed": [{"parameter": name, "factors": len(change)} for name, change in healed],
+    }
+
+
+def _unpack_compensation(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Compensation:
+    layers = []
+    for number in range(about["layers"]):
+        own = f"compensation.{number}."
+        vectors, *low = _LAYER
+        low_rank = [tensors.get(own + name) for name in low]
+        layers.append(LayerCompensation(tensors[own + vectors], *low_rank))
+    changes: dict[str, Change] = {}
+    for number, entry in enumerate(about["healed"]):
+        one = tensors[f"healed.{number}.0"]
+        changes[entry["parameter"]] = (
+            (one, tensors[f"healed.{number}.1"]) if entry["factors"] == 2 else (one,)
+        )
+    return Compensation(
+        layers=tuple(layers),
+        by_pair=about["by_pair"],
+        experts=about["experts"],
+        healed=Healed(changes) if changes else None,
+    )
+
+
+def _count(tensors: Mapping[str, Tensor], kind: str) -> int:
+    return sum(name.startswith(f"{kind}.") for name in tensors)
