@@ -194,12 +194,19 @@ def _with_residual(out: Tensor, extra: Residual) -> Tensor:
     return out + (means * scale).to(out.dtype)
 
 
+def automatic(model: Any, backend: str) -> str:
+    """The name of the backend that ``"auto"`` stands for on the model's device."""
+    if backend != "auto":
+        return backend
+    return SORTED if next(model.parameters()).device.type == "cpu" else "grouped_mm"
+
+
 @contextmanager
 def routed(
     model: Any,
     policy: RoutingPolicy,
     *,
-    backend: str = "auto",
+    backend: str | PairBackend = "auto",
     guard: Guard | Watching | None = None,
 ) -> Iterator[Session]:
     """Run the model's experts as ``policy`` decides, until the block ends.
@@ -208,7 +215,7 @@ def routed(
         model: a transformers Mixture-of-Experts causal language model.
         policy: which pairs are executed, and what stands in for the others.
         backend: who executes them: ``"sorted"`` (ours), ``"grouped_mm"``, ``"eager"``, ...;
-            ``"auto"`` is ``"sorted"`` on CPU and ``"grouped_mm"`` elsewhere.
+            ``"auto"`` is ``"sorted"`` on CPU and ``"grouped_mm"`` elsewhere; or a backend itself.
         guard: warns, or goes over to the model's own routing, when decisions leave the range
             that it was calibrated on (`calibrate_guard`); its stream of documents is this block.
 
@@ -222,8 +229,7 @@ def routed(
     Healed weights, where the policy's compensation has them, are in place of the model's own.
     On leaving, also by an exception, the model is what it was before.
     """
-    if backend == "auto":
-        backend = SORTED if next(model.parameters()).device.type == "cpu" else "grouped_mm"
+    run_pairs = pair_backend(automatic(model, backend)) if isinstance(backend, str) else backend
     modules = [module for _, module in experts_modules(model)]
     if policy.compensation is not None:
         policy.compensation.check(**experts_shape(model))
@@ -231,7 +237,7 @@ def routed(
     if isinstance(guard, Guard):
         guard.check(policy_facts(policy), layers=len(modules))
     watch = Watch(guard) if isinstance(guard, Guard) else guard
-    session = Session(policy, pair_backend(backend), len(modules), watch)
+    session = Session(policy, run_pairs, len(modules), watch)
     before = attach(model, session)
     hooks = [
         model.register_forward_pre_hook(session.before_forward, with_kwargs=True),

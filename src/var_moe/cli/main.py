@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError, Parameter
 
 from var_moe import __version__
+from var_moe.cli.analyze import analyze
 from var_moe.cli.certify import certify
 from var_moe.cli.compare import compare
 from var_moe.cli.evaluate import evaluate
@@ -36,7 +37,7 @@ def build_app() -> App:
         result_action="return_value",
         suppress_keyboard_interrupt=False,  # `main` says what is kept
     )
-    commands = (tune, certify, stability, guard, profile, evaluate, compare, trace, replay)
+    commands = (tune, certify, stability, guard, profile, evaluate, compare, trace, replay, analyze)
     for command in commands:
         app.command(command)
     app.command(fit_compensation, name="fit-compensation")
