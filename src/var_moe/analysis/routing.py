@@ -47,7 +47,7 @@ def analyse_routing(profile: RoutingProfile) -> dict[str, Any]:
     stats, head = profile.stats, profile.head
     default = VARConfig()
     layers = [_layer(int(str(layer)), rows) for layer, rows in stats.groupby("layer")]
-    coverage = {
+    coverage: dict[str, Any] = {
         "entropy_thresholds": list(ENTROPIES),
         "frequency_thresholds": list(FREQUENCIES),
         # rows: frequencies, columns: entropies

@@ -139,9 +139,7 @@ def analyse(
     report("fitting the cost model", 1, 1)
     model = PerformanceModel(cost, residual=adds_residual(candidate, policy))
     predicted = model.predict_speedup(ran.report)
-    found = find_bottlenecks(
-        _facts(evaluator, candidate, policy, speed, ran, parts, scaling, model)
-    )
+    found = find_bottlenecks(_facts(evaluator, candidate, speed, ran, parts, scaling, model))
     arms = {
         "baseline": {
             **_measured(evaluator, speed.baseline_tps, baseline_memory),
@@ -259,14 +257,16 @@ def _roofline(evaluator: Evaluator, arms: dict[str, Any], ran: Ran) -> dict[str,
 def _facts(
     evaluator: Evaluator,
     candidate: Candidate,
-    policy: RoutingPolicy,
     speed: Speed,
     ran: Ran,
     parts: dict[str, ComponentTimings],
     scaling: list[dict[str, Any]],
     model: PerformanceModel,
 ) -> Facts:
-    is_var = isinstance(candidate, VARConfig)
+    # Every other policy than VAR's plain mode decides on the router's own decision.
+    always_asked, uses_cache = True, False
+    if isinstance(candidate, VARConfig):
+        always_asked, uses_cache = candidate.mode == "verified", candidate.cache_size > 0
     assert speed.backend_factor is not None
     return Facts(
         speedup=speed.speedup.median,
@@ -279,9 +279,8 @@ def _facts(
         cache_hit_rate=ran.report.cache_hit_rate,
         experts_per_token=ran.report.experts_per_token,
         top_k=evaluator.top_k,
-        # Every other policy than VAR's plain mode decides on the router's own decision.
-        router_always_asked=not is_var or candidate.mode == "verified",
-        uses_cache=is_var and candidate.cache_size > 0,
+        router_always_asked=always_asked,
+        uses_cache=uses_cache,
         scaling=scaling,
         imbalance=ran.imbalance,
         routing_share=parts["var"].share("policy"),
