@@ -197,12 +197,19 @@ def _with_residual(out: Tensor, extra: Residual) -> Tensor:
     return out + (means * scale).to(out.dtype)
 
 
+def automatic(model: Any, backend: str) -> str:
+    """The name of the backend that ``"auto"`` stands for on the model's device."""
+    if backend != "auto":
+        return backend
+    return SORTED if next(model.parameters()).device.type == "cpu" else "grouped_mm"
+
+
 @contextmanager
 def routed(
     model: Any,
     policy: RoutingPolicy | str | Path,
     *,
-    backend: str = "auto",
+    backend: str | PairBackend = "auto",
     guard: Guard | Watching | None = None,
 ) -> Iterator[Session]:
     """Run the model's experts as ``policy`` decides, until the block ends.
@@ -213,7 +220,7 @@ def routed(
         policy: which pairs are executed, and what stands in for the others; or the folder that
             `var-moe export` wrote, or its Hub id.
         backend: who executes them: ``"sorted"`` (ours), ``"grouped_mm"``, ``"eager"``, ...;
-            ``"auto"`` is ``"sorted"`` on CPU and ``"grouped_mm"`` elsewhere.
+            ``"auto"`` is ``"sorted"`` on CPU and ``"grouped_mm"`` elsewhere; or a backend itself.
         guard: warns, or goes over to the model's own routing, when decisions leave the range
             that it was calibrated on (`calibrate_guard`); its stream of documents is this block.
 
@@ -232,8 +239,7 @@ def routed(
         policy = load_exported(policy, model).policy()
     if isinstance(model, LoadedModel):
         model = model.model
-    if backend == "auto":
-        backend = SORTED if next(model.parameters()).device.type == "cpu" else "grouped_mm"
+    run_pairs = pair_backend(automatic(model, backend)) if isinstance(backend, str) else backend
     modules = [module for _, module in experts_modules(model)]
     if policy.compensation is not None:
         policy.compensation.check(**experts_shape(model))
@@ -241,7 +247,7 @@ def routed(
     if isinstance(guard, Guard):
         guard.check(policy_facts(policy), layers=len(modules))
     watch = Watch(guard) if isinstance(guard, Guard) else guard
-    session = Session(policy, pair_backend(backend), len(modules), watch)
+    session = Session(policy, run_pairs, len(modules), watch)
     before = attach(model, session)
     hooks = [
         model.register_forward_pre_hook(session.before_forward, with_kwargs=True),

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError, Parameter
 
 from var_moe import __version__
+from var_moe.cli.analyze import analyze
 from var_moe.cli.certify import certify
 from var_moe.cli.compare import compare
 from var_moe.cli.demo import demo
@@ -48,7 +49,7 @@ def build_app() -> App:
         suppress_keyboard_interrupt=False,  # `main` says what is kept
     )
     commands = (tune, certify, stability, guard, profile, evaluate, compare, trace, replay)
-    for command in (*commands, report, export, doctor, demo):
+    for command in (*commands, analyze, report, export, doctor, demo):
         app.command(command)
     app.command(fit_compensation, name="fit-compensation")
     app.command(lm_eval, name=FORWARDED, help_flags=(), version_flags=())

@@ -4,8 +4,8 @@ One forward of T tokens takes ``fixed + rest T + pair P + expert A + calls + pol
 seconds: the model's calls, what is done for every token (attention, norms, head), P executed
 pairs and A expert calls over all layers (an expert that any token runs must be read), VAR's own
 calls and its work per token, and the residual means of C cut decisions. The seven coefficients are
-not negative and are fitted to a few timed forwards of three sizes, by relative error. Fit it once
-for a machine, model and dtype; it predicts any configuration from its counts alone.
+not negative and are fitted to a few timed forwards of three sizes, interleaved, by relative error.
+Fit it once for a machine, model and dtype; it predicts any configuration from its counts alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from scipy.optimize import nnls
 from var_moe.errors import UsageError
 from var_moe.evaluation.batching import full_batches
 from var_moe.evaluation.compare import Evaluator, SpeedSetting
-from var_moe.evaluation.throughput import backend_arm, policy_arm, time_arms
+from var_moe.evaluation.throughput import ArmGroup, backend_arm, policy_arm, time_groups
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.counts import RoutingReport
 from var_moe.routing.fixed_k import FixedKPolicy
@@ -38,6 +38,9 @@ SHAPES = (
     SpeedSetting(batch_size=1, sequence=32),
 )
 BLOCKS = 6
+OWN_WEIGHT = 3.0
+"""What an error in the setting that speedups are predicted for counts, in others it counts 1: no
+straight line goes through all sizes (large forwards pay for fresh memory, small ones for calls)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,11 +195,14 @@ def expected_experts(experts: int, pairs: Floats) -> Floats:
     return found
 
 
-def fit(timings: Sequence[tuple[Work, float]]) -> tuple[dict[str, float], float]:
+def fit(
+    timings: Sequence[tuple[Work, float]], weights: Sequence[float] | None = None
+) -> tuple[dict[str, float], float]:
     """Coefficients by relative least squares, and the median error of timings left out.
 
     Args:
         timings: work and seconds of each; sizes that differ, or terms can't be told apart.
+        weights: what a relative error of each counts; by default all alike.
 
     Returns:
         Seconds per unit of each of `TERMS`, and the median over all timings of the relative
@@ -204,13 +210,13 @@ def fit(timings: Sequence[tuple[Work, float]]) -> tuple[dict[str, float], float]
     """
     work = np.array([one.terms() for one, _ in timings])
     seconds = np.array([value for _, value in timings])
+    each = np.ones(len(seconds)) if weights is None else np.asarray(weights, dtype=np.float64)
     scaled = work / seconds[:, None]
-    ones = np.ones(len(seconds))
-    coefficients = _nnls(scaled, ones)
+    coefficients = _nnls(scaled * each[:, None], each)
     errors = []
     for left_out in range(len(seconds)):
         others = np.arange(len(seconds)) != left_out
-        found = _nnls(scaled[others], ones[others])
+        found = _nnls(scaled[others] * each[others, None], each[others])
         errors.append(abs(float(scaled[left_out] @ found) - 1))
     return dict(zip(TERMS, coefficients.tolist(), strict=True)), float(np.median(errors))
 
@@ -251,25 +257,16 @@ def fit_cost_model(
         policies["VAR, all pairs"] = (var_all, top_k, True, False)
     if var_leading is not None:
         policies["VAR, leading pairs"] = (var_leading, lead, True, True)
+    settings = (evaluator.setting, *SHAPES[1:])
+    groups = [_group(evaluator, setting, policies) for setting in settings]
+    timed = time_groups(model, groups, blocks=blocks)
+    # Every time is set against the baseline's in the setting that speedups are predicted for, block
+    # by block: a machine that changes speed hits both.
+    reference = timed[0].seconds["baseline"] / len(groups[0].batches)
+    baseline = float(np.median(reference))
     rows: list[dict[str, Any]] = []
-    baseline = 0.0
-    for setting in (evaluator.setting, *SHAPES[1:]):
-        tokens = setting.batch_size * min(setting.sequence, evaluator.loaded.window)
-        batches = full_batches(
-            evaluator.documents,
-            batch_size=setting.batch_size,
-            sequence=tokens // setting.batch_size,
-            count=setting.forwards,
-        )
-        arms: dict[str, Any] = {"baseline": backend_arm(model, evaluator.baseline_backend)}
-        for name, (policy, *_rest) in policies.items():
-            arms[name] = policy_arm(model, policy, backend=evaluator.backend)
-        # Small forwards take a moment: more of them for the same noise.
-        repeated = batches * max(1, min(8, 1024 // tokens))
-        timed = time_arms(model, arms, repeated, blocks=blocks)
-        base = float(np.median(timed.seconds["baseline"])) / len(repeated)
-        if setting is evaluator.setting:
-            baseline = base
+    for number, (group, found) in enumerate(zip(groups, timed, strict=True)):
+        tokens = group.batches[0].numel()
         for name, (_policy, per_token, decided, residual) in policies.items():
             pairs = per_token * tokens
             cut = tokens * layers * (top_k - per_token) / max(top_k - lead, 1)
@@ -280,10 +277,13 @@ def fit_cost_model(
                 decided=tokens if decided else 0,
                 cut=cut if residual else 0,
             )
-            # Against the baseline's blocks, so that a machine that changes speed hits both.
-            took = base / timed.ratio("baseline", name).median
-            rows.append({"name": name, "work": work, "seconds": took})
-    seconds, error = fit([(row["work"], row["seconds"]) for row in rows])
+            each = found.seconds[name] / len(group.batches)
+            took = baseline * float(np.median(each / reference))
+            weight = OWN_WEIGHT if number == 0 else 1.0
+            rows.append({"name": name, "work": work, "seconds": took, "weight": weight})
+    seconds, error = fit(
+        [(row["work"], row["seconds"]) for row in rows], [row["weight"] for row in rows]
+    )
     fitted = CostModel(
         seconds=seconds,
         baseline=baseline,
@@ -303,3 +303,25 @@ def fit_cost_model(
         for row in rows
     )
     return replace(fitted, timings=timings)
+
+
+def _group(
+    evaluator: Evaluator,
+    setting: SpeedSetting,
+    policies: Mapping[str, tuple[RoutingPolicy, float, bool, bool]],
+) -> ArmGroup:
+    """The baseline and all policies, on forwards of one size."""
+    sequence = min(setting.sequence, evaluator.loaded.window)
+    tokens = setting.batch_size * sequence
+    batches = full_batches(
+        evaluator.documents,
+        batch_size=setting.batch_size,
+        sequence=sequence,
+        count=setting.forwards,
+    )
+    model = evaluator.model
+    arms: dict[str, Any] = {"baseline": backend_arm(model, evaluator.baseline_backend)}
+    for name, (policy, *_rest) in policies.items():
+        arms[name] = policy_arm(model, policy, backend=evaluator.backend)
+    # Small forwards take a moment: more of them for the same noise.
+    return ArmGroup(arms, batches * max(1, min(8, 1024 // tokens)))

@@ -76,6 +76,7 @@ def time_arms(
     progress: Callable[[int, int], None] | None = None,
     run: Callable[[Any, Tensor], None] = _score,
     tokens: int | None = None,
+    warm_up: bool = True,
 ) -> Timings:
     """Time each arm in alternating blocks (A B B A ...).
 
@@ -83,17 +84,18 @@ def time_arms(
         model: the model that the arms' contexts act on.
         arms: name -> context to run a block in.
         batches: (B, S) token ids, one run each; a block is one pass over them.
-        blocks: how many blocks of each arm are timed; one more is run first as warm-up.
+        blocks: how many blocks of each arm are timed; a short one is run first as warm-up.
         progress: called with blocks done and in all.
         run: what is timed, on one batch; by default one full forward.
         tokens: tokens of a block; by default those of the batches.
+        warm_up: whether the warm-up is run.
     """
     device = next(model.parameters()).device
     inputs = [batch.to(device) for batch in batches]
     names = list(arms)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     with torch.inference_mode():
-        for block in range(-1, blocks):
+        for block in range(-1 if warm_up else 0, blocks):
             for name in names if block % 2 == 0 else names[::-1]:
                 with arms[name]() as state:
                     if state is not None:
@@ -107,6 +109,46 @@ def time_arms(
         seconds={name: np.array(values) for name, values in seconds.items()},
         tokens=tokens or sum(batch.numel() for batch in batches),
     )
+
+
+@dataclass(frozen=True)
+class ArmGroup:
+    """Arms that are timed on the same batches."""
+
+    arms: Mapping[str, Arm]
+    batches: Sequence[Tensor]
+
+
+def time_groups(
+    model: Any,
+    groups: Sequence[ArmGroup],
+    *,
+    blocks: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Timings]:
+    """`time_arms` of several groups at once: a block of each in turn.
+
+    A machine that drifts hits all groups alike, so that times of one group can be set against
+    those of another.
+
+    Returns:
+        The timings of each group.
+    """
+    parts: list[list[Timings]] = [[] for _ in groups]
+    for block in range(blocks):
+        for group, found in zip(groups, parts, strict=True):
+            names = list(group.arms) if block % 2 == 0 else list(group.arms)[::-1]
+            arms = {name: group.arms[name] for name in names}
+            found.append(time_arms(model, arms, group.batches, blocks=1, warm_up=block == 0))
+        if progress:
+            progress(block + 1, blocks)
+    return [
+        Timings(
+            seconds={n: np.concatenate([one.seconds[n] for one in found]) for n in group.arms},
+            tokens=found[0].tokens,
+        )
+        for group, found in zip(groups, parts, strict=True)
+    ]
 
 
 def _seconds(
@@ -179,10 +221,12 @@ def fastest_backend(
 
 __all__ = [
     "Arm",
+    "ArmGroup",
     "Ratio",
     "Timings",
     "backend_arm",
     "fastest_backend",
     "policy_arm",
     "time_arms",
+    "time_groups",
 ]

@@ -150,27 +150,33 @@ def pair_backend(name: str) -> PairBackend:
         known = ", ".join([SORTED, "eager", *sorted(set(ALL_EXPERTS_FUNCTIONS) - {IMPLEMENTATION})])
         raise UsageError(f"experts backend {name!r}: expected one of {known}")
 
-    def run(module: nn.Module, hidden: Tensor, index: Tensor) -> Tensor:
+    return TransformersBackend(name)
+
+
+class TransformersBackend:
+    """Hands the pairs that are not dropped to one of transformers' backends, as a top-1 problem."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __call__(self, module: nn.Module, hidden: Tensor, index: Tensor) -> Tensor:
+        tokens, top_k = index.shape
+        pair = (index.reshape(-1) >= 0).nonzero().squeeze(1)  # the one wait for the device
+        out = self.products(module, hidden[pair // top_k], index.reshape(-1)[pair, None])
+        if pair.shape[0] == tokens * top_k:
+            return out.view(tokens, top_k, -1)
+        full = out.new_zeros((tokens * top_k, out.shape[1]))
+        full[pair] = out
+        return full.view(tokens, top_k, -1)
+
+    def products(self, module: nn.Module, rows: Tensor, index: Tensor) -> Tensor:
+        """The experts' own work on (P, D) rows, each for the expert of its (P, 1) index. (P, D)"""
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
         original = type(module).forward.__wrapped__  # type: ignore[attr-defined]
-        function = ALL_EXPERTS_FUNCTIONS.get_interface(name, original)
-        return _compacted(function, module, hidden, index)
-
-    return run
-
-
-def _compacted(
-    function: Callable[..., Tensor], module: nn.Module, hidden: Tensor, index: Tensor
-) -> Tensor:
-    """Hand the pairs that are not dropped to one of transformers' backends, as a top-1 problem."""
-    tokens, top_k = index.shape
-    pair = (index.reshape(-1) >= 0).nonzero().squeeze(1)  # the one wait for the device
-    ones = torch.ones((pair.shape[0], 1), dtype=hidden.dtype, device=hidden.device)
-    out = function(module, hidden[pair // top_k], index.reshape(-1)[pair, None], ones)
-    if pair.shape[0] == tokens * top_k:
-        return out.view(tokens, top_k, -1)
-    full = out.new_zeros((tokens * top_k, out.shape[1]))
-    full[pair] = out
-    return full.view(tokens, top_k, -1)
+        function: Callable[..., Tensor] = ALL_EXPERTS_FUNCTIONS.get_interface(self._name, original)
+        ones = torch.ones((rows.shape[0], 1), dtype=rows.dtype, device=rows.device)
+        return function(module, rows, index, ones)
 
 
 def execute(

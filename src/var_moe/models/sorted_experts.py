@@ -42,7 +42,7 @@ class SortedExperts:
         # The one wait for the device. Number 0 counts the dropped pairs.
         counts = torch.bincount(flat + 1, minlength=module.num_experts + 1).tolist()
         dropped, kept = order[: counts[0]], order[counts[0] :]
-        out = self._run(module, hidden[kept // top_k], counts[1:])
+        out = self.products(module, hidden[kept // top_k], counts[1:])
         full = hidden.new_empty((len(flat), hidden.shape[1]))
         full.index_copy_(0, kept, out).index_fill_(0, dropped, 0.0)
         return full.view(*index.shape, -1)
@@ -55,8 +55,8 @@ class SortedExperts:
                 self._one_expert(module, hidden, expert, full[0, slot : slot + 1])
         return full
 
-    def _run(self, module: Any, rows: Tensor, counts: list[int]) -> Tensor:
-        """(P, D) rows sorted by expert -> (P, D)."""
+    def products(self, module: Any, rows: Tensor, counts: list[int]) -> Tensor:
+        """The experts' own work: (P, D) rows sorted by expert, so many for each -> (P, D)."""
         # Where gradients are wanted, nothing may be overwritten.
         buffered = not torch.is_grad_enabled()
         whole = self._buffer("out", rows, rows.shape[1]) if buffered else None

@@ -1,0 +1,259 @@
+"""`PerformanceModel`: latency and speedup of shares of fast, cached and learned decisions.
+
+Behind it is the cost model that replay uses (`evaluation.cost`): time follows the executed pairs,
+not the path by which a decision came about. A tier therefore counts by the experts per token that
+it runs: FAST and CACHED the leading ceil(K/2), LEARNED all K, unless a distribution says otherwise
+(verified VAR and the damage policy cut LEARNED decisions too).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from scipy.optimize import brentq
+
+from var_moe.config import check_number
+from var_moe.errors import UsageError
+from var_moe.evaluation.compare import SpeedSetting
+from var_moe.evaluation.cost import TERMS, CostModel, Work
+from var_moe.routing.counts import RoutingReport
+from var_moe.routing.ranking import leading_count
+
+_SUM_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class TierDistribution:
+    """Shares of (layer, token) decisions by tier, and the experts per token that each runs.
+
+    Args:
+        fast, cached, learned: shares in [0, 1] that sum to 1.
+        experts_fast, experts_cached: experts per token; None is the leading ceil(K/2).
+        experts_learned: experts per token; None is K.
+
+    Raises:
+        UsageError: a share is out of its range, or they do not sum to 1.
+    """
+
+    fast: float = 0.0
+    cached: float = 0.0
+    learned: float = 1.0
+    experts_fast: float | None = None
+    experts_cached: float | None = None
+    experts_learned: float | None = None
+
+    def __post_init__(self) -> None:
+        shares = {name: getattr(self, name) for name in ("fast", "cached", "learned")}
+        for name, value in shares.items():
+            check_number(f"TierDistribution.{name}", value, low=0, high=1)
+        if abs(sum(shares.values()) - 1) > _SUM_TOLERANCE:
+            raise UsageError(
+                f"TierDistribution: fast + cached + learned = {sum(shares.values()):.6g}: "
+                "expected shares that sum to 1"
+            )
+        for name in ("experts_fast", "experts_cached", "experts_learned"):
+            if getattr(self, name) is not None:
+                check_number(f"TierDistribution.{name}", getattr(self, name), low=0)
+
+    @classmethod
+    def of(cls, report: RoutingReport) -> TierDistribution:
+        """What a session counted; every tier gets the experts per token of all."""
+        shares = [report.fast_pct / 100, report.cached_pct / 100, report.learned_pct / 100]
+        each = report.experts_per_token
+        return cls(
+            **dict(zip(("fast", "cached", "learned"), shares, strict=True)),
+            experts_fast=each,
+            experts_cached=each,
+            experts_learned=each,
+        )
+
+    def experts_per_token(self, top_k: int) -> float:
+        """Executed pairs per layer and token, for a model with K = ``top_k``."""
+        total = 0.0
+        for share, given, default in (
+            (self.fast, self.experts_fast, leading_count(top_k)),
+            (self.cached, self.experts_cached, leading_count(top_k)),
+            (self.learned, self.experts_learned, top_k),
+        ):
+            total += share * (default if given is None else given)
+        if total > top_k + _SUM_TOLERANCE:
+            raise UsageError(
+                f"TierDistribution: {total:.4g} experts per token, but the model runs {top_k}"
+            )
+        return total
+
+
+class PerformanceModel:
+    """Predicts a forward's latency, and the speedup over the unmodified model.
+
+    Args:
+        cost: a fitted cost model (`evaluation.cost.fit_cost_model`, or a ``cost_model.json``);
+            without one, `set_costs` gives the figures.
+        residual: whether something stands in for dropped experts (residual means, a compensation).
+    """
+
+    def __init__(self, cost: CostModel | None = None, *, residual: bool = False) -> None:
+        self._cost, self._residual = cost, residual
+
+    @property
+    def cost(self) -> CostModel:
+        """The cost model.
+
+        Raises:
+            UsageError: there is none yet.
+        """
+        if self._cost is None:
+            raise UsageError(
+                "PerformanceModel has no costs: give it a fitted cost model, or call set_costs(...)"
+            )
+        return self._cost
+
+    def set_costs(
+        self,
+        *,
+        seconds: Mapping[str, float],
+        baseline_s: float,
+        layers: int,
+        experts: int,
+        top_k: int,
+        batch_size: int = SpeedSetting.batch_size,
+        sequence: int = SpeedSetting.sequence,
+    ) -> PerformanceModel:
+        """Give the costs by hand.
+
+        Args:
+            seconds: by the names of `evaluation.cost.TERMS`; what is left out costs nothing.
+            baseline_s: seconds of the unmodified model's forward in that batch.
+            layers, experts, top_k: L, E, K.
+            batch_size, sequence: of the forward that is predicted.
+
+        Returns:
+            Itself.
+
+        Raises:
+            UsageError: an unknown term, or a figure out of its range; names it.
+        """
+        for name, value in seconds.items():
+            if name not in TERMS:
+                raise UsageError(
+                    f"set_costs: unknown term {name!r}; expected some of {', '.join(TERMS)}"
+                )
+            check_number(f"set_costs: seconds[{name!r}]", value, low=0)
+        check_number("set_costs: baseline_s", baseline_s, low=0, open_low=True)
+        counts = {"layers": layers, "experts": experts, "top_k": top_k}
+        counts |= {"batch_size": batch_size, "sequence": sequence}
+        for name, count in counts.items():
+            check_number(f"set_costs: {name}", count, integer=True, low=1)
+        self._cost = CostModel(
+            seconds={name: float(seconds.get(name, 0.0)) for name in TERMS},
+            baseline=baseline_s,
+            setting=SpeedSetting(batch_size=batch_size, sequence=sequence),
+            layers=layers,
+            experts=experts,
+            top_k=top_k,
+            error=0.0,
+        )
+        return self
+
+    def _work(self, spread: TierDistribution | RoutingReport) -> Work:
+        cost = self.cost
+        if not isinstance(spread, RoutingReport):
+            # A report of one million tokens per layer: fine enough to hold any share.
+            tokens = 10**6
+            pairs = round(spread.experts_per_token(cost.top_k) * tokens)
+            spread = RoutingReport(
+                tokens=tokens,
+                top_k=cost.top_k,
+                tier_counts=((0, 0, tokens),) * cost.layers,
+                executed_pairs=(pairs,) * cost.layers,
+            )
+        return cost.work(spread, residual=self._residual)
+
+    def predict_latency(self, spread: TierDistribution | RoutingReport) -> float:
+        """Milliseconds of a forward in the cost model's setting."""
+        return 1000 * self.cost.predict(self._work(spread))
+
+    def predict_speedup(self, spread: TierDistribution | RoutingReport) -> float:
+        """Predicted speedup over the unmodified model on its fastest backend."""
+        return 1000 * self.cost.baseline / self.predict_latency(spread)
+
+    def largest_speedup(self) -> float:
+        """With the leading ceil(K/2) experts everywhere: what no distribution goes beyond."""
+        return self.predict_speedup(TierDistribution(fast=1.0, learned=0.0))
+
+    def find_breakeven_distribution(
+        self,
+        target_speedup: float = 1.0,
+        max_learned: float = 1.0,
+        *,
+        experts_learned: float | None = None,
+    ) -> TierDistribution:
+        """The distribution with the most learned decisions that still reaches a speedup.
+
+        FAST and CACHED run equally many experts, so that only their sum counts; it is returned as
+        ``fast``.
+
+        Args:
+            target_speedup: to reach.
+            max_learned: largest share of learned decisions, in [0, 1].
+            experts_learned: experts per token of a learned decision; by default K.
+
+        Raises:
+            UsageError: no distribution reaches it; says what is the most.
+        """
+        check_number("target_speedup", target_speedup, low=0, open_low=True)
+        check_number("max_learned", max_learned, low=0, high=1)
+
+        def at(learned: float) -> TierDistribution:
+            return TierDistribution(
+                fast=1 - learned, learned=learned, experts_learned=experts_learned
+            )
+
+        def missing(learned: float) -> float:
+            return target_speedup - self.predict_speedup(at(learned))
+
+        if missing(max_learned) <= 0:
+            return at(max_learned)
+        if missing(0.0) > 0:
+            raise UsageError(
+                f"target_speedup = {target_speedup:g}: beyond the {self.largest_speedup():.3f}x "
+                f"that {leading_count(self.cost.top_k)} of {self.cost.top_k} experts everywhere "
+                "reaches; ask for less, or make the experts a larger share of the time"
+            )
+        # Time is concave in the share (expert calls are, the rest is linear): one crossing.
+        return at(max(float(brentq(missing, 0.0, max_learned, xtol=1e-9)) - 1e-9, 0.0))
+
+    def analyze_bottleneck(self, spread: TierDistribution | RoutingReport) -> dict[str, Any]:
+        """What a forward's time is made of, and what would be gained without each part.
+
+        Returns:
+            ``terms``: name -> milliseconds, share, and the speedup over the baseline if it cost
+            nothing (Amdahl's law); ``largest``: the name of the largest; ``latency_ms``,
+            ``speedup``; ``experts_share``: pairs and expert calls together; ``largest_speedup``.
+        """
+        work = self._work(spread)
+        parts, total = self.cost.breakdown(work), self.cost.predict(work)
+        terms = {
+            name: {
+                "ms": 1000 * value,
+                "share": value / total,
+                "speedup_without": self.cost.baseline / (total - value) if value < total else None,
+            }
+            for name, value in parts.items()
+        }
+        return {
+            "latency_ms": 1000 * total,
+            "speedup": self.cost.baseline / total,
+            "largest": max(parts, key=lambda name: parts[name]),
+            "experts_share": (parts["pair"] + parts["expert"]) / total,
+            "largest_speedup": self.largest_speedup(),
+            "terms": terms,
+        }
+
+    def in_setting(self, *, batch_size: int, sequence: int, baseline_s: float) -> PerformanceModel:
+        """The same for another batch, whose unmodified forward took ``baseline_s`` seconds."""
+        setting = SpeedSetting(batch_size=batch_size, sequence=sequence)
+        other = replace(self.cost, setting=setting, baseline=baseline_s)
+        return PerformanceModel(other, residual=self._residual)

@@ -1,0 +1,310 @@
+"""The systems analysis: one configuration beside the unmodified model, measured and explained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from var_moe.analysis.bottlenecks import Bottleneck, Facts, find_bottlenecks
+from var_moe.analysis.components import ComponentTimings, profile_components
+from var_moe.analysis.load import Ran, run_baseline, run_policy
+from var_moe.analysis.machine import measure_machine
+from var_moe.analysis.performance import PerformanceModel
+from var_moe.analysis.roofline import roofline
+from var_moe.analysis.scaling import BATCH_SIZES, SEQUENCES, measure_scaling
+from var_moe.analysis.work import shapes_of
+from var_moe.apply import automatic
+from var_moe.config import VARConfig, check_number
+from var_moe.evaluation.compare import Evaluator, Progress, Speed
+from var_moe.evaluation.cost import CostModel, fit_cost_model
+from var_moe.optimization.candidate import Candidate, kind_of
+from var_moe.optimization.objective import make_objective
+from var_moe.optimization.policy_objective import PolicyObjective
+from var_moe.optimization.results import jsonable
+from var_moe.storage import SCHEMA_VERSION, atomic_write_json, check_output_folder, provenance
+
+if TYPE_CHECKING:
+    from var_moe.profiling.profile import RoutingProfile
+    from var_moe.routing.base import RoutingPolicy
+
+SYSTEMS_FILE, PROFILE_FILE = "systems_analysis.json", "profile_report.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalysisSettings:
+    """How much is measured.
+
+    Args:
+        blocks: timed blocks per arm of the speedup.
+        rounds: passes whose parts are timed.
+        scaling_blocks: timed blocks per arm, sequence length and batch size.
+        cost_blocks: timed blocks per arm and size of the cost model's fit.
+        sequences, batch_sizes: settings of the scaling.
+
+    Raises:
+        UsageError: a count is below 1.
+    """
+
+    blocks: int = 10
+    rounds: int = 8
+    scaling_blocks: int = 5
+    cost_blocks: int = 6
+    sequences: Sequence[int] = SEQUENCES
+    batch_sizes: Sequence[int] = BATCH_SIZES
+
+    def __post_init__(self) -> None:
+        counts = {
+            name: getattr(self, name)
+            for name in ("blocks", "rounds", "scaling_blocks", "cost_blocks")
+        }
+        counts |= {f"sequences[{i}]": value for i, value in enumerate(self.sequences)}
+        counts |= {f"batch_sizes[{i}]": value for i, value in enumerate(self.batch_sizes)}
+        for name, value in counts.items():
+            check_number(f"AnalysisSettings.{name}", value, integer=True, low=1)
+
+    @classmethod
+    def quick(cls) -> AnalysisSettings:
+        """Enough to see the picture, not to publish it."""
+        return cls(blocks=3, rounds=2, scaling_blocks=2, cost_blocks=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SystemsAnalysis:
+    """The two result files, as JSON values."""
+
+    systems: dict[str, Any]
+    components: dict[str, Any]
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``systems_analysis.json`` and ``profile_report.json``.
+
+        Raises:
+            UsageError: the folder is a file or cannot be written.
+        """
+        place = check_output_folder(folder)
+        atomic_write_json(place / PROFILE_FILE, self.components)
+        atomic_write_json(place / SYSTEMS_FILE, self.systems)
+
+
+def analyse(
+    evaluator: Evaluator,
+    profile: RoutingProfile,
+    candidate: Candidate,
+    settings: AnalysisSettings | None = None,
+    *,
+    progress: Progress | None = None,
+) -> SystemsAnalysis:
+    """Measure where time goes, how it scales, what bounds it; compare with the cost model.
+
+    Args:
+        evaluator: model, text and the batch that speed is measured on.
+        profile: of the same model.
+        candidate: a VAR configuration, or settings of another policy.
+        settings: how much is measured.
+        progress: called with a stage's name, steps done and in all.
+    """
+    settings = settings or AnalysisSettings()
+    report = progress or (lambda _stage, _done, _total: None)
+    # Cost policies are those of the candidate, not of whatever was measured here before.
+    evaluator = replace(evaluator, cost_policies=None, progress=progress)
+    objective = objective_of(evaluator, profile, candidate)
+    policy = objective.policy(candidate)
+    geometry, batches = evaluator.geometry(), evaluator.timing_batches
+    speed = evaluator.speed(policy, blocks=settings.blocks)
+    report("parts of a forward", 0, 2)
+    parts = _components(evaluator, policy, settings.rounds, report)
+    baseline_memory = run_baseline(evaluator.model, batches, backend=evaluator.baseline_backend)
+    ran = run_policy(
+        evaluator.model,
+        batches,
+        policy,
+        backend=evaluator.backend,
+        layers=geometry["layers"],
+        experts=geometry["experts"],
+    )
+    scaling = measure_scaling(
+        evaluator,
+        policy,
+        sequences=settings.sequences,
+        batch_sizes=settings.batch_sizes,
+        blocks=settings.scaling_blocks,
+        progress=progress,
+    )
+    report("fitting the cost model", 0, 1)
+    cost = fitted_cost(evaluator, blocks=settings.cost_blocks)
+    report("fitting the cost model", 1, 1)
+    model = PerformanceModel(cost, residual=adds_residual(candidate, policy))
+    predicted = model.predict_speedup(ran.report)
+    found = find_bottlenecks(_facts(evaluator, candidate, speed, ran, parts, scaling, model))
+    arms = {
+        "baseline": {
+            **_measured(evaluator, speed.baseline_tps, baseline_memory),
+            "backend": speed.baseline_backend,
+            "experts_per_token": float(evaluator.top_k),
+        },
+        "var": {
+            **_measured(evaluator, speed.tps, ran.memory),
+            "backend": automatic(evaluator.model, evaluator.backend),
+            "var_stats": {**ran.report.to_dict(), "expert_imbalance": ran.imbalance},
+            "config": candidate.to_dict(),
+            "kind": kind_of(candidate),
+        },
+    }
+    systems = {
+        "schema_version": SCHEMA_VERSION,
+        **arms,
+        "scaling": scaling,
+        "roofline": _roofline(evaluator, arms, ran),
+        "bottlenecks": [one.to_dict() for one in found],
+        "comparison": {
+            "actual_speedup": speed.speedup.median,
+            "actual_speedup_95": [speed.speedup.low, speed.speedup.high],
+            "predicted_speedup": predicted,
+            "prediction_error_pct": 100 * abs(predicted / speed.speedup.median - 1),
+            "backend_factor": speed.backend_factor and speed.backend_factor.to_dict(),
+            "skipping_factor": speed.skipping_factor and speed.skipping_factor.to_dict(),
+            "largest_speedup": model.largest_speedup(),
+            "time_by_term": model.analyze_bottleneck(ran.report),
+            "cost_model": cost.to_dict(),
+        },
+        "notes": evaluator.timing_notes(),
+        "profile_hash": profile.hash,
+        **_origin(evaluator),
+    }
+    components = {
+        "schema_version": SCHEMA_VERSION,
+        "what": "milliseconds per forward; marks and hooks add a few percent of their own",
+        **{name: timed.to_dict() for name, timed in parts.items()},
+        **_origin(evaluator),
+    }
+    return SystemsAnalysis(systems=jsonable(systems), components=jsonable(components))
+
+
+def objective_of(
+    evaluator: Evaluator, profile: RoutingProfile, candidate: Candidate
+) -> PolicyObjective:
+    """The candidate's objective; it gives the evaluator the policies of the cost model's fit."""
+    chosen: dict[str, Any] = (
+        {"mode": candidate.mode}
+        if isinstance(candidate, VARConfig)
+        else {"policy": candidate.policy, "compensation": candidate.compensation}
+    )
+    return make_objective(evaluator, profile, max_degradation=0.01, **chosen)
+
+
+def fitted_cost(evaluator: Evaluator, *, blocks: int) -> CostModel:
+    """The cost model of the evaluator's machine, model and policies."""
+    var_all, var_leading = evaluator.cost_policies or (None, None)
+    return fit_cost_model(evaluator, var_all=var_all, var_leading=var_leading, blocks=blocks)
+
+
+def adds_residual(candidate: Candidate, policy: RoutingPolicy) -> bool:
+    """Whether something stands in for what the policy drops."""
+    if isinstance(candidate, VARConfig):
+        return candidate.uses_residuals
+    return policy.compensation is not None
+
+
+def _components(
+    evaluator: Evaluator, policy: RoutingPolicy, rounds: int, report: Progress
+) -> dict[str, ComponentTimings]:
+    """Baseline and policy."""
+    model, batches = evaluator.model, evaluator.timing_batches
+    baseline = profile_components(
+        model, batches, policy=None, backend=evaluator.baseline_backend, rounds=rounds
+    )
+    report("parts of a forward", 1, 2)
+    var = profile_components(
+        model, batches, policy=policy, backend=evaluator.backend, rounds=rounds
+    )
+    report("parts of a forward", 2, 2)
+    return {"baseline": baseline, "var": var}
+
+
+def _measured(evaluator: Evaluator, tps: float, memory: dict[str, Any]) -> dict[str, Any]:
+    tokens = evaluator.timing_batches[0].numel()
+    return {"avg_time_ms": 1000 * tokens / tps, "throughput_tps": tps, "memory": memory}
+
+
+def _roofline(evaluator: Evaluator, arms: dict[str, Any], ran: Ran) -> dict[str, Any]:
+    model = evaluator.model
+    weight = next(model.parameters())
+    batch_size, sequence = evaluator.timing_batches[0].shape
+    kept = {
+        "baseline": float(evaluator.top_k),
+        "var": ran.report.experts_per_token,
+    }
+    return roofline(
+        shapes_of(model, top_k=evaluator.top_k),
+        measure_machine(torch.device(weight.device), weight.dtype),
+        batch_size=batch_size,
+        sequence=sequence,
+        arms={
+            name: {
+                "seconds": arms[name]["avg_time_ms"] / 1000,
+                "experts_per_token": kept[name],
+                "peak_bytes": arms[name]["memory"]["peak_bytes"],
+            }
+            for name in kept
+        },
+    )
+
+
+def _facts(
+    evaluator: Evaluator,
+    candidate: Candidate,
+    speed: Speed,
+    ran: Ran,
+    parts: dict[str, ComponentTimings],
+    scaling: list[dict[str, Any]],
+    model: PerformanceModel,
+) -> Facts:
+    # Every other policy than VAR's plain mode decides on the router's own decision.
+    always_asked, uses_cache = True, False
+    if isinstance(candidate, VARConfig):
+        always_asked, uses_cache = candidate.mode == "verified", candidate.cache_size > 0
+    assert speed.backend_factor is not None
+    return Facts(
+        speedup=speed.speedup.median,
+        speedup_low=speed.speedup.low,
+        speedup_high=speed.speedup.high,
+        backend_factor=speed.backend_factor.median,
+        backend_used=automatic(evaluator.model, evaluator.backend),
+        learned_pct=ran.report.learned_pct,
+        cached_pct=ran.report.cached_pct,
+        cache_hit_rate=ran.report.cache_hit_rate,
+        experts_per_token=ran.report.experts_per_token,
+        top_k=evaluator.top_k,
+        router_always_asked=always_asked,
+        uses_cache=uses_cache,
+        scaling=scaling,
+        imbalance=ran.imbalance,
+        routing_share=parts["var"].share("policy"),
+        experts_share=parts["baseline"].share("experts"),
+        bound=model.largest_speedup(),
+    )
+
+
+def _origin(evaluator: Evaluator) -> dict[str, Any]:
+    loaded = evaluator.loaded
+    return {
+        "documents": len(evaluator.documents),
+        "setting": evaluator.setting.to_dict(),
+        "model": {"name": loaded.name, "revision": loaded.revision, "dtype": loaded.dtype},
+        "provenance": provenance(),
+    }
+
+
+__all__ = [
+    "AnalysisSettings",
+    "Bottleneck",
+    "SystemsAnalysis",
+    "adds_residual",
+    "analyse",
+    "fitted_cost",
+    "objective_of",
+]

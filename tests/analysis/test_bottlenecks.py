@@ -1,0 +1,94 @@
+"""Each finding at both sides of its threshold."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from var_moe.analysis import bottlenecks
+from var_moe.analysis.bottlenecks import Facts, find_bottlenecks
+
+WELL = Facts(
+    speedup=1.3,
+    speedup_low=1.25,
+    speedup_high=1.35,
+    backend_factor=1.02,
+    backend_used="sorted",
+    learned_pct=40.0,
+    cached_pct=30.0,
+    cache_hit_rate=0.4,
+    experts_per_token=1.4,
+    top_k=2,
+    router_always_asked=False,
+    uses_cache=True,
+    scaling=[
+        {"batch_size": 8, "sequence": 64, "speedup": 1.2},
+        {"batch_size": 8, "sequence": 256, "speedup": 1.3},
+    ],
+    imbalance=1.4,
+    routing_share=0.03,
+    experts_share=0.75,
+    bound=1.6,
+)
+
+
+def found(**changes):
+    return {one.name: one for one in find_bottlenecks(dataclasses.replace(WELL, **changes))}
+
+
+def test_a_good_run_has_none():
+    assert found() == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "severity", "figure"),
+    [
+        ({"speedup": 0.9, "speedup_low": 0.85, "speedup_high": 0.97}, "slowdown", "high", "0.900x"),
+        ({"learned_pct": 80.0}, "high_learned_routing", "medium", "80.0%"),
+        ({"learned_pct": 95.0}, "high_learned_routing", "high", "95.0%"),
+        ({"cache_hit_rate": 0.05}, "low_cache_utilization", "medium", "5.0%"),
+        ({"imbalance": 2.5}, "expert_imbalance", "low", "2.5"),
+        ({"routing_share": 0.08}, "routing_overhead", "medium", "8.0%"),
+        ({"backend_factor": 0.8}, "backend", "medium", "0.800x"),
+        ({"experts_share": 0.4}, "little_expert_share", "info", "1.600x"),
+        (
+            {
+                "scaling": [
+                    {"batch_size": 1, "sequence": 64, "speedup": 0.9},
+                    {"batch_size": 8, "sequence": 256, "speedup": 1.3},
+                ]
+            },
+            "poor_scaling",
+            "medium",
+            "0.900x at 1 x 64",
+        ),
+    ],
+)
+def test_one_finding_each(changes, name, severity, figure):
+    one = found(**changes)
+    assert list(one) == [name]
+    assert one[name].severity == severity
+    assert figure in one[name].evidence
+    assert one[name].recommendation
+
+
+def test_asking_the_router_by_design_is_no_alarm():
+    one = found(learned_pct=100.0, router_always_asked=True)["high_learned_routing"]
+    assert one.severity == "info"
+    assert one.recommendation.startswith("none:")
+    assert "cuts its decisions too" in one.recommendation
+
+
+def test_a_slowdown_within_the_noise_is_none():
+    assert found(speedup=0.98, speedup_low=0.9, speedup_high=1.05) == {}
+
+
+def test_a_policy_without_a_cache_cannot_use_it_little():
+    assert found(uses_cache=False, cache_hit_rate=0.0) == {}
+
+
+def test_the_gravest_comes_first():
+    names = list(found(speedup_high=0.9, imbalance=3.0, experts_share=0.1, routing_share=0.2))
+    assert names == ["slowdown", "routing_overhead", "expert_imbalance", "little_expert_share"]
+    assert set(bottlenecks.SEVERITIES) == {"high", "medium", "low", "info"}
