@@ -58,6 +58,8 @@ def headline(results: Results) -> Headline:
         ("stability", _of_seeds),
         ("comparison", _of_comparison),
         ("evaluation", _of_evaluation),
+        ("analysis", _of_analysis),
+        ("routing", _of_routing),
     ):
         if results.get(name) is not None:
             return made(results)
@@ -247,4 +249,35 @@ def _of_evaluation(results: Results) -> Headline:
         title=f"{found['model']['name']} on {text['dataset']} ({text['split']})",
         question="What does each policy cost, and what does it bring?",
         answers=tuple(Answer(sentence=line) for line in told),
+    )
+
+
+def _of_analysis(results: Results) -> Headline:
+    found = results.get("analysis")
+    compared, name = found["comparison"], found["model"]["name"]
+    worst = [row["name"].replace("_", " ") for row in found["bottlenecks"]]
+    bounds = f" What bounds it: {', '.join(worst)}." if worst else " No bottleneck was found."
+    faster = compared["actual_speedup_95"][0] > 1
+    return Headline(
+        title=f"Systems analysis of {name}",
+        question=f"Where does the time of a forward go with {found['var']['kind']}?",
+        answers=(
+            Answer(
+                sentence=f"{factor(compared['actual_speedup'])} "
+                f"{between(compared['actual_speedup_95'])} the speed of the unmodified model at "
+                f"{found['var']['var_stats']['experts_per_token']:.2f} experts per token.{bounds}",
+                tone=GOOD if faster else BAD,
+            ),
+        ),
+        configuration=found["var"]["config"],
+    )
+
+
+def _of_routing(results: Results) -> Headline:
+    found = results.get("routing")
+    told = "; ".join(f"{row['claim']}: {row['verdict']}" for row in found["hypotheses"])
+    return Headline(
+        title=f"Routing of {found['model']} on {found['dataset']}",
+        question="Is routing predictable enough for a static table?",
+        answers=(Answer(sentence=f"{told[:1].upper()}{told[1:]}."),),
     )

@@ -10,7 +10,16 @@ from var_moe.report.blocks import Facts, Notes, Section, section
 from var_moe.report.folder import FILES, Results
 from var_moe.report.wording import setting
 
-_ORDER = ("metadata", "validation", "certificate", "stability", "comparison", "evaluation")
+_ORDER = (
+    "metadata",
+    "validation",
+    "certificate",
+    "stability",
+    "comparison",
+    "evaluation",
+    "analysis",
+    "routing",
+)
 
 
 def origin_section(results: Results) -> Section:

@@ -16,6 +16,7 @@ from var_moe.report.evaluated import evaluation_section
 from var_moe.report.folder import Results, read_results
 from var_moe.report.headline import Headline, headline
 from var_moe.report.held_out import held_out_section
+from var_moe.report.hypotheses import hypotheses_section
 from var_moe.report.importance import importance_section
 from var_moe.report.layers import layers_section
 from var_moe.report.origin import origin_section
@@ -23,6 +24,7 @@ from var_moe.report.routing import routing_section
 from var_moe.report.search import search_section
 from var_moe.report.seeds import seeds_section
 from var_moe.report.speed import speed_section
+from var_moe.report.systems import systems_section
 from var_moe.storage import atomic_write_text
 
 REPORT_FILE = "report.html"
@@ -33,6 +35,8 @@ SECTIONS: tuple[Callable[[Results], Section | None], ...] = (
     seeds_section,
     comparison_section,
     evaluation_section,
+    systems_section,
+    hypotheses_section,
     search_section,
     importance_section,
     layers_section,

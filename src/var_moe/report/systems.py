@@ -1,0 +1,166 @@
+"""What ``var-moe analyze`` measured: parts of a forward, scaling, roofline, bottlenecks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from var_moe.report.blocks import Notes, Picture, Section, Table, pictures, section
+from var_moe.report.folder import Results
+from var_moe.report.theme import BLUE, GREY, ORANGE, SERIES, empty_figure, line_at
+from var_moe.report.wording import between, factor
+
+_ARMS = {"baseline": ("unmodified", GREY), "var": ("VAR", BLUE)}
+
+
+def systems_section(results: Results) -> Section | None:
+    """The systems analysis."""
+    found, parts = results.get("analysis"), results.get("components")
+    if found is None:
+        return None
+    compared = found["comparison"]
+    return section(
+        "systems",
+        "Systems analysis",
+        [
+            _bottlenecks(found),
+            pictures(
+                components_figure(parts) if parts else None,
+                scaling_figure(found),
+                roofline_figure(found),
+            ),
+            _roofline_table(found),
+            Notes(lines=found["notes"]) if found["notes"] else None,
+        ],
+        intro=f"{found['var']['kind']}. The cost model predicts "
+        f"{factor(compared['predicted_speedup'])}, {compared['prediction_error_pct']:.1f}% off; "
+        f"with the leading experts everywhere it would be {factor(compared['largest_speedup'])}.",
+    )
+
+
+def _bottlenecks(found: Mapping[str, Any]) -> Table | None:
+    rows = [
+        (row["severity"], row["name"].replace("_", " "), row["evidence"], row["recommendation"])
+        for row in found["bottlenecks"]
+    ]
+    headings = ("severity", "bottleneck", "evidence", "what to do")
+    if not rows:
+        return None
+    return Table(title="What bounds it", headings=headings, rows=rows, words=4)
+
+
+def components_figure(parts: Mapping[str, Any]) -> Picture:
+    """Mean milliseconds of each part, the unmodified model and VAR."""
+    names = list(parts["baseline"]["components"])
+    figure = empty_figure("milliseconds a forward", "", height=200)
+    for number, name in enumerate(names):
+        figure.add_bar(
+            y=[title for title, _ in _ARMS.values()],
+            x=[parts[arm]["components"][name]["mean_ms"] for arm in _ARMS],
+            name=name.replace("_", " "),
+            orientation="h",
+            marker={"color": SERIES[number % len(SERIES)]},
+        )
+    figure.update_layout(barmode="stack", height=340)
+    figure.update_yaxes(autorange="reversed")
+    return Picture(
+        name="components",
+        title="Parts of a forward",
+        caption="Measured with marks and hooks, which add a few percent of their own.",
+        figure=figure,
+    )
+
+
+def scaling_figure(found: Mapping[str, Any]) -> Picture:
+    """Speedup by tokens in a forward, over sequence lengths and batch sizes."""
+    figure = empty_figure("tokens in a forward", "speedup", height=380, x_log=True)
+    kinds = list(dict.fromkeys(row["varied"] for row in found["scaling"]))
+    for kind, colour in zip(kinds, (BLUE, ORANGE), strict=False):
+        rows = [row for row in found["scaling"] if row["varied"] == kind]
+        speeds = [row["speedup"] for row in rows]
+        figure.add_scatter(
+            x=[row["batch_size"] * row["sequence"] for row in rows],
+            y=speeds,
+            error_y={
+                "symmetric": False,
+                "array": [r["speedup_95"][1] - v for r, v in zip(rows, speeds, strict=True)],
+                "arrayminus": [v - r["speedup_95"][0] for r, v in zip(rows, speeds, strict=True)],
+            },
+            text=[f"{row['batch_size']} x {row['sequence']}" for row in rows],
+            mode="lines+markers",
+            line={"color": colour},
+            name=f"{kind.replace('_', ' ')} varied",
+        )
+    line_at(figure, "unmodified model", y=1.0)
+    return Picture(
+        name="scaling",
+        title="Scaling",
+        caption="Interleaved blocks at each size; bars are 95% intervals. With few tokens every "
+        "expert is read for a handful of rows, and dropping pairs saves little.",
+        figure=figure,
+    )
+
+
+def roofline_figure(found: Mapping[str, Any]) -> Picture:
+    """Achieved FLOP/s against intensity, below what a matrix product and a copy reach here."""
+    roof, machine = found["roofline"], found["roofline"]["machine"]
+    flops, copied = machine["gemm_flops_per_second"], machine["copy_bytes_per_second"]
+    places = [roof[arm]["arithmetic_intensity_flops_per_byte"] for arm in _ARMS]
+    low, high = min([*places, flops / copied]) / 4, max([*places, flops / copied]) * 4
+    figure = empty_figure("FLOP per byte", "GFLOP/s", height=380, x_log=True)
+    figure.add_scatter(
+        x=[low, flops / copied, high],
+        y=[low * copied / 1e9, flops / 1e9, flops / 1e9],
+        mode="lines",
+        line={"color": GREY, "dash": "dash"},
+        name="this machine",
+    )
+    for arm, (title, colour) in _ARMS.items():
+        figure.add_scatter(
+            x=[roof[arm]["arithmetic_intensity_flops_per_byte"]],
+            y=[roof[arm]["achieved_flops_per_second"] / 1e9],
+            mode="markers",
+            marker={"size": 12, "color": colour, "symbol": "diamond" if arm == "var" else "circle"},
+            name=title,
+        )
+    figure.update_yaxes(type="log", dtick="D2")
+    return Picture(
+        name="roofline",
+        title="Roofline",
+        caption="The dashed roof is what a large matrix product and a copy reach on this machine; "
+        "under its flat part arithmetic bounds a forward, under its slope memory does.",
+        figure=figure,
+    )
+
+
+def _roofline_table(found: Mapping[str, Any]) -> Table:
+    roof = found["roofline"]
+    rows = []
+    for arm, (title, _) in _ARMS.items():
+        row, measured = roof[arm], found[arm]
+        rows.append(
+            (
+                title,
+                f"{measured['avg_time_ms']:.1f}",
+                f"{measured['throughput_tps']:,.0f}",
+                f"{row['active_parameters'] / 1e6:,.1f}M",
+                _of(row["achieved_flops_per_second"], row["share_of_gemm"]),
+                _of(row["achieved_bytes_per_second"], row["share_of_copy"]),
+                f"{row['peak_memory_bytes'] / 2**20:,.0f}",
+            )
+        )
+    compared = found["comparison"]
+    return Table(
+        title="Measured",
+        headings=(
+            *("", "ms", "tokens/s", "active parameters", "GFLOP/s (of a matrix product)"),
+            *("GB/s (of a copy)", "peak MiB"),
+        ),
+        rows=rows,
+        caption=f"Speedup {factor(compared['actual_speedup'])} "
+        f"{between(compared['actual_speedup_95'])} against {found['baseline']['backend']}.",
+    )
+
+
+def _of(reached: float, share: float) -> str:
+    return f"{reached / 1e9:,.1f} ({100 * share:.0f}%)"
