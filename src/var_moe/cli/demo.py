@@ -68,7 +68,9 @@ def _profile(loaded: LoadedModel, output: Path, progress: StageProgress | None) 
         **data,
         max_tokens=CALIBRATION_TOKENS,
         seed=SEED,
-        progress=progress and (lambda done, total: progress("profiling", done, total)),
+        progress=(lambda done, total: progress("profiling the routing", done, total))
+        if progress
+        else None,
     )
     place = output / PROFILE_FOLDER
     profile = with_damages(

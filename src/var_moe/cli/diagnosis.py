@@ -185,7 +185,7 @@ def dtypes() -> list[dict[str, Any]]:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     one = torch.ones((TOKENS, INTERMEDIATE), device=device)
-    arms = {}
+    arms: dict[str, Any] = {}
     for name in ("float32", "bfloat16", "float16"):
         factor = one.to(getattr(torch, name))
         arms[name] = lambda factor=factor: factor @ factor.t()

@@ -13,6 +13,7 @@ from var_moe.cli.output import Answer
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from var_moe.evaluation.compare import Progress
     from var_moe.evaluation.documents import EncodedDocument
     from var_moe.models.loading import LoadedModel
     from var_moe.routing.base import RoutingPolicy
@@ -110,14 +111,14 @@ def guard(
             tolerance=tolerance,
             seed=seed,
             data={"dataset": dataset, "split": "validation", "data_hash": text.data_hash},
+            progress=None if quiet else progress,
         )
         made.save(place / GUARD_FILE)
-        rows = [_checked(f"{dataset}, other half", loaded, policy, made, other, seed)]
+        shown = None if quiet else progress
+        rows = [_checked(f"{dataset}, other half", loaded, policy, made, other, seed, shown)]
         for name in check or ():
-            if not quiet:
-                progress.say(f"playing {name} ...")
             documents = one_per_page(read_text(name, "validation", loaded).documents, seed)
-            rows.append(_checked(name, loaded, policy, made, documents[:max_samples], seed))
+            rows.append(_checked(name, loaded, policy, made, documents[:max_samples], seed, shown))
     result = {
         "schema_version": SCHEMA_VERSION,
         "guard": made.expectation.to_dict(),
@@ -139,6 +140,7 @@ def _checked(
     made: Guard,
     documents: Sequence[EncodedDocument],
     seed: int,
+    progress: Progress | None,
 ) -> dict[str, Any]:
     """Play documents to the guard, from empty caches; one to a forward's row."""
     from var_moe.apply import routed
@@ -146,7 +148,7 @@ def _checked(
 
     with routed(loaded.model, policy, guard=made) as session:
         session.reset()
-        play(loaded, session, documents, seed=seed)
+        play(loaded, session, documents, seed=seed, what=f"playing {name}", progress=progress)
         report = session.report()
     assert report.guard is not None
     departure = report.departure

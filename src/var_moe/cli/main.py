@@ -85,10 +85,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(words: Words) -> int:
     app = build_app()
-    if words.options is not None:
+    if words.options is not None and words.rest:
         from var_moe.cli.options import load_options
 
-        app.config = (load_options(words.options),)
+        app.config = (load_options(words.options, words.rest[0]),)
     if words.show_config:
         from var_moe.cli.options import effective_options
 

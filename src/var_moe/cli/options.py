@@ -13,8 +13,8 @@ from cyclopts.config import Dict
 from var_moe.errors import UsageError
 
 
-def load_options(path: Path) -> Dict:
-    """The file as a source of options for cyclopts, which names file and key of what is wrong.
+def load_options(path: Path, command: str) -> Dict:
+    """The file as a source of a command's options for cyclopts, which names file and wrong key.
 
     Keys are a command's options, with hyphens or underscores.
 
@@ -39,7 +39,9 @@ def load_options(path: Path) -> Dict:
         if name in data:
             raise UsageError(f"{path}: {name!r} is given twice, with a hyphen and without")
         data[name] = value
-    return Dict(data, source=str(path), use_commands_as_keys=False)
+    # Below the command's name: at the top, options that are called as a command is (--profile)
+    # would be taken for that command's.
+    return Dict({command: data}, source=str(path), use_commands_as_keys=True)
 
 
 def effective_options(app: App, words: tuple[str, ...]) -> str:

@@ -11,6 +11,7 @@ import torch
 
 from var_moe.apply import Session, routed
 from var_moe.evaluation.batching import Window, collate, windows
+from var_moe.evaluation.compare import Progress
 from var_moe.evaluation.documents import by_page
 from var_moe.models.identity import identity
 from var_moe.routing.base import RoutingPolicy
@@ -46,6 +47,7 @@ def calibrate_guard(
     tolerance: float = 0.0,
     seed: int = 0,
     data: dict[str, Any] | None = None,
+    progress: Progress | None = None,
 ) -> Guard:
     """Run documents under a policy and note what its decisions look like.
 
@@ -63,6 +65,7 @@ def calibrate_guard(
         tolerance: see `Guard`.
         seed: of the order.
         data: what to note about the text (name, hash).
+        progress: called with "calibrating the guard", documents done and in all.
 
     Raises:
         UsageError: there are too few documents.
@@ -70,7 +73,7 @@ def calibrate_guard(
     recorder = _Recorder()
     with routed(loaded.model, policy, guard=recorder) as session:
         session.reset()
-        play(loaded, session, documents, seed=seed)
+        play(loaded, session, documents, seed=seed, what="calibrating the guard", progress=progress)
     expectation = Expectation.of_units(
         recorder.units,
         alpha=alpha,
@@ -109,6 +112,8 @@ def play(
     *,
     seed: int | None = 0,
     tokens_per_batch: int = _TOKENS_PER_BATCH,
+    what: str = "playing",
+    progress: Progress | None = None,
 ) -> None:
     """Run documents through a routed model, in random order, several in a forward.
 
@@ -120,6 +125,7 @@ def play(
         documents: the text.
         seed: of the order; None keeps it.
         tokens_per_batch: padded tokens in a forward.
+        what, progress: called with that, documents begun and in all.
     """
     order = list(range(len(documents)))
     if seed is not None:
@@ -130,6 +136,8 @@ def play(
         for rows in _in_order(
             [documents[n] for n in order], loaded.window, before, tokens_per_batch
         ):
+            if progress:  # rows come in order; a long document has several
+                progress(what, rows[-1].document, len(documents))
             batch = collate(rows)
             session.announce(batch)
             loaded.model(
@@ -138,6 +146,8 @@ def play(
                 use_cache=False,
             )
     session.end_documents()
+    if progress:
+        progress(what, len(documents), len(documents))
 
 
 def _in_order(

@@ -117,8 +117,7 @@ def _pack_compensation(compensation: Compensation, tensors: Tensors) -> dict[str
         for name, value in zip(_LAYER, layer.tensors(), strict=True):
             if value is not None:
                 tensors[f"compensation.{number}.{name}"] = value
-    changes = {} if compensation.healed is None else compensation.healed.changes
-    healed = list(changes.items())
+    healed = [] if compensation.healed is None else list(compensation.healed.changes.items())
     for number, (_, change) in enumerate(healed):
         tensors |= {f"healed.{number}.{factor}": part for factor, part in enumerate(change)}
     return {

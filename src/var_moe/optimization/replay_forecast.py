@@ -109,7 +109,11 @@ def make_forecaster(
         cost = CostModel.from_dict(read_json(saved, what="cost model"), source=str(saved))
     else:
         var_all, var_leading = evaluator.cost_policies or (None, None)
+        if progress:
+            progress("timing forwards for the cost model", 0, 1)
         cost = fit_cost_model(evaluator, var_all=var_all, var_leading=var_leading)
+        if progress:
+            progress("timing forwards for the cost model", 1, 1)
     if saved is not None:
         atomic_write_json(saved, cost.to_dict())
     return objective.forecaster(trace, cost)
