@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 
-from benchmarks.prediction import UNFITTED, cases, report
 from var_moe.evaluation.cost import SHAPES
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.prediction import UNFITTED, cases, report
 
 
 class Profile:
