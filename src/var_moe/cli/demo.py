@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from var_moe.cli.output import Answer
 
@@ -61,7 +61,7 @@ def _profile(loaded: LoadedModel, output: Path, progress: StageProgress | None) 
         "to raise the loss (one backward pass).",
     )
     text = read_text("demo", "calibration", loaded)
-    data = {"dataset": "demo", "data_hash": text.data_hash}
+    data: dict[str, Any] = {"dataset": "demo", "data_hash": text.data_hash}
     profile = collect_profile(
         loaded,
         text.documents,
