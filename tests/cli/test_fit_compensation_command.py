@@ -53,6 +53,7 @@ def test_the_files(folder):
         "profile.json",
         DAMAGE_FILE,
         FOLDER,
+        "report.html",
     }
     names = {path.name for path in (folder / FOLDER).iterdir()}
     assert names == {COMPENSATION_FILE, DAMAGE_FILE, HEAD_FILE}

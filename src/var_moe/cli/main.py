@@ -101,11 +101,12 @@ def _run(words: Words) -> int:
 
 
 def _what_is_kept(words: Sequence[str]) -> str:
-    if words[:1] in (["profile"], ["trace"], ["fit-compensation"]):
+    command = words[0] if words else ""
+    if command in ("profile", "trace", "fit-compensation"):
         return "; the same command goes on where it stopped"
-    if words[:1] == ["certify"]:
+    if command == "certify":
         return "; the same command goes on with the study that was frozen"
-    if words[:1] == ["tune"] and not any(word.startswith("--validate") for word in words):
+    if command == "tune" and not any(word.startswith("--validate") for word in words):
         return "; finished evaluations are saved, go on with --resume"
     return "; nothing was written"
 
