@@ -6,6 +6,7 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import dedent
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {
@@ -23,8 +24,9 @@ _NOT_RUN = re.compile(r"<!-- not run: (.+?) -->\s*\Z", re.DOTALL)
 class Block:
     """A fenced block of a page.
 
-    ``title`` names the file that it is the content of; ``not_run`` says why a block can't be run:
-    the comment ``<!-- not run: reason -->`` above it.
+    ``title`` names the file that it is the content of, or with a folder a file of this project
+    that it is a part of. ``not_run`` says why a block can't be run: the comment
+    ``<!-- not run: reason -->`` above it.
     """
 
     page: str
@@ -51,7 +53,7 @@ def blocks(page: str, text: str) -> list[Block]:
                 line=text.count("\n", 0, match.start("code")) + 1,
                 language=(match["info"].split() or [""])[0],
                 title=title and title[1],
-                code=match["code"],
+                code=dedent(match["code"]),
                 not_run=reason and " ".join(reason[1].split()),
             )
         )
