@@ -33,7 +33,7 @@ lint: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed-dev
 	"$(VENV)/bin/mkdocs" build --strict
-	@echo "the documentation: build/docs/index.html"
+	@echo "the documentation: build/docs/index.html (with search: python -m http.server -d build/docs)"
 
 $(VENV)/.created:
 	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 found; install one, or: make PYTHON=/path/to/python"; exit 2; }
