@@ -35,12 +35,22 @@ def _write_demo_text(folder: Path, words: list[str]) -> None:
 def small_demo(
     tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, tiny_texts: list[str]
 ) -> Iterator[None]:
-    """Under the name demo, a tiny random model and little text: snippets run as they stand."""
+    """Under the name demo, a tiny random model and little text: snippets run as they stand.
+
+    Timings are of batches of a moment.
+    """
+    from var_moe.evaluation.compare import SpeedSetting
+
     folder = tmp_path_factory.mktemp("demo_text")
     _write_demo_text(folder, " ".join(tiny_texts).split())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("var_moe.models.loading.DEMO_FOLDER", tiny_model_folder)
         patch.setattr("var_moe.evaluation.sources.DEMO_FOLDER", folder)
+        patch.setattr(
+            SpeedSetting.__init__,
+            "__kwdefaults__",
+            {"batch_size": 2, "sequence": 32, "forwards": 1},
+        )
         yield
 
 
