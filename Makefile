@@ -1,5 +1,6 @@
 # make tune   creates the environment, then tunes VAR on the bundled model
 # make test   the same for lint, types and all tests
+# make docs   builds the documentation into build/docs
 # make TORCH=gpu tune   with pip's ordinary build of torch (see README, "Install")
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -15,7 +16,7 @@ INSTALL = $(if $(CONSTRAINT),$(PIP) $(CONSTRAINT) --editable $(1) || { \
 	echo "pip finds no CPU build of torch: installing the ordinary one (may be gigabytes; README, Install)"; \
 	$(PIP) --editable $(1); },$(PIP) --editable $(1))
 
-.PHONY: tune test test-fast lint clean
+.PHONY: tune test test-fast lint docs clean
 tune: $(VENV)/.installed
 	@"$(VENV)/bin/var-moe" tune --max-samples 200 --final-samples 400 --output "$(RESULTS)" $(ARGS)
 
@@ -29,6 +30,10 @@ lint: $(VENV)/.installed-dev
 	"$(VENV)/bin/ruff" check .
 	"$(VENV)/bin/ruff" format --check .
 	"$(VENV)/bin/mypy"
+
+docs: $(VENV)/.installed-dev
+	"$(VENV)/bin/mkdocs" build --strict
+	@echo "the documentation: build/docs/index.html (with search: python -m http.server -d build/docs)"
 
 $(VENV)/.created:
 	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 found; install one, or: make PYTHON=/path/to/python"; exit 2; }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -174,3 +175,10 @@ def test_every_public_name_is_there() -> None:
     import var_moe
 
     assert [name for name in var_moe.__all__ if getattr(var_moe, name, None) is None] == []
+
+
+def test_no_public_name_is_a_module() -> None:
+    """A package's name for a function would be hidden by its module of that name."""
+    import var_moe
+
+    assert [name for name in var_moe.__all__ if inspect.ismodule(getattr(var_moe, name))] == []

@@ -27,7 +27,7 @@ _PUBLIC = {
     "DamagePolicy": "var_moe.routing.damage",
     "make_policy": "var_moe.routing.registry",
     "load_candidate": "var_moe.optimization.candidate",
-    "certify": "var_moe.certification",
+    "certify": "var_moe.certification.certify",
     "perplexity": "var_moe.evaluation.perplexity",
     "Evaluator": "var_moe.evaluation.compare",
     "Guard": "var_moe.routing.guard",

@@ -11,7 +11,6 @@ from typing import Any
 _PUBLIC = {
     "CertifySettings": "settings",
     "NotCertifiedError": "certify",
-    "certify": "certify",
 }
 
 __all__ = sorted(_PUBLIC)

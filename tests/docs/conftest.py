@@ -1,0 +1,66 @@
+"""A folder in which the snippets of README and docs find what they say is there."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from var_moe.cli import main
+
+DOCUMENTS = {"calibration": 40, "validation": 120, "certify": 60, "test": 20}
+
+
+def _write_demo_text(folder: Path, words: list[str]) -> None:
+    """Text in the form of the bundled demo's, of which a few documents are enough here."""
+    import pandas as pd
+
+    dice = random.Random(7)
+    rows = []
+    for split, number in DOCUMENTS.items():
+        for at in range(number):
+            text = " ".join(dice.choices(words, k=dice.randint(10, 40)))
+            source = ("postgres", "python", "wordnet")[at % 3]
+            rows.append({"id": f"{source}/{split}-{at}", "source": source, "text": text})
+            rows[-1]["split"] = split
+    table = pd.DataFrame(rows)
+    for split, part in table.groupby("split"):
+        part.drop(columns="split").to_parquet(folder / f"{split}.parquet")
+    table.assign(source="kjv").to_parquet(folder / "kjv.parquet")
+
+
+@pytest.fixture(scope="session")
+def small_demo(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, tiny_texts: list[str]
+) -> Iterator[None]:
+    """Under the name demo, a tiny random model and little text: snippets run as they stand.
+
+    Timings are of batches of a moment.
+    """
+    from var_moe.evaluation.compare import SpeedSetting
+
+    folder = tmp_path_factory.mktemp("demo_text")
+    _write_demo_text(folder, " ".join(tiny_texts).split())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("var_moe.models.loading.DEMO_FOLDER", tiny_model_folder)
+        patch.setattr("var_moe.evaluation.sources.DEMO_FOLDER", folder)
+        patch.setattr(
+            SpeedSetting.__init__,
+            "__kwdefaults__",
+            {"batch_size": 2, "sequence": 32, "forwards": 1},
+        )
+        yield
+
+
+@pytest.fixture(scope="session")
+def results(small_demo: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``results/phase3`` as `make tune` and `var-moe guard` leave it."""
+    place = tmp_path_factory.mktemp("workspace")
+    tuned = ["tune", "--max_samples", "10", "--final_samples", "30", "--n_calls", "3"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        assert main([*tuned, "--max_degradation", "0.5", "--seed", "1", "--quiet"]) == 0
+        assert main(["guard", "results/phase3", "--quiet"]) == 0
+    return place
