@@ -8,7 +8,8 @@ import pytest
 from cyclopts import App, CycloptsError
 from markdown_blocks import PAGES, commands, options
 
-from var_moe.cli.main import build_app, normalise
+from var_moe.cli.main import build_app
+from var_moe.cli.words import normalise
 
 
 @cache
@@ -23,6 +24,8 @@ def fault(words: list[str]) -> str | None:
         return f"no command {words[0]!r}"
     if len(words) < 2 or "--help" in words:
         return None
+    if words[-1].startswith("--") and set(normalise(words[-1:])) <= known_options():
+        words = words[:-1]  # the option itself is meant: `var-moe tune --validate`
     try:
         app.parse_args(normalise(words), exit_on_error=False, print_error=False)
     except CycloptsError as error:
@@ -34,7 +37,8 @@ def fault(words: list[str]) -> str | None:
 def known_options() -> frozenset[str]:
     """The names of all options of all commands, with underscores."""
     app = app_of_all()
-    found = ["--debug", "--help", "--version"]
+    found = ["--debug", "--help", "--version", "--install_completion"]
+    found += ["--json", "--show_config", "--options", "--config"]  # cli/words.py
     for name in app:
         if not name.startswith("-"):
             for argument in app[name].assemble_argument_collection():
@@ -63,6 +67,8 @@ def test_every_option_exists(page: str) -> None:
         ("var-moe tune --dataset a,b,c [--robust]", True),
         ("var-moe certify", True),
         ("var-moe --help", True),
+        ("var-moe tune --validate", True),
+        ("var-moe tune --valid", False),
         ("var-moe tune --polcy naee", False),
         ("var-moe tune --n_calls many", False),
         ("var-moe tuen", False),
