@@ -18,14 +18,17 @@ def app_of_all() -> App:
 
 
 def fault(words: list[str]) -> str | None:
-    """What is wrong with a command line; one that is only a command's name asks for nothing."""
+    """What is wrong with a command line.
+
+    Where text only names a command, or a command's option, nothing is asked for.
+    """
     app = app_of_all()
     if words and not words[0].startswith("-") and words[0] not in app:
         return f"no command {words[0]!r}"
+    if len(words) == 2 and normalise(words)[1] in options_of(words[0]):
+        return None
     if len(words) < 2 or "--help" in words:
         return None
-    if words[-1].startswith("--") and set(normalise(words[-1:])) <= known_options():
-        words = words[:-1]  # the option itself is meant: `var-moe tune --validate`
     try:
         app.parse_args(normalise(words), exit_on_error=False, print_error=False)
     except CycloptsError as error:
@@ -34,16 +37,19 @@ def fault(words: list[str]) -> str | None:
 
 
 @cache
+def options_of(command: str) -> frozenset[str]:
+    """The names of a command's options, with underscores."""
+    arguments = app_of_all()[command].assemble_argument_collection()
+    return frozenset(normalise([name for argument in arguments for name in argument.names]))
+
+
+@cache
 def known_options() -> frozenset[str]:
     """The names of all options of all commands, with underscores."""
-    app = app_of_all()
-    found = ["--debug", "--help", "--version", "--install_completion"]
-    found += ["--json", "--show_config", "--options", "--config"]  # cli/words.py
-    for name in app:
-        if not name.startswith("-"):
-            for argument in app[name].assemble_argument_collection():
-                found += argument.names
-    return frozenset(normalise(found))
+    commands = [name for name in app_of_all() if not name.startswith("-")]
+    own = {"--debug", "--help", "--version", "--install_completion"}
+    own |= {"--json", "--show_config", "--options", "--config"}  # cli/words.py
+    return frozenset(own.union(*(options_of(name) for name in commands)))
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -66,6 +72,9 @@ def test_every_option_exists(page: str) -> None:
         ("var-moe tune --n-calls 20  # with a remark", True),
         ("var-moe tune --dataset a,b,c [--robust]", True),
         ("var-moe certify", True),
+        ("var-moe tune --seeds", True),
+        ("var-moe tune --seed --robust", False),
+        ("var-moe report --seeds", False),
         ("var-moe --help", True),
         ("var-moe tune --validate", True),
         ("var-moe tune --valid", False),
