@@ -12,6 +12,7 @@ from var_moe.report.page import build_report
 from var_moe.report.search import measured_table, progress_figure
 from var_moe.report.slices import parallel_figure, slice_figures
 from var_moe.report.speed import breakdown_figure
+from var_moe.report.theme import log_ticks
 from var_moe.report.tradeoff import tradeoff_figure
 
 
@@ -132,3 +133,10 @@ def test_a_command_is_repeated_with_the_seed_that_it_drew(change, sample):
         folder = change("optimization_metadata", provenance=provenance)
         origin = build_report(folder).sections[-1]
         assert origin.blocks[0].lines[0] == told
+
+
+def test_ticks_of_a_logarithmic_axis():
+    assert log_ticks(1, 30) == [1, 2, 5, 10, 20]
+    assert log_ticks(0.02, 0.3) == [0.02, 0.05, 0.1, 0.2]
+    assert log_ticks(1e-7, 1) == [1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1]
+    assert log_ticks(0.0055, 0.0095) == []

@@ -8,7 +8,7 @@ import numpy as np
 
 from var_moe.report.blocks import Picture, Section, pictures, section
 from var_moe.report.folder import Results
-from var_moe.report.theme import BLUE, DENSITY, ORANGE, SERIES, empty_figure, line_at
+from var_moe.report.theme import BLUE, DENSITY, ORANGE, SERIES, empty_figure, line_at, logarithmic
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -85,7 +85,8 @@ def frequency_figure(stats: pd.DataFrame) -> Picture:
     log = np.log10(frequency)
     counts, x_edges, y_edges = np.histogram2d(log, entropy, bins=(40, 40))
     x = (10 ** ((x_edges[:-1] + x_edges[1:]) / 2)).tolist()
-    figure = empty_figure("occurrences of the token", "mean router entropy, nats", x_log=True)
+    figure = empty_figure("occurrences of the token", "mean router entropy, nats")
+    logarithmic(figure, "x", frequency.tolist())
     figure.add_heatmap(
         x=x,
         y=((y_edges[:-1] + y_edges[1:]) / 2).tolist(),

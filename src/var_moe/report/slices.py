@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from var_moe.report.blocks import Picture
-from var_moe.report.theme import COLD_TO_HOT, empty_figure
+from var_moe.report.theme import COLD_TO_HOT, empty_figure, logarithmic
 from var_moe.report.wording import hover
 
 
@@ -22,9 +22,9 @@ def slice_figures(rows: Sequence[Mapping[str, Any]], metadata: Mapping[str, Any]
     names = varied(rows, metadata)
     found = []
     for name in names:
-        figure = empty_figure(
-            name, "speedup", height=300, x_log=bool(space[name].get("log")), legend=False
-        )
+        figure = empty_figure(name, "speedup", height=300, legend=False)
+        if space[name].get("log"):
+            logarithmic(figure, "x", [row["params"][name] for row in rows])
         figure.add_scatter(
             x=[row["params"][name] for row in rows],
             y=[row["speedup"] for row in rows],

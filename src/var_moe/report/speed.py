@@ -9,7 +9,17 @@ import numpy as np
 
 from var_moe.report.blocks import Picture, Section, Table, pictures, section
 from var_moe.report.folder import Results
-from var_moe.report.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, TEAL, empty_figure
+from var_moe.report.theme import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    RED,
+    TEAL,
+    empty_figure,
+    logarithmic,
+)
 
 _TERMS = {
     "pair": ("expert pairs", BLUE),
@@ -137,8 +147,8 @@ def fit_figure(cost: Mapping[str, Any]) -> Picture | None:
         mode="markers",
         marker={"color": BLUE, "size": 9},
     )
-    figure.update_xaxes(type="log", dtick="D2")
-    figure.update_yaxes(type="log", dtick="D2")
+    logarithmic(figure, "x", measured)
+    logarithmic(figure, "y", measured)
     return Picture(
         name="cost-fit",
         title="Fit of the cost model",

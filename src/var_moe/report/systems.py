@@ -7,7 +7,7 @@ from typing import Any
 
 from var_moe.report.blocks import Notes, Picture, Section, Table, pictures, section
 from var_moe.report.folder import Results
-from var_moe.report.theme import BLUE, GREY, ORANGE, SERIES, empty_figure, line_at
+from var_moe.report.theme import BLUE, GREY, ORANGE, SERIES, empty_figure, line_at, logarithmic
 from var_moe.report.wording import between, factor
 
 _ARMS = {"baseline": ("unmodified", GREY), "var": ("VAR", BLUE)}
@@ -73,7 +73,9 @@ def components_figure(parts: Mapping[str, Any]) -> Picture:
 
 def scaling_figure(found: Mapping[str, Any]) -> Picture:
     """Speedup by tokens in a forward, over sequence lengths and batch sizes."""
-    figure = empty_figure("tokens in a forward", "speedup", height=380, x_log=True)
+    figure = empty_figure("tokens in a forward", "speedup", height=380)
+    sizes = [row["batch_size"] * row["sequence"] for row in found["scaling"]]
+    logarithmic(figure, "x", sizes)
     kinds = list(dict.fromkeys(row["varied"] for row in found["scaling"]))
     for kind, colour in zip(kinds, (BLUE, ORANGE), strict=False):
         rows = [row for row in found["scaling"] if row["varied"] == kind]
@@ -107,7 +109,7 @@ def roofline_figure(found: Mapping[str, Any]) -> Picture:
     flops, copied = machine["gemm_flops_per_second"], machine["copy_bytes_per_second"]
     places = [roof[arm]["arithmetic_intensity_flops_per_byte"] for arm in _ARMS]
     low, high = min([*places, flops / copied]) / 4, max([*places, flops / copied]) * 4
-    figure = empty_figure("FLOP per byte", "GFLOP/s", height=380, x_log=True)
+    figure = empty_figure("FLOP per byte", "GFLOP/s", height=380)
     figure.add_scatter(
         x=[low, flops / copied, high],
         y=[low * copied / 1e9, flops / 1e9, flops / 1e9],
@@ -123,7 +125,8 @@ def roofline_figure(found: Mapping[str, Any]) -> Picture:
             marker={"size": 12, "color": colour, "symbol": "diamond" if arm == "var" else "circle"},
             name=title,
         )
-    figure.update_yaxes(type="log", dtick="D2")
+    logarithmic(figure, "x", [low, high])
+    logarithmic(figure, "y", [low * copied / 1e9, flops / 1e9])
     return Picture(
         name="roofline",
         title="Roofline",

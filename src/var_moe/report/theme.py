@@ -6,6 +6,8 @@ face; traces use the colours below, which stand out from both.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 BLUE, ORANGE, GREEN, RED = "#3f86c8", "#e08a2e", "#2f9e6e", "#d1505c"
@@ -16,15 +18,12 @@ DENSITY = [[0.0, "rgba(63,134,200,0.0)"], [0.02, "rgba(63,134,200,0.15)"], [1.0,
 COLD_TO_HOT = [[0.0, GREEN], [0.5, "#d9b23c"], [1.0, RED]]
 
 
-def empty_figure(
-    x: str, y: str, *, height: int = 400, x_log: bool = False, legend: bool = True
-) -> Any:
+def empty_figure(x: str, y: str, *, height: int = 400, legend: bool = True) -> Any:
     """A figure with its axes named and nothing in it.
 
     Args:
         x, y: titles of the axes.
         height: pixels.
-        x_log: whether the x axis is logarithmic.
         legend: whether there is one, below the axes.
     """
     import plotly.graph_objects as go
@@ -44,10 +43,31 @@ def empty_figure(
     )
     axis = {"automargin": True, "showline": True, "ticks": "outside", "zeroline": False}
     figure.update_xaxes(title={"text": x, "standoff": 8, "font": {"size": 13}}, **axis)
-    if x_log:
-        figure.update_xaxes(type="log", dtick="D2", exponentformat="power")
     figure.update_yaxes(title={"text": y, "standoff": 8, "font": {"size": 13}}, **axis)
     return figure
+
+
+def logarithmic(figure: Any, axis: str, values: Sequence[float]) -> None:
+    """Make an axis logarithmic, with labels at 1, 2 and 5 times powers of ten.
+
+    Args:
+        figure: the figure.
+        axis: ``"x"`` or ``"y"``.
+        values: all that is drawn along it, above 0.
+    """
+    options: dict[str, Any] = {"type": "log"}
+    ticks = log_ticks(min(values), max(values))
+    if len(ticks) > 2:  # within less than that, plotly finds better places
+        options |= {"tickvals": ticks, "ticktext": [f"{tick:,.6g}" for tick in ticks]}
+    (figure.update_xaxes if axis == "x" else figure.update_yaxes)(**options)
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten from low to high; powers alone over many decades."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    steps = (1, 2, 5) if last - first <= 4 else (1,)
+    ticks = [float(f"{step}e{power}") for power in range(first, last + 1) for step in steps]
+    return [tick for tick in ticks if low <= tick <= high]
 
 
 def line_at(
