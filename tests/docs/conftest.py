@@ -56,11 +56,12 @@ def small_demo(
 
 @pytest.fixture(scope="session")
 def results(small_demo: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``results/phase3`` as `make tune` and `var-moe guard` leave it."""
+    """A folder with ``results/phase3`` as `make tune` and `var-moe guard` leave it, and ``mine``."""
     place = tmp_path_factory.mktemp("workspace")
     tuned = ["tune", "--max_samples", "10", "--final_samples", "30", "--n_calls", "3"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         assert main([*tuned, "--max_degradation", "0.5", "--seed", "1", "--quiet"]) == 0
         assert main(["guard", "results/phase3", "--quiet"]) == 0
+        assert main(["export", "results/phase3", "--output", "mine"]) == 0
     return place
