@@ -102,7 +102,7 @@ def test_the_shell_loop_is_read_as_well(search, profile, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "best score: mean" in out
     assert "Settings of the winners" in out
-    assert "decisions alike" in out
+    assert "decisions alike" in " ".join(out.split())  # titles wrap at long paths
     report = read(tmp_path / "stability.json")
     assert report["seeds"] == [1, 2]
     assert len(report["agreement"]["pairs"]) == 1
