@@ -111,7 +111,7 @@ def test_the_shell_loop_is_read_as_well(search, profile, tmp_path, capsys):
 def test_folders_of_seeds_are_read_by_the_command(seeded, tmp_path, capsys):
     folders = [str(seeded / f"run_{seed}") for seed in (2, 1)]
     assert main(["stability", *folders, "--output", str(tmp_path)]) == 0
-    out = capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())  # titles wrap
     for words in ("best score: mean", "Settings of the winners", "decisions alike", "Saved: "):
         assert words in out
     report = read(tmp_path / "stability.json")
