@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +38,7 @@ class Table:
     caption: str = ""
     words: int = 1
     marked: int | None = None  # the row that the eye should find
-
-    @property
-    def block(self) -> str:
-        """The template's name for it."""
-        return "table"
+    block: ClassVar[str] = "table"  # the template's name for it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +47,7 @@ class Facts:
 
     rows: Mapping[str, str]
     title: str = ""
-
-    @property
-    def block(self) -> str:
-        """The template's name for it."""
-        return "facts"
+    block: ClassVar[str] = "facts"  # the template's name for it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +56,7 @@ class Notes:
 
     lines: Sequence[str]
     title: str = ""
-
-    @property
-    def block(self) -> str:
-        """The template's name for it."""
-        return "notes"
+    block: ClassVar[str] = "notes"  # the template's name for it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +64,7 @@ class Pictures:
     """Pictures one below the other, or side by side where they are small."""
 
     pictures: Sequence[Picture]
-
-    @property
-    def block(self) -> str:
-        """The template's name for it."""
-        return "pictures"
+    block: ClassVar[str] = "pictures"  # the template's name for it
 
 
 Block = Table | Facts | Notes | Pictures
