@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from var_moe.report.wording import percent
+
 _STYLE = """
 :root { color-scheme: light dark; --line: #8886; --good: #1a7f37; --bad: #b3261e; }
 @media (prefers-color-scheme: dark) { :root { --good: #57c878; --bad: #ff8a80; } }
@@ -88,10 +90,6 @@ def _facts(rows: Mapping[str, Any]) -> str:
     return f'<div class="scroll"><table>{body}</table></div>'
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:+.2f}%"
-
-
 def _claims(certificate: Mapping[str, Any]) -> str:
     said = {
         "quality": lambda c: f"degradation < {100 * c['bound']:g}%",
@@ -122,7 +120,7 @@ def _tests(certificate: Mapping[str, Any]) -> str:
     done = {row["name"]: row for row in certificate["tests"]}
     rows = []
     for place in certificate["order"]:
-        before = _percent(place["degradation"]) if "degradation" in place else ""
+        before = percent(place["degradation"]) if "degradation" in place else ""
         test = done.get(place["name"])
         if test is None:
             rows.append((place["name"], before, "not tested", *[""] * 6))
@@ -132,7 +130,7 @@ def _tests(certificate: Mapping[str, Any]) -> str:
             (
                 place["name"],
                 before,
-                f"{_percent(test['degradation'])} [{_percent(low)}, {_percent(high)}]",
+                f"{percent(test['degradation'])} [{percent(low)}, {percent(high)}]",
                 f"{test['p_t']:.3g}" if "p_t" in test else "",
                 f"{test['p_bootstrap']:.3g}" if "p_bootstrap" in test else "",
                 f"{test['p']:.3g}",
@@ -162,8 +160,8 @@ def _apart(certificate: Mapping[str, Any]) -> str:
                 row["dataset"],
                 f"{row['baseline_perplexity']:.3f}",
                 f"{row['perplexity']:.3f}",
-                f"{_percent(row['degradation'])} [{_percent(low)}, {_percent(high)}]",
-                _percent(row["degradation_upper"]),
+                f"{percent(row['degradation'])} [{percent(low)}, {percent(high)}]",
+                percent(row["degradation_upper"]),
                 f"{row['experts_per_token']:.3f}",
                 f"{row['units']:,} / {row['documents']:,}",
             )

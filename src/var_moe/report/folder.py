@@ -55,6 +55,15 @@ class Results:
         """A part, or None."""
         return self.parts.get(name)
 
+    @property
+    def winner(self) -> dict[str, Any] | None:
+        """What was measured of the configuration that the search chose, if it chose one."""
+        if "search" not in self.parts:
+            return None
+        best = self.parts["search"]["best_params"]
+        rows: list[dict[str, Any]] = self.parts["metadata"]["remeasured"]
+        return next((row for row in rows if row["config"] == best), None)
+
 
 def read_results(folder: Path) -> Results:
     """Read what is there.

@@ -129,7 +129,7 @@ def _of_search(results: Results) -> Headline:
     bound, top_k = metadata["max_degradation"], metadata["geometry"]["top_k"]
     best = search["best_params"]
     what = kind(best) if best else _asked(settings)
-    row = next((one for one in metadata["remeasured"] if one["config"] == best), None)
+    row = results.winner
     cards = _measured_cards(row, top_k, bound, "validation") if row else []
     validation, certificate = results.get("validation"), results.get("certificate")
     answers = (

@@ -37,13 +37,8 @@ def _subject(results: Results) -> tuple[str, Mapping[str, Any], int] | None:
             validation,
             validation["top_k"],
         )
-    search, metadata = results.get("search"), results.get("metadata")
-    if search is None:
-        return None
-    for row in metadata["remeasured"]:
-        if row["config"] == search["best_params"]:
-            return f"the winner ({row['name']})", row, row["top_k"]
-    return None
+    row = results.winner
+    return (f"the winner ({row['name']})", row, row["top_k"]) if row else None
 
 
 def experts_figure(row: Mapping[str, Any], top_k: int) -> Picture:

@@ -41,19 +41,11 @@ def speed_section(results: Results) -> Section | None:
     return section(
         "speed",
         "Where the time goes",
-        [pictures(breakdown_figure(cost, _winner(results)), fit_figure(cost)), _backends(results)],
+        [pictures(breakdown_figure(cost, results.winner), fit_figure(cost)), _backends(results)],
         intro=f"A forward of {setting['batch_size']} x {setting['sequence']} tokens, by the cost "
         "model that was fitted to timed forwards of this machine. A timing that the fit did not "
         f"see is predicted within {100 * cost['error_relative']:.1f}% (median).",
     )
-
-
-def _winner(results: Results) -> Mapping[str, Any] | None:
-    search, metadata = results.get("search"), results.get("metadata")
-    if search is None:
-        return None
-    rows = metadata["remeasured"]
-    return next((row for row in rows if row["config"] == search["best_params"]), None)
 
 
 def breakdown_figure(cost: Mapping[str, Any], winner: Mapping[str, Any] | None) -> Picture:
