@@ -7,7 +7,7 @@ from typing import Any
 
 from var_moe.report.blocks import Notes, Picture, Section, Table, pictures, section
 from var_moe.report.folder import Results
-from var_moe.report.theme import GREEN, RED, empty_figure, line_at
+from var_moe.report.theme import GREEN, RED, empty_figure, interval_bars, line_at
 from var_moe.report.wording import between, limit, percent
 
 
@@ -42,16 +42,12 @@ def tests_figure(certificate: Mapping[str, Any]) -> Picture | None:
         some = [test for test in tests if bool(test["passed"]) is passed]
         if not some:
             continue
-        values = [100 * test["degradation"] for test in some]
+        values = [test["degradation"] for test in some]
         ends = [test["degradation_interval"] for test in some]
         figure.add_scatter(
             y=[_label(test, certificate) for test in some],
-            x=values,
-            error_x={
-                "symmetric": False,
-                "array": [100 * end[1] - v for end, v in zip(ends, values, strict=True)],
-                "arrayminus": [v - 100 * end[0] for end, v in zip(ends, values, strict=True)],
-            },
+            x=[100 * value for value in values],
+            error_x=interval_bars(values, ends, scale=100),
             text=[
                 f"{test['experts_per_token']:.3f} experts per token<br>p = {test['p']:.2g}"
                 for test in some

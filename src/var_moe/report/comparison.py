@@ -7,7 +7,7 @@ from typing import Any
 
 from var_moe.report.blocks import Notes, Picture, Section, Table, pictures, section
 from var_moe.report.folder import Results
-from var_moe.report.theme import GREY, SERIES, empty_figure, line_at
+from var_moe.report.theme import GREY, SERIES, empty_figure, interval_bars, line_at
 from var_moe.report.wording import limit, percent, settings, speedup
 
 CONTROL = "random_skip"
@@ -62,15 +62,11 @@ def speed_figure(found: Mapping[str, Any]) -> Picture | None:
         return None
     figure = empty_figure("speedup", "perplexity change, %", height=520)
     for name, style, points in lines:
+        speeds = [point["speedup"] for point in points]
         figure.add_scatter(
-            x=[point["speedup"] for point in points],
+            x=speeds,
             y=[100 * point["degradation"] for point in points],
-            error_x={
-                "symmetric": False,
-                "array": [p["speedup_95"][1] - p["speedup"] for p in points],
-                "arrayminus": [p["speedup"] - p["speedup_95"][0] for p in points],
-                "thickness": 1,
-            },
+            error_x=interval_bars(speeds, [p["speedup_95"] for p in points], thickness=1),
             text=[f"{name}<br>{settings(point['settings'])}" for point in points],
             name=name,
             **style,

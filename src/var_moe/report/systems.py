@@ -7,7 +7,16 @@ from typing import Any
 
 from var_moe.report.blocks import Notes, Picture, Section, Table, pictures, section
 from var_moe.report.folder import Results
-from var_moe.report.theme import BLUE, GREY, ORANGE, SERIES, empty_figure, line_at, logarithmic
+from var_moe.report.theme import (
+    BLUE,
+    GREY,
+    ORANGE,
+    SERIES,
+    empty_figure,
+    interval_bars,
+    line_at,
+    logarithmic,
+)
 from var_moe.report.wording import between, factor
 
 _ARMS = {"baseline": ("unmodified", GREY), "var": ("VAR", BLUE)}
@@ -83,11 +92,7 @@ def scaling_figure(found: Mapping[str, Any]) -> Picture:
         figure.add_scatter(
             x=[row["batch_size"] * row["sequence"] for row in rows],
             y=speeds,
-            error_y={
-                "symmetric": False,
-                "array": [r["speedup_95"][1] - v for r, v in zip(rows, speeds, strict=True)],
-                "arrayminus": [v - r["speedup_95"][0] for r, v in zip(rows, speeds, strict=True)],
-            },
+            error_y=interval_bars(speeds, [row["speedup_95"] for row in rows]),
             text=[f"{row['batch_size']} x {row['sequence']}" for row in rows],
             mode="lines+markers",
             line={"color": colour},

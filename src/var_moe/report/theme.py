@@ -91,3 +91,23 @@ def line_at(
         figure.add_vline(x=x, annotation_position="top right", **style)
     if y is not None:
         figure.add_hline(y=y, annotation_position=position, **style)
+
+
+def interval_bars(
+    values: Sequence[float], ends: Sequence[Sequence[float]], *, scale: float = 1.0, **style: Any
+) -> dict[str, Any]:
+    """Error bars from intervals that need not be symmetric.
+
+    Args:
+        values: of the points.
+        ends: low and high end of each.
+        scale: what values and ends are multiplied by in the figure, as 100 for percent.
+        style: further entries of plotly's error bars.
+    """
+    pairs = list(zip(ends, values, strict=True))
+    return {
+        "symmetric": False,
+        "array": [scale * (end[1] - value) for end, value in pairs],
+        "arrayminus": [scale * (value - end[0]) for end, value in pairs],
+        **style,
+    }

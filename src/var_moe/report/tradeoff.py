@@ -7,8 +7,20 @@ from typing import Any
 
 from var_moe.report.blocks import Picture
 from var_moe.report.folder import Results
-from var_moe.report.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, TALL, empty_figure, line_at
+from var_moe.report.theme import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    TALL,
+    empty_figure,
+    interval_bars,
+    line_at,
+)
 from var_moe.report.wording import change, hover, limit, settings
+
+_THIN = {"thickness": 1.2, "width": 3}
 
 
 def tradeoff_figure(results: Results, rows: Sequence[Mapping[str, Any]]) -> Picture:
@@ -51,8 +63,10 @@ def tradeoff_figure(results: Results, rows: Sequence[Mapping[str, Any]]) -> Pict
         figure.add_scatter(
             x=[100 * certified["degradation"]],
             y=[certified["speedup"]],
-            error_x=_bars(certified["degradation_interval"], certified["degradation"], 100),
-            error_y=_bars(certified["speedup_95"], certified["speedup"]),
+            error_x=interval_bars(
+                [certified["degradation"]], [certified["degradation_interval"]], scale=100, **_THIN
+            ),
+            error_y=interval_bars([certified["speedup"]], [certified["speedup_95"]], **_THIN),
             mode="markers",
             marker={"symbol": "star", "size": 15, "color": GREEN},
             name="certified",
@@ -85,16 +99,9 @@ def _measured(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "y": speeds,
         "error_x": {
             "array": [196 * row["degradation_standard_error"] for row in rows],
-            "thickness": 1.2,
-            "width": 3,
+            **_THIN,
         },
-        "error_y": {
-            "symmetric": False,
-            "array": [end[1] - value for end, value in zip(ends, speeds, strict=True)],
-            "arrayminus": [value - end[0] for end, value in zip(ends, speeds, strict=True)],
-            "thickness": 1.2,
-            "width": 3,
-        },
+        "error_y": interval_bars(speeds, ends, **_THIN),
         "text": [
             f"{row['name']}<br>{settings(row['config'])}<br>perplexity {change(row)}<br>"
             f"{row['experts_per_token']:.2f} experts per token"
@@ -102,16 +109,6 @@ def _measured(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         ],
         "mode": "markers",
         "marker_size": 10,
-    }
-
-
-def _bars(ends: Sequence[float], value: float, scale: float = 1.0) -> dict[str, Any]:
-    return {
-        "symmetric": False,
-        "array": [scale * (ends[1] - value)],
-        "arrayminus": [scale * (value - ends[0])],
-        "thickness": 1.2,
-        "width": 3,
     }
 
 
