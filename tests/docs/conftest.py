@@ -56,7 +56,7 @@ def small_demo(
 
 @pytest.fixture(scope="session")
 def results(small_demo: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``results/phase3`` as `make tune` and `var-moe guard` leave it, and ``mine``."""
+    """``results/phase3`` as `make tune` and `var-moe guard` leave it, and a folder ``mine``."""
     place = tmp_path_factory.mktemp("workspace")
     tuned = ["tune", "--max_samples", "10", "--final_samples", "30", "--n_calls", "3"]
     with pytest.MonkeyPatch.context() as patch:
