@@ -31,6 +31,7 @@ def option(words: list[str], name: str) -> str | None:
 def analyse(folder: Path, output: Path) -> None:
     """Write the analysis of a profile, and say what it found."""
     from var_moe.analysis.routing import FILE, analyse_routing
+    from var_moe.cli.report import make_report
     from var_moe.profiling.profile import RoutingProfile
     from var_moe.storage import atomic_write_json
 
@@ -39,6 +40,7 @@ def analyse(folder: Path, output: Path) -> None:
     for row in found["hypotheses"]:
         print(f"{row['name']}, {row['claim']}: {row['verdict']} ({row['evidence']}; {row['test']})")
     print(f"Saved: {output / FILE}")
+    make_report(output)
 
 
 if __name__ == "__main__":

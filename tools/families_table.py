@@ -1,7 +1,7 @@
-"""The README's table of model families, from the results of the contract suite.
+"""The documentation's table of model families, from the results of the contract suite.
 
     python -m pytest tests/models --junitxml results.xml
-    python tools/families_table.py results.xml --write README.md
+    python tools/families_table.py results.xml --write docs/families.md
 
 Without ``--write`` the table goes to standard output. Nothing in it is written by hand: a row
 says what the results say, and a family that fails a test is shown as failing it.

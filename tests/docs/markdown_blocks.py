@@ -75,7 +75,7 @@ def commands(page: str, text: str) -> list[list[str]]:
     ]
     found = []
     for line in [*lines, *spans(text)]:
-        for part in re.split(r"[;|]|&&|\bdo\b", line):
+        for part in re.split(r"[;|>]|&&|\bdo\b", line):
             if part.split()[:1] == ["var-moe"]:
                 # "[--robust]" is an option that may be left out; "$seed" stands for a number.
                 plain = re.sub(r"\$\w+", "1", re.sub(r"[\[\]]", "", part))

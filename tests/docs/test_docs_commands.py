@@ -9,7 +9,8 @@ from cyclopts import App, CycloptsError
 from markdown_blocks import PAGES, commands, options
 
 from var_moe.cli.main import build_app
-from var_moe.cli.words import normalise
+from var_moe.cli.words import normalise, read_words
+from var_moe.errors import UsageError
 
 
 @cache
@@ -30,8 +31,8 @@ def fault(words: list[str]) -> str | None:
     if len(words) < 2 or "--help" in words:
         return None
     try:
-        app.parse_args(normalise(words), exit_on_error=False, print_error=False)
-    except CycloptsError as error:
+        app.parse_args(read_words(words).rest, exit_on_error=False, print_error=False)
+    except (CycloptsError, UsageError) as error:
         return " ".join(str(error).split())
     return None
 
@@ -72,6 +73,9 @@ def test_every_option_exists(page: str) -> None:
         ("var-moe tune --n-calls 20  # with a remark", True),
         ("var-moe tune --dataset a,b,c [--robust]", True),
         ("var-moe certify", True),
+        ("var-moe tune --policy naee --show-config > naee.yaml", True),
+        ("var-moe tune --options naee.yaml --seed 7", True),
+        ("var-moe tune --options --seed 7", False),
         ("var-moe tune --seeds", True),
         ("var-moe tune --seed --robust", False),
         ("var-moe report --seeds", False),
