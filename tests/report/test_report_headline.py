@@ -18,13 +18,24 @@ def test_the_strongest_answer_comes_first(sample):
     assert found.answers[0].sentence == certificate["sentence"]
     assert "On test, which nothing was chosen on, it keeps the bound" in found.answers[1].sentence
     assert [answer.tone for answer in found.answers] == [GOOD, GOOD, GOOD]
-    assert found.configuration == json.loads((sample / "best_config.json").read_text())
+    assert found.answers[2].sentence.startswith("Chosen by the search, not certified: fastest")
+    assert found.configuration == certificate["certified_config"]
 
 
-def test_cards_carry_the_figures(sample):
-    values = {card.label: card.value for card in top(sample).cards}
-    assert values["certified perplexity rise"] == "< 1%"
-    assert values["certified speed"] == "≥ 1.129x"
+def test_cards_are_of_the_certified_configuration_alone(sample):
+    cards = {card.label: (card.value, card.detail) for card in top(sample).cards}
+    assert cards == {
+        "certified perplexity rise": ("< 1%", "measured +0.78% [0.72, 0.83]"),
+        "certified speed": ("≥ 1.129x", "measured 1.240x [1.176, 1.322]"),
+        "executed experts per token": ("1.35", "of 2"),
+    }
+
+
+def test_without_a_certificate_cards_are_of_the_winner(sample):
+    (sample / "certificate.json").unlink()
+    found = top(sample)
+    values = {card.label: card.value for card in found.cards}
+    assert found.answers[-1].sentence.startswith("Fastest configuration")
     assert values["speedup, validation"] == "1.354x"
     assert values["perplexity, validation"] == "+0.92%"
     assert values["executed experts per token"] == "1.27"
@@ -53,4 +64,6 @@ def test_nothing_found_is_bad_news(change):
 
 def test_comparisons_name_the_policy_that_costs_least(alone):
     found = top(alone("comparison"))
-    assert found.answers[0].sentence.startswith("Least perplexity: at 1.6, damage + learned")
+    assert found.answers[0].sentence == (
+        "At equal experts per token, least costs damage + learned (+0.22% at 1.6, +0.81% at 1.3)."
+    )

@@ -49,6 +49,42 @@ def test_every_command_has_a_report(alone, name):
     assert len(report.sections) == 2  # its own, and where it comes from
 
 
+def test_policies_have_a_figure_for_each_compensation(alone):
+    folder = alone("comparison")
+    rows = json.loads((folder / "comparison.json").read_text())["rows"]
+    figures = [p for p in build_report(folder).pictures if p.name.startswith("policies-experts")]
+    kinds = {row["compensation"] for row in rows}
+    assert {p.name.removeprefix("policies-experts-") for p in figures} == kinds
+    assert len({tuple(p.figure.layout.yaxis.range) for p in figures}) == 1
+    drawn = sum(len(trace.x) for p in figures for trace in p.figure.data if trace.mode != "text")
+    assert drawn == len(rows)
+
+
+def test_winners_that_are_one_need_no_figure(alone):
+    folder = alone("stability")
+    path = folder / "stability.json"
+    found = json.loads(path.read_text())
+    for run in found["runs"]:
+        run["experts_per_token"] = 1.5
+    path.write_text(json.dumps(found))
+    assert [p.name for p in build_report(folder).pictures] == ["seeds-speeds"]
+
+
+def test_tiers_are_shown_where_there_are_any(change, sample):
+    def headings():
+        return next(
+            block.headings
+            for part in build_report(sample).sections
+            for block in part.blocks
+            if getattr(block, "title", "").startswith("Measured on text")
+        )
+
+    assert "fast / cached / learned, %" not in headings()
+    rows = json.loads((sample / "optimization_metadata.json").read_text())["remeasured"]
+    change("optimization_metadata", remeasured=[{**rows[0], "learned_pct": 60.0}, *rows[1:]])
+    assert "fast / cached / learned, %" in headings()
+
+
 def test_a_profile_alone_has_a_report(with_profile):
     assert names(with_profile / "profile") == ["routing", "origin"]
 

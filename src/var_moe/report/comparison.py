@@ -23,7 +23,8 @@ def comparison_section(results: Results) -> Section | None:
         "policies",
         "Policies at equal experts per token",
         [
-            pictures(experts_figure(found), speed_figure(found)),
+            pictures(*(experts_figure(found, one) for one in _compensations(found))),
+            pictures(speed_figure(found)),
             *(_table(found, target) for target in found["targets_experts_per_token"]),
             Notes(lines=found["notes"]) if found["notes"] else None,
         ],
@@ -32,10 +33,25 @@ def comparison_section(results: Results) -> Section | None:
     )
 
 
-def experts_figure(found: Mapping[str, Any]) -> Picture:
-    """Degradation against executed experts per token."""
+def _compensations(found: Mapping[str, Any]) -> list[str | None]:
+    """What stood in for dropped experts, what costs least first."""
+    rows = found["rows"]
+    kinds = dict.fromkeys(row.get("compensation") for row in rows)
+    return sorted(
+        kinds,
+        key=lambda one: min(row["degradation"] for row in rows if row.get("compensation") == one),
+    )
+
+
+def experts_figure(found: Mapping[str, Any], compensation: str | None) -> Picture:
+    """Degradation against executed experts per token, of one compensation."""
     figure = empty_figure("experts per token", "perplexity change, %", height=520)
+    alone = len(_compensations(found)) == 1
     for name, style, points in _lines(found["rows"]):
+        if points[0].get("compensation") != compensation:
+            continue
+        style = style if alone else {**style, "line": {**style["line"], "dash": "solid"}}
+        name = name if alone else name.removesuffix(f" + {compensation}")
         figure.add_scatter(
             x=[point["experts_per_token"] for point in points],
             y=[100 * point["degradation"] for point in points],
@@ -45,10 +61,14 @@ def experts_figure(found: Mapping[str, Any]) -> Picture:
             **style,
         )
     line_at(figure, f"bound {limit(found['max_degradation'])}", y=100 * found["max_degradation"])
+    # One scale for all, so that the eye compares them.
+    most = max(row["degradation"] + 2 * row["degradation_standard_error"] for row in found["rows"])
+    least = min(row["degradation"] - 2 * row["degradation_standard_error"] for row in found["rows"])
+    figure.update_yaxes(range=[100 * (min(least, 0) - 0.03 * most), 103 * most])
     figure.update_xaxes(autorange="reversed")
     return Picture(
-        name="policies-experts",
-        title="What cuts cost",
+        name="policies-experts" if alone else f"policies-experts-{compensation}",
+        title="What cuts cost" if alone else f"What cuts cost, compensation: {compensation}",
         caption="Lower is better; further right, fewer experts run. Bars are 95% intervals over "
         "documents. The grey line is the control: the same number of cuts, at random.",
         figure=figure,

@@ -77,23 +77,42 @@ def _certified(certificate: Mapping[str, Any] | None) -> tuple[Answer, ...]:
     return (Answer(sentence=certificate["sentence"], tone=tone),)
 
 
-def _certificate_cards(certificate: Mapping[str, Any] | None) -> tuple[Card, ...]:
+def _certificate_cards(results: Results) -> tuple[Card, ...]:
+    """What is certified, and what was measured of the same configuration."""
+    certificate = results.get("certificate")
     if certificate is None or not certificate["certified"]:
         return ()
+    name = certificate["certified_name"]
+    test = next(row for row in certificate["tests"] if row["name"] == name)
+    ends = between([100 * end for end in test["degradation_interval"]], digits=2)
+    cards = [
+        Card(
+            label="certified perplexity rise",
+            value=f"< {limit(certificate['max_degradation'])}",
+            detail=f"measured {percent(test['degradation'])} {ends}",
+            tone=GOOD,
+        )
+    ]
     speed = next((c for c in certificate["claims"] if c["name"] == "speedup"), None)
-    share = f"with {100 * (1 - certificate['alpha']):g}% confidence"
-    bound = Card(
-        label="certified perplexity rise",
-        value=f"< {limit(certificate['max_degradation'])}",
-        detail=share,
-        tone=GOOD,
+    if speed is not None and speed.get("at_least"):
+        cards.append(
+            Card(
+                label="certified speed",
+                value=f"≥ {factor(speed['at_least'])}",
+                detail=f"measured {factor(speed['measured'])} {between(speed['speedup_95'])}",
+                tone=GOOD,
+            )
+        )
+    geometry = (results.get("metadata") or {}).get("geometry", {})
+    return (*cards, _experts_card(test, geometry.get("top_k")))
+
+
+def _experts_card(row: Mapping[str, Any], top_k: int | None) -> Card:
+    return Card(
+        label="executed experts per token",
+        value=f"{row['experts_per_token']:.2f}",
+        detail=f"of {top_k}" if top_k else "",
     )
-    if speed is None or not speed.get("at_least"):
-        return (bound,)
-    least = Card(
-        label="certified speed", value=f"≥ {factor(speed['at_least'])}", detail=share, tone=GOOD
-    )
-    return (bound, least)
 
 
 def _measured_cards(row: Mapping[str, Any], top_k: int, bound: float, where: str) -> list[Card]:
@@ -114,11 +133,7 @@ def _measured_cards(row: Mapping[str, Any], top_k: int, bound: float, where: str
             detail=f"95% upper bound {percent(row['degradation_upper_95'])}, limit {limit(bound)}",
             tone=GOOD if kept else BAD,
         ),
-        Card(
-            label="executed experts per token",
-            value=f"{row['experts_per_token']:.2f}",
-            detail=f"of {top_k}",
-        ),
+        _experts_card(row, top_k),
     ]
     return cards
 
@@ -132,18 +147,24 @@ def _of_search(results: Results) -> Headline:
     row = results.winner
     cards = _measured_cards(row, top_k, bound, "validation") if row else []
     validation, certificate = results.get("validation"), results.get("certificate")
+    chosen = metadata["answer"]
+    if certificate and certificate["certified_config"] not in (None, best):
+        chosen = f"Chosen by the search, not certified: {chosen[:1].lower()}{chosen[1:]}"
     answers = (
         *_certified(certificate),
         *_held_out(validation),
-        Answer(sentence=metadata["answer"], tone=GOOD if best else BAD),
+        Answer(sentence=chosen, tone=GOOD if best else BAD),
     )
     return Headline(
         title=f"{identity['model']} on {identity['dataset']}",
         question=f"Which configuration ({what}) runs the model {identity['model']} fastest, "
         f"while its perplexity on {identity['dataset']} text rises by less than {limit(bound)}?",
         answers=answers,
-        cards=(*_certificate_cards(certificate), *cards),
-        configuration=best or metadata.get("search", {}).get("nearest_miss", {}).get("config"),
+        # The search's winner and the certified configuration are not one: figures of one alone.
+        cards=_certificate_cards(results) or tuple(cards),
+        configuration=(certificate or {}).get("certified_config")
+        or best
+        or metadata.get("search", {}).get("nearest_miss", {}).get("config"),
     )
 
 
@@ -176,9 +197,8 @@ def _of_validation(results: Results) -> Headline:
         question=f"Does the configuration ({kind(config)}) keep perplexity within "
         f"{limit(found['max_degradation'])} on {text['split']}, and how fast is it?",
         answers=(*_certified(results.get("certificate")), *_held_out(found)),
-        cards=(
-            *_certificate_cards(results.get("certificate")),
-            *_measured_cards(found, found["top_k"], found["max_degradation"], text["split"]),
+        cards=tuple(
+            _measured_cards(found, found["top_k"], found["max_degradation"], text["split"])
         ),
         configuration=config,
     )
@@ -192,7 +212,7 @@ def _of_certificate(results: Results) -> Headline:
         question=f"Which configuration surely keeps perplexity within "
         f"{limit(found['max_degradation'])}?",
         answers=_certified(found),
-        cards=_certificate_cards(found),
+        cards=_certificate_cards(results),
         configuration=found.get("certified_config"),
     )
 
@@ -220,17 +240,21 @@ def _of_seeds(results: Results) -> Headline:
 def _of_comparison(results: Results) -> Headline:
     found = results.get("comparison")
     text = found["text"]
-    told = []
+    least: dict[str, list[str]] = {}  # of each policy that is ahead somewhere
     for target in found["targets_experts_per_token"]:
         rows = [row for row in found["rows"] if row["target_experts_per_token"] == target]
         if rows:
-            least = min(rows, key=lambda row: row["degradation"])
-            told.append(f"at {target:g}, {least['name']} ({percent(least['degradation'])})")
+            best = min(rows, key=lambda row: row["degradation"])
+            told = f"{percent(best['degradation'])} at {target:g}"
+            least.setdefault(best["name"], []).append(told)
+    sentence = "; ".join(f"{name} ({', '.join(told)})" for name, told in least.items())
     return Headline(
         title=f"Policies: {found['model']['name']} on {text['dataset']} ({text['split']})",
         question="At equally many executed experts per token, which policy costs least?",
-        answers=(Answer(sentence="Least perplexity: " + "; ".join(told) + ".", tone=GOOD),)
-        if told
+        answers=(
+            Answer(sentence=f"At equal experts per token, least costs {sentence}.", tone=GOOD),
+        )
+        if least
         else (),
     )
 

@@ -115,6 +115,7 @@ def measured_table(metadata: Mapping[str, Any], best: Mapping[str, Any] | None) 
     rows = metadata["remeasured"]
     winner = next((number for number, row in enumerate(rows) if row["config"] == best), None)
     worst = any(row.get("worst_dataset") for row in rows)
+    tiered = any(row["learned_pct"] < 100 for row in rows)
     baseline = metadata["baseline"]
     table = [
         (
@@ -123,7 +124,7 @@ def measured_table(metadata: Mapping[str, Any], best: Mapping[str, Any] | None) 
             "",
             f"1 ({baseline['backend']})",
             f"{metadata['geometry']['top_k']:.2f}",
-            "0 / 0 / 100",
+            *(["0 / 0 / 100"] if tiered else []),
             *([""] if worst else []),
         )
     ]
@@ -135,14 +136,18 @@ def measured_table(metadata: Mapping[str, Any], best: Mapping[str, Any] | None) 
                 change(row),
                 speedup(row),
                 f"{row['experts_per_token']:.3f}",
-                tiers(row),
+                *([tiers(row)] if tiered else []),
                 *([_worst(row)] if worst else []),
             )
         )
     headings = ("", "perplexity", "change (95% upper)", "speedup [95%]", "experts per token")
     return Table(
         title="Measured on text that was not searched on",
-        headings=(*headings, "fast / cached / learned, %", *(["worst data set"] if worst else [])),
+        headings=(
+            *headings,
+            *(["fast / cached / learned, %"] if tiered else []),
+            *(["worst data set"] if worst else []),
+        ),
         rows=table,
         marked=None if winner is None else winner + 1,
         caption=f"{metadata['ordering_documents']:,} documents. The marked row wins: the fewest "

@@ -7,7 +7,7 @@ from typing import Any
 
 from var_moe.report.blocks import Notes, Picture, Section, Table, pictures, section
 from var_moe.report.folder import Results
-from var_moe.report.theme import BLUE, empty_figure
+from var_moe.report.theme import BLUE, empty_figure, interval_bars, line_at
 from var_moe.report.wording import change, setting, settings, speedup
 
 
@@ -21,7 +21,7 @@ def seeds_section(results: Results) -> Section | None:
         f"{len(found['seeds'])} seeds",
         [
             _runs(found),
-            pictures(winners_figure(found)),
+            pictures(speeds_figure(found), winners_figure(found)),
             _parameters(found),
             _pairs(found),
             Notes(lines=found["notes"]) if found["notes"] else None,
@@ -59,10 +59,35 @@ def _runs(found: Mapping[str, Any]) -> Table:
     return Table(title="Winners", headings=headings, rows=rows)
 
 
+def speeds_figure(found: Mapping[str, Any]) -> Picture | None:
+    """The measured speedup of each seed's winner."""
+    runs = [run for run in found["runs"] if run["found"] and run["speedup"] is not None]
+    if not runs:
+        return None
+    figure = empty_figure("seed", "speedup", height=340, legend=False)
+    speeds = [run["speedup"] for run in runs]
+    figure.add_scatter(
+        x=[str(run["seed"]) for run in runs],
+        y=speeds,
+        error_y=interval_bars(speeds, [run["speedup_95"] for run in runs]),
+        mode="markers",
+        marker={"color": BLUE, "size": 10},
+    )
+    figure.update_xaxes(type="category")
+    line_at(figure, "unmodified model", y=1.0)
+    return Picture(
+        name="seeds-speeds",
+        title="Speedups",
+        caption="Bars are 95% intervals over interleaved blocks: winners that run equally many "
+        "experts differ by the machine's timing alone.",
+        figure=figure,
+    )
+
+
 def winners_figure(found: Mapping[str, Any]) -> Picture | None:
-    """Perplexity and experts per token of each seed's winner."""
+    """Perplexity and experts per token of each seed's winner, where winners differ."""
     runs = [run for run in found["runs"] if run["found"]]
-    if len(runs) < 2:
+    if len({run["experts_per_token"] for run in runs}) < 2:
         return None
     figure = empty_figure("experts per token", "perplexity change, %", height=340, legend=False)
     figure.add_scatter(
@@ -100,13 +125,14 @@ def _pairs(found: Mapping[str, Any]) -> Table | None:
     compared = found["agreement"]
     if compared is None:
         return None
-    rows = [
-        (" and ".join(str(seed) for seed in pair["seeds"]), f"{pair['alike_pct']:.2f}%")
-        for pair in compared["pairs"]
-    ]
+    alike = {frozenset(pair["seeds"]): f"{pair['alike_pct']:.2f}" for pair in compared["pairs"]}
+    seeds = list(dict.fromkeys(seed for pair in compared["pairs"] for seed in pair["seeds"]))
     return Table(
         title="Agreement on common text",
-        headings=("seeds", "decisions alike"),
-        rows=rows,
-        caption="Share of (layer, token) for which both winners run the same experts.",
+        headings=("seed", *map(str, seeds)),
+        rows=[
+            (str(one), *(alike.get(frozenset((one, other)), "") for other in seeds))
+            for one in seeds
+        ],
+        caption="Share of (layer, token), in percent, for which two winners run the same experts.",
     )
