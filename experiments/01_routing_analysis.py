@@ -35,10 +35,11 @@ def analyse(folder: Path, output: Path) -> None:
     from var_moe.profiling.profile import RoutingProfile
     from var_moe.storage import atomic_write_json
 
-    found = analyse_routing(RoutingProfile.load(folder))
+    found = {**analyse_routing(RoutingProfile.load(folder)), "profile_path": str(folder)}
     atomic_write_json(output / FILE, found)
     for row in found["hypotheses"]:
-        print(f"{row['name']}, {row['claim']}: {row['verdict']} ({row['evidence']}; {row['test']})")
+        print(f"{row['name']}, {row['claim']}: {row['verdict']}")
+        print(f"    found: {row['evidence']}; asked: {row['test']}")
     print(f"Saved: {output / FILE}")
     make_report(output)
 
@@ -50,5 +51,8 @@ if __name__ == "__main__":
         words = ["--output", str(output), *words]
     code = main(["profile", *words])
     if code == 0 and not {"--help", "-h"} & set(words):
-        analyse(Path(option(words, "--profile") or output), output)
+        from var_moe.storage import command_line
+
+        with command_line(["python", *sys.argv]):
+            analyse(Path(option(words, "--profile") or output), output)
     sys.exit(code)

@@ -40,7 +40,12 @@ def test_the_scripts_run(common, tmp_path):
     assert [row["name"] for row in found["hypotheses"]] == ["H1", "H2", "H3"]
     again = tmp_path / "again"
     done = script("01_routing_analysis.py", "--profile", str(output), "--output", str(again))
-    assert json.loads((again / "routing_analysis.json").read_text()) == found
+    same = json.loads((again / "routing_analysis.json").read_text())
+    assert same["provenance"]["command"].endswith(f"--profile {output} --output {again}")
+    assert {**same, "provenance": found["provenance"]} == found
+    for place in (output, again):  # the profile's own figures are shown wherever it lies
+        page = (place / "report.html").read_text()
+        assert 'data-figure="coverage"' in page and 'data-figure="entropy"' in page
     for name, command in (
         ("02_evaluate_var.py", "evaluate"),
         ("05_systems_analysis.py", "analyze"),

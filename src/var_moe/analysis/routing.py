@@ -107,7 +107,7 @@ def hypotheses(
             "name": "H2",
             "claim": "routing of a token is consistent across contexts",
             "test": f"at least {CONSISTENT:.0%} of occurrences go to the token's usual first "
-            f"expert (tokens seen {AT_LEAST} times or more)",
+            f"expert, of tokens seen {AT_LEAST} times or more",
             "evidence": "no token seen often enough"
             if consistency["mean"] is None
             else f"{consistency['mean']:.1%}",

@@ -104,7 +104,10 @@ def _checked(path: Path, name: str) -> Any:
 
 def _stats(folder: Path, parts: dict[str, Any]) -> pd.DataFrame | None:
     """The profile's rows: the folder itself, one beside the results, or the one they name."""
-    profile = parts.get("metadata", {}).get("profile", {})
+    profile = parts.get("metadata", {}).get("profile") or {}
+    if not profile and "routing" in parts:
+        found = parts["routing"]
+        profile = {"path": found.get("profile_path"), "hash": found["profile_hash"]}
     named = profile.get("path")
     places = [folder, folder / "profile", *([Path(named)] if named else [])]
     for place in places:
