@@ -21,10 +21,10 @@ tune: $(VENV)/.installed
 	@"$(VENV)/bin/var-moe" tune --max-samples 200 --final-samples 400 --output "$(RESULTS)" $(ARGS)
 
 test: lint
-	"$(VENV)/bin/python" -m pytest -n 2 $(ARGS)
+	"$(VENV)/bin/python" -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-fast: $(VENV)/.installed-dev
-	"$(VENV)/bin/python" -m pytest -n 2 -m "not slow" $(ARGS)
+	"$(VENV)/bin/python" -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	"$(VENV)/bin/ruff" check .
