@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -32,36 +33,50 @@ def _write_demo_text(folder: Path, words: list[str]) -> None:
 
 
 @pytest.fixture(scope="session")
-def small_demo(
+def demo_places(
     tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, tiny_texts: list[str]
-) -> Iterator[None]:
-    """Under the name demo, a tiny random model and little text: snippets run as they stand.
+) -> tuple[Path, Path]:
+    """Folders of a tiny random model and of a little text, to stand in for the demo's."""
+    folder = tmp_path_factory.mktemp("demo_text")
+    _write_demo_text(folder, " ".join(tiny_texts).split())
+    return tiny_model_folder, folder
 
-    Timings are of batches of a moment.
+
+@contextmanager
+def standing_in(places: tuple[Path, Path]) -> Iterator[pytest.MonkeyPatch]:
+    """Within it, they have the name demo, so that snippets run as they stand.
+
+    Timings are of batches of a moment. Not a fixture of the session: other tests mean the demo.
     """
     from var_moe.evaluation.compare import SpeedSetting
 
-    folder = tmp_path_factory.mktemp("demo_text")
-    _write_demo_text(folder, " ".join(tiny_texts).split())
+    model, text = places
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("var_moe.models.loading.DEMO_FOLDER", tiny_model_folder)
-        patch.setattr("var_moe.evaluation.sources.DEMO_FOLDER", folder)
+        patch.setattr("var_moe.models.loading.DEMO_FOLDER", model)
+        patch.setattr("var_moe.evaluation.sources.DEMO_FOLDER", text)
         patch.setattr(
             SpeedSetting.__init__,
             "__kwdefaults__",
             {"batch_size": 2, "sequence": 32, "forwards": 1},
         )
-        yield
+        yield patch
 
 
 @pytest.fixture(scope="session")
-def results(small_demo: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def results(demo_places: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``results/phase3`` as `make tune` and `var-moe guard` leave it, and a folder ``mine``."""
     place = tmp_path_factory.mktemp("workspace")
     tuned = ["tune", "--max_samples", "10", "--final_samples", "30", "--n_calls", "3"]
-    with pytest.MonkeyPatch.context() as patch:
+    with standing_in(demo_places) as patch:
         patch.chdir(place)
         assert main([*tuned, "--max_degradation", "0.5", "--seed", "1", "--quiet"]) == 0
         assert main(["guard", "results/phase3", "--quiet"]) == 0
         assert main(["export", "results/phase3", "--output", "mine"]) == 0
     return place
+
+
+@pytest.fixture
+def small_demo(demo_places: tuple[Path, Path]) -> Iterator[None]:
+    """`standing_in` for as long as a test takes."""
+    with standing_in(demo_places):
+        yield

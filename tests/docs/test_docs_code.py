@@ -33,7 +33,9 @@ def run(page: list[Block], folder: Path) -> None:
 
 
 @pytest.fixture
-def workspace(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def workspace(
+    results: Path, small_demo: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
     """A copy of the results to run in; modules and policies that a page adds go with it."""
     from var_moe.routing import registry
 
