@@ -15,7 +15,9 @@ from var_moe.exported.folder import load_exported
 from var_moe.models.generation import Texts
 from var_moe.models.healed_weights import healed_weights
 from var_moe.models.loading import LoadedModel
+from var_moe.models.packed_experts import PackedExperts, can_pack
 from var_moe.models.seam import (
+    PACKED,
     SORTED,
     PairBackend,
     attach,
@@ -139,6 +141,8 @@ class Session:
             self._watch.see(unit)
         if self._watch.native and not self._native:
             self._native, self._units = True, None
+            if isinstance(self._backend, PackedExperts):
+                self._backend = pair_backend(SORTED)  # which rounds as the unmodified model does
             with torch.inference_mode(False):
                 self._own_weights.close()
 
@@ -201,7 +205,10 @@ def automatic(model: Any, backend: str) -> str:
     """The name of the backend that ``"auto"`` stands for on the model's device."""
     if backend != "auto":
         return backend
-    return SORTED if next(model.parameters()).device.type == "cpu" else "grouped_mm"
+    if next(model.parameters()).device.type != "cpu":
+        return "grouped_mm"
+    modules = [module for _, module in experts_modules(model)]
+    return PACKED if can_pack(modules) else SORTED
 
 
 @contextmanager
@@ -219,8 +226,11 @@ def routed(
             tokenizer an exported policy is then held against as well.
         policy: which pairs are executed, and what stands in for the others; or the folder that
             `var-moe export` wrote, or its Hub id.
-        backend: who executes them: ``"sorted"`` (ours), ``"grouped_mm"``, ``"eager"``, ...;
-            ``"auto"`` is ``"sorted"`` on CPU and ``"grouped_mm"`` elsewhere; or a backend itself.
+        backend: who executes them: ``"packed"`` or ``"sorted"`` (ours), ``"grouped_mm"``,
+            ``"eager"``, ...; or a backend itself. ``"auto"`` on CPU is ``"packed"`` (weights in
+            oneDNN's layout, a second copy) where that takes a quarter of the machine's memory at
+            most, else ``"sorted"`` (bit-identical to ``grouped_mm`` where all pairs are kept);
+            on other devices it is ``"grouped_mm"``.
         guard: warns, or goes over to the model's own routing, when decisions leave the range
             that it was calibrated on (`calibrate_guard`); its stream of documents is this block.
 

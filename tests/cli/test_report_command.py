@@ -20,7 +20,7 @@ def results(tmp_path):
 def test_the_page_goes_into_the_folder(results, capsys):
     assert main(["report", str(results)]) == 0
     assert capsys.readouterr().out == f"Report: {results / 'report.html'}\n"
-    assert "Fastest configuration" in (results / "report.html").read_text(encoding="utf-8")
+    assert "fastest configuration" in (results / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_page_goes_where_it_is_told(results, tmp_path):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from var_moe.models.seam import SORTED, experts_modules
+from var_moe.models.seam import OWN_BACKENDS, experts_modules
 from var_moe.routing.decision import Routing
 from var_moe.routing.native import NativePolicy
 
@@ -107,7 +107,7 @@ def spied(inner: str) -> Iterator[SpyBackend]:
     """A `SpyBackend` as ``spy`` among transformers' experts backends."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    spy = SpyBackend("grouped_mm" if inner == SORTED else inner)
+    spy = SpyBackend("grouped_mm" if inner in OWN_BACKENDS else inner)
     ALL_EXPERTS_FUNCTIONS["spy"] = spy
     try:
         yield spy

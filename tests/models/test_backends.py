@@ -1,4 +1,4 @@
-"""The contract with each of transformers' own backends as the one that executes the pairs."""
+"""The contract with each other backend as the one that executes the pairs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from families import find_families, tiny_model
 from seam_contract import SeamContract, Tiny
 
-BACKENDS = ("eager", "batched_mm", "grouped_mm")
+BACKENDS = ("eager", "batched_mm", "grouped_mm", "packed")
 MODULES = ("mixtral", "olmoe", "qwen3_moe", "gpt_oss", "deepseek_v3")
 FAMILY = {family.module: family for family in find_families()}
 

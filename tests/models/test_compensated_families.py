@@ -140,7 +140,7 @@ def test_keeping_all_with_a_compensation_changes_nothing(fitted, rank):
     model.set_experts_implementation(own)
     for policy in (NativePolicy(), DamagePolicy(0.0, damage=fitted.damage)):
         policy.compensation = compensation
-        with routed(model, policy) as session:
+        with routed(model, policy, backend="sorted") as session:
             assert torch.equal(logits(model, ids), expected)
             assert session.report().experts_per_token == fitted.loaded.top_k
 

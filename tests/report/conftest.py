@@ -41,12 +41,13 @@ def with_profile(sample):
 
 @pytest.fixture
 def alone(tmp_path):
-    """A folder with one file of the other commands."""
+    """A folder with a file of the other commands, or with several that belong together."""
 
-    def make(name: str) -> Path:
-        place = tmp_path / name
+    def make(*names: str) -> Path:
+        place = tmp_path / names[0]
         place.mkdir()
-        shutil.copy(HERE / "others" / f"{name}.json", place)
+        for name in names:
+            shutil.copy(HERE / "others" / f"{name}.json", place)
         return place
 
     return make

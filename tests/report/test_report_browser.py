@@ -30,7 +30,9 @@ def chromium():
 
 def folders(six_thresholds, with_profile, alone):
     assert six_thresholds == with_profile  # one sample: six thresholds and a profile
-    return [with_profile, *(alone(name) for name in ("evaluation", "comparison", "stability"))]
+    singles = ("evaluation", "comparison", "stability", "routing_analysis")
+    analysis = alone("systems_analysis", "profile_report")
+    return [with_profile, analysis, *(alone(name) for name in singles)]
 
 
 @pytest.mark.parametrize("dark", [False, True])

@@ -42,9 +42,19 @@ def test_a_missing_front_leaves_the_rest_of_its_figure(sample):
     assert "certified" in [trace.name for trace in figure.figure.data]
 
 
-@pytest.mark.parametrize("name", ["evaluation", "comparison", "stability"])
-def test_every_command_has_a_report(alone, name):
-    report = build_report(alone(name))
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["evaluation"],
+        ["comparison"],
+        ["stability"],
+        ["systems_analysis"],
+        ["systems_analysis", "profile_report"],
+        ["routing_analysis"],
+    ],
+)
+def test_every_command_has_a_report(alone, files):
+    report = build_report(alone(*files))
     assert report.headline.answers
     assert len(report.sections) == 2  # its own, and where it comes from
 

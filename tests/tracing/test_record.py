@@ -16,7 +16,8 @@ from var_moe.evaluation.batching import batches
 from var_moe.evaluation.documents import EncodedDocument
 from var_moe.evaluation.perplexity import document_losses
 from var_moe.models.loading import LoadedModel
-from var_moe.models.seam import attach, detach, pair_backend, weighted_sum
+from var_moe.models.seam import attach, detach, pair_backend
+from var_moe.models.sorted_experts import weighted_sum
 from var_moe.routing.native import NativePolicy
 from var_moe.routing.ranking import leading_count, rank_slots
 from var_moe.tracing import record
@@ -46,7 +47,7 @@ class Native(NativePolicy):
 def test_decisions_and_losses_are_those_of_scoring(recorded, loaded, documents):
     """In the order of `document_losses`, each counted token once."""
     policy = Native(recorded.layers)
-    with routed(loaded.model, policy) as session:
+    with routed(loaded.model, policy, backend="sorted") as session:
         losses = document_losses(
             loaded.model, documents, window=48, tokens_per_batch=300, session=session
         )

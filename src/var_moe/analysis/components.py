@@ -6,7 +6,7 @@ backend that wrap the ones in use. Nothing of it is there when nothing is being 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from var_moe.apply import automatic, routed
 from var_moe.errors import UsageError
 from var_moe.evaluation.throughput import backend_arm
 from var_moe.models.router_hooks import router_modules
-from var_moe.models.seam import SORTED, PairBackend, TransformersBackend, experts_modules
+from var_moe.models.seam import PairBackend, experts_modules, pair_backend
 from var_moe.models.sorted_experts import SortedExperts
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.decision import Routing, TokenBatch
@@ -67,49 +67,26 @@ class TimedPolicy(RoutingPolicy):
         self._inner.reset()
 
 
-class _TimedSorted(SortedExperts):
-    """Our backend; its matrix products are ``experts``, the rest of it ``compaction``."""
-
-    def __init__(self, profiler: GPUProfiler) -> None:
-        super().__init__()
-        self._profiler = profiler
-
-    def __call__(self, module: Any, hidden: Tensor, index: Tensor) -> Tensor:
-        self._profiler.enter("compaction")
-        out = super().__call__(module, hidden, index)
-        self._profiler.leave()
-        return out
-
-    def products(self, module: Any, rows: Tensor, counts: list[int]) -> Tensor:
-        self._profiler.enter("experts")
-        out = super().products(module, rows, counts)
-        self._profiler.leave()
-        return out
-
-
-class _TimedTransformers(TransformersBackend):
-    """The same with one of transformers' backends."""
-
-    def __init__(self, name: str, profiler: GPUProfiler) -> None:
-        super().__init__(name)
-        self._profiler = profiler
-
-    def __call__(self, module: nn.Module, hidden: Tensor, index: Tensor) -> Tensor:
-        self._profiler.enter("compaction")
-        out = super().__call__(module, hidden, index)
-        self._profiler.leave()
-        return out
-
-    def products(self, module: nn.Module, rows: Tensor, index: Tensor) -> Tensor:
-        self._profiler.enter("experts")
-        out = super().products(module, rows, index)
-        self._profiler.leave()
-        return out
-
-
 def timed_backend(name: str, profiler: GPUProfiler) -> PairBackend:
-    """The backend of that name, timed."""
-    return _TimedSorted(profiler) if name == SORTED else _TimedTransformers(name, profiler)
+    """The backend of that name; its products are ``experts``, the rest of it ``compaction``."""
+    backend: Any = pair_backend(name)
+    own = isinstance(backend, SortedExperts)
+    backend.products = _timed(backend.products, "experts", profiler)
+    if not own:
+        return _timed(backend, "compaction", profiler)
+    backend.gathered = _timed(backend.gathered, "compaction", profiler)
+    found: PairBackend = backend
+    return found
+
+
+def _timed(call: Callable[..., Any], name: str, profiler: GPUProfiler) -> Callable[..., Any]:
+    def timed(*args: Any) -> Any:
+        profiler.enter(name)
+        out = call(*args)
+        profiler.leave()
+        return out
+
+    return timed
 
 
 def attention_modules(model: Any) -> list[tuple[int, str, nn.Module]]:

@@ -19,7 +19,8 @@ from var_moe.evaluation.batching import batches, collate, drawn
 from var_moe.fitting.distill import forward
 from var_moe.models.healed_weights import healed_weights
 from var_moe.models.identity import identity
-from var_moe.models.seam import PairBackend, attach, detach, pair_backend, weighted_sum
+from var_moe.models.seam import PairBackend, attach, detach, pair_backend
+from var_moe.models.sorted_experts import weighted_sum
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.compensation import Compensation
 from var_moe.routing.decision import Routing

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from var_moe.fitting.distill import Trainable
-from var_moe.models.seam import PairBackend, weighted_sum
+from var_moe.models.seam import PairBackend
+from var_moe.models.sorted_experts import weighted_sum
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.decision import TokenBatch
 

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from var_moe.errors import UsageError
-from var_moe.models.sorted_experts import SortedExperts
+from var_moe.models.packed_experts import PackedExperts
+from var_moe.models.sorted_experts import SortedExperts, weighted_sum
 
 IMPLEMENTATION = "var_moe"
-SORTED = "sorted"
+SORTED, PACKED = "sorted", "packed"
+OWN_BACKENDS: dict[str, type[SortedExperts]] = {SORTED: SortedExperts, PACKED: PackedExperts}
 REFUSED_BACKENDS = ("deepgemm_megamoe",)
 
 # (module, hidden (T, D), index (T, K), -1 where dropped) -> (T, K, D): the output of every pair
@@ -137,17 +139,19 @@ def detach(model: Any, before: dict[str, str | None]) -> None:
 
 
 def pair_backend(name: str) -> PairBackend:
-    """The backend `name` for executed pairs: ``sorted`` (ours) or any of transformers'.
+    """The backend `name` for executed pairs: ``sorted`` or ``packed`` (ours), or transformers'.
 
     Raises:
         UsageError: no such backend.
     """
-    if name == SORTED:
-        return SortedExperts()
+    if name in OWN_BACKENDS:
+        return OWN_BACKENDS[name]()
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     if name != "eager" and name not in ALL_EXPERTS_FUNCTIONS:
-        known = ", ".join([SORTED, "eager", *sorted(set(ALL_EXPERTS_FUNCTIONS) - {IMPLEMENTATION})])
+        known = ", ".join(
+            [*OWN_BACKENDS, "eager", *sorted(set(ALL_EXPERTS_FUNCTIONS) - {IMPLEMENTATION})]
+        )
         raise UsageError(f"experts backend {name!r}: expected one of {known}")
 
     return TransformersBackend(name)
@@ -183,9 +187,6 @@ def execute(
     module: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor, backend: PairBackend
 ) -> Tensor:
     """Run the pairs of ``index`` that are not -1 and sum them by weight. Returns (T, D)."""
+    if isinstance(backend, SortedExperts):
+        return backend.weighted(module, hidden, index, weight)
     return weighted_sum(backend(module, hidden, index), weight, hidden.dtype)
-
-
-def weighted_sum(outputs: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum (T, K, D) by (T, K) weights as transformers' ``grouped_mm`` does. (T, D)"""
-    return (outputs * weight.unsqueeze(-1)).sum(dim=1).to(dtype)

@@ -14,7 +14,7 @@ from var_moe.errors import UsageError, VarMoeError
 from var_moe.evaluation.batching import Window, batches, collate, drawn
 from var_moe.models.router_hooks import RouterLogits, router_fingerprint
 from var_moe.models.seam import attach, detach, experts_modules, pair_backend
-from var_moe.models.seam import weighted_sum as weighted
+from var_moe.models.sorted_experts import weighted_sum as weighted
 from var_moe.profiling.peers import PeerStatistics
 from var_moe.profiling.profile import RoutingProfile, profile_hash
 from var_moe.profiling.residuals import ResidualFit

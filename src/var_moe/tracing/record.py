@@ -14,7 +14,8 @@ from var_moe.evaluation.batching import Window, batches, collate, drawn
 from var_moe.models.healed_weights import healed_weights
 from var_moe.models.identity import identity
 from var_moe.models.router_hooks import RouterLogits
-from var_moe.models.seam import attach, detach, experts_shape, pair_backend, weighted_sum
+from var_moe.models.seam import attach, detach, experts_shape, pair_backend
+from var_moe.models.sorted_experts import weighted_sum
 from var_moe.routing.compensation import Compensation
 from var_moe.routing.damage import DamageModel
 from var_moe.routing.decision import TokenBatch
