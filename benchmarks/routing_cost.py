@@ -6,8 +6,8 @@ On one experts layer of random weights (hidden 128, intermediate 1,024, as in th
 routing, all ratios of interleaved runs:
 
 1. pairs: time with 75% and 50% of the pairs against all of them, for each backend;
-2. ours: all pairs through our path against transformers' own eager loop and grouped_mm;
-3. policy: VAR's decisions (verified, with table, cache and residual means) against the layer.
+2. ours, packed and sorted: all pairs against transformers' own eager loop and grouped_mm;
+3. policy: VAR's decisions (verified, with table, cache, residual means) against the packed layer.
 
 T runs from 256 to 16,384 tokens, E over 8, 64 and 128 experts, K over 2 and 8.
 """
@@ -36,6 +36,7 @@ HIDDEN, INTERMEDIATE, VOCABULARY = 128, 1024, 4096
 TOKENS = (256, 1024, 4096, 16384)
 SHAPES = ((8, 2), (64, 2), (64, 8), (128, 8))
 SEQUENCE = 256
+OWN = ("packed", "sorted")
 
 
 def experts_layer(experts: int, top_k: int) -> Any:
@@ -111,7 +112,7 @@ def measure(tokens: int, experts: int, top_k: int, rounds: int) -> dict[str, Any
     ids = (torch.rand((tokens,), generator=dice).pow(3) * VOCABULARY).long()
     batch = TokenBatch.of(ids.view(-1, min(SEQUENCE, tokens)))
     policy = var_policy(experts, top_k, dice)
-    backends = {name: pair_backend(name) for name in ("sorted", "grouped_mm", "eager")}
+    backends = {name: pair_backend(name) for name in (*OWN, "grouped_mm", "eager")}
     original = type(module).forward.__wrapped__
 
     def decide() -> None:
@@ -141,16 +142,16 @@ def measure(tokens: int, experts: int, top_k: int, rounds: int) -> dict[str, Any
         "tokens": tokens,
         "experts": experts,
         "top_k": top_k,
-        "ours_over_eager": ratio("sorted 100%", "transformers eager"),
-        "ours_over_grouped_mm": ratio("sorted 100%", "grouped_mm 100%"),
+        "over_eager": {name: ratio(f"{name} 100%", "transformers eager") for name in OWN},
+        "over_grouped_mm": {name: ratio(f"{name} 100%", "grouped_mm 100%") for name in OWN},
         "time_at_share": {
             name: {share: ratio(f"{name} {share}", f"{name} 100%") for share in ("75%", "50%")}
             for name in backends
         },
         # The cache's walk serves all layers; a decision is made in each.
-        "decision_over_layer": ratio("policy", "sorted 100%")
-        - float(np.median(begin / seconds["sorted 100%"])),
-        "walk_over_layer": float(np.median(begin / seconds["sorted 100%"])),
+        "decision_over_layer": ratio("policy", "packed 100%")
+        - float(np.median(begin / seconds["packed 100%"])),
+        "walk_over_layer": float(np.median(begin / seconds["packed 100%"])),
     }
 
 
@@ -163,8 +164,8 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     print(
-        "     T   E  K | ours/eager ours/grouped | pairs 75% 50%: sorted     grouped_mm"
-        "     eager | decision walk, of a layer"
+        "     T   E  K | packed, sorted / eager  / grouped | pairs 75% 50%: packed  sorted"
+        "  grouped_mm  eager | decision walk, of a packed layer"
     )
     for experts, top_k in SHAPES:
         for tokens in options.tokens:
@@ -175,8 +176,10 @@ def main() -> None:
                 for values in row["time_at_share"].values()
             )
             print(
-                f"{tokens:6d} {experts:3d} {top_k:2d} | {row['ours_over_eager']:10.2f} "
-                f"{row['ours_over_grouped_mm']:12.2f} |    {shares} | "
+                f"{tokens:6d} {experts:3d} {top_k:2d} | "
+                f"{row['over_eager']['packed']:.2f} {row['over_eager']['sorted']:.2f}  "
+                f"{row['over_grouped_mm']['packed']:.2f} {row['over_grouped_mm']['sorted']:.2f} | "
+                f"{shares} | "
                 f"{row['decision_over_layer']:.3f} {row['walk_over_layer']:.3f}",
                 flush=True,
             )

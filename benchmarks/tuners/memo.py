@@ -141,6 +141,7 @@ class MemoEvaluator(Evaluator):
             tps=tokens / self.cost.baseline * value,
             keep_all_tps=None,
             baseline_backend=self.baseline_backend,
+            backend="none",
             blocks=0,
             experts_per_token=self.quality(policy).report.experts_per_token,
         )

@@ -21,7 +21,7 @@ def test_it_measures_this_machine(capsys):
     assert versions["torch"]
     assert found["missing"] == []
     usable = {row["name"] for row in found["backends"] if row["usable"]}
-    assert usable >= {"eager", "grouped_mm", "var_moe sorted"}
+    assert usable >= {"eager", "grouped_mm", "var_moe sorted", "var_moe packed"}
     assert all(row["why_not"] for row in found["backends"] if not row["usable"])
     assert found["machine"]["torch_threads"] >= 1
     assert found["hub"]["offline"]

@@ -164,7 +164,8 @@ def backends() -> list[dict[str, Any]]:
     import torch
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    from var_moe.models.seam import IMPLEMENTATION, SORTED, execute, pair_backend
+    from var_moe.models.packed_experts import has_kernels
+    from var_moe.models.seam import IMPLEMENTATION, PACKED, SORTED, execute, pair_backend
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     module, hidden, index, weight = _layer(device)
@@ -174,8 +175,10 @@ def backends() -> list[dict[str, Any]]:
     for name in names:
         function = ALL_EXPERTS_FUNCTIONS.get_interface(name, original)
         arms[name] = lambda function=function: function(module, hidden, index, weight)
-    own = pair_backend(SORTED)
-    arms[f"var_moe {SORTED}"] = lambda: execute(module, hidden, index, weight, own)
+    packed = device == "cpu" and has_kernels(hidden.dtype)
+    for name in (SORTED, PACKED) if packed else (SORTED,):
+        own = pair_backend(name)
+        arms[f"var_moe {name}"] = lambda own=own: execute(module, hidden, index, weight, own)
     return _timed(arms, device)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from var_moe.apply import routed
+from var_moe.apply import automatic, routed
 from var_moe.evaluation.batching import full_batches
 from var_moe.evaluation.groups import Worst, any_over, datasets_of, worst_of
 from var_moe.evaluation.paired import Degradation, both_scored, degradation
@@ -70,6 +70,7 @@ class Speed:
     tps: float
     keep_all_tps: float | None
     baseline_backend: str
+    backend: str  # who ran the executed pairs
     blocks: int
     experts_per_token: float  # executed while timing
 
@@ -84,6 +85,7 @@ class Speed:
             "keep_all_throughput_tps": self.keep_all_tps,
             "throughput_tps": self.tps,
             "baseline_backend": self.baseline_backend,
+            "backend": self.backend,
             "blocks": self.blocks,
             "timed_experts_per_token": self.experts_per_token,
         }
@@ -238,6 +240,7 @@ class Evaluator:
             tps=timings.throughput("policy"),
             keep_all_tps=timings.throughput("keep_all") if factors else None,
             baseline_backend=self.baseline_backend,
+            backend=automatic(self.model, self.backend),
             blocks=blocks,
             experts_per_token=counted.report().experts_per_token,
         )

@@ -119,8 +119,8 @@ def summary_parts(
         if back and skip:
             parts.append(
                 f"Speedup against {best.speed.baseline_backend}, the fastest Hugging Face experts "
-                f"backend here: {best.speed.speedup.median:.3f} ~ backend {back.median:.3f} x "
-                f"skipping {skip.median:.3f}."
+                f"backend here: {best.speed.speedup.median:.3f} ~ backend {back.median:.3f} "
+                f"({best.speed.backend}) x skipping {skip.median:.3f}."
             )
         parts.append(f"Best configuration: {best.config.documented()} ({kind_of(best.config)})")
         criteria = Table(title="Success criteria", title_justify="left")
