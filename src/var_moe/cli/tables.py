@@ -42,10 +42,12 @@ def print_validation(result: Mapping[str, Any], *, folder: Path) -> None:
         )
     print_apart(result["by_dataset"], title="Each data set by itself")
     back, skip = result["backend_factor"], result["skipping_factor"]
+    own = result["backend"]
     out.print(
         f"speedup {result['speedup']:.3f}x [{low_high[0]:.3f}, {low_high[1]:.3f}] against "
-        f"{result['baseline_backend']} ~ backend ({result['backend']}) {back['median']:.3f} x "
-        f"skipping {skip['median']:.3f} (the executed pairs predict {result['predicted_speedup']:.3f}x); "
+        f"{result['baseline_backend']} ~ backend ({own}) {back['median']:.3f} x "
+        f"skipping {skip['median']:.3f} "
+        f"(the executed pairs predict {result['predicted_speedup']:.3f}x); "
         f"{result['baseline_throughput_tps']:,.0f} -> "
         f"{result['throughput_tps']:,.0f} tokens/s; baseline against itself "
         f"{result['noise_floor']['median']:.3f}",
