@@ -117,6 +117,39 @@ def test_sessions_share_copies_which_go_with_the_model(make_tiny_mixtral, layer,
     assert len(room._copies) < kept
 
 
+@torch.no_grad()
+def test_rows_are_padded_to_few_numbers(module, monkeypatch):
+    ran = []
+    own = room._PackedExpert.run
+
+    def run(expert, of, rows):
+        ran.append(len(rows))
+        return own(expert, of, rows)
+
+    monkeypatch.setattr(room._PackedExpert, "run", run)
+    dice = torch.Generator().manual_seed(4)
+    backend = PackedExperts()
+    for tokens in range(700, 760, 3):
+        hidden = torch.randn(tokens, module.gate_up_proj.shape[2], generator=dice)
+        index = torch.rand(tokens, module.num_experts, generator=dice).argsort(dim=1)[:, :2]
+        layer = hidden, index, torch.rand(tokens, 2, generator=dice)
+        got = execute(module, *layer, backend)
+        expected = execute(module, *layer, SortedExperts())
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert len(ran) == 20 * module.num_experts
+    # A few experts are the last of their buffer, which has room for their padding too.
+    assert {rows == room.padded(rows) for rows in ran} == {True}
+    assert len(set(ran)) < 40
+
+
+@pytest.mark.parametrize(
+    ("rows", "more"), [(0, 0), (1, 1), (63, 63), (64, 64), (65, 66), (129, 132), (1000, 1008)]
+)
+def test_padding(rows, more):
+    assert room.padded(rows) == more
+    assert more <= 1.032 * rows
+
+
 def test_gradients_flow_where_they_are_wanted(module, layer):
     hidden, index, weight = layer
     found = []

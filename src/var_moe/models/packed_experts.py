@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
-from var_moe.models.sorted_experts import SortedExperts, activate, is_plain_silu
+from var_moe.models.sorted_experts import SortedExperts, activate, is_plain_silu, pieces
 
 MEMORY_SHARE = 0.25
 """Of the machine's memory, at most so much is taken for copies."""
@@ -95,14 +95,44 @@ class PackedExperts(SortedExperts):
             per_sample_weights=torch.from_numpy(weight.numpy()[runs]),
         )
 
+    def _gather(self, hidden: Tensor, token: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return super()._gather(hidden, token)
+        # With room for the padding of the last expert's rows.
+        rows = self._buffer("rows", hidden, len(token) + _step(len(token)), hidden.shape[1])
+        return torch.index_select(hidden, 0, token, out=rows[: len(token)])
+
+    def products(self, module: Any, rows: Tensor, counts: list[int]) -> Tensor:
+        """The experts' own work: (P, D) rows sorted by expert, so many for each -> (P, D)."""
+        if not self._serves(module, rows):
+            return super().products(module, rows, counts)
+        experts = self._copy(module).experts
+        whole = self._buffer("out", rows, *rows.shape)
+        width, start = rows.shape[1], rows.storage_offset()
+        there = rows.untyped_storage().nbytes() // rows.element_size() - start
+        for number, a, b in pieces(module, counts):
+            # Rows of the next expert, or what was there before: theirs is not copied.
+            more = min(padded(b - a), there // width - a)
+            padding = rows.as_strided((more, width), (width, 1), start + a * width)
+            out = experts[number].run(module, padding)[: b - a]
+            if module.has_post_expert_norm:
+                out = module.post_expert_norm(out)
+            whole[a:b] = out
+        return whole
+
     def _one_expert(self, module: Any, rows: Tensor, number: int, target: Tensor | None) -> Tensor:
-        served = rows.device.type == "cpu" and rows.dtype == module.down_proj.dtype
-        if target is None or not served or not has_kernels(rows.dtype):
+        """A lone token's; `products` serves all others."""
+        if target is None or not self._serves(module, rows):
             return super()._one_expert(module, rows, number, target)
         out = self._copy(module).experts[number].run(module, rows)
         if module.has_post_expert_norm:
             out = module.post_expert_norm(out)
         return target.copy_(out)
+
+    @staticmethod
+    def _serves(module: Any, rows: Tensor) -> bool:
+        right = rows.device.type == "cpu" and rows.dtype == module.down_proj.dtype
+        return right and not torch.is_grad_enabled() and has_kernels(rows.dtype)
 
     def _copy(self, module: Any) -> _Copy:
         """The module's copies, made anew where its weights have changed."""
@@ -119,6 +149,21 @@ class PackedExperts(SortedExperts):
             _copies[module] = found
         self._seen[id(module)] = found
         return found
+
+
+def padded(rows: int) -> int:
+    """So many rows are run for so many: at most 3% more.
+
+    oneDNN makes a kernel for every number of rows that it sees and keeps the last 1,024. Experts
+    get other numbers of rows in every forward: without this, most would be made anew each time,
+    which takes longer than the products.
+    """
+    return -(-rows // _step(rows)) * _step(rows)
+
+
+def _step(rows: int) -> int:
+    step: int = 1 << max(rows.bit_length() - 6, 0)
+    return step
 
 
 def can_pack(modules: list[Any]) -> bool:

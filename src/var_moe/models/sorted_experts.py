@@ -7,6 +7,7 @@ allocations of megabytes cost more in page faults than what is done with them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -91,8 +92,10 @@ class SortedExperts:
             # The one wait for the device. Number 0 counts the dropped pairs.
             counts = torch.bincount(flat + 1, minlength=module.num_experts + 1).tolist()
         dropped, kept = order[: counts[0]], order[counts[0] :]
-        rows = hidden.index_select(0, kept // top_k)
-        return Gathered(rows, counts[1:], kept, dropped)
+        return Gathered(self._gather(hidden, kept // top_k), counts[1:], kept, dropped)
+
+    def _gather(self, hidden: Tensor, token: Tensor) -> Tensor:
+        return hidden.index_select(0, token)
 
     @staticmethod
     def _scattered(found: Gathered, out: Tensor, full: Tensor) -> Tensor:
@@ -112,14 +115,10 @@ class SortedExperts:
         # Where gradients are wanted, nothing may be overwritten.
         buffered = not torch.is_grad_enabled()
         whole = self._buffer("out", rows, *rows.shape) if buffered else None
-        outputs = []
-        for number, (end, count) in enumerate(zip(accumulate(counts), counts, strict=True)):
-            pieces = -(-count * _width(module) // _BUFFER_ELEMENTS)
-            for piece in range(pieces):
-                a = end - count + count * piece // pieces
-                b = end - count + count * (piece + 1) // pieces
-                target = None if whole is None else whole[a:b]
-                outputs.append(self._one_expert(module, rows[a:b], number, target))
+        outputs = [
+            self._one_expert(module, rows[a:b], number, None if whole is None else whole[a:b])
+            for number, a, b in pieces(module, counts)
+        ]
         if whole is not None:
             return whole
         return torch.cat(outputs) if outputs else rows
@@ -154,6 +153,15 @@ class SortedExperts:
                 found = torch.empty(size, dtype=like.dtype, device=like.device)
             self._buffers[key] = found
         return found[:size].view(rows, width)
+
+
+def pieces(module: Any, counts: list[int]) -> Iterator[tuple[int, int, int]]:
+    """(expert, first row, row after the last) of what is run at once, for rows by expert."""
+    for number, (end, count) in enumerate(zip(accumulate(counts), counts, strict=True)):
+        parts = -(-count * _width(module) // _BUFFER_ELEMENTS)
+        start = end - count
+        for part in range(parts):
+            yield number, start + count * part // parts, start + count * (part + 1) // parts
 
 
 def weighted_sum(outputs: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
