@@ -83,13 +83,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--figures", nargs="*", default=[], help="also these figures by themselves")
     parser.add_argument("--widths", type=int, nargs="+", default=[1440, 400])
     parser.add_argument("--top", type=int, help="only so many pixels from the top")
+    parser.add_argument("--light", action="store_true", help="the light face only")
     given = parser.parse_args(arguments)
     given.output.mkdir(parents=True, exist_ok=True)
     with browser() as chromium:
         for page in given.pages:
             name = given.name or page.resolve().parent.name
             for width in given.widths:
-                for dark in (False, True):
+                for dark in (False,) if given.light else (False, True):
                     with opened(chromium, page, width=width, dark=dark) as tab:
                         stem = f"{name}-{width}{'-dark' if dark else ''}"
                         clip = (

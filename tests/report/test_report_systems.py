@@ -71,6 +71,13 @@ def test_bottlenecks_are_named_with_what_to_do(place, found):
     assert rows == [("high", "slowdown", "0.8x", "stop")]
 
 
+def test_what_does_no_harm_is_no_bottleneck_at_the_top(place, found):
+    names = {row["severity"]: row["name"] for row in found["bottlenecks"]}
+    sentence = headline(rewrite(place, found)).answers[0].sentence
+    assert names["medium"].replace("_", " ") in sentence
+    assert names["info"].replace("_", " ") not in sentence
+
+
 def test_without_bottlenecks_the_page_says_so(place, found):
     found["bottlenecks"] = []
     results = rewrite(place, found)

@@ -279,7 +279,9 @@ def _of_evaluation(results: Results) -> Headline:
 def _of_analysis(results: Results) -> Headline:
     found = results.get("analysis")
     compared, name = found["comparison"], found["model"]["name"]
-    worst = [row["name"].replace("_", " ") for row in found["bottlenecks"]]
+    worst = [
+        row["name"].replace("_", " ") for row in found["bottlenecks"] if row["severity"] != "info"
+    ]
     bounds = f" What bounds it: {', '.join(worst)}." if worst else " No bottleneck was found."
     faster = compared["actual_speedup_95"][0] > 1
     return Headline(

@@ -41,7 +41,7 @@ def systems_section(results: Results) -> Section | None:
             _roofline_table(found),
             Notes(lines=found["notes"]) if found["notes"] else None,
         ],
-        intro=f"{found['var']['kind']}. The cost model predicts "
+        intro=f"With {found['var']['kind']}. The cost model predicts "
         f"{factor(compared['predicted_speedup'])}, {compared['prediction_error_pct']:.1f}% off; "
         f"with the leading experts everywhere it would be {factor(compared['largest_speedup'])}.",
     )
@@ -70,7 +70,7 @@ def components_figure(parts: Mapping[str, Any]) -> Picture:
             orientation="h",
             marker={"color": SERIES[number % len(SERIES)]},
         )
-    figure.update_layout(barmode="stack", height=340)
+    figure.update_layout(barmode="stack", height=340, legend_traceorder="normal")
     figure.update_yaxes(autorange="reversed")
     return Picture(
         name="components",
