@@ -19,20 +19,10 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture
-def module(make_tiny_mixtral):
-    return experts_modules(make_tiny_mixtral(top_k=2))[0][1]
-
-
-@pytest.fixture
-def layer(module):
+def layer(pairs):
     """hidden (T, D), index (T, K) with dropped pairs, weight (T, K)."""
-    dice = torch.Generator().manual_seed(3)
-    hidden = torch.randn(30, module.gate_up_proj.shape[2], generator=dice)
-    index = torch.rand(30, module.num_experts, generator=dice).argsort(dim=1)[:, :2]
-    index[::3, 1] = -1
-    index[7] = -1  # a token without any expert
-    index[index == 1] = 0  # an expert without any token; also a token with one expert twice
-    return hidden, index, torch.rand(30, 2, generator=dice)
+    hidden, index = pairs
+    return hidden, index, torch.rand(index.shape, generator=torch.Generator().manual_seed(5))
 
 
 def both(module, layer):
