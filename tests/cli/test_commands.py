@@ -90,6 +90,7 @@ def test_tune_searches_by_replay_and_leaves_its_front(tuned):
     assert read(tuned / "cost_model.json")["seconds"]["pair_s"] >= 0
 
 
+@pytest.mark.slow
 def test_another_bound_is_answered_from_the_front(tuned, tmp_path, capsys):
     upper = sorted(
         point["degradation_upper_95"]
@@ -158,6 +159,7 @@ def test_the_documented_script_keeps_its_method(common, tuned, tmp_path):
     assert read(tmp_path / "optimization_results.json")["method"] == "bayesian"
 
 
+@pytest.mark.slow
 def test_validate_on_the_test_split(tuned, common, capsys):
     """Model, text and bound are those of the search, unless others are given."""
     assert main(["tune", "--validate", str(tuned / "best_config.json"), "--quiet"]) == 0
@@ -184,6 +186,7 @@ def test_validate_refuses_another_profile(tuned, common, tmp_path, capsys):
     assert "not the profile that" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_evaluate_compares_presets(common, tuned, tmp_path, capsys):
     words = ["evaluate", *common, "--profile", str(tuned / "profile"), "--output", str(tmp_path)]
     words += ["--preset", "balanced", "--preset", "keep_all", "--blocks", "2", "--quiet"]
@@ -196,6 +199,7 @@ def test_evaluate_compares_presets(common, tuned, tmp_path, capsys):
     assert "experts/token" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_evaluate_takes_any_policy_and_times_generation(common, tuned, tmp_path, capsys):
     words = ["evaluate", *common, "--profile", str(tuned / "profile"), "--output", str(tmp_path)]
     words += ["--policy", "naee", "--set", "quantile=0.25", "--blocks", "1", "--decode_blocks", "1"]
@@ -230,6 +234,7 @@ def test_evaluate_refuses_in_one_line(common, tuned, words, message, tmp_path, c
     assert len(error.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_nothing_feasible_is_said_and_saved(common, tmp_path, capsys):
     """On a random model every cut costs more than this bound."""
     words = ["tune", *common, "--n_calls", "3", "--max_degradation", "1e-9", "--method", "random"]
@@ -300,6 +305,7 @@ def test_help_is_quick_and_light():
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+@pytest.mark.slow
 def test_a_six_field_file_is_validated_in_the_mode_asked_for(tuned, common, tmp_path):
     config = read(tuned / "best_config.json")
     documented = tmp_path / "six.json"
@@ -316,6 +322,7 @@ def test_a_ready_profile_is_shown(tuned, capsys):
     assert "entropy (nats)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_text_that_was_profiled_is_marked(common, tuned, tmp_path, capsys):
     words = ["evaluate", *common, "--profile", str(tuned / "profile"), "--output", str(tmp_path)]
     assert (
@@ -325,6 +332,7 @@ def test_text_that_was_profiled_is_marked(common, tuned, tmp_path, capsys):
     assert "this text was profiled" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_compare_writes_table_data_and_picture(common, tmp_path, capsys):
     out = tmp_path / "compare"
     words = ["compare", *common, "--policies", "naee,ser", "--experts", "1.5", "--blocks", "1"]
@@ -415,6 +423,7 @@ def test_another_policy_is_tuned_saved_and_validated(common, tuned, tmp_path, ca
     assert found["experts_per_token"] < 2.0
 
 
+@pytest.mark.slow
 def test_a_policy_of_few_settings_is_tried_out(common, tuned, tmp_path):
     words = ["tune", *common, "--policy", "fixed_k", "--max_degradation", "5", "--quiet"]
     words += ["--profile", str(tuned / "profile"), "--seed", "1", "--output", str(tmp_path)]

@@ -37,6 +37,7 @@ def read(path):
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_evaluate_shows_each_data_set_apart(common, sets, profile, tmp_path, capsys):
     words = ["evaluate", *common, "--policy", "top_p", "--set", "p=0.6", "--blocks", "1"]
     words += ["--decode_blocks", "0", "--profile", str(profile), "--output", str(tmp_path)]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from var_moe.cli import diagnosis, main
+from var_moe.models.packed_experts import has_kernels
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +23,8 @@ def test_it_measures_this_machine(capsys):
     assert versions["torch"]
     assert found["missing"] == []
     usable = {row["name"] for row in found["backends"] if row["usable"]}
-    assert usable >= {"eager", "grouped_mm", "var_moe sorted", "var_moe packed"}
+    assert usable >= {"eager", "grouped_mm", "var_moe sorted"}
+    assert ("var_moe packed" in usable) == has_kernels(torch.float32)
     assert all(row["why_not"] for row in found["backends"] if not row["usable"])
     assert found["machine"]["torch_threads"] >= 1
     assert found["hub"]["offline"]

@@ -177,6 +177,7 @@ def test_replay_of_a_grid(traced, tmp_path, mode, capsys):
         assert 0 <= row["degradation_first"] <= row["degradation_total"] + 1e-9 <= 1 + 1e-6
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(common, traced, tmp_path):
     """kill -9 loses at most the shard that is being made; the same command goes on."""
     folder, whole = tmp_path / "killed", tmp_path / "whole"

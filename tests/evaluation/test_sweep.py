@@ -45,6 +45,7 @@ def swept(evaluator, profile, names, targets):
     return list(sweep(evaluator, turning, names, profile.calibration(), targets=targets, blocks=1))
 
 
+@pytest.mark.slow
 def test_each_policy_runs_as_many_experts_as_wanted(evaluator, profile):
     names = ("random_skip", "naee", "ser", "top_p", "var_verified")
     points = swept(evaluator, profile, names, (1.75, 1.25))

@@ -298,12 +298,14 @@ def cached_model(tiny_model_folder, tmp_path, monkeypatch):
     return place / "snapshots" / revision
 
 
+@pytest.mark.slow
 def test_a_cached_model_loads_without_a_network(cached_model):
     loaded = load_model("someone/tiny")
     assert (loaded.name, loaded.revision) == ("someone/tiny", cached_model.name)
     assert loaded.moe_layers == 3
 
 
+@pytest.mark.slow
 def test_half_a_cached_model(refused, cached_model):
     (cached_model / "model.safetensors").unlink()
     assert "model 'someone/tiny': cannot be loaded" in refused("someone/tiny")

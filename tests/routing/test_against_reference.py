@@ -185,6 +185,7 @@ def test_random_streams(stream: Stream) -> None:
         event(f"{stream.config.mode}: {tier}")
 
 
+@pytest.mark.slow
 @SETTINGS
 @given(streams(generating=True))
 def test_random_generation(stream: Stream) -> None:
