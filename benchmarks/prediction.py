@@ -2,13 +2,16 @@
 
     python -m benchmarks.prediction --profile results/phase3/profile --output results/prediction
 
-The cost model is fitted once per policy, as `var-moe tune` and `analyze` do (`--fit_blocks`). Then
-the baseline and configurations that no fit has seen are timed in one run of interleaved blocks, so
-that a drifting machine hits all alike: VAR at several thresholds in both modes, the damage policy
-with the profile's learned compensation at several taus, and some of these in a batch shape that is
-not fitted. A configuration's figure is its time relative to the baseline's in the fitted setting
-(the inverse of its speedup, there); the error is predicted / measured - 1. Decisions are counted in
-the timed run itself: what is tested is time, not the forecast of decisions.
+The cost model is fitted once per policy, as `var-moe tune` and `analyze` do. The forwards that it
+is fitted to, the baseline, and configurations that no fit has seen are timed in one run of
+interleaved blocks: on a shared machine the baseline and our kernels do not slow down alike, so
+that a fit of one minute is off by up to 20% in the next, which is the machine and not the model.
+
+What is predicted: VAR at several thresholds in both modes, the damage policy with the profile's
+learned compensation at several taus, and some of these in a batch shape that is not fitted. A
+configuration's figure is its time relative to the baseline's in the fitted setting (the inverse of
+its speedup, there); the error is predicted / measured - 1. Decisions are counted in the timed run
+itself: what is tested is time, not the forecast of decisions.
 
 Written are ``prediction.json``: each configuration's measured, predicted and error, the median and
 largest, and the cost models.
@@ -24,12 +27,12 @@ from typing import Any
 import numpy as np
 
 from var_moe.analysis.load import run_policy
-from var_moe.analysis.systems import adds_residual, fitted_cost, objective_of
+from var_moe.analysis.systems import adds_residual, objective_of
 from var_moe.config import VARConfig
 from var_moe.errors import UsageError
 from var_moe.evaluation.batching import full_batches
 from var_moe.evaluation.compare import Evaluator, SpeedSetting
-from var_moe.evaluation.cost import CostModel
+from var_moe.evaluation.cost import CostModel, FitTiming
 from var_moe.evaluation.throughput import ArmGroup, Ratio, backend_arm, policy_arm, time_groups
 from var_moe.models.loading import load_model
 from var_moe.optimization.candidate import Candidate, PolicySettings, kind_of
@@ -96,27 +99,23 @@ def cases(profile: RoutingProfile) -> list[Case]:
     ]
 
 
-def fit_all(evaluator: Evaluator, profile: RoutingProfile, todo: list[Case], blocks: int) -> Any:
-    """A cost model per policy, each fitted with that policy's own cost."""
-    found: dict[str, CostModel] = {}
+def fits(evaluator: Evaluator, profile: RoutingProfile, todo: list[Case]) -> dict[str, FitTiming]:
+    """What a cost model is fitted to, for each policy with that policy's own cost."""
+    found: dict[str, FitTiming] = {}
     for case in todo:
         if case.fit in found:
             continue
         evaluator.cost_policies = None
         objective_of(evaluator, profile, case.candidate)
-        found[case.fit] = fitted_cost(evaluator, blocks=blocks)
-        print(f"fitted {case.fit}: error of timings left out {100 * found[case.fit].error:.1f}%")
+        most, least = evaluator.cost_policies or (None, None)
+        found[case.fit] = FitTiming(evaluator, var_all=most, var_leading=least)
     return found
 
 
 def measure(
-    evaluator: Evaluator,
-    profile: RoutingProfile,
-    todo: list[Case],
-    costs: dict[str, CostModel],
-    blocks: int,
-) -> list[dict[str, Any]]:
-    """Time all cases and the baseline in one run, and set them against the predictions."""
+    evaluator: Evaluator, profile: RoutingProfile, todo: list[Case], blocks: int
+) -> tuple[list[dict[str, Any]], dict[str, CostModel]]:
+    """Time all cases, the baseline and the fits in one run; each case beside its prediction."""
     model, shape = evaluator.model, evaluator.geometry()
     settings = list(dict.fromkeys(case.setting for case in todo))
     made = {case.name: objective_of(evaluator, profile, case.candidate) for case in todo}
@@ -134,9 +133,17 @@ def measure(
             if case.setting == setting:
                 arms[case.name] = policy_arm(model, policies[case.name], backend=evaluator.backend)
         groups.append(ArmGroup(arms, batches))
+    plans = fits(evaluator, profile, todo)
     timed = time_groups(
-        model, groups, blocks=blocks, progress=lambda d, t: print(f"timing: block {d}/{t}")
+        model,
+        [*groups, *(group for plan in plans.values() for group in plan.groups)],
+        blocks=blocks,
+        progress=lambda d, t: print(f"timing: block {d}/{t}"),
     )
+    rest = iter(timed[len(groups) :])
+    costs = {name: plan.fitted([next(rest) for _ in plan.groups]) for name, plan in plans.items()}
+    for name, cost in costs.items():
+        print(f"fitted {name}: error of timings left out {100 * cost.error:.1f}%")
     reference = timed[0].seconds["baseline"] / len(groups[0].batches)
     rows = []
     for case in todo:
@@ -171,7 +178,7 @@ def measure(
                 "error_pct": 100 * (predicted / measured.median - 1),
             }
         )
-    return rows
+    return rows, costs
 
 
 def _ratio(each: np.ndarray, reference: np.ndarray) -> Ratio:
@@ -212,7 +219,6 @@ def main() -> None:
     parser.add_argument("--dataset", default="demo")
     parser.add_argument("--profile", type=Path, required=True)
     parser.add_argument("--documents", type=int, default=100)
-    parser.add_argument("--fit_blocks", type=int, default=6)
     parser.add_argument("--blocks", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("results/prediction"))
@@ -227,15 +233,13 @@ def main() -> None:
     documents = sample_documents(text.documents, args.documents, args.seed)
     evaluator = Evaluator(loaded, documents)
     todo = cases(profile)
-    costs = fit_all(evaluator, profile, todo, args.fit_blocks)
-    rows = measure(evaluator, profile, todo, costs, args.blocks)
+    rows, costs = measure(evaluator, profile, todo, args.blocks)
     result = {
         "schema_version": SCHEMA_VERSION,
         "summary": report(rows),
         "rows": rows,
         "baseline_backend": evaluator.baseline_backend,
         "blocks": args.blocks,
-        "fit_blocks": args.fit_blocks,
         "cost_models": {name: cost.to_dict() for name, cost in costs.items()},
         "profile_hash": profile.hash,
         "text": {**text.to_dict(), "sampled_documents": args.documents},

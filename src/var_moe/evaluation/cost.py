@@ -21,7 +21,7 @@ from scipy.optimize import nnls
 from var_moe.errors import UsageError
 from var_moe.evaluation.batching import full_batches
 from var_moe.evaluation.compare import Evaluator, SpeedSetting
-from var_moe.evaluation.throughput import ArmGroup, backend_arm, policy_arm, time_groups
+from var_moe.evaluation.throughput import ArmGroup, Timings, backend_arm, policy_arm, time_groups
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.counts import RoutingReport
 from var_moe.routing.fixed_k import FixedKPolicy
@@ -244,65 +244,86 @@ def fit_cost_model(
         var_leading: VAR that cuts every decision: the cost of its residual means.
         blocks: timed blocks per arm and size.
     """
-    model, top_k = evaluator.model, evaluator.top_k
-    lead = leading_count(top_k)
-    geometry = evaluator.geometry()
-    layers, experts = geometry["layers"], geometry["experts"]
-    policies: dict[str, tuple[RoutingPolicy, float, bool, bool]] = {
-        "all pairs": (NativePolicy(), top_k, False, False),
-        "leading pairs": (FixedKPolicy(lead), lead, False, False),
-        "half of the cuts": (RandomSkipPolicy(0.5), (top_k + lead) / 2, False, False),
-    }
-    if var_all is not None:
-        policies["VAR, all pairs"] = (var_all, top_k, True, False)
-    if var_leading is not None:
-        policies["VAR, leading pairs"] = (var_leading, lead, True, True)
-    settings = (evaluator.setting, *SHAPES[1:])
-    groups = [_group(evaluator, setting, policies) for setting in settings]
-    timed = time_groups(model, groups, blocks=blocks)
-    # Every time is set against the baseline's in the setting that speedups are predicted for, block
-    # by block: a machine that changes speed hits both.
-    reference = timed[0].seconds["baseline"] / len(groups[0].batches)
-    baseline = float(np.median(reference))
-    rows: list[dict[str, Any]] = []
-    for number, (group, found) in enumerate(zip(groups, timed, strict=True)):
-        tokens = group.batches[0].numel()
-        for name, (_policy, per_token, decided, residual) in policies.items():
-            pairs = per_token * tokens
-            cut = tokens * layers * (top_k - per_token) / max(top_k - lead, 1)
-            work = Work(
-                tokens=tokens,
-                pairs=pairs * layers,
-                experts=layers * float(expected_experts(experts, np.asarray(pairs))),
-                decided=tokens if decided else 0,
-                cut=cut if residual else 0,
-            )
-            each = found.seconds[name] / len(group.batches)
-            took = baseline * float(np.median(each / reference))
-            weight = OWN_WEIGHT if number == 0 else 1.0
-            rows.append({"name": name, "work": work, "seconds": took, "weight": weight})
-    seconds, error = fit(
-        [(row["work"], row["seconds"]) for row in rows], [row["weight"] for row in rows]
-    )
-    fitted = CostModel(
-        seconds=seconds,
-        baseline=baseline,
-        setting=evaluator.setting,
-        layers=layers,
-        experts=experts,
-        top_k=top_k,
-        error=error,
-    )
-    timings = tuple(
-        {
-            "name": row["name"],
-            **asdict(row["work"]),
-            "seconds": row["seconds"],
-            "predicted_s": fitted.predict(row["work"]),
+    timing = FitTiming(evaluator, var_all=var_all, var_leading=var_leading)
+    return timing.fitted(time_groups(evaluator.model, timing.groups, blocks=blocks))
+
+
+class FitTiming:
+    """The forwards that a cost model is fitted to.
+
+    Args:
+        evaluator, var_all, var_leading: see `fit_cost_model`.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        *,
+        var_all: RoutingPolicy | None = None,
+        var_leading: RoutingPolicy | None = None,
+    ) -> None:
+        top_k, lead = evaluator.top_k, leading_count(evaluator.top_k)
+        # Pairs per token, whether VAR decides, whether residual means are added.
+        self._policies: dict[str, tuple[RoutingPolicy, float, bool, bool]] = {
+            "all pairs": (NativePolicy(), top_k, False, False),
+            "leading pairs": (FixedKPolicy(lead), lead, False, False),
+            "half of the cuts": (RandomSkipPolicy(0.5), (top_k + lead) / 2, False, False),
         }
-        for row in rows
-    )
-    return replace(fitted, timings=timings)
+        if var_all is not None:
+            self._policies["VAR, all pairs"] = (var_all, top_k, True, False)
+        if var_leading is not None:
+            self._policies["VAR, leading pairs"] = (var_leading, lead, True, True)
+        self._evaluator = evaluator
+        settings = (evaluator.setting, *SHAPES[1:])
+        self.groups = [_group(evaluator, setting, self._policies) for setting in settings]
+
+    def fitted(self, timed: Sequence[Timings]) -> CostModel:
+        """The model, of the timings of `groups`."""
+        evaluator, geometry = self._evaluator, self._evaluator.geometry()
+        layers, experts, top_k = geometry["layers"], geometry["experts"], evaluator.top_k
+        # Every time is set against the baseline's in the setting that speedups are predicted for,
+        # block by block: a machine that changes speed hits both.
+        reference = timed[0].seconds["baseline"] / len(self.groups[0].batches)
+        baseline = float(np.median(reference))
+        rows: list[dict[str, Any]] = []
+        for number, (group, found) in enumerate(zip(self.groups, timed, strict=True)):
+            tokens = group.batches[0].numel()
+            for name, (_policy, per_token, decided, residual) in self._policies.items():
+                pairs = per_token * tokens
+                cut = tokens * layers * (top_k - per_token) / max(top_k - leading_count(top_k), 1)
+                work = Work(
+                    tokens=tokens,
+                    pairs=pairs * layers,
+                    experts=layers * float(expected_experts(experts, np.asarray(pairs))),
+                    decided=tokens if decided else 0,
+                    cut=cut if residual else 0,
+                )
+                each = found.seconds[name] / len(group.batches)
+                took = baseline * float(np.median(each / reference))
+                weight = OWN_WEIGHT if number == 0 else 1.0
+                rows.append({"name": name, "work": work, "seconds": took, "weight": weight})
+        seconds, error = fit(
+            [(row["work"], row["seconds"]) for row in rows], [row["weight"] for row in rows]
+        )
+        fitted = CostModel(
+            seconds=seconds,
+            baseline=baseline,
+            setting=evaluator.setting,
+            layers=layers,
+            experts=experts,
+            top_k=top_k,
+            error=error,
+        )
+        timings = tuple(
+            {
+                "name": row["name"],
+                **asdict(row["work"]),
+                "seconds": row["seconds"],
+                "predicted_s": fitted.predict(row["work"]),
+            }
+            for row in rows
+        )
+        return replace(fitted, timings=timings)
 
 
 def _group(
