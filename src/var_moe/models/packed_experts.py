@@ -23,7 +23,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
-from var_moe.models.sorted_experts import SortedExperts, activate, is_plain_silu, pieces
+from var_moe.models.sorted_experts import (
+    SortedExperts,
+    activate,
+    biases_of,
+    is_plain_silu,
+    pieces,
+    weights_of,
+)
 
 MEMORY_SHARE = 0.25
 """Of the machine's memory, at most so much is taken for copies."""
@@ -54,7 +61,7 @@ class _PackedExpert:
             inner = product(rows, self.first[0], self.first_bias[0], "none", [], "")
             inner = activate(module, inner, in_place=True)
         out: Tensor = product(inner, self.second, self.second_bias, "none", [], "")
-        return out
+        return module.post_expert_norm(out) if module.has_post_expert_norm else out
 
 
 @dataclass(frozen=True)
@@ -114,20 +121,14 @@ class PackedExperts(SortedExperts):
             # Rows of the next expert, or what was there before: theirs is not copied.
             more = min(padded(b - a), there // width - a)
             padding = rows.as_strided((more, width), (width, 1), start + a * width)
-            out = experts[number].run(module, padding)[: b - a]
-            if module.has_post_expert_norm:
-                out = module.post_expert_norm(out)
-            whole[a:b] = out
+            whole[a:b] = experts[number].run(module, padding)[: b - a]
         return whole
 
     def _one_expert(self, module: Any, rows: Tensor, number: int, target: Tensor | None) -> Tensor:
         """A lone token's; `products` serves all others."""
         if target is None or not self._serves(module, rows):
             return super()._one_expert(module, rows, number, target)
-        out = self._copy(module).experts[number].run(module, rows)
-        if module.has_post_expert_norm:
-            out = module.post_expert_norm(out)
-        return target.copy_(out)
+        return target.copy_(self._copy(module).experts[number].run(module, rows))
 
     @staticmethod
     def _serves(module: Any, rows: Tensor) -> bool:
@@ -168,7 +169,7 @@ def _step(rows: int) -> int:
 
 def can_pack(modules: list[Any]) -> bool:
     """Whether this machine has the kernels for these experts, and the memory for their copies."""
-    weights = [weight for module in modules for weight in _weights(module)]
+    weights = [weight for module in modules for weight in weights_of(module)]
     if not weights or any(weight.device.type != "cpu" for weight in weights):
         return False
     size = sum(weight.numel() * weight.element_size() for weight in weights)
@@ -207,34 +208,23 @@ def _machine_memory() -> int:
         return 0
 
 
-def _weights(module: Any) -> tuple[Tensor, ...]:
-    return (module.gate_up_proj if module.has_gate else module.up_proj), module.down_proj
-
-
-def _biases(module: Any) -> tuple[Tensor, ...]:
-    if not module.has_bias:
-        return ()
-    first = module.gate_up_proj_bias if module.has_gate else module.up_proj_bias
-    return first, module.down_proj_bias
-
-
 def _state(module: Any) -> tuple[tuple[int, int], ...]:
     """Changes with every change of the weights that PyTorch knows of."""
-    tensors = (*_weights(module), *_biases(module))
+    tensors = (*weights_of(module), *biases_of(module))
     return tuple((t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors)
 
 
 def _sample(module: Any) -> Tensor:
     """Some of the values: those changed through ``.data`` are not known to PyTorch."""
-    parts = [tensor.detach().reshape(-1) for tensor in (*_weights(module), *_biases(module))]
+    parts = [tensor.detach().reshape(-1) for tensor in (*weights_of(module), *biases_of(module))]
     return torch.cat([part[:: max(len(part) // _SAMPLE, 1)] for part in parts])
 
 
 def _pack(module: Any, number: int) -> _PackedExpert:
-    first, second = (weight[number].detach() for weight in _weights(module))
+    first, second = (weight[number].detach() for weight in weights_of(module))
     if module.is_transposed:
         first, second = first.t(), second.t()
-    bias: list[Tensor | None] = [one[number].detach() for one in _biases(module)] or [None, None]
+    bias: list[Tensor | None] = [one[number].detach() for one in biases_of(module)] or [None, None]
     parts: tuple[Tensor, ...] = (first,)
     biases: tuple[Tensor | None, ...] = (bias[0],)
     if module.has_gate and is_plain_silu(module):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from var_moe.errors import UsageError
 from var_moe.models.packed_experts import PackedExperts
-from var_moe.models.sorted_experts import SortedExperts, weighted_sum
+from var_moe.models.sorted_experts import SortedExperts, weighted_sum, weights_of
 
 IMPLEMENTATION = "var_moe"
 SORTED, PACKED = "sorted", "packed"
@@ -67,7 +67,7 @@ def experts_shape(model: nn.Module) -> dict[str, int]:
     if not modules:
         return {"layers": 0, "experts": 0, "hidden": 0}
     one = modules[0]
-    first = (one.gate_up_proj if one.has_gate else one.up_proj)[0]
+    first = weights_of(one)[0][0]
     return {
         "layers": len(modules),
         "experts": int(getattr(one, "num_experts", 0)),

@@ -125,14 +125,10 @@ class SortedExperts:
 
     def _one_expert(self, module: Any, rows: Tensor, number: int, target: Tensor | None) -> Tensor:
         """One expert's rows; into ``target`` where there is one."""
-        first = (module.gate_up_proj if module.has_gate else module.up_proj)[number]
-        second = module.down_proj[number]
+        first, second = (weight[number] for weight in weights_of(module))
         if not module.is_transposed:
             first, second = first.t(), second.t()
-        first_bias = second_bias = None
-        if module.has_bias:
-            bias = module.gate_up_proj_bias if module.has_gate else module.up_proj_bias
-            first_bias, second_bias = bias[number], module.down_proj_bias[number]
+        first_bias, second_bias = [bias[number] for bias in biases_of(module)] or (None, None)
         wide = None if target is None else self._buffer("wide", rows, len(rows), first.shape[1])
         inner = _product(rows, first, first_bias, wide)
         inner = activate(module, inner, in_place=wide is not None)
@@ -153,6 +149,19 @@ class SortedExperts:
                 found = torch.empty(size, dtype=like.dtype, device=like.device)
             self._buffers[key] = found
         return found[:size].view(rows, width)
+
+
+def weights_of(module: Any) -> tuple[Tensor, Tensor]:
+    """All experts' first (gate and up in one, where there is a gate) and second weights."""
+    return (module.gate_up_proj if module.has_gate else module.up_proj), module.down_proj
+
+
+def biases_of(module: Any) -> tuple[Tensor, ...]:
+    """The biases of `weights_of`, or none."""
+    if not module.has_bias:
+        return ()
+    first = module.gate_up_proj_bias if module.has_gate else module.up_proj_bias
+    return first, module.down_proj_bias
 
 
 def pieces(module: Any, counts: list[int]) -> Iterator[tuple[int, int, int]]:
@@ -201,6 +210,6 @@ def is_plain_silu(module: Any) -> bool:
 
 
 def _width(module: Any) -> int:
-    first = module.gate_up_proj if module.has_gate else module.up_proj
+    first, _ = weights_of(module)
     width: int = first.shape[1 if not module.is_transposed else 2]
     return width
