@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +53,53 @@ class Watching(Protocol):
         """What it says of them."""
 
 
+class _Turn:
+    """Lets the forwards of several threads into a session one after another."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+
+    @property
+    def mine(self) -> bool:
+        """Whether this thread's forward is the one that runs."""
+        return self._owner == threading.get_ident()
+
+    def take(self) -> None:
+        """Wait until no other thread's forward runs."""
+        if not self.mine:  # else Ctrl-C ended this thread's last forward
+            self._lock.acquire()
+            self._owner = threading.get_ident()
+
+    def give(self) -> None:
+        """Let the next thread in; without effect where this thread's forward does not run."""
+        if self.mine:
+            self._owner = None
+            self._lock.release()
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """For work between forwards, or in this thread's own."""
+        inside = self.mine
+        self.take()
+        try:
+            yield
+        finally:
+            if not inside:
+                self.give()
+
+
+class _Announced(threading.local):
+    """The next forward's tokens as this thread has announced them."""
+
+    batch: TokenBatch | None = None
+
+
 class Session:
-    """A routed model's running state: the policy, the tokens of the forward, the counts."""
+    """A routed model's running state: the policy, the tokens of the forward, the counts.
+
+    Threads may share it: their forwards run one after another, each with its own tokens.
+    """
 
     def __init__(
         self,
@@ -62,7 +109,7 @@ class Session:
         watch: Watching | None = None,
     ) -> None:
         self.policy = policy
-        self._backend = backend
+        self.backend = backend
         self._compensation = policy.compensation
         self._parts: dict[int, LayerCompensation] = {}
         self._layers = layers
@@ -71,8 +118,11 @@ class Session:
         self._units = Units(layers, drops_only=policy.drops_only) if watch else None
         self._native = False  # the guard has fallen back to the model's own routing
         self._own_weights = ExitStack()  # closing it puts the model's own weights back
-        self._announced: TokenBatch | None = None
+        self._announced = _Announced()
+        self._turn = _Turn()
+        self._closed = False
         self._counted: Tensor = torch.empty(0, dtype=torch.bool)
+        self._next_layer = layers  # of the running forward; past the last where none runs
         self.texts = Texts(policy.context_window)
 
     def announce(self, batch: TokenBatch) -> None:
@@ -80,30 +130,39 @@ class Session:
 
         Needed for windows of a longer document (prefix, overlap) and documents over rows.
         """
-        self._announced = batch
+        self._announced.batch = batch
 
     def report(self) -> RoutingReport:
         """Tiers, executed pairs and departure from the router since the session's start or the
         last `reset`; with a guard, what it has seen since the session's start."""
-        return self._counts.report(self._watch.report() if self._watch else None)
+        with self._turn.taken():
+            return self._counts.report(self._watch.report() if self._watch else None)
 
     def reset(self) -> None:
         """Empty the policy's caches and clocks, forget texts, set the counts to zero.
 
         For a guard, all documents have ended; what it has seen and done stays.
         """
-        self.end_documents()
-        self.policy.reset()
-        self.texts.forget()
-        self._counts = TierCounts(self._layers, drops_only=self.policy.drops_only)
+        with self._turn.taken():
+            self.end_documents()
+            self.policy.reset()
+            self.texts.forget()
+            self._counts = TierCounts(self._layers, drops_only=self.policy.drops_only)
 
     def end_documents(self) -> None:
         """Tell the guard that no document goes on: it judges the last ones now.
 
         Else it does so when the next forward shows which documents go on.
         """
-        if self._units is not None:
-            self._judge(self._units.end())
+        with self._turn.taken():
+            if self._units is not None:
+                self._judge(self._units.end())
+
+    def close(self) -> None:
+        """End the session: a running forward ends first, another thread's next is refused."""
+        self._turn.take()
+        self._closed = True
+        self._turn.give()
 
     def healed(self, weights: AbstractContextManager[None]) -> ExitStack:
         """Keep healed weights in place until the block ends or the guard falls back."""
@@ -113,11 +172,20 @@ class Session:
     # -- called by the model ---------------------------------------------------------------
 
     def before_forward(self, _model: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
-        """The model's forward pre-hook: sees the token ids, once for all layers."""
+        """The model's forward pre-hook: sees the token ids, once for all layers.
+
+        The turn that it takes ends in `after_forward`, also where the forward fails.
+        """
+        self._turn.take()
+        if self._closed:
+            raise UsageError(
+                "the routed(...) block was left while another thread went on with its model: "
+                "wait for the threads before leaving"
+            )
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is None:
             raise UsageError("routed(...) needs input_ids: embeddings do not tell the token ids")
-        batch, self._announced = self._announced, None
+        batch, self._announced.batch = self._announced.batch, None
         if batch is None:
             mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
             # transformers 5.24 calls it `cache`, and still takes the earlier name.
@@ -133,6 +201,7 @@ class Session:
         self._counted = batch.counted.reshape(-1)
         if not self._native:
             self.policy.begin(batch)
+        self._next_layer = 0
 
     def _judge(self, ended: list[Sums]) -> None:
         """Show documents that have ended to the guard, which may end the policy's decisions."""
@@ -141,23 +210,37 @@ class Session:
             self._watch.see(unit)
         if self._watch.native and not self._native:
             self._native, self._units = True, None
-            if isinstance(self._backend, PackedExperts):
-                self._backend = pair_backend(SORTED)  # which rounds as the unmodified model does
+            if isinstance(self.backend, PackedExperts):
+                self.backend = pair_backend(SORTED)  # which rounds as the unmodified model does
             with torch.inference_mode(False):
                 self._own_weights.close()
 
     def after_forward(self, _model: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        """The model's forward hook: the output may hold a new KV cache."""
-        self.texts.bind(output)
+        """The model's forward hook: the output may hold a new KV cache; None after an error."""
+        if self._turn.mine:
+            self._next_layer = self._layers
+            self.texts.bind(output)
+            self._turn.give()
 
     def experts(
         self, layer: int, module: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor
     ) -> Tensor:
-        """One layer: the policy decides, the backend runs what is left, the counts grow."""
+        """One layer: the policy decides, the backend runs what is left, the counts grow.
+
+        Raises:
+            UsageError: the layer does not belong to the forward whose tokens are known.
+        """
+        known = self._turn.mine and layer >= self._next_layer
+        if not known or len(hidden) != len(self._counted):
+            raise UsageError(
+                "a layer runs outside the model's own forward, so that its tokens are not known: "
+                "inside routed(...) call the model itself, model(input_ids), and not a part of it"
+            )
+        self._next_layer = layer + 1
         if self._native:
             routing = all_pairs(index, weight)
             self._counts.add(layer, routing, self._counted, index, weight)
-            return execute(module, hidden, index, weight, self._backend)
+            return execute(module, hidden, index, weight, self.backend)
         self.policy.see(layer, hidden)
         routing = self.policy.route(layer, index, weight)
         self._counts.add(layer, routing, self._counted, index, weight)
@@ -165,7 +248,7 @@ class Session:
             self._units.add(layer, routing, index, weight, self._counted)
         if self._compensation is not None:
             return self._compensated(layer, module, hidden, index, weight, routing)
-        out = execute(module, hidden, routing.index, routing.weight, self._backend)
+        out = execute(module, hidden, routing.index, routing.weight, self.backend)
         return out if routing.residual is None else _with_residual(out, routing.residual)
 
     def _compensated(
@@ -189,7 +272,7 @@ class Session:
             self._parts[layer] = part
         row, gone = self._compensation.dropped(index, weight, routing.index >= 0)
         # A dropped pair's output is zero, whatever its weight.
-        out = execute(module, hidden, routing.index, weight, self._backend)
+        out = execute(module, hidden, routing.index, weight, self.backend)
         return part.add(out, hidden, row, gone)
 
 
@@ -209,6 +292,28 @@ def automatic(model: Any, backend: str) -> str:
         return "grouped_mm"
     modules = [module for _, module in experts_modules(model)]
     return PACKED if can_pack(modules) else SORTED
+
+
+_running: WeakSet[Session] = WeakSet()
+
+
+def _unwrapped(model: Any) -> tuple[Any, list[Any]]:
+    """The transformers model, and all modules whose call is its forward.
+
+    A `PeftModel` runs that model's forward without calling it, and its `generate` calls it.
+
+    Raises:
+        UsageError: an adapter puts tokens of its own into the forward.
+    """
+    if not (hasattr(model, "peft_config") and hasattr(model, "get_base_model")):
+        return model, [model]
+    if model.active_peft_config.is_prompt_learning:
+        raise UsageError(
+            f"adapter {model.active_peft_config.peft_type.value} adds virtual tokens, whose ids "
+            "routed(...) cannot know; expected an adapter of weights, such as LoRA"
+        )
+    inner = model.get_base_model()
+    return inner, [model, inner]
 
 
 @contextmanager
@@ -249,6 +354,7 @@ def routed(
         policy = load_exported(policy, model).policy()
     if isinstance(model, LoadedModel):
         model = model.model
+    model, called = _unwrapped(model)
     run_pairs = pair_backend(automatic(model, backend)) if isinstance(backend, str) else backend
     modules = [module for _, module in experts_modules(model)]
     if policy.compensation is not None:
@@ -257,17 +363,30 @@ def routed(
     if isinstance(guard, Guard):
         guard.check(policy_facts(policy), layers=len(modules))
     watch = Watch(guard) if isinstance(guard, Guard) else guard
+    if any(one.policy is policy or one.backend is run_pairs for one in _running):
+        raise UsageError(
+            "the policy, or the backend, is in use by another running routed(...) block, whose "
+            "state it holds: make one for each model"
+        )
     session = Session(policy, run_pairs, len(modules), watch)
     before = attach(model, session)
-    hooks = [
-        model.register_forward_pre_hook(session.before_forward, with_kwargs=True),
-        model.register_forward_hook(session.after_forward),
-    ]
+    _running.add(session)
+    hooks: list[Any] = []
     try:
-        with session.healed(healed_weights(model, healed)), session.texts.watching(model):
+        for one in called:
+            hooks += [
+                one.register_forward_pre_hook(session.before_forward, with_kwargs=True),
+                one.register_forward_hook(session.after_forward, always_call=True),
+            ]
+        with (
+            session.healed(healed_weights(model, healed)),
+            closing(session),
+            session.texts.watching(model),
+        ):
             yield session
             session.end_documents()
     finally:
+        _running.discard(session)
         for hook in hooks:
             hook.remove()
         detach(model, before)

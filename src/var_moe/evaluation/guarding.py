@@ -131,7 +131,7 @@ def play(
     if seed is not None:
         order = np.random.default_rng(seed).permutation(len(documents)).tolist()
     device = next(loaded.model.parameters()).device
-    before = session.policy.context_window - 1
+    before = session.policy.ids_before
     with torch.inference_mode():
         for rows in _in_order(
             [documents[n] for n in order], loaded.window, before, tokens_per_batch

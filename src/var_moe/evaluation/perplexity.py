@@ -64,7 +64,7 @@ def document_losses(
     if not any(len(document.ids) > 1 for document in documents):
         raise UsageError("no text to score: expected at least one document of two tokens")
     device = next(model.parameters()).device
-    before = session.policy.context_window - 1 if session is not None else 0
+    before = session.policy.ids_before if session is not None else 0
     nll = np.zeros(len(documents))
     tokens = np.zeros(len(documents), dtype=np.int64)
     done = 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -50,19 +51,29 @@ class _Step:
     valid: Tensor  # (B, P) bool
 
 
+class _Generating(threading.local):
+    """A thread's running call of `generate`, and its next forward."""
+
+    call: _Call | None = None
+    step: _Step | None = None
+
+
 class Texts:
     """The texts that a session's KV caches hold.
 
     Args:
-        window: ids that a decision depends on, the token's own included.
+        window: ids that a decision depends on, the token's own included; 0 where nothing that
+            an earlier forward left matters.
     """
 
     def __init__(self, window: int) -> None:
+        self._looks_back = window > 0
         self._before = max(window - 1, 0)
         self._texts: WeakKeyDictionary[Any, _Text] = WeakKeyDictionary()
         self._numbers = count(_FIRST_DOCUMENT)
-        self._step: _Step | None = None
-        self._call: _Call | None = None
+        self._own = _Generating()
+        self._threads: set[int] = set()  # that generate
+        self._ended = threading.Condition()
         # Before and in a forward that may make its own KV cache.
         self._unbound: tuple[_Text, TokenBatch] | None = None
 
@@ -82,7 +93,7 @@ class Texts:
             UsageError: the KV cache holds tokens that this session has not seen, or the mask
                 does not tell what is padding.
         """
-        step, self._step = self._step, None
+        step, self._own.step = self._own.step, None
         if step is not None:
             mask = step.valid.to(ids.device)
         if mask is not None and mask.dim() != 2:
@@ -102,8 +113,12 @@ class Texts:
             batch,
             document=text.documents,
             prefix=text.recent if past else None,
-            inserting=self._call is None or not self._call.beams,
+            inserting=not self._beams,
         )
+
+    @property
+    def _beams(self) -> bool:
+        return self._own.call is not None and self._own.call.beams
 
     def bind(self, output: Any) -> None:
         """See a forward's output: it may hold a KV cache that the forward has made."""
@@ -131,16 +146,24 @@ class Texts:
     def _continued(self, cache: Any, past: int, batch: TokenBatch, step: _Step | None) -> _Text:
         """The text in a KV cache with ``past`` tokens."""
         known = self._texts.get(cache)
+        held = 0 if known is None else known.length
         if known is not None and len(known.documents) != batch.ids.shape[0]:
             known = None
         if step is not None and step.ids.shape[1] == past + batch.ids.shape[1]:
             documents = (known or self._new(batch.ids)).documents
             earlier = torch.where(step.valid, step.ids, -1)[:, :past].to(batch.ids.device)
             return _Text(past, documents, lambda: _last(earlier, self._before))
-        if known is None or known.length != past or (self._call and self._call.beams):
+        if not self._looks_back:
+            return replace(known or self._new(batch.ids), length=past)
+        if known is None or held != past or self._beams:
+            what = (
+                f"the KV cache holds {past} of the {held} tokens that routed(...) has seen go into "
+                "it (it was cropped or thinned), and which ones cannot be told: fill a new"
+                if past < held
+                else f"the KV cache holds {past} tokens that routed(...) has not seen: fill the"
+            )
             raise UsageError(
-                f"the KV cache holds {past} tokens that routed(...) has not seen: fill the "
-                "KV cache inside the same routed(...) block, or give generate() the whole "
+                f"{what} KV cache inside the same routed(...) block, or give generate() the whole "
                 "input_ids"
             )
         return known
@@ -160,6 +183,8 @@ class Texts:
         try:
             yield
         finally:
+            with self._ended:  # what another thread generates is routed to its end
+                self._ended.wait_for(lambda: self._threads <= {threading.get_ident()})
             for name in names:
                 delattr(model, name)
             for name, value in before.items():
@@ -168,25 +193,30 @@ class Texts:
     def _generate(self, model: Any, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
-            self._call = _Call.of(model, args, kwargs)
+            self._own.call = _Call.of(model, args, kwargs)
             # With a static cache, `generate` would compile the model on a GPU: see `seam.attach`.
             kwargs.setdefault("disable_compile", True)
+            self._threads.add(threading.get_ident())
             try:
                 return original(*args, **kwargs)
             finally:
-                self._call = self._step = None
+                self._own.call = self._own.step = None
+                with self._ended:
+                    self._threads.discard(threading.get_ident())
+                    self._ended.notify_all()
 
         return generate
 
     def _prepare(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def prepare(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if self._call is not None:
-                valid = self._call.unfinished(input_ids)
+            call = self._own.call
+            if call is not None:
+                valid = call.unfinished(input_ids)
                 mask = kwargs.get("attention_mask")
                 if mask is not None and mask.dim() == 2:
                     valid = valid & mask[:, -input_ids.shape[1] :].to(valid)
-                self._step = _Step(input_ids, valid)
+                self._own.step = _Step(input_ids, valid)
             return original(input_ids, *args, **kwargs)
 
         return prepare

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from torch.utils.weak import WeakIdKeyDictionary
 
 from var_moe.models.sorted_experts import (
@@ -133,7 +134,9 @@ class PackedExperts(SortedExperts):
     @staticmethod
     def _serves(module: Any, rows: Tensor) -> bool:
         right = rows.device.type == "cpu" and rows.dtype == module.down_proj.dtype
-        return right and not torch.is_grad_enabled() and has_kernels(rows.dtype)
+        # Parametrized weights (an adapter on experts) are other tensors at each look.
+        own = right and not parametrize.is_parametrized(module)
+        return own and not torch.is_grad_enabled() and has_kernels(rows.dtype)
 
     def _copy(self, module: Any) -> _Copy:
         """The module's copies, made anew where its weights have changed."""

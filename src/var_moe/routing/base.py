@@ -24,8 +24,14 @@ class RoutingPolicy(ABC):
     layer in order. It looks at no future token and changes neither the model nor its inputs.
     """
 
-    context_window: int = 1
-    """Token ids that a decision depends on, the token's own included."""
+    context_window: int = 0
+    """Token ids that a decision depends on, the token's own included; 0: it depends on no ids, and
+    on nothing that an earlier forward left."""
+
+    @property
+    def ids_before(self) -> int:
+        """Ids before a token that its decision depends on."""
+        return max(self.context_window - 1, 0)
 
     compensation: Compensation | None = None
     """What stands in for the pairs that it drops; see `compensated`."""

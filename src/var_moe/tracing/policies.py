@@ -109,7 +109,7 @@ def decisions(trace: RoutingTrace, policy: RoutingPolicy) -> Iterator[Decided]:
     # Of this policy's damage model, as has been checked; another one's would mislead it.
     hint = trace.hint if _looks(policy) else None
     policy.reset()
-    for batch, position in _chunks(trace, policy.context_window - 1):
+    for batch, position in _chunks(trace, policy.ids_before):
         policy.begin(batch)
         counted = batch.counted.reshape(-1)
         for layer in range(trace.layers):
