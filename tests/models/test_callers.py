@@ -15,6 +15,7 @@ from torch import Tensor
 from var_moe.apply import routed
 from var_moe.config import VARConfig
 from var_moe.errors import UsageError
+from var_moe.models import packed_experts
 from var_moe.models.seam import experts_modules
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.decision import Routing, TokenBatch
@@ -294,6 +295,34 @@ class TestAdapters:
         assert (without - expected).abs().max() > 0.01
         with adapted.disable_adapter():
             torch.testing.assert_close(without, logits(adapted, ids), rtol=1e-4, atol=1e-4)
+
+    def test_an_adapter_may_change_inside_the_block(self, adapted):
+        """Weights that an adapter makes anew may lie where those before lay."""
+        ids, found = prompt(8), []
+        tunable = [p for name, p in adapted.named_parameters() if "lora_B" in name]
+        with routed(adapted, NativePolicy(), backend="packed"):
+            for factor in (1.0, 0.5, -3.0):
+                for parameter in tunable:
+                    parameter.data.mul_(factor)
+                found.append(logits(adapted, ids))
+        expected = []
+        for factor in (1 / -1.5, 0.5, -3.0):
+            for parameter in tunable:
+                parameter.data.mul_(factor)
+            expected.append(logits(adapted, ids))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+    def test_experts_that_an_adapter_makes_anew_are_not_packed(self, adapted, monkeypatch):
+        """Each forward would lay all of them out again."""
+        packed: list[int] = []
+        pack = packed_experts._pack
+        monkeypatch.setattr(packed_experts, "_pack", lambda m, n: packed.append(n) or pack(m, n))
+        on_experts = any(
+            "experts" in name and "lora" in name for name, _ in adapted.named_modules()
+        )
+        with routed(adapted, NativePolicy(), backend="packed"):
+            logits(adapted, prompt(8))
+        assert bool(packed) != on_experts
 
     def test_virtual_tokens_are_refused(self, make_tiny_mixtral):
         peft = pytest.importorskip("peft")

@@ -134,7 +134,7 @@ class PackedExperts(SortedExperts):
     @staticmethod
     def _serves(module: Any, rows: Tensor) -> bool:
         right = rows.device.type == "cpu" and rows.dtype == module.down_proj.dtype
-        # Parametrized weights (an adapter on experts) are other tensors at each look.
+        # An adapter on experts makes their weights anew for each forward.
         own = right and not parametrize.is_parametrized(module)
         return own and not torch.is_grad_enabled() and has_kernels(rows.dtype)
 
