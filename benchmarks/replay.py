@@ -112,7 +112,7 @@ def measure_time(bench: Bench) -> None:
     """Ratios of full evaluation to replay, configuration by configuration, on growing texts."""
     rows: list[dict[str, Any]] = bench.result["time"]
     for size in bench.args.sizes:
-        documents = [bench.text.documents[i] for i in drawn(bench.text.documents, size, 0)]
+        documents = list(drawn(bench.text.documents, size, 0).values())
         done = [row for row in rows if row["asked_tokens"] == size]
         if len(done) >= bench.args.timed:
             continue

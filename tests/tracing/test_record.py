@@ -247,7 +247,7 @@ def test_without_a_backward_pass(loaded, documents, monkeypatch):
 
 def test_a_part_of_the_text_keeps_its_positions(loaded, documents):
     trace = record_trace(loaded, documents, damage=False, max_tokens=200, seed=3, **OPTIONS)
-    assert 200 <= trace.tokens < 300
+    assert trace.tokens == 200
     for number, name, start in zip(
         trace.documents.tolist(), trace.head["document_ids"], trace.starts.tolist(), strict=False
     ):

@@ -32,7 +32,8 @@ def profile(
         split: part of the text to profile.
         profile: show this ready profile instead of making one.
         output: folder for the profile; an interrupted one goes on there.
-        max_tokens: calibration size; frequency_threshold counts in a text of this size.
+        max_tokens: calibration size, to which the last document is cut; frequency_threshold
+            counts in a text of this size.
         damage_tokens: of the backward pass that predicts what a cut costs; 0 leaves it out.
         seed: draws the documents when max_tokens takes a part of them.
         device: auto, cpu, cuda, ...

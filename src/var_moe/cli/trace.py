@@ -46,7 +46,7 @@ def trace(
         profile: profile folder; by default the calibration split is profiled first, into
             the folder `profile` of the output.
         output: folder for the trace; an interrupted one goes on there.
-        max_tokens: record documents up to so many tokens.
+        max_tokens: record so many tokens; the last document is cut.
         max_samples: record at most so many documents.
         decisions_only: without the backward pass: quicker, and less memory, but a replay can't
             predict a degradation then.
@@ -153,7 +153,7 @@ def _size(
     from var_moe.tracing.trace import bytes_per_token
 
     chosen = drawn(documents, *asked)
-    tokens = sum(len(documents[i].ids) for i in chosen)
+    tokens = sum(len(document.ids) for document in chosen.values())
     size = tokens * bytes_per_token(
         layers=len(experts_modules(loaded.model)),
         top_k=loaded.top_k,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,16 +27,24 @@ class Window:
     overlap: int  # leading tokens that the window before has counted already
 
 
-def drawn(documents: Sequence[EncodedDocument], max_tokens: int | None, seed: int) -> list[int]:
-    """Positions of the documents that make up ``max_tokens``; all of them where that is None.
+def drawn(
+    documents: Sequence[EncodedDocument], max_tokens: int | None, seed: int
+) -> dict[int, EncodedDocument]:
+    """The documents that make up ``max_tokens``, by position; all of them where that is None.
 
-    In a seeded random order, as files are often sorted; the last one may go beyond.
+    In a seeded random order, as files are often sorted; the last one is cut to what is left, and
+    left out where that is one token, which has no loss.
     """
     if max_tokens is None:
-        return list(range(len(documents)))
-    order = np.random.default_rng(seed).permutation(len(documents))
-    sizes = np.cumsum([len(documents[i].ids) for i in order])
-    return [int(i) for i in order[: int(np.searchsorted(sizes, max_tokens)) + 1]]
+        return dict(enumerate(documents))
+    found: dict[int, EncodedDocument] = {}
+    for at in np.random.default_rng(seed).permutation(len(documents)).tolist():
+        ids = documents[at].ids[:max_tokens]
+        if max_tokens < 2 and found:
+            break
+        found[at] = replace(documents[at], ids=ids)
+        max_tokens -= len(ids)
+    return found
 
 
 def windows(document: int, ids: np.ndarray, window: int, *, prefix: int = 0) -> list[Window]:

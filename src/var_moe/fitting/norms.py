@@ -119,7 +119,7 @@ def norm_trace(
         backend: experts backend.
         progress: called with tokens done and in all.
     """
-    chosen = [documents[i] for i in drawn(documents, tokens, seed)]
+    chosen = list(drawn(documents, tokens, seed).values())
     session = _Norms(pair_backend(backend), compensation)
     total, done = sum(len(document.ids) for document in chosen), 0
     parts = []
@@ -140,7 +140,7 @@ def norm_trace(
     finally:
         detach(loaded.model, before)
     columns = joined(parts)
-    few = [documents[i] for i in drawn(documents, min(tokens, SENSITIVITY_TOKENS), seed)]
+    few = list(drawn(documents, min(tokens, SENSITIVITY_TOKENS), seed).values())
     small = sum(len(document.ids) for document in few)
     for kind in ("cut", "cut_compensated"):
         if f"damage.{kind}" in columns:

@@ -105,10 +105,11 @@ def collect_profile(
 
     Args:
         loaded: the model and its tokenizer.
-        documents: calibration documents, used from the first on up to ``max_tokens``.
+        documents: calibration documents; ``max_tokens`` of them are used.
         dataset: name of the text, for the head.
         data_hash: hash of the text, for the head.
-        max_tokens: calibration size; recorded, as `frequency_threshold` counts in it.
+        max_tokens: calibration size, to which the last document is cut; recorded, as
+            `frequency_threshold` counts in it.
         seed: draws the documents when ``max_tokens`` takes a part of them.
         tokens_per_batch: padded tokens per forward.
         window: longest sequence of a forward; by default the model's context, at most 1,024.
@@ -120,7 +121,7 @@ def collect_profile(
         UsageError: no documents, or a model whose router can't be watched.
         VarMoeError: the model gave non-finite router logits.
     """
-    chosen = [documents[i] for i in drawn(documents, max_tokens, seed)]
+    chosen = list(drawn(documents, max_tokens, seed).values())
     if not chosen:
         raise UsageError(f"dataset {dataset!r}: no calibration text to profile; expected documents")
     model = loaded.model
@@ -130,12 +131,13 @@ def collect_profile(
     routers = router_fingerprint(model)
     weights = sha256_of([str(routers)])
     total = sum(len(document.ids) for document in chosen)
-    key = f"{_CHECKPOINT_FORMAT}:{data_hash}:{loaded.tokenizer_hash}:{weights}:{total}"
+    size = window or loaded.window
+    text = sha256_of(document.ids.tobytes() for document in chosen)
+    key = f"{_CHECKPOINT_FORMAT}:{text}:{weights}:{tokens_per_batch}:{size}"
     done = _resume(collector, checkpoint, key)
     before = attach(model, collector)
     try:
         with RouterLogits(model, len(modules)) as collector.logits, torch.inference_mode():
-            size = window or loaded.window
             for number, batch in enumerate(batches(chosen, tokens_per_batch, window=size)):
                 if number < done:
                     continue

@@ -21,7 +21,7 @@ from var_moe.routing.damage import DamageModel
 from var_moe.routing.decision import TokenBatch
 from var_moe.routing.healed import Healed
 from var_moe.routing.ranking import rank_slots, shares
-from var_moe.storage import SCHEMA_VERSION, provenance
+from var_moe.storage import SCHEMA_VERSION, provenance, sha256_of
 from var_moe.tracing.damage import DamageProbe
 from var_moe.tracing.loss import loss_and_gradient, scored_targets
 from var_moe.tracing.shards import Writer, joined, key_of
@@ -148,7 +148,7 @@ def record_trace(
         predictor: also note what this damage model reads off each layer's input (``hint``), so that
             its policy can be replayed.
         hidden: also note the layers' inputs, 2 L D bytes a token, for fitting.
-        max_tokens: use documents up to so many tokens, drawn with ``seed``.
+        max_tokens: use documents of so many tokens, drawn with ``seed``; the last one is cut.
         tokens_per_batch: padded tokens per forward; fewer need less memory.
         window: longest sequence of a forward; by default the model's context, at most 1,024.
         seed: draws documents and the experts of ``foreign``.
@@ -162,8 +162,8 @@ def record_trace(
     """
     if labels not in LABELS:
         raise UsageError(f"labels = {labels!r}: expected one of {', '.join(LABELS)}")
-    positions = drawn(documents, max_tokens, seed)
-    chosen = [documents[i] for i in positions]
+    part = drawn(documents, max_tokens, seed)
+    positions, chosen = list(part), list(part.values())
     total = sum(len(document.ids) for document in chosen)
     if not total:
         raise UsageError(f"dataset {dataset!r}: no text to trace; expected documents")
@@ -194,7 +194,8 @@ def record_trace(
     if compensation is not None and compensation.healed is not None:
         options["healed"] = compensation.healed.hash
     about = identity(loaded)
-    writer = Writer(Path(folder), key=key_of({**about, **options})) if folder else None
+    text = sha256_of(document.ids.tobytes() for document in chosen)
+    writer = Writer(Path(folder), key=key_of({**about, **options, "ids": text})) if folder else None
     forwards = list(batches(chosen, tokens_per_batch, window=size))
     recorder = _Recorder(loaded.model, about["layers"], about["top_k"], backend)
     recorder.predictor, recorder.keep_hidden = predictor, hidden
