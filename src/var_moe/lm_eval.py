@@ -12,6 +12,7 @@ from typing import Any
 
 from var_moe.apply import Session, routed
 from var_moe.errors import UsageError
+from var_moe.evaluation.token_ids import check_ids
 from var_moe.exported.folder import load_exported
 from var_moe.exported.place import HEAD_FILE
 from var_moe.models.loading import DEMO_FOLDER, LoadedModel
@@ -70,6 +71,12 @@ class VarMoeLM(HFLM):  # type: ignore[misc]
         self.policy = policy_for(loaded, var_config, profile=profile, compensation=compensation)
         self._var_config = var_config
         self._tokens = self._pairs = 0.0
+
+    def tok_encode(self, *args: Any, **kwargs: Any) -> list[int]:
+        """The harness' own, which it calls for each request before the first forward."""
+        ids: list[int] = super().tok_encode(*args, **kwargs)
+        check_ids(ids, self.model, self.tokenizer, "a request of the task")
+        return ids
 
     def _model_call(self, *args: Any, **kwargs: Any) -> Any:
         with routed(self.model, self.policy) as session:

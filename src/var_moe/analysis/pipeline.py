@@ -11,6 +11,7 @@ from var_moe.analysis.systems import AnalysisSettings, analyse
 from var_moe.config import VARConfig
 from var_moe.evaluation.compare import Evaluator, Progress, SpeedSetting
 from var_moe.evaluation.text import as_documents, require_documents
+from var_moe.evaluation.token_ids import check_documents
 from var_moe.models.loading import LoadedModel
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def profile_full_pipeline(
 
     loaded = LoadedModel.of(model, tokenizer)
     documents = as_documents(texts, tokenizer)
+    check_documents(documents, model, tokenizer, "texts")
     if profile is None:
         require_documents(documents, 2, "profiling one half and timing the other")
         half = len(documents) // 2

@@ -166,6 +166,7 @@ def create_objective_function(
     import numpy as np
 
     from var_moe.evaluation.text import as_documents, require_documents
+    from var_moe.evaluation.token_ids import check_documents
     from var_moe.models.loading import LoadedModel
     from var_moe.profiling.collect import collect_profile
 
@@ -174,6 +175,7 @@ def create_objective_function(
         raise UsageError(f"max_samples = {max_samples}: expected at least 2 documents")
     loaded = LoadedModel.of(model, tokenizer)
     documents = as_documents(validation_data, tokenizer)
+    check_documents(documents, loaded.model, tokenizer, "validation_data")
     order = np.random.default_rng(seed).permutation(len(documents))
     if profile is None:
         require_documents(documents, 4, "calibrating on one half and scoring the other")

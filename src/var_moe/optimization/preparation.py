@@ -56,8 +56,12 @@ class EncodedText:
 def read_text(dataset: str, split: str, loaded: LoadedModel) -> EncodedText:
     """Load and tokenise one split."""
     from var_moe.evaluation.text import encode, load_text
+    from var_moe.evaluation.token_ids import check_documents
 
     text = load_text(dataset, split)
+    documents = encode(text, loaded.tokenizer)
+    where = f"{dataset} ({split})"
+    said = check_documents(documents, loaded.model, loaded.tokenizer, where)
     parts = [
         {
             "dataset": part.dataset,
@@ -71,9 +75,9 @@ def read_text(dataset: str, split: str, loaded: LoadedModel) -> EncodedText:
         dataset=dataset,
         split=split,
         data_hash=text.content_hash,
-        documents=encode(text, loaded.tokenizer),
+        documents=documents,
         independent=text.independent,
-        note=text.note,
+        note="; ".join(filter(None, [text.note, said])),
         parts=parts,
     )
 
