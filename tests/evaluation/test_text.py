@@ -57,10 +57,10 @@ def test_txt_paragraphs_are_packed_and_marked(tmp_path):
     assert "not independent" in load_text(str(tmp_path / "x.txt"), "all").note
 
 
-def test_parquet_takes_the_only_string_column(tmp_path):
-    pd.DataFrame({"n": [1, 2], "body": ["one", "two"]}).to_parquet(tmp_path / "x.parquet")
+def test_parquet_takes_the_only_column_of_running_text(tmp_path, tiny_texts):
+    pd.DataFrame({"n": [1, 2], "body": tiny_texts[:2]}).to_parquet(tmp_path / "x.parquet")
     documents, _ = read_file(tmp_path / "x.parquet")
-    assert [d.text for d in documents] == ["one", "two"]
+    assert [d.text for d in documents] == tiny_texts[:2]
 
 
 def test_no_text_column_is_named(tmp_path):

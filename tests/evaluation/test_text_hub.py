@@ -12,18 +12,18 @@ from var_moe.evaluation.splitting import SPLITS, share_of
 from var_moe.evaluation.text import check_dataset, load_text
 
 
-class Part(dict):
-    """As much of a datasets.Dataset as is used."""
+def part(**columns):
+    import datasets
 
-    def __init__(self, **columns):
-        super().__init__(columns)
-        self.column_names = list(columns)
-        kinds = {c: "string" if isinstance(v[0], str) else "int64" for c, v in columns.items()}
-        self.features = {c: type("F", (), {"dtype": kind})() for c, kind in kinds.items()}
+    return datasets.Dataset.from_dict(columns)
+
+
+def texts(name, count=400):
+    return [f"{name} {i}" for i in range(count)]
 
 
 def rows(name, count=400):
-    return Part(text=[f"{name} {i}" for i in range(count)])
+    return part(text=texts(name, count))
 
 
 @pytest.fixture
@@ -52,9 +52,9 @@ def loaded(name="someone/data"):
 def test_train_calibrates_and_validation_is_shared_with_certify(served):
     served(train=rows("train"), validation=rows("validation"), test=rows("test"))
     found = loaded()
-    assert found["calibration"] == rows("train")["text"]
-    assert found["test"] == rows("test")["text"]
-    assert sorted(found["validation"] + found["certify"]) == sorted(rows("validation")["text"])
+    assert found["calibration"] == texts("train")
+    assert found["test"] == texts("test")
+    assert sorted(found["validation"] + found["certify"]) == sorted(texts("validation"))
     assert len(found["certify"]) == pytest.approx(400 * 15 / 40, abs=25)
     for split in ("validation", "certify"):
         assert {share_of(t, ("validation", "certify")) for t in found[split]} == {split}
@@ -78,9 +78,9 @@ def test_train_calibrates_and_validation_is_shared_with_certify(served):
 def test_no_text_is_in_two_splits_whatever_there_is(served, names):
     served(**{name: rows(name) for name in names})
     found = loaded()
-    texts = [text for part in found.values() for text in part]
+    together = [text for each in found.values() for text in each]
     assert all(found.values())
-    assert len(texts) == len(set(texts)) == 400 * len(names)
+    assert len(together) == len(set(together)) == 400 * len(names)
 
 
 def test_a_split_of_its_own_name_and_all(served):
@@ -116,7 +116,7 @@ def test_documents_of_wikitext_are_articles(served):
         " = Two = \n",
         " c \n",
     ]
-    served(train=Part(text=lines), validation=rows("v"), test=rows("t"))
+    served(train=part(text=lines), validation=rows("v"), test=rows("t"))
     documents = load_text("wikitext", "calibration").documents
     assert [d.text for d in documents] == [
         " = One = \n a \n = = Part = = \n b \n",
@@ -125,10 +125,10 @@ def test_documents_of_wikitext_are_articles(served):
 
 
 def test_a_data_set_without_a_text_column(served):
-    served(train=Part(question=["a"], answer=["b"]))
+    served(train=part(question=["a"], answer=["b"]))
     with pytest.raises(UsageError, match="no column 'text'; it has question, answer"):
         load_text("someone/data", "train")
-    served(train=Part(text=[1]))
+    served(train=part(text=[1]))
     with pytest.raises(UsageError, match="expected strings in column 'text'"):
         load_text("someone/data", "train")
 
@@ -182,7 +182,7 @@ def cached_data(tmp_path, monkeypatch):
     infos = {}
     for split in ("train", "validation", "test"):
         with ArrowWriter(path=str(folder / f"{name}-{split}.arrow")) as writer:
-            for text in rows(split, 40)["text"]:
+            for text in texts(split, 40):
                 writer.write({"text": text})
             examples, size = writer.finalize()
         infos[split] = datasets.SplitInfo(
@@ -212,8 +212,8 @@ def test_a_cached_data_set_is_read_without_a_network(cached_data, monkeypatch):
     start = time.perf_counter()
     found = loaded(cached_data)
     assert time.perf_counter() - start < 5
-    assert found["calibration"] == rows("train", 40)["text"]
-    assert sorted(found["validation"] + found["certify"]) == sorted(rows("validation", 40)["text"])
+    assert found["calibration"] == texts("train", 40)
+    assert sorted(found["validation"] + found["certify"]) == sorted(texts("validation", 40))
     assert [place.HF_HUB_OFFLINE for place in places] == [False, False]
 
 

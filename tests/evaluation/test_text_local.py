@@ -128,15 +128,15 @@ def test_jsonl_null_and_blank_rows_are_dropped_and_ids_keep_their_place(write):
     assert [d.id for d in read_file(path)[0]] == ["x.jsonl:2"]
 
 
-def test_jsonl_the_only_string_column_of_all_rows(write):
-    rows = '{"id": 1, "body": null}\n{"id": "x", "body": "b"}\n'
-    assert texts(write("x.jsonl", rows)) == ["b"]
+def test_jsonl_the_only_column_of_running_text_of_all_rows(write):
+    rows = '{"id": 1, "body": null}\n{"id": "x", "body": "a text of five words"}\n'
+    assert texts(write("x.jsonl", rows)) == ["a text of five words"]
 
 
 def test_parquet_types_of_text(tmp_path):
     for number, kind in enumerate([pa.string(), pa.large_string(), pa.dictionary("int32", "str")]):
         values = pa.array(["one", None, "two"], pa.string()).cast(kind)
-        pq.write_table(pa.table({"n": [1, 2, 3], "body": values}), tmp_path / f"{number}.parquet")
+        pq.write_table(pa.table({"body": values}), tmp_path / f"{number}.parquet")
         assert texts(tmp_path / f"{number}.parquet") == ["one", "two"]
 
 
@@ -151,7 +151,7 @@ def test_parquet_types_of_text(tmp_path):
         ("x.txt", "", "holds no text"),
         ("x.txt", "\f\f", "holds no text"),
         ("x.jsonl", "", "holds no text"),
-        ("x.jsonl", '{"a": "x", "b": "y"}', "no column 'text'; it has a, b; rename"),
+        ("x.jsonl", '{"a": "x", "b": "y"}', "no column 'text'; it has a, b; name the one"),
         ("x.jsonl", "{}", "no column 'text'; it has none"),
         ("x.jsonl", '{"text": "x"}\n[1]', "line 2: expected a JSON object"),
         ("x.jsonl", '{"text": "x"}\n{"text": 3}', "line 2: expected a string in field 'text'"),
@@ -172,7 +172,9 @@ def test_files_that_are_refused(refused, write, name, content, expected):
 def test_parquet_without_strings_is_refused(refused, tmp_path):
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"text": [["a"], ["b"]]}), path)
-    assert "expected strings in column 'text', found list" in refused(load_text, str(path), "all")
+    assert "expected strings in column 'text' (or chats, or token ids), found list" in refused(
+        load_text, str(path), "all"
+    )
     pq.write_table(pa.table({"a": ["x"], "b": ["y"], "n": [1]}), path)
     assert "no column 'text'; it has a, b, n" in refused(load_text, str(path), "all")
 

@@ -24,6 +24,7 @@ from var_moe.cli.profile import profile
 from var_moe.cli.replay import replay
 from var_moe.cli.report import report
 from var_moe.cli.stability import stability
+from var_moe.cli.text_column import with_text_column
 from var_moe.cli.trace import trace
 from var_moe.cli.tune import tune
 from var_moe.cli.words import FORWARDED, Words, read_words
@@ -50,8 +51,8 @@ def build_app() -> App:
     )
     commands = (tune, certify, stability, guard, profile, evaluate, compare, trace, replay)
     for command in (*commands, analyze, report, export, doctor, demo):
-        app.command(command)
-    app.command(fit_compensation, name="fit-compensation")
+        app.command(with_text_column(command))
+    app.command(with_text_column(fit_compensation), name="fit-compensation")
     app.command(lm_eval, name=FORWARDED, help_flags=(), version_flags=())
     app.register_install_completion_command(name=("--install_completion", "--install-completion"))
     return app

@@ -8,18 +8,38 @@ from functools import cached_property
 
 import numpy as np
 
-from var_moe.errors import UsageError
 from var_moe.storage import sha256_of
 
 
 @dataclass(frozen=True)
+class TextColumn:
+    """The column of a table that a document is from, and what it holds."""
+
+    name: str
+    kind: str  # text, chat or ids
+    others: tuple[str, ...] = ()
+
+    @property
+    def note(self) -> str:
+        """Which column was taken, where that was a choice."""
+        kinds = {"text": "", "chat": " as chats", "ids": " as token ids"}
+        chosen = (self.name, self.kind) != ("text", "text")
+        return f"column {self.name!r}{kinds[self.kind]}" if chosen else ""
+
+
+@dataclass(frozen=True)
 class TextDocument:
-    """A unit of text that is independent of the others."""
+    """A unit of text that is independent of the others.
+
+    Of a column of chats or token ids, ``text`` is a chat's messages or the ids as JSON, which
+    `var_moe.evaluation.text.encode` reads.
+    """
 
     id: str
     source: str
     text: str
     dataset: str = ""  # where the text is of several data sets
+    column: TextColumn | None = None  # where it is of a table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,23 +72,6 @@ class EncodedDocument:
     source: str
     ids: np.ndarray  # (S,) int64
     dataset: str = ""  # where the text is of several data sets
-
-
-def text_column(columns: Sequence[str], kinds: dict[str, bool], where: str) -> str:
-    """The column that holds the text: ``text``, else the only one of strings.
-
-    Args:
-        columns: names.
-        kinds: whether a column holds strings, where known.
-        where: for the message.
-    """
-    if "text" in columns:
-        return "text"
-    strings = [name for name in columns if kinds.get(name)]
-    if len(strings) == 1:
-        return strings[0]
-    have = ", ".join(map(str, columns)) or "none"
-    raise UsageError(f"{where}: no column 'text'; it has {have}; rename the one that is meant")
 
 
 def page_of(document_id: str) -> str:

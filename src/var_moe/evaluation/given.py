@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from var_moe.errors import UsageError
-from var_moe.evaluation.documents import text_column
+from var_moe.evaluation.columns import table_texts
+from var_moe.evaluation.documents import TextDocument
 
 _EXPECTED = (
     "expected a non-empty list of texts, a datasets.Dataset with a text column, or token ids"
@@ -21,7 +22,6 @@ def given_rows(data: Any) -> list[Any]:
     Raises:
         UsageError: it is neither, or empty; names the first row that does not fit.
     """
-    data = _column(data)
     if hasattr(data, "tolist") and isinstance(listed := data.tolist(), list):
         if not listed or not isinstance(listed[0], str):  # an array of texts is a list of them
             return _ids(data, "validation_data")
@@ -43,24 +43,22 @@ def given_rows(data: Any) -> list[Any]:
     return [ids for i, row in enumerate(rows) for ids in _ids(row, f"validation_data[{i}]")]
 
 
-def _column(data: Any) -> Any:
-    """The column of a datasets.Dataset that holds texts, else its token ids; else the data."""
+def given_table(data: Any) -> list[TextDocument] | None:
+    """The documents of a datasets.Dataset; None where it is none.
+
+    Raises:
+        UsageError: it has splits, or no column that is clearly the text.
+    """
     columns = getattr(data, "column_names", None)
     if columns is None:
-        return data
+        return None
     if isinstance(columns, Mapping):  # a DatasetDict
         splits = ", ".join(map(str, columns))
         raise UsageError(f"validation_data: expected one split of the data set, of {splits}")
-    features = getattr(data, "features", None) or {}
-    kinds = {
-        name: getattr(feature, "dtype", "") in ("string", "large_string")
-        for name, feature in features.items()
-    }
-    if "input_ids" in columns and not any(kinds.values()):
-        kept = [name for name in ("input_ids", "attention_mask") if name in columns]
-        return [{name: row[name] for name in kept} for row in data.select_columns(kept)]
-    column = text_column(columns, kinds, "validation_data")
-    return [row[column] or "" for row in data.select_columns([column])]
+    texts, column = table_texts(data, "validation_data", hint="give select_columns of one of them")
+    return [
+        TextDocument(str(number), "given", text, column=column) for number, text in enumerate(texts)
+    ]
 
 
 def _ids(row: Any, where: str) -> list[np.ndarray]:

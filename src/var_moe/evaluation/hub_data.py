@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from var_moe.errors import UsageError
-from var_moe.evaluation.documents import TextDocument, TextSplit, text_column
+from var_moe.evaluation.columns import table_texts
+from var_moe.evaluation.documents import TextDocument, TextSplit
 from var_moe.evaluation.splitting import SHARES, SPLITS, share_of
 
 # The one documented alias: the name alone stands for wikitext-2-raw-v1.
@@ -43,13 +44,13 @@ def check_hub(dataset: str) -> bool:
     return cache_only("dataset", dataset, repo=parse(dataset)[0])
 
 
-def hub_split(dataset: str, split: str) -> TextSplit:
+def hub_split(dataset: str, split: str, column: str | None = None) -> TextSplit:
     """A split of a Hub data set.
 
     Its train calibrates; its validation is shared out between validation and certify by a hash
     of each document, 25/15; its test is the test. What it lacks is cut from what it has, in the
     proportion 40/25/15/20. One of the Hub's own splits by another name, such as ``train``, is
-    taken whole, and so is everything as ``all``.
+    taken whole, and so is everything as ``all``. ``column`` names the one that holds the text.
 
     Raises:
         UsageError: out of reach, no such split, no text column.
@@ -60,11 +61,11 @@ def hub_split(dataset: str, split: str) -> TextSplit:
         origins, sharing = _plan(dataset, split, have)
         documents: list[TextDocument] = []
         for origin in origins:
-            texts = _texts(dataset, loaded[origin])
+            texts, taken = table_texts(loaded[origin], f"dataset {dataset!r}", column)
             if repo.rpartition("/")[2] == "wikitext":
                 texts = articles(texts)
             documents += [
-                TextDocument(f"{origin}:{number}", dataset, text)
+                TextDocument(f"{origin}:{number}", dataset, text, column=taken)
                 for number, text in enumerate(texts)
                 if text.strip() and (len(sharing) < 2 or share_of(text, sharing) == split)
             ]
@@ -92,18 +93,6 @@ def _plan(dataset: str, split: str, have: Sequence[str]) -> tuple[list[str], lis
         f"split {split!r}: dataset {dataset!r} has {known}; expected one of these"
         + ("" if split in SPLITS else f", or of {', '.join(SPLITS)}")
     )
-
-
-def _texts(dataset: str, rows: Any) -> list[str]:
-    """The text column of one of the Hub's splits."""
-    kinds = {
-        column: getattr(feature, "dtype", "") in ("string", "large_string")
-        for column, feature in rows.features.items()
-    }
-    column = text_column(rows.column_names, kinds, f"dataset {dataset!r}")
-    if not kinds[column]:
-        raise UsageError(f"dataset {dataset!r}: expected strings in column {column!r}")
-    return [text or "" for text in rows[column]]
 
 
 @contextlib.contextmanager

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from var_moe.errors import UsageError
-from var_moe.evaluation.documents import TextDocument, TextSplit, text_column
+from var_moe.evaluation.columns import HEAD_ROWS, find_column, needed, row_text
+from var_moe.evaluation.documents import TextColumn, TextDocument, TextSplit
 from var_moe.evaluation.splitting import SPLITS, split_of
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -41,15 +42,18 @@ def check_local(dataset: str) -> Path:
     return path
 
 
-def local_split(dataset: str, split: str) -> TextSplit:
-    """A split of a local file or folder; ``all`` takes the whole of a file."""
+def local_split(dataset: str, split: str, column: str | None = None) -> TextSplit:
+    """A split of a local file or folder; ``all`` takes the whole of a file.
+
+    ``column`` names the one that holds the text.
+    """
     path = check_local(dataset)
     if path.is_dir():
         path = _file_of(path, dataset, split)
-        documents, independent = read_file(path)
+        documents, independent = read_file(path, column)
         notes = [f"from {path.name}"]
     else:
-        documents, independent = read_file(path)
+        documents, independent = read_file(path, column)
         notes = ["the whole file" if split == "all" else _HASHED]
         if split != "all":
             whole = len(documents)
@@ -86,22 +90,30 @@ def _file_of(folder: Path, dataset: str, split: str) -> Path:
     return found[0]
 
 
-def read_file(path: Path) -> tuple[list[TextDocument], bool]:
+def read_file(path: Path, column: str | None = None) -> tuple[list[TextDocument], bool]:
     """A file's documents, and whether they are independent.
 
-    A .jsonl or .parquet row is a document. A .txt file's parts between form feeds are
-    documents, else its paragraphs packed to about 512 tokens, which are not independent.
+    A .jsonl or .parquet row is a document; ``column`` names its text. A .txt file's parts
+    between form feeds are documents, else its paragraphs packed to about 512 tokens, which are
+    not independent.
     Empty documents are dropped; a document's id keeps its place in the file.
 
     Raises:
         UsageError: it can't be read as what its name says, or holds no text.
     """
-    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    if path.suffix.lower() not in readers:
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
         raise UsageError(f"{path}: expected a file ending in {', '.join(SUFFIXES)}")
-    texts, independent = readers[path.suffix.lower()](path)
+    independent, taken = True, None
+    if suffix == ".txt":
+        if column is not None:
+            raise UsageError(f"{path}: a .txt file has no columns; leave out {column!r}")
+        texts, independent = _read_txt(path)
+    else:
+        read = _read_jsonl if suffix == ".jsonl" else _read_parquet
+        texts, taken = read(path, column)
     documents = [
-        TextDocument(f"{path.name}:{number}", path.stem, text)
+        TextDocument(f"{path.name}:{number}", path.stem, text, column=taken)
         for number, text in enumerate(texts)
         if text.strip()
     ]
@@ -151,66 +163,42 @@ def _pieces(paragraph: str) -> Iterator[str]:
     yield paragraph
 
 
-def _read_jsonl(path: Path) -> tuple[list[str], bool]:
-    rows: list[tuple[int, dict[str, Any]]] = []
+def _read_jsonl(path: Path, asked: str | None) -> tuple[list[str], TextColumn | None]:
+    rows: dict[int, dict[str, Any]] = {}
     # Not splitlines(): a JSON string may hold U+2028 and its like as they are.
     for number, line in enumerate(_decoded(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{path}, line {number}: not JSON ({error})") from None
         if not isinstance(row, dict):
-            raise UsageError(f"{path}, line {number}: expected a JSON object with a text field")
-        rows.append((number, row))
+            raise UsageError(f"{path}, line {number}: expected a JSON object, one to a line")
+        rows[number] = row
     if not rows:
-        return [], True
-    kinds: dict[str, bool] = {}
-    for _, row in rows:
-        for name, value in row.items():
-            kinds[name] = kinds.get(name, True) and isinstance(value, str | None)
-    column = text_column(list(kinds), kinds, str(path))
-    return [_json_text(path, number, row, column) for number, row in rows], True
+        return [], None
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    column = find_column(names, list(rows.values())[:HEAD_ROWS], str(path), asked=asked)
+    lines = rows.items()
+    return [row_text(row, column, f"{path}, line {number}") for number, row in lines], column
 
 
-def _json_text(path: Path, number: int, row: dict[str, Any], column: str) -> str:
-    """A row's text; null counts as empty, as it does in a .parquet."""
-    text = row.get(column, ...)
-    if text is None:
-        return ""
-    if not isinstance(text, str):
-        raise UsageError(f"{path}, line {number}: expected a string in field {column!r}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:  # JSON can escape half a character
-        raise UsageError(f"{path}, line {number}: {column!r} holds a lone surrogate") from None
-    return text
-
-
-def _read_parquet(path: Path) -> tuple[list[str], bool]:
+def _read_parquet(path: Path, asked: str | None) -> tuple[list[str], TextColumn | None]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        schema = pq.read_schema(path)
-        kinds = {field.name: _is_string(field.type) for field in schema}
-        column = text_column(list(kinds), kinds, str(path))
-        if not kinds[column]:
-            kind = schema.field(column).type
-            raise UsageError(f"{path}: expected strings in column {column!r}, found {kind}")
-        values = pq.read_table(path, columns=[column])[column].to_pylist()
+        file = pq.ParquetFile(path)
+        head = next(file.iter_batches(HEAD_ROWS), None)
+        column = find_column(
+            file.schema_arrow.names,
+            [] if head is None else head.to_pylist(),
+            str(path),
+            asked=asked,
+        )
+        rows = pq.read_table(path, columns=needed(column)).to_pylist()
     except (pa.ArrowException, OSError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(f"{path}: not a readable parquet file ({first})") from None
-    return [value or "" for value in values], True
-
-
-def _is_string(kind: Any) -> bool:
-    import pyarrow as pa
-
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return bool(
-        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    )
+    return [row_text(row, column, f"{path}, row {at}") for at, row in enumerate(rows)], column

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from var_moe.errors import UsageError
+from var_moe.evaluation.columns import split_column
 from var_moe.evaluation.documents import TextDocument, TextSplit
 
 Item = TypeVar("Item")
@@ -21,7 +22,9 @@ def names_of(dataset: str) -> tuple[str, ...]:
     Raises:
         UsageError: a name is empty or stands there twice.
     """
-    if "," not in dataset or Path(dataset).expanduser().exists():
+    name, column = split_column(dataset)
+    whole = "," not in (column or "") and Path(name).expanduser().exists()
+    if "," not in dataset or whole:
         return (dataset,)
     names = tuple(name.strip() for name in dataset.split(","))
     if not all(names):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from var_moe.errors import UsageError
+from var_moe.evaluation.columns import split_column
 from var_moe.evaluation.documents import TextDocument, TextSplit
 from var_moe.evaluation.hub_data import articles, check_hub, hub_split
 from var_moe.evaluation.local_files import check_local, local_split, looks_local, read_file
@@ -24,12 +26,13 @@ def check(dataset: str) -> None:
 
 
 def _check_one(dataset: str) -> None:
-    if _is_demo(dataset):
-        _check_demo(dataset)
-    elif looks_local(dataset):
-        check_local(dataset)
+    name, column = split_column(dataset)
+    if _is_demo(name):
+        _check_demo(name, column)
+    elif looks_local(name):
+        check_local(name)
     else:
-        check_hub(dataset)
+        check_hub(name)
 
 
 def load(dataset: str, split: str) -> TextSplit:
@@ -43,13 +46,19 @@ def load(dataset: str, split: str) -> TextSplit:
 
 
 def _load_one(dataset: str, split: str) -> TextSplit:
-    if _is_demo(dataset):
-        return demo_split(dataset, split)
-    if looks_local(dataset):
+    name, column = split_column(dataset)
+    if _is_demo(name):
+        _check_demo(name, column)
+        return demo_split(name, split)
+    if looks_local(name):
         if split not in (*SPLITS, "all"):
             raise UsageError(f"split {split!r}: expected one of {', '.join(SPLITS)} (or all)")
-        return local_split(dataset, split)
-    return hub_split(dataset, split)
+        found = local_split(name, split, column)
+    else:
+        found = hub_split(name, split, column)
+    taken = found.documents[0].column if found.documents else None
+    note = "; ".join(filter(None, [found.note, taken.note if taken else ""]))
+    return replace(found, dataset=dataset, note=note)
 
 
 def _is_demo(dataset: str) -> bool:
@@ -58,9 +67,11 @@ def _is_demo(dataset: str) -> bool:
     return dataset in DEMO_NAMES or written
 
 
-def _check_demo(dataset: str) -> None:
+def _check_demo(dataset: str, column: str | None = None) -> None:
     if dataset not in DEMO_NAMES:
         raise UsageError(f"dataset {dataset!r}: expected one of {', '.join(DEMO_NAMES)}")
+    if column is not None:
+        raise UsageError(f"dataset {dataset!r} has no columns; leave out {column!r}")
 
 
 def demo_split(dataset: str, split: str) -> TextSplit:

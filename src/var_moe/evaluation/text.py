@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 import numpy as np
 
 from var_moe.errors import UsageError
+from var_moe.evaluation.columns import with_column
 from var_moe.evaluation.documents import (
     EncodedDocument,
     TextDocument,
     TextSplit,
-    text_column,
 )
 from var_moe.evaluation.splitting import SPLITS
+from var_moe.models.hub import one_line
 
 __all__ = [
     "SPLITS",
@@ -27,7 +29,6 @@ __all__ = [
     "encode",
     "load_text",
     "require_documents",
-    "text_column",
 ]
 
 MIN_TOKENS = 2  # the first token of a document has no loss
@@ -48,7 +49,12 @@ def check_dataset(dataset: str) -> None:
 
 
 def load_text(
-    dataset: str, split: str, *, max_documents: int | None = None, seed: int | None = 0
+    dataset: str,
+    split: str,
+    *,
+    text_column: str | None = None,
+    max_documents: int | None = None,
+    seed: int | None = 0,
 ) -> TextSplit:
     """Load one split of a data set.
 
@@ -56,8 +62,10 @@ def load_text(
         dataset: ``demo``, ``demo-postgres``, ``demo-python``, ``demo-wordnet``, ``demo-kjv``;
             ``wikitext``; another Hub data set as ``name[:config]``; a .txt, .jsonl or .parquet
             file; a folder with files named after the splits; or several of these as ``a,b,c``.
+            ``name::column`` names the column of a table that holds the text.
         split: ``calibration``, ``validation``, ``certify`` or ``test``; ``all`` for the whole
             of a file or a Hub data set; for a Hub data set also one of its own by name.
+        text_column: the same as ``name::column``, for every data set of the name.
         max_documents: take a random subset of so many, in the order of the text; the subset of
             a smaller number is part of that of a larger one.
         seed: draws the subset; the same seed draws the same one.
@@ -67,6 +75,7 @@ def load_text(
     """
     from var_moe.evaluation.sources import load
 
+    dataset = with_column(dataset, text_column)
     found = load(dataset, split)
     if not found.documents:
         raise UsageError(f"{dataset}: no text in split {split!r}; expected non-empty documents")
@@ -84,6 +93,8 @@ def encode(
 ) -> list[EncodedDocument]:
     """Tokenise documents as the tokenizer does a text of its own, special tokens included.
 
+    Chats are rendered with the tokenizer's chat template; token ids are taken as they are.
+
     Args:
         documents: a split, or documents.
         tokenizer: a transformers tokenizer.
@@ -93,17 +104,14 @@ def encode(
         max_tokens: longer documents are cut to their first ``max_tokens``; None keeps all.
 
     Raises:
-        UsageError: ``max_documents`` or ``max_tokens`` is below 1.
+        UsageError: ``max_documents`` or ``max_tokens`` is below 1; or there are chats, and no
+            chat template that takes them.
     """
     chosen = documents.documents if isinstance(documents, TextSplit) else documents
     chosen = _subset(chosen, max_documents, seed)
     if max_tokens is not None and max_tokens < 1:
         raise UsageError(f"max_tokens = {max_tokens}: expected at least 1")
-    if not chosen:
-        return []
-    ids = tokenizer(
-        [document.text for document in chosen], return_attention_mask=False, verbose=False
-    )["input_ids"]
+    ids = _token_ids(chosen, tokenizer)
     return [
         EncodedDocument(
             document.id,
@@ -114,6 +122,49 @@ def encode(
         for document, row in zip(chosen, ids, strict=True)
         if len(row) >= min_tokens
     ]
+
+
+def _token_ids(documents: Sequence[TextDocument], tokenizer: Any) -> list[list[int]]:
+    """Each document's ids, by what its column holds."""
+    found: list[list[int]] = [[]] * len(documents)
+    kinds = [document.column.kind if document.column else "text" for document in documents]
+    for kind in ("text", "chat"):
+        places = [at for at, other in enumerate(kinds) if other == kind]
+        if places:
+            texts = [documents[at].text for at in places]
+            if kind == "chat":
+                texts = [rendered(documents[at], tokenizer) for at in places]
+            # A chat template writes the special tokens itself.
+            special = {} if kind == "text" else {"add_special_tokens": False}
+            rows = tokenizer(texts, return_attention_mask=False, verbose=False, **special)
+            for at, row in zip(places, rows["input_ids"], strict=True):
+                found[at] = row
+    for at, kind in enumerate(kinds):
+        if kind == "ids":
+            found[at] = json.loads(documents[at].text)
+    return found
+
+
+def rendered(document: TextDocument, tokenizer: Any) -> str:
+    """A chat as text, by the tokenizer's chat template.
+
+    Raises:
+        UsageError: there is no template, or it does not take the chat.
+    """
+    column = document.column
+    where = " ".join(filter(None, [document.dataset, f"document {document.id}"]))
+    if column and not getattr(tokenizer, "chat_template", None):
+        others = ", ".join(column.others) or "no other"
+        raise UsageError(
+            f"{where}: column {column.name!r} holds chats, and the tokenizer has no chat template; "
+            f"--text_column names another column; beside it there is {others}"
+        )
+    try:
+        return str(tokenizer.apply_chat_template(json.loads(document.text), tokenize=False))
+    except Exception as error:  # whatever a template raises
+        raise UsageError(
+            f"{where}: the tokenizer's chat template does not take it ({one_line(error)})"
+        ) from None
 
 
 def _subset(
@@ -142,11 +193,13 @@ def as_documents(data: Any, tokenizer: Any) -> list[EncodedDocument]:
     Raises:
         UsageError: it is none of these, or nothing in it has two tokens.
     """
-    from var_moe.evaluation.given import given_rows
+    from var_moe.evaluation.given import given_rows, given_table
 
-    rows = given_rows(data)
-    texts = [TextDocument(str(i), "given", row) for i, row in enumerate(rows) if _is_text(row)]
-    if texts:
+    texts = given_table(data)
+    rows = texts if texts is not None else given_rows(data)
+    if texts is None and isinstance(rows[0], str):
+        texts = [TextDocument(str(i), "given", row) for i, row in enumerate(rows)]
+    if texts is not None:
         documents = encode([text for text in texts if text.text.strip()], tokenizer)
     else:
         documents = [
@@ -159,10 +212,6 @@ def as_documents(data: Any, tokenizer: Any) -> list[EncodedDocument]:
             f"validation_data: none of its {len(rows)} documents has {MIN_TOKENS} tokens or more"
         )
     return documents
-
-
-def _is_text(row: Any) -> bool:
-    return isinstance(row, str)
 
 
 def require_documents(documents: Sequence[Any], needed: int, step: str) -> None:
