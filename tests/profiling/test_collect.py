@@ -168,6 +168,23 @@ def test_interrupted_and_resumed(loaded, documents, profile, tmp_path, monkeypat
     assert again.peers == whole.peers
 
 
+def test_a_checkpoint_of_other_documents_is_not_gone_on_with(
+    loaded, documents, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(collect, "_CHECKPOINT_EVERY", 1)
+    options = {"tokens_per_batch": 200, "max_tokens": 900}
+
+    def stop(done, total):
+        if done > 400:
+            raise KeyboardInterrupt
+
+    place = tmp_path / "checkpoint.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        profiled(loaded, documents, progress=stop, checkpoint=place, seed=1, **options)
+    again = profiled(loaded, documents, checkpoint=place, seed=2, **options)
+    assert again.hash == profiled(loaded, documents, seed=2, **options).hash
+
+
 def test_a_part_of_the_text(loaded, documents):
     small = profiled(loaded, documents, max_tokens=500)
     assert small.head["tokens"] == 500
