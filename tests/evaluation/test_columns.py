@@ -126,6 +126,12 @@ def test_one_row_of_another_kind_is_named(table, chatty):
         table(chatty, conversations=odd)
 
 
+def test_a_message_without_content_is_not_rendered_as_none(table, chatty):
+    chats = [[{"role": "user", "content": "x y"}], [{"role": "assistant", "content": None}]]
+    with pytest.raises(UsageError, match="a message of 'assistant' has no content"):
+        table(chatty, messages=chats)
+
+
 def test_a_template_that_refuses(table, chatty):
     chatty.chat_template = "{{ raise_exception('roles must\nalternate') }}"
     with pytest.raises(UsageError, match=r"does not take it \(roles must alternate\)"):

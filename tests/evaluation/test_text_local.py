@@ -94,6 +94,11 @@ def test_blank_lines_with_spaces_and_windows_line_ends(write):
     assert texts(write("b.txt", f"{half}\r\n \t\r\n\r\n  {half}\r\n")) == unix
 
 
+def test_repeated_documents_are_noted(write):
+    split = load_text(str(write("x.txt", "one\ftwo\fone\fone")), "all")
+    assert split.note == "the whole file; 2 of 4 documents repeat another"
+
+
 def test_a_byte_order_mark_is_no_text(write):
     assert texts(write("x.txt", "\ufeffone\ftwo")) == ["one", "two"]
 
@@ -157,6 +162,10 @@ def test_parquet_types_of_text(tmp_path):
         ("x.jsonl", '{"text": "x"}\n{"text": 3}', "line 2: expected a string in field 'text'"),
         ("x.jsonl", '{"text": "x"}\n{"txt": "y"}', "line 2: expected a string in field 'text'"),
         ("x.jsonl", '{"text": "x"}\n{', "line 2: not JSON"),
+        ("x.jsonl", '{"text": "x", "n": ' + "1" * 5_000 + "}", "line 1: not JSON (Exceeds"),
+        ("x.jsonl", '{"text": ' + "[" * 100_000 + "}", "line 1: not JSON"),
+        ("x.jsonl", '[{"text": "x"}]', "line 1: expected a JSON object, one to a line"),
+        ("x.jsonl", '{"input_ids": [1, 1' + "0" * 30 + "]}", "expected token ids from 0, got 10"),
         ("x.jsonl", '{"text": "\\ud800"}', "line 1: 'text' holds a lone surrogate"),
         ("x.parquet", "no parquet", "not a readable parquet file"),
         ("x.csv", "text\nx\n", "expected a file ending in .txt, .jsonl or .parquet"),
@@ -180,7 +189,17 @@ def test_parquet_without_strings_is_refused(refused, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["./none.txt", "/none/at/all", "~/none.jsonl", "a/none.parquet", "none.txt", "a/b/c"]
+    "name",
+    [
+        "./none.txt",
+        "/none/at/all",
+        "~/none.jsonl",
+        "a/none.parquet",
+        "none.txt",
+        "a/b/c",
+        "~nobody-here/x.txt",
+        "x" * 300 + ".txt",
+    ],
 )
 def test_a_path_that_is_not_there(refused, name):
     assert looks_local(name)

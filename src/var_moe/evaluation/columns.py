@@ -18,14 +18,23 @@ _SEPARATOR = "::"
 _CHATS = ("messages", "conversations")
 _ROLES = {"human": "user", "gpt": "assistant"}  # of from/value; other names are kept
 _KNOWN_ROLES = ("user", "assistant", "system", "tool")
+_MOST_IDS = 2**31  # what no vocabulary comes near, and int64 holds
 _EXPECTED = {"text": "a string", "chat": "a chat", "ids": "token ids"}
 _MISSING = object()
+
+
+def exists(dataset: str) -> bool:
+    """Whether a name is a path that is there; what can be none (too long, ~nobody) is not."""
+    try:
+        return Path(dataset).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):
+        return False
 
 
 def split_column(dataset: str) -> tuple[str, str | None]:
     """A data set's name, and the column that ``name::column`` says holds the text."""
     name, separator, column = dataset.rpartition(_SEPARATOR)
-    if not separator or Path(dataset).expanduser().exists():
+    if not separator or exists(dataset):
         return dataset, None
     if not name or not column:
         raise UsageError(f"dataset {dataset!r}: expected a name before and a column after '::'")
@@ -141,8 +150,9 @@ def table_texts(
 
 
 def _ids_text(ids: list[int], mask: list[int] | None, where: str) -> str:
-    if ids and min(ids) < 0:
-        raise UsageError(f"{where}: expected token ids from 0, got {min(ids)}")
+    wrong = [token for token in ids if not 0 <= token < _MOST_IDS]
+    if wrong:
+        raise UsageError(f"{where}: expected token ids from 0, got {wrong[0]}")
     if mask is not None:
         if len(mask) != len(ids):
             raise UsageError(f"{where}: {len(ids)} token ids, and a mask of {len(mask)}")
@@ -153,6 +163,8 @@ def _ids_text(ids: list[int], mask: list[int] | None, where: str) -> str:
 def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A message as chat templates take it: ``role`` and ``content``."""
     if "role" in message:  # a parquet file has null for what a message lacks
+        if message.get("content") is None and not message.get("tool_calls"):
+            raise UsageError(f"{where}: a message of {message['role']!r} has no content")
         return {k: v for k, v in message.items() if v is not None or k == "content"}
     role = _ROLES.get(message["from"], message["from"])
     if role not in _KNOWN_ROLES:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from var_moe.errors import UsageError
-from var_moe.evaluation.columns import HEAD_ROWS, find_column, needed, row_text
+from var_moe.evaluation.columns import HEAD_ROWS, exists, find_column, needed, row_text
 from var_moe.evaluation.documents import TextColumn, TextDocument, TextSplit
 from var_moe.evaluation.splitting import SPLITS, split_of
 
@@ -24,7 +24,7 @@ _PACKED = "paragraphs packed, not independent"
 def looks_local(dataset: str) -> bool:
     """Whether a name means a path: it exists, or no Hub name is written like it."""
     written = dataset.startswith(("/", "./", "../", "~")) or dataset.lower().endswith(SUFFIXES)
-    return written or dataset.partition(":")[0].count("/") > 1 or Path(dataset).exists()
+    return written or dataset.partition(":")[0].count("/") > 1 or exists(dataset)
 
 
 def check_local(dataset: str) -> Path:
@@ -33,10 +33,10 @@ def check_local(dataset: str) -> Path:
     Raises:
         UsageError: no such file or folder, or its name ends in none of `SUFFIXES`.
     """
-    path = Path(dataset).expanduser()
     kinds = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
-    if not path.exists():
+    if not exists(dataset):
         raise UsageError(f"{dataset}: no such file; expected a {kinds} file or a folder of them")
+    path = Path(dataset).expanduser()
     if path.is_file() and path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"{dataset}: expected a file ending in {kinds}")
     return path

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TypeVar
 
 from var_moe.errors import UsageError
-from var_moe.evaluation.columns import split_column
+from var_moe.evaluation.columns import exists, split_column
 from var_moe.evaluation.documents import TextDocument, TextSplit
 
 Item = TypeVar("Item")
@@ -23,7 +22,7 @@ def names_of(dataset: str) -> tuple[str, ...]:
         UsageError: a name is empty or stands there twice.
     """
     name, column = split_column(dataset)
-    whole = "," not in (column or "") and Path(name).expanduser().exists()
+    whole = "," not in (column or "") and exists(name)
     if "," not in dataset or whole:
         return (dataset,)
     names = tuple(name.strip() for name in dataset.split(","))

@@ -57,7 +57,9 @@ def _load_one(dataset: str, split: str) -> TextSplit:
     else:
         found = hub_split(name, split, column)
     taken = found.documents[0].column if found.documents else None
-    note = "; ".join(filter(None, [found.note, taken.note if taken else ""]))
+    again = len(found.documents) - len({document.text for document in found.documents})
+    repeated = f"{again} of {len(found.documents)} documents repeat another" if again else ""
+    note = "; ".join(filter(None, [found.note, taken.note if taken else "", repeated]))
     return replace(found, dataset=dataset, note=note)
 
 
