@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 
 import pytest
 
@@ -77,3 +79,25 @@ def test_without_a_configuration_it_is_refused(common, task, capsys):
     words += ["--tasks", "tiny_choice", "--include_path", str(task)]
     assert main(["lm-eval", *words]) == 2
     assert "var_config is missing" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_token_without_an_embedding_is_refused_before_the_work(
+    common, results, task, tiny_tokenizer, tmp_path, capsys
+):
+    model, data = tmp_path / "model", tmp_path / "data.jsonl"
+    shutil.copytree(common[1], model)
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_tokens(["<|im_start|>"], special_tokens=True)
+    row = {"question": "<|im_start|>the router", "choices": [" token", " list"], "answer": 0}
+    data.write_text(json.dumps(row) + "\n")
+    (tmp_path / "tiny_choice.yaml").write_text(TASK.format(data=data))
+    tokenizer.save_pretrained(model)
+    config = tmp_path / "best_config.json"
+    config.write_text(json.dumps({"policy": "top_p", "settings": {"p": 0.6}}))
+    words = ["profile", "--model", str(model), *common[2:], "--damage_tokens", "0", "--quiet"]
+    assert main([*words, "--output", str(tmp_path / "profile")]) == 0
+    words = ["--model", "var-moe", "--model_args", f"pretrained={model},var_config={config}"]
+    words += ["--tasks", "tiny_choice", "--include_path", str(tmp_path), "--device", "cpu"]
+    assert main(["lm-eval", *words]) == 2
+    assert "token '<|im_start|>' has id 300, and the model's embedding" in capsys.readouterr().err
