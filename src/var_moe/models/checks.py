@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import copy
 from typing import Any
 
 from var_moe.errors import UsageError
 from var_moe.models.hub import one_line
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model"),
-    *("vocab.json", "vocab.txt", "tekken.json"),
+
+# Where the families' configurations say how many experts run per token.
+TOP_K_FIELDS = (
+    *("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk"),
+    *("top_k", "moe_k"),
 )
 
 
@@ -42,79 +42,42 @@ def check_device(device: str) -> None:
         raise UsageError(f"device {device!r}: no such {name} device here; use cpu") from None
 
 
-def local_folder(name: str) -> Path | None:
-    """The local folder that a name means, or None where it can only be a Hub id.
+def top_k_of(config: Any, name: str) -> int:
+    """K of a model's text configuration; ``name`` is for the message.
 
     Raises:
-        UsageError: it is written like a path, and no folder is there.
+        UsageError: no field of `TOP_K_FIELDS` says it, or not one whole number for all layers.
     """
-    path = Path(name).expanduser()
-    if name and path.is_dir():
-        return path
-    if path.is_file():
-        raise UsageError(f"model {name!r}: is a file; expected the model's folder or a Hub id")
-    if not name or name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.endswith("/"):
-        raise UsageError(f"model {name!r}: no such folder; expected a model folder or a Hub id")
-    return None
+    for field in TOP_K_FIELDS:
+        value = getattr(config, field, None)
+        if isinstance(value, list) and len(set(value)) == 1:
+            value = value[0]
+        if isinstance(value, int) and value > 0:
+            return value
+        if value is not None:
+            raise UsageError(
+                f"model {name!r}: its configuration has {field} = {value!r}; expected how many "
+                "experts run per token, one number of at least 1 for all layers"
+            )
+    raise UsageError(
+        f"model {name!r}: its configuration does not say how many experts run per token; "
+        "extend TOP_K_FIELDS in var_moe/models/checks.py"
+    )
 
 
-def check_folder(name: str, folder: Path) -> None:
-    """Refuse a folder without a configuration, whole safetensors weights, or a tokenizer."""
-    config = _read(name, folder / "config.json")
-    if config is None:
-        raise UsageError(f"model {name!r}: no config.json in the folder; expected a model folder")
-    if not isinstance(config.get("model_type"), str) and "auto_map" not in config:
-        raise UsageError(f"model {name!r}: its config.json names no model_type")
-    if not (folder / WEIGHTS).is_file():
-        _check_shards(name, folder, config)
-    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
-        raise UsageError(
-            f"model {name!r}: no tokenizer in the folder; save the model's own beside its weights"
-        )
-
-
-def _check_shards(name: str, folder: Path, config: dict[str, Any]) -> None:
-    index = _read(name, folder / INDEX)
-    explicit = config.get("transformers_weights")  # the configuration may name another file
-    if index is not None:
-        shards = sorted(set(index.get("weight_map", {}).values()))
-    elif isinstance(explicit, str):
-        shards = [explicit]
-    else:
-        raise UsageError(
-            f"model {name!r}: no {WEIGHTS} weights in the folder; convert the model to safetensors"
-        )
-    missing = [shard for shard in shards if not (folder / shard).is_file()]
-    if missing:
-        raise UsageError(
-            f"model {name!r}: {len(missing)} of its {len(shards)} weight files missing "
-            f"({missing[0]}, ...); download the rest"
-        )
-
-
-def _read(name: str, path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError):
-        found = None
-    if not isinstance(found, dict):
-        raise UsageError(f"model {name!r}: {path.name} is not a valid JSON object")
-    return found
-
-
-def check_config(name: str, config: Any, *, trust_remote_code: bool) -> int:
+def check_config(name: str, config: Any, *, trust_remote_code: bool, dtype: str = "auto") -> int:
     """Refuse what VAR can't serve from its configuration: built without weights.
 
     Returns:
         The number of experts modules, for `check_experts` after loading.
 
     Raises:
-        UsageError: no causal language model, no MoE, FP8 experts, or a fixed experts backend.
+        UsageError: no causal language model, no MoE, FP8 experts, a fixed experts backend, or
+            sizes and a dtype that nothing can run.
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     from var_moe.models.seam import REFUSED_BACKENDS, experts_modules
 
@@ -122,6 +85,20 @@ def check_config(name: str, config: Any, *, trust_remote_code: bool) -> int:
     method = quantization(config)
     if method and "fp8" in method:
         raise UsageError(f"{label}: {method} experts are not served; use its bfloat16 weights")
+    if method and not any(known.startswith(method) for known in AUTO_QUANTIZATION_CONFIG_MAPPING):
+        raise UsageError(
+            f"{label}: its quantization {method!r} is none that transformers here knows; use its "
+            "bfloat16 weights"
+        )
+    own = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    if dtype == "auto" and own not in DTYPES:
+        raise UsageError(
+            f"{label}: its config.json has dtype {own!r}; choose {' or '.join(DTYPES[1:])} with "
+            "--dtype"
+        )
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and context < 2:
+        raise UsageError(f"{label}: max_position_embeddings = {context}: expected at least 2")
     for part in (config, config.get_text_config()):
         backend = getattr(part, "_experts_implementation", None)
         if backend in REFUSED_BACKENDS:
@@ -133,10 +110,14 @@ def check_config(name: str, config: Any, *, trust_remote_code: bool) -> int:
         raise UsageError(f"{label}: no causal language model; expected one such as Mixtral")
     try:
         with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            empty = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), dtype=torch.float32, trust_remote_code=trust_remote_code
+            )
     except Exception as error:
-        raise UsageError(f"{label}: cannot be built ({one_line(error)})") from None
+        what = f"{type(error).__name__}: {one_line(error)}"
+        raise UsageError(f"{label}: cannot be built from its config.json ({what})") from None
     check_moe(label, empty)
+    check_top_k(name, empty)
     return len(experts_modules(empty))
 
 
@@ -157,9 +138,28 @@ def check_moe(label: str, model: Any) -> None:
 
     if not experts_modules(model):
         raise UsageError(
-            f"{label} is not a Mixture of Experts that transformers dispatches; expected one such "
-            "as Mixtral, OLMoE, Qwen3-MoE"
+            f"{label} is not a Mixture of Experts that transformers dispatches: no layer of it has "
+            "such experts; expected a model such as Mixtral, OLMoE, Qwen3-MoE"
         )
+
+
+def check_top_k(name: str, model: Any) -> int:
+    """K of a model, after refusing a K or E that not all of its layers can have."""
+    from var_moe.models.seam import experts_modules
+
+    top_k = top_k_of(model.config.get_text_config(), name)
+    sizes = sorted({int(getattr(one, "num_experts", 0)) for _, one in experts_modules(model)})
+    if len(sizes) > 1:
+        raise UsageError(
+            f"model {name!r}: its layers have {' and '.join(map(str, sizes))} experts; expected "
+            "one number of experts for all"
+        )
+    if top_k > sizes[0]:
+        raise UsageError(
+            f"model {name!r}: its configuration asks for {top_k} experts per token of {sizes[0]}; "
+            "expected at most as many as there are"
+        )
+    return top_k
 
 
 def check_experts(name: str, model: Any, expected: int) -> None:
@@ -193,9 +193,31 @@ def quantization(config: Any) -> str | None:
 
 def check_weights(name: str, info: dict[str, Any]) -> None:
     """Refuse weights that leave a part of the model random: transformers only warns."""
-    missing = sorted(info.get("missing_keys") or ())
+    missing, other = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
+    if other:
+        tensor, stored, wanted = other[0]
+        raise UsageError(
+            f"model {name!r}: {len(other)} of its tensors have another shape than its config.json "
+            f"gives them ({tensor}: {list(stored)}, expected {list(wanted)})"
+        )
     if missing:
         raise UsageError(
             f"model {name!r}: its weights lack {len(missing)} tensors ({missing[0]}, ...); "
             "expected those of the whole causal language model"
         )
+
+
+def check_numbers(name: str, model: Any) -> None:
+    """Refuse weights that are no numbers, as a failed merge or a too narrow dtype leaves them."""
+    import torch
+
+    for tensor, weight in model.named_parameters():
+        if weight.is_meta or not weight.is_floating_point() or not weight.numel():
+            continue
+        low, high = torch.aminmax(weight)
+        # One that is no matrix may switch something off by an infinite bias.
+        if low.isnan() or (weight.dim() > 1 and (low.isinf() or high.isinf())):
+            raise UsageError(
+                f"model {name!r}: {tensor} holds NaN or infinity in {weight.dtype}; the weights "
+                "are damaged, or too large for this dtype (try --dtype bfloat16)"
+            )

@@ -58,9 +58,7 @@ def cache_only(kind: str, name: str, *, repo: str) -> bool:
 def in_cache(kind: str, repo: str) -> bool:
     """Whether the local cache holds enough of it to try without a network."""
     if kind == "model":
-        from huggingface_hub import try_to_load_from_cache
-
-        return isinstance(try_to_load_from_cache(repo, "config.json"), str)
+        return cached_folder(repo) is not None
     # The datasets library finds offline what it has prepared, not what was downloaded. It
     # writes the name in snake case; comparing without case and _ spares its slow import.
     wanted = _plain(repo.replace("/", "___"))
@@ -70,12 +68,15 @@ def in_cache(kind: str, repo: str) -> bool:
     return False
 
 
-def cached_revision(repo: str) -> str | None:
-    """The commit of a Hub model whose configuration was just loaded."""
+def cached_folder(repo: str) -> Path | None:
+    """Where the local cache holds a Hub model, or an adapter; its name is the commit."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(repo, "config.json")
-    return Path(found).parent.name if isinstance(found, str) else None
+    for file in ("config.json", "adapter_config.json"):
+        found = try_to_load_from_cache(repo, file)
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
 
 
 def _plain(name: str) -> str:

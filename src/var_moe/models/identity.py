@@ -37,7 +37,8 @@ def identity(loaded: LoadedModel) -> dict[str, Any]:
 
 def identity_of_model(model: Any) -> dict[str, Any]:
     """The same of a `LoadedModel`, or as far as a bare transformers model tells it."""
-    from var_moe.models.loading import LoadedModel, top_k_of
+    from var_moe.models.checks import top_k_of
+    from var_moe.models.loading import LoadedModel
 
     if isinstance(model, LoadedModel):
         return identity(model)

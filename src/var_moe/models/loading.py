@@ -6,23 +6,19 @@ import contextlib
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from var_moe.errors import UsageError, VarMoeError
-from var_moe.models import checks
-from var_moe.models.hub import cache_only, cached_revision, one_line
-from var_moe.storage import sha256_of
+from var_moe.models import checks, model_files
+from var_moe.models.hub import cache_only, cached_folder, one_line
+from var_moe.storage import sha256_of, version_of
 
 DEMO_FOLDER = Path(__file__).resolve().parents[1] / "demo" / "model"
 LONGEST_WINDOW = 1024
-
-# Where the families' configurations say how many experts run per token.
-TOP_K_FIELDS = (
-    *("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk"),
-    *("top_k", "moe_k"),
-)
+# The parts of a model, as messages call them.
+ADAPTER, CONFIG, TOKENIZER, WEIGHTS = "adapter", "config.json", "tokenizer", "weights"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +72,7 @@ class LoadedModel:
             name=label,
             revision=revision,
             tokenizer_hash=tokenizer_hash(tokenizer),
-            top_k=top_k_of(config, label),
+            top_k=checks.check_top_k(label, model),
             num_experts=int(getattr(experts[0], "num_experts", 0)),
             moe_layers=len(experts),
             window=min(int(context), LONGEST_WINDOW),
@@ -94,24 +90,6 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return sha256_of([*tokens, *(f"special:{token}" for token in special)])
 
 
-def top_k_of(config: Any, name: str) -> int:
-    """K of a model's text configuration; ``name`` is for the message.
-
-    Raises:
-        UsageError: no field of `TOP_K_FIELDS` says it.
-    """
-    for field in TOP_K_FIELDS:
-        value = getattr(config, field, None)
-        if isinstance(value, list) and value:
-            value = value[0]
-        if isinstance(value, int) and value > 0:
-            return value
-    raise UsageError(
-        f"model {name!r}: its configuration does not say how many experts run per token; "
-        "extend TOP_K_FIELDS in var_moe/models/loading.py"
-    )
-
-
 def check_name(name: str) -> None:
     """Refuse a model that is not there, before anything heavy is imported.
 
@@ -123,11 +101,15 @@ def check_name(name: str) -> None:
 
 def _locate(name: str) -> tuple[Path | None, bool]:
     """The model's folder, None for a Hub id; and whether only the local Hub cache serves."""
-    folder = DEMO_FOLDER if name == "demo" else checks.local_folder(name)
-    if folder is None:
-        return None, cache_only("model", name, repo=name)
-    checks.check_folder(name, folder)
-    return folder, False
+    folder = DEMO_FOLDER if name == "demo" else model_files.local_folder(name)
+    if folder is not None:
+        model_files.check_folder(name, folder)
+        return folder, False
+    cached = cache_only("model", name, repo=name)
+    place = cached_folder(name) if cached else None
+    if place is not None:
+        model_files.check_folder(name, place)
+    return None, cached
 
 
 def load_model(
@@ -154,25 +136,34 @@ def load_model(
     if folder is None:
         common["local_files_only"] = cached
     checks.check_device(device)
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = name if folder is None else str(folder)
     downloading = folder is None and not cached
     options = _options(name, folder, device, dtype)
     with quiet(downloads=downloading):
-        config = _attempt(name, AutoConfig.from_pretrained, where, **common)
-        experts = checks.check_config(name, config, trust_remote_code=trust_remote_code)
-        revision = None if folder is not None else cached_revision(name)
+        adapter = _attempt(name, ADAPTER, _adapter, where, local_files_only=not downloading)
+        config = _attempt(name, CONFIG, _configuration, where, **common)
+        experts = checks.check_config(
+            name, config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+        found = cached_folder(name) if folder is None else None
+        revision = found.name if found else None
         if revision:
             common["revision"] = revision  # all parts of one commit, also while it is pushed to
-        tokenizer = _attempt(name, AutoTokenizer.from_pretrained, where, **common)
+        common["config"] = config
+        tokenizer = _attempt(name, TOKENIZER, AutoTokenizer.from_pretrained, where, **common)
         model, info = _attempt(
-            name, AutoModelForCausalLM.from_pretrained, where, **common, **options
+            name, WEIGHTS, AutoModelForCausalLM.from_pretrained, where, **common, **options
         )
         checks.check_weights(name, info)
+        if adapter is not None:
+            place = where if downloading else str(adapter.parent)
+            model = _attempt(name, ADAPTER, merged, place, model=model, revision=revision)
         checks.check_experts(name, model, experts)
+        checks.check_numbers(name, model)
     if device != "auto" and "device_map" not in options:
-        model = _attempt(name, model.to, device)
+        model = _attempt(name, WEIGHTS, model.to, device)
     model.requires_grad_(False)
     return LoadedModel.of(model, tokenizer, name=name, revision=revision)
 
@@ -189,6 +180,9 @@ def _options(name: str, folder: Path | None, device: str, dtype: str) -> dict[st
         "dtype": wanted,
         "use_safetensors": True,
         "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # so that it says which they are: they are refused
+        # An adapter would replace the model that lies beside it, or go in without being checked.
+        "adapter_kwargs": {"subfolder": "no adapter"},
     }
     # A device map spares a copy in the CPU's memory; without accelerate there is none.
     if (gpu or (folder is None and device == "auto")) and importlib.util.find_spec("accelerate"):
@@ -196,21 +190,105 @@ def _options(name: str, folder: Path | None, device: str, dtype: str) -> dict[st
     return options
 
 
-def _attempt(name: str, load: Callable[..., Any], where: str, **options: Any) -> Any:
-    """Call a loader of transformers; what it raises becomes one line."""
+# What these errors of transformers mean, by words of theirs.
+EXPLAINED = {
+    "trust_remote_code": "needs code of its own; read it, then allow it with --trust-remote-code "
+    "(trust_remote_code=True)",
+    "does not recognize this architecture": "transformers {transformers} does not know its "
+    "model_type {quoted!r}; upgrade transformers (pip install -U transformers)",
+    "automatic conversion of the weights": "its weights are not those of its config.json: what its "
+    "experts are made of is missing, or has another shape",
+    "ntagged enum": "its tokenizer.json is damaged, or written by a later version than tokenizers "
+    "{tokenizers}; upgrade it (pip install -U tokenizers)",
+    "Unknown tokenizer version": "its tokenizer.json is written by a later version than tokenizers "
+    "{tokenizers}; upgrade it (pip install -U tokenizers)",
+}
+
+
+def _attempt(name: str, part: str, load: Callable[..., Any], where: str, **options: Any) -> Any:
+    """Call a loader of transformers for a part of the model; what it raises becomes one line."""
     from safetensors import SafetensorError
 
     try:
         return load(where, **options)
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        if not options.get("trust_remote_code") and "trust_remote_code" in str(error):
-            raise UsageError(
-                f"model {name!r}: needs code of its own; read it, then allow it with "
-                "--trust-remote-code (trust_remote_code=True)"
-            ) from None
-        raise UsageError(f"model {name!r}: cannot be loaded ({one_line(error)})") from error
+    except UsageError:
+        raise
     except Exception as error:
-        raise VarMoeError(f"model {name!r}: cannot be loaded ({one_line(error)})") from error
+        text, known = one_line(error), (OSError, ValueError, KeyError, ImportError, SafetensorError)
+        for words, meaning in EXPLAINED.items():
+            if words in str(error) and not (options.get("trust_remote_code") and words in options):
+                about = {one: version_of(one) for one in ("transformers", "tokenizers")}
+                about["quoted"] = [*text.split("`"), ""][1]
+                raise UsageError(f"model {name!r}: {meaning.format(**about)}") from error
+        # Files of a model are what the user gave; loading weights also fails for want of memory.
+        kind = UsageError if part != WEIGHTS or isinstance(error, known) else VarMoeError
+        raise kind(f"model {name!r}: its {part} cannot be loaded ({text})") from error
+
+
+def _configuration(where: str, **common: Any) -> Any:
+    """The configuration, where 0 is as good as 0.0."""
+    from huggingface_hub.errors import StrictDataclassFieldValidationError
+    from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+
+    try:
+        return AutoConfig.from_pretrained(where, **common)
+    except StrictDataclassFieldValidationError:
+        values, _ = PretrainedConfig.get_config_dict(where, **common)
+        if values.get("model_type") not in CONFIG_MAPPING:
+            raise
+        kind = CONFIG_MAPPING[values["model_type"]]
+        return kind.from_dict(_with_floats(kind, values), name_or_path=where)
+
+
+def _with_floats(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """The values, whole numbers as floats where the class of the configuration wants those."""
+    types = {field.name: field.type for field in fields(kind)} if is_dataclass(kind) else {}
+    found = dict(values)
+    for name, value in values.items():
+        wanted = (types.get(name), *get_args(types.get(name)))
+        part = getattr(kind, "sub_configs", {}).get(name)
+        if type(value) is int and float in wanted and int not in wanted:
+            found[name] = float(value)
+        elif isinstance(value, dict) and part is not None:
+            found[name] = _with_floats(part, value)
+    return found
+
+
+def _adapter(where: str, *, local_files_only: bool) -> Path | None:
+    """The configuration of the adapter that lies beside the model."""
+    from transformers.utils.hub import cached_file
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    found = find_adapter_config_file(where, local_files_only=local_files_only)
+    if found is None:
+        return None
+    beside = cached_file(
+        where,
+        CONFIG,
+        local_files_only=local_files_only,
+        _raise_exceptions_for_missing_entries=False,
+    )
+    model_files.check_adapter(f"model {where!r}", Path(found), alone=beside is None)
+    return Path(found)
+
+
+def merged(where: str, *, model: Any, revision: str | None) -> Any:
+    """The model with an adapter in its weights.
+
+    transformers would keep it in modules beside them, which what copies the experts' weights
+    does not see; and it says nothing where the adapter is of another model.
+    """
+    from peft import PeftConfig, PeftModel
+
+    config = PeftConfig.from_pretrained(where, revision=revision)
+    wrapped = PeftModel(model, config)
+    found = wrapped.load_adapter(where, "default", revision=revision)
+    odd = sorted({*found.missing_keys, *found.unexpected_keys})
+    if odd:
+        raise ValueError(f"{len(odd)} of its tensors do not fit the model: {odd[0]}, ...")
+    whole = wrapped.merge_and_unload()
+    vars(whole).pop("peft_config", None)
+    return whole
 
 
 @contextlib.contextmanager
