@@ -73,6 +73,47 @@ def test_model_that_is_no_moe(refused, tmp_path, tiny_tokenizer, tiny_text_folde
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture(scope="module")
+def top_1_folder(tmp_path_factory, make_tiny_mixtral, tiny_tokenizer):
+    folder = tmp_path_factory.mktemp("top-1")
+    make_tiny_mixtral(top_k=1, layers=1).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "words", [["tune"], ["tune", "--policy", "var"], ["tune", "--seeds", "1,2"], ["compare"]]
+)
+def test_one_expert_per_token(refused, tmp_path, top_1_folder, tiny_text_folder, words):
+    output = tmp_path / "out"
+    line = refused(
+        *(*words, "--model", top_1_folder, "--dataset", tiny_text_folder, "--output", output),
+    )
+    assert "runs one expert per token: there is nothing to drop" in line
+    assert not (output / "profile").exists()
+
+
+def test_one_expert_per_token_in_a_trace(refused, tmp_path, top_1_folder, tiny_text_folder):
+    words = ["--model", top_1_folder, "--dataset", tiny_text_folder, "--output", tmp_path]
+    assert main([str(word) for word in ["trace", *words, "--quiet"]]) == 0
+    assert "there is nothing to drop" in refused("replay", tmp_path, "--grid", "2")
+
+
+def test_one_expert_per_token_in_python(tmp_path, top_1_folder, tiny_texts):
+    from optimization.hyperparameter_optimization import create_objective_function
+    from var_moe.certification.certify import certify
+    from var_moe.errors import UsageError
+    from var_moe.models.loading import load_model
+
+    loaded = load_model(str(top_1_folder))
+    with pytest.raises(UsageError, match="there is nothing to drop"):
+        certify(loaded, tmp_path, dataset="demo")
+    with pytest.raises(UsageError, match="there is nothing to drop"):
+        create_objective_function(
+            model=loaded.model, tokenizer=loaded.tokenizer, validation_data=tiny_texts
+        )
+
+
 def test_model_folder_that_is_missing_or_empty(refused, tmp_path):
     assert "no such folder" in refused("profile", "--model", tmp_path / "none")
     (tmp_path / "empty").mkdir()

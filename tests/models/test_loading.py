@@ -3,72 +3,15 @@
 from __future__ import annotations
 
 import copy
-import json
-import shutil
 import time
 
 import pytest
 import torch
+from damaged import change, without
 
 from var_moe.errors import UsageError, VarMoeError
 from var_moe.models import checks
 from var_moe.models.loading import LoadedModel, load_model, quiet, tokenizer_hash
-
-
-@pytest.fixture
-def refused():
-    """The one line of a refusal."""
-
-    def run(name, *, kind=UsageError, **options):
-        with pytest.raises(VarMoeError) as caught:
-            load_model(str(name), **options)
-        assert type(caught.value) is kind
-        line = str(caught.value)
-        assert "\n" not in line
-        assert len(line) < 500
-        return line
-
-    return run
-
-
-@pytest.fixture
-def folder(tiny_model_folder, tmp_path):
-    """A copy of the tiny model's folder, to be damaged."""
-    return shutil.copytree(tiny_model_folder, tmp_path / "model")
-
-
-@pytest.fixture
-def cached_model(tiny_model_folder, tmp_path, monkeypatch):
-    """The tiny model as the Hub's client leaves it in its cache, and no network."""
-    revision = "0123456789abcdef0123456789abcdef01234567"
-    place = tmp_path / "models--someone--tiny"
-    shutil.copytree(tiny_model_folder, place / "snapshots" / revision)
-    (place / "refs").mkdir()
-    (place / "refs" / "main").write_text(revision)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("var_moe.hub.reachable", lambda: False)
-    return place / "snapshots" / revision
-
-
-def change(folder, **values):
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-
-
-def rewrite(folder, change):
-    """Save the weights anew, as ``change`` leaves them."""
-    from safetensors.torch import load_file, save_file
-
-    path = folder / "model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-def without(folder, *names):
-    rewrite(folder, lambda tensors: [tensors.pop(name) for name in names])
-
 
 # -- what loads ------------------------------------------------------------------------------
 
@@ -163,83 +106,6 @@ def test_other_families(tiny_tokenizer, family, options, top_k):
     model = transformers.AutoModelForCausalLM.from_config(config)
     loaded = LoadedModel.of(model, tiny_tokenizer, name="x")
     assert (loaded.top_k, loaded.num_experts, loaded.moe_layers) == (top_k, 4, 2)
-
-
-# -- adapters ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def adapt(folder, make_tiny_mixtral):
-    """Lay an adapter beside the model; returns what both give, and the ids they are given."""
-
-    def run(**targets):
-        peft = pytest.importorskip("peft")
-        wrapped = peft.get_peft_model(
-            make_tiny_mixtral(), peft.LoraConfig(r=2, lora_alpha=4, **targets)
-        ).eval()
-        torch.manual_seed(1)
-        for name, weight in wrapped.named_parameters():
-            if "lora_B" in name:
-                weight.data.normal_(std=0.3)
-        wrapped.save_pretrained(folder)
-        ids = torch.tensor([[1, 2, 3, 4]])
-        with torch.inference_mode():
-            return wrapped(input_ids=ids).logits, ids
-
-    return run
-
-
-@pytest.mark.parametrize(
-    "targets",
-    [
-        {"target_modules": ["q_proj", "v_proj"]},
-        {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
-        {"target_modules": ["w1", "w2", "w3"]},  # each expert's own, as they were before fusing
-        {"target_modules": ["o_proj"], "target_parameters": ["mlp.gate.weight"]},
-    ],
-)
-def test_an_adapter_beside_the_model_counts(folder, adapt, targets):
-    plain = load_model(str(folder)).model
-    both, ids = adapt(**targets)
-    loaded = load_model(str(folder))
-    assert not torch.allclose(plain(input_ids=ids).logits, both, atol=0.1)
-    assert torch.allclose(loaded.model(input_ids=ids).logits, both, atol=1e-4)
-    assert not hasattr(loaded.model, "peft_config")
-    assert loaded.moe_layers == 3
-
-
-def test_an_adapter_of_another_model(refused, folder, adapt, make_tiny_mixtral):
-    adapt(target_modules=["q_proj"])
-    make_tiny_mixtral(layers=4).save_pretrained(folder)
-    assert "its adapter cannot be loaded (2 of its tensors do not fit" in refused(folder)
-
-
-def test_weights_that_lack_a_tensor_beside_an_adapter(refused, folder, adapt):
-    """transformers then tells of the adapter's tensors alone."""
-    adapt(target_modules=["q_proj"])
-    without(folder, "model.norm.weight")
-    assert "lack 1 tensors (model.norm.weight, ...)" in refused(folder)
-
-
-@pytest.mark.parametrize("where", ["folder", "cache"])
-def test_an_adapter_needs_peft(refused, folder, cached_model, monkeypatch, where):
-    name = folder if where == "folder" else "someone/tiny"
-    for place in (folder, cached_model):
-        (place / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/base"}')
-    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
-    line = refused(name)
-    assert "adapter_config.json says that an adapter belongs to it, which needs peft" in line
-    assert "pip install 'var-moe[heal]'" in line
-
-
-@pytest.mark.parametrize("gone", ["config.json", "model.safetensors"])
-def test_an_adapter_alone(refused, folder, cached_model, gone):
-    for place, name in ((folder, folder), (cached_model, "someone/tiny")):
-        (place / gone).unlink()
-        (place / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/base"}')
-        line = refused(name)
-        assert "is an adapter of 'someone/base', not a model; load both with peft" in line
-        assert "merge_and_unload()" in line
 
 
 # -- refusals --------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from var_moe.certification.units import Unit, UnitScorer, pages
 from var_moe.errors import UsageError, VarMoeError
 from var_moe.evaluation.compare import Evaluator, Progress
 from var_moe.evaluation.groups import Groups
+from var_moe.models.checks import check_droppable
 from var_moe.optimization.candidate import PolicySettings
 from var_moe.optimization.judgement import check_robust
 from var_moe.optimization.objective import make_objective
@@ -103,6 +104,7 @@ def certify(
     """
     settings = settings or CertifySettings()
     check_robust(settings.robust, dataset)
+    check_droppable(loaded.name, loaded.top_k)
     folder = Path(results)
     place = check_output_folder(output or folder)
     named = find_candidates(

@@ -141,8 +141,10 @@ def _measure(
 ) -> dict[str, Any]:
     from var_moe.evaluation.again import measure_again
     from var_moe.evaluation.sweep import check_targets, control_at
+    from var_moe.models.checks import check_droppable
 
     ready = subject.ready(progress)
+    check_droppable(ready.loaded.name, ready.loaded.top_k)
     evaluator = ready.evaluator
     targets = check_targets(experts, evaluator.top_k)
     if ready.profile.peers is None:

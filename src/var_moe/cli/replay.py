@@ -68,11 +68,13 @@ def replay(
     configs = _configs(config or [], preset or [], mode)
     place = _profile_folder(trace, profile)
     model = _cost_model(cost, [trace, trace.parent, place, place.parent])
+    from var_moe.models.checks import check_droppable
     from var_moe.profiling.profile import RoutingProfile
     from var_moe.tracing.replay import TraceReplay
     from var_moe.tracing.trace import RoutingTrace
 
     recorded = RoutingTrace.load(trace)
+    check_droppable(recorded.head["model"], recorded.head["top_k"])
     stack = TraceReplay(recorded, RoutingProfile.load(place))
     if model is not None:
         _check_cost(model, recorded.head)

@@ -9,11 +9,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from var_moe.errors import UsageError
 from var_moe.fitting.compensation import KEPT_SHARES, FitSettings, fit_compensation
 from var_moe.fitting.damage import fit_damage, predicted, tau_for
 from var_moe.fitting.heal import HealSettings, heal
 from var_moe.fitting.norms import norm_trace
+from var_moe.models.checks import check_droppable
 from var_moe.models.identity import identity
 from var_moe.models.seam import experts_shape
 from var_moe.profiling.fitted_files import FittedCompensation
@@ -176,11 +176,7 @@ def learn_compensation(
         UsageError: too little text, or a model with one expert per token.
         VarMoeError: the fit is no better than none, see `fit_compensation`.
     """
-    if loaded.top_k == 1:
-        raise UsageError(
-            f"model {loaded.name!r} runs one expert per token: there is nothing to drop, and "
-            "nothing to compensate"
-        )
+    check_droppable(loaded.name, loaded.top_k)
     about = identity(loaded)
     start = profile.compensations().get("means")
     vocabulary, top_k = int(profile.head["vocabulary"]), int(about["top_k"])

@@ -191,6 +191,15 @@ def quantization(config: Any) -> str | None:
     return str(getattr(method, "value", method)).lower()
 
 
+def check_droppable(name: str, top_k: int) -> None:
+    """Refuse a model that leaves no choice, before anything is searched or fitted for it."""
+    if top_k == 1:
+        raise UsageError(
+            f"model {name!r} runs one expert per token: there is nothing to drop, search or "
+            "compensate; expected a model with a top-k of at least 2"
+        )
+
+
 def check_weights(name: str, info: dict[str, Any]) -> None:
     """Refuse weights that leave a part of the model random: transformers only warns."""
     missing, other = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])

@@ -10,6 +10,7 @@ from var_moe.config import DOCUMENTED_FIELDS, VARConfig
 from var_moe.errors import UsageError
 from var_moe.evaluation.compare import Evaluator, SpeedSetting
 from var_moe.evaluation.cost import CostModel
+from var_moe.models.checks import check_droppable
 from var_moe.optimization.objective_protocol import check_bound
 from var_moe.optimization.policy_objective import SEARCH_BLOCKS, PeerObjective, PolicyObjective
 from var_moe.optimization.replay_forecast import ReplayForecaster
@@ -174,6 +175,7 @@ def create_objective_function(
     if max_samples is not None and max_samples < 2:
         raise UsageError(f"max_samples = {max_samples}: expected at least 2 documents")
     loaded = LoadedModel.of(model, tokenizer)
+    check_droppable(loaded.name, loaded.top_k)
     documents = as_documents(validation_data, tokenizer)
     check_documents(documents, loaded.model, tokenizer, "validation_data")
     order = np.random.default_rng(seed).permutation(len(documents))

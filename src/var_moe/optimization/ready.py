@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from var_moe.evaluation.compare import Evaluator, Progress
+from var_moe.models.checks import check_droppable
 from var_moe.optimization.objective import make_objective
 from var_moe.optimization.policy_objective import PolicyObjective
 from var_moe.optimization.preparation import EncodedText, halves, obtain_profile, read_text
@@ -46,10 +47,11 @@ def prepare(
     """Read the text, obtain the profile, measure the unmodified model.
 
     Raises:
-        UsageError: bad input, too little text.
+        UsageError: bad input, too little text, a model with one expert per token.
     """
     from var_moe.evaluation.text import require_documents
 
+    check_droppable(loaded.name, loaded.top_k)
     validation = read_text(settings.dataset, "validation", loaded)
     require_documents(validation.documents, 20, "searching and ordering on validation text")
     profile, place = obtain_profile(
