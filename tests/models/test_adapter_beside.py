@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from damaged import without
@@ -81,3 +83,17 @@ def test_an_adapter_alone(refused, folder, cached_model, gone):
         line = refused(name)
         assert "is an adapter of 'someone/base', not a model; load both with peft" in line
         assert "merge_and_unload()" in line
+
+
+def test_an_adapter_beside_a_cached_model(folder, cached_model, adapt):
+    both, ids = adapt(target_modules=["q_proj"])
+    for path in folder.glob("adapter*"):
+        path.rename(cached_model / path.name)
+    loaded = load_model("someone/tiny")
+    assert torch.allclose(loaded.model(input_ids=ids).logits, both, atol=1e-4)
+
+
+def test_an_adapter_that_cannot_be_merged(refused, folder):
+    kind = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 2}
+    (folder / "adapter_config.json").write_text(json.dumps(kind))
+    assert "its adapter cannot be loaded (" in refused(folder)

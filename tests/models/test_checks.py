@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from damaged import change, rewrite
+from families import find_families, tiny_model
 
 from var_moe.errors import UsageError
 from var_moe.models.checks import top_k_of
@@ -79,3 +80,10 @@ def test_a_dtype_that_the_weights_overflow(refused, folder):
     assert "lm_head.weight holds NaN or infinity in torch.float16" in refused(
         folder, dtype="float16"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", find_families(), ids=str)
+def test_every_family_passes(folder, family):
+    tiny_model(family).save_pretrained(folder)
+    assert load_model(str(folder)).top_k == family.top_k
