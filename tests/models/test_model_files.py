@@ -86,3 +86,8 @@ def test_experts_that_do_not_belong_together(refused, folder):
     assert f"{name} is missing, other experts have (96, 64)" in refused(folder)
     without(folder, name.replace(".3.", ".4."))
     assert "what its experts are made of is missing, or has another shape" in refused(folder)
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "~no such user/model"])
+def test_a_name_that_no_file_can_have(refused, name):
+    assert "cannot be looked for (" in refused(name)

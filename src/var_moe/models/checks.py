@@ -221,7 +221,8 @@ def check_numbers(name: str, model: Any) -> None:
     import torch
 
     for tensor, weight in model.named_parameters():
-        if weight.is_meta or not weight.is_floating_point() or not weight.numel():
+        plain = type(weight.data) is torch.Tensor and weight.element_size() > 1  # not quantised
+        if not (plain and weight.is_floating_point() and weight.numel()) or weight.is_meta:
             continue
         low, high = torch.aminmax(weight)
         # One that is no matrix may switch something off by an infinite bias.

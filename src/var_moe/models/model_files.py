@@ -41,10 +41,15 @@ def local_folder(name: str) -> Path | None:
     Raises:
         UsageError: it is written like a path, and no folder is there.
     """
-    path = Path(name).expanduser()
-    if name and path.is_dir():
+    try:
+        path = Path(name).expanduser()
+        folder, file = bool(name) and path.is_dir(), path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, no such user, a NUL in it
+        why = getattr(error, "strerror", None) or one_line(error)
+        raise UsageError(f"model {name!r}: cannot be looked for ({why})") from None
+    if folder:
         return path
-    if path.is_file():
+    if file:
         raise UsageError(f"model {name!r}: is a file; expected the model's folder or a Hub id")
     if not name or name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.endswith("/"):
         raise UsageError(f"model {name!r}: no such folder; expected a model folder or a Hub id")
