@@ -48,7 +48,8 @@ def atomic_write_text(path: str | Path, text: str) -> None:
 
 
 def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    # A name that is no text, such as a folder of old bytes, is written as its code.
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def atomic_write_json(path: str | Path, value: Any) -> None:

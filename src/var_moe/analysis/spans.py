@@ -14,6 +14,7 @@ import torch
 from var_moe.analysis.clocks import PeakMemory, clock_of
 from var_moe.errors import UsageError
 from var_moe.storage import SCHEMA_VERSION, atomic_write_json, provenance
+from var_moe.terminal import show
 
 SEPARATOR = "/"
 
@@ -139,9 +140,7 @@ class GPUProfiler:
 
     def print_summary(self) -> None:
         """Print the report as a table."""
-        from rich.console import Console
-
-        Console().print(section_table(self.get_report()["sections"]), highlight=False)
+        show(section_table(self.get_report()["sections"]))
 
     def save_report(self, path: str | Path) -> None:
         """Write the report as JSON, with where it was made."""

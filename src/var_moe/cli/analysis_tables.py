@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from var_moe.cli.tables import console
+from var_moe.terminal import show
 
 
 def print_analysis(
@@ -52,7 +52,7 @@ def print_components(report: Mapping[str, Any]) -> None:
     table.add_section()
     table.add_row("forward", *cells)
     table.caption = "left: unmodified model; right: VAR"
-    console().print(table, highlight=False)
+    show(table)
 
 
 def print_scaling(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -74,7 +74,7 @@ def print_scaling(rows: Sequence[Mapping[str, Any]]) -> None:
             f"{row['var_throughput_tps']:,.0f}",
             f"{row['speedup']:.3f} [{low:.3f}, {high:.3f}]",
         )
-    console().print(table, highlight=False)
+    show(table)
 
 
 def print_roofline(found: Mapping[str, Any]) -> None:
@@ -101,21 +101,18 @@ def print_roofline(found: Mapping[str, Any]) -> None:
             row["bound"],
             f"{row['peak_memory_bytes'] / 2**20:,.0f} MiB",
         )
-    console().print(table, highlight=False)
+    show(table)
 
 
 def print_bottlenecks(rows: Sequence[Mapping[str, Any]]) -> None:
     """In plain words."""
-    out = console()
     if not rows:
-        out.print("No bottleneck found.", highlight=False)
+        show("No bottleneck found.")
     for row in rows:
         name = row["name"].replace("_", " ")
-        out.print(
+        show(
             f"{row['severity'].upper()} {name}: {row['evidence']}. What to do: "
             f"{row['recommendation']}.",
-            highlight=False,
-            markup=False,
         )
 
 
@@ -123,14 +120,11 @@ def print_systems(systems: Mapping[str, Any]) -> None:
     """Measured against predicted."""
     found, stats = systems["comparison"], systems["var"]["var_stats"]
     low, high = found["actual_speedup_95"]
-    console().print(
+    show(
         f"{systems['var']['kind']}: {stats['experts_per_token']:.3f} of {stats['top_k']} experts "
         f"per token; fast {stats['fast_pct']:.1f}%, cached {stats['cached_pct']:.1f}%, learned "
         f"{stats['learned_pct']:.1f}%. Speedup {found['actual_speedup']:.3f}x [{low:.3f}, "
         f"{high:.3f}] against {systems['baseline']['backend']}; the cost model predicts "
         f"{found['predicted_speedup']:.3f}x ({found['prediction_error_pct']:.1f}% off), and at "
         f"most {found['largest_speedup']:.3f}x with the leading experts everywhere.",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
     )

@@ -20,6 +20,7 @@ def answer(folder: Path, max_degradation: float | None, output: Path | None) -> 
         provenance,
         read_json,
     )
+    from var_moe.terminal import show_next
 
     if max_degradation is None:
         raise UsageError("--from needs --max_degradation: the bound to answer")
@@ -35,7 +36,7 @@ def answer(folder: Path, max_degradation: float | None, output: Path | None) -> 
     atomic_write_json(place / CONFIG_FILE, best["config"])
     print_front(points, best, max_degradation=max_degradation)
     print(f"Saved: {place / CONFIG_FILE}")
-    print(f"Next: var-moe tune --validate {place / CONFIG_FILE}")
+    show_next("tune", "--validate", place / CONFIG_FILE)
     return Answer(
         {
             "schema_version": SCHEMA_VERSION,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -150,7 +151,7 @@ def _measure(
     if ready.profile.peers is None:
         raise UsageError(
             f"profile {subject.profile}: made by an earlier version, without what other policies "
-            f"need; make it again with `var-moe profile --model {subject.model}`"
+            f"need; make it again with `var-moe profile --model {shlex.quote(subject.model)}`"
         )
     stand_ins = ready.profile.compensations()
     hashes = {name: one.hash for name, one in stand_ins.items() if one is not None}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,10 +131,9 @@ def _search(
 
 
 def _show(outcome: TuneOutcome, profile: RoutingProfile) -> None:
-    from var_moe.cli.tables import console
-    from var_moe.optimization.summary import show
+    from var_moe.terminal import show
 
-    show(outcome.parts, console())
+    show(*outcome.parts)
     print(
         f"Speedups are of this machine, for scoring 4 x 128 tokens. The profile has "
         f"{profile.head['tokens']:,} tokens; `var-moe tune` takes 400,000 and more text throughout."
@@ -158,18 +159,19 @@ def _end(output: Path) -> None:
     for path in sorted(output.iterdir()):
         print(f"  {path}{'/' if path.is_dir() else ''}")
     print("Next:")
+    presets = shlex.join(["var-moe", "evaluate", "--profile", str(output / "profile")])
     for command, what in (
         ("var-moe tune", "the same at full size, within 1%, in some ten minutes"),
         ("var-moe certify results/phase3", "then: a statement with a known error rate"),
-        (f"var-moe evaluate --profile {output / 'profile'}", "VAR's presets beside the baseline"),
+        (presets, "VAR's presets beside the baseline"),
     ):
         print(f"  {command:42}  {what}")
-    print(f'  In Python: with routed(loaded, "{output / "export"}"): ...')
+    print(f"  In Python: with routed(loaded, {json.dumps(str(output / 'export'))}): ...")
 
 
 def _say(title: str, text: str) -> None:
-    from var_moe.cli.tables import console
+    from rich.text import Text
 
-    out = console()
-    out.print(f"\n[bold]{title}[/bold]", highlight=False)
-    out.print(text, highlight=False, markup=False)
+    from var_moe.terminal import show
+
+    show("", Text(title, style="bold"), Text(text))

@@ -21,23 +21,20 @@ def doctor() -> Answer:
 
 
 def _print(found: Mapping[str, Any]) -> None:
-    from var_moe.cli.tables import console
+    from var_moe.terminal import show
 
-    out = console()
-    out.print(_packages(found["packages"]), highlight=False)
+    show(_packages(found["packages"]))
     if found["backends"]:
-        out.print(_backends(found["backends"]), highlight=False)
-    for line in (*_about(found), *(f"Slow: {line}" for line in found["slow"])):
-        out.print(line, highlight=False, markup=False, soft_wrap=True)
+        show(_backends(found["backends"]))
+    show(*_about(found), *(f"Slow: {line}" for line in found["slow"]))
     if found["missing"]:
         line = f"Missing: {', '.join(found['missing'])}; see `install` above"
     else:
         line = "Nothing that is needed is missing."
-    out.print(line, highlight=False, markup=False)
+    show(line)
 
 
 def _packages(rows: list[dict[str, Any]]) -> Any:
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title="Installed", title_justify="left")
@@ -45,9 +42,7 @@ def _packages(rows: list[dict[str, Any]]) -> Any:
         table.add_column(heading)
     for row in rows:
         absent = "MISSING" if row["needed"] else "-"
-        table.add_row(
-            row["name"], row["version"] or absent, row["why"], escape(row["install"] or "")
-        )
+        table.add_row(row["name"], row["version"] or absent, row["why"], row["install"] or "")
     return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from var_moe.cli.output import Answer
@@ -46,5 +47,5 @@ def export(
     if address:
         print(f"Uploaded: {address}")
     source = push_to_hub if address else place
-    print(f'Next: with routed(model, "{source}") as session: ...')
+    print(f"Next: with routed(model, {json.dumps(str(source))}) as session: ...")
     return Answer({**head, "folder": str(place), "address": address})

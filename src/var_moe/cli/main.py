@@ -30,6 +30,7 @@ from var_moe.cli.tune import tune
 from var_moe.cli.words import FORWARDED, Words, read_words
 from var_moe.errors import UsageError, VarMoeError
 from var_moe.storage import command_line
+from var_moe.terminal import steady_streams
 
 INTERRUPTED = 130
 
@@ -61,6 +62,18 @@ def build_app() -> App:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 for a failure, 2 for bad usage."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    with steady_streams() as (stdout, _):
+        code = _main(given)
+        stdout.flush()
+        if stdout.error is None or isinstance(stdout.error, BrokenPipeError):
+            return code  # who closes a pipe has read enough
+        return _fail(
+            f"stdout cannot be written ({stdout.error.strerror}); result files are not affected",
+            code or 1,
+        )
+
+
+def _main(given: list[str]) -> int:
     try:
         words = read_words(given)
     except UsageError as error:
@@ -113,7 +126,7 @@ def _what_is_kept(words: Sequence[str]) -> str:
 
 
 def _fail(message: str, code: int, hint: str = "") -> int:
-    line = " ".join(message.split())
+    line = " ".join(part.strip() for part in message.splitlines() if part.strip())
     print(f"error: {line}" + (f" ({hint})" if hint else ""), file=sys.stderr)
     return code
 

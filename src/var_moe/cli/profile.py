@@ -101,14 +101,13 @@ def profile(
 
 
 def _print(profile: object, output: Path) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from var_moe.profiling.profile import RoutingProfile
+    from var_moe.terminal import show
 
     assert isinstance(profile, RoutingProfile)
     head, stats = profile.head, profile.stats
-    console = Console(width=None if sys.stdout.isatty() else 118)
     table = Table(
         title=f"Routing of {head['model']} on {head['tokens']:,} tokens of {head['dataset']} "
         f"(weighted by frequency; entropy is at most {head['entropy_max_nats']:.2f} nats)",
@@ -126,5 +125,4 @@ def _print(profile: object, output: Path) -> None:
             f"{float((weight * rows['routing_consistency']).sum()):.3f}",
             f"{100 * reach:.1f}%",
         )
-    console.print(table, highlight=False)
-    console.print(f"Profile: {output}", highlight=False)
+    show(table, f"Profile: {output}")

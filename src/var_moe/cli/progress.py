@@ -45,15 +45,16 @@ class StageProgress:
 
     def _draw(self, stage: str, done: int, total: int) -> None:
         if self._bar is None:
-            from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+            from var_moe.terminal import console
+
             self._bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
                 TimeRemainingColumn(),
-                console=Console(stderr=True),
+                console=console(sys.stderr),
                 transient=True,
             )
             self._bar.start()
@@ -64,7 +65,7 @@ class StageProgress:
     def say(self, line: str) -> None:
         """A line of its own."""
         if self._bar is not None:
-            self._bar.console.print(line, markup=False, highlight=False)
+            self._bar.console.print(line)
         else:
             print(line, file=sys.stderr, flush=True)
 

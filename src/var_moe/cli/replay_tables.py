@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from var_moe.cli.tables import console
+from var_moe.terminal import show
 
 _SHOWN = 12  # points of a front
 _SHORT = {
@@ -30,7 +30,7 @@ def print_replays(rows: Sequence[Mapping[str, Any]], trace: Mapping[str, Any]) -
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(row["name"], *_figures(row))
-    console().print(table, highlight=False)
+    show(table)
 
 
 def print_front(
@@ -63,7 +63,7 @@ def print_front(
         experts, tiers, _, change, speedup = _figures(row)
         values = [f"{row['config'][name]:g}" for name in _SHORT]
         table.add_row(*values, experts, tiers, change + (" *" if row["feasible"] else ""), speedup)
-    console().print(table, highlight=False)
+    show(table)
 
 
 def print_sensitivity(result: Mapping[str, Any]) -> None:
@@ -81,7 +81,7 @@ def print_sensitivity(result: Mapping[str, Any]) -> None:
             f"{100 * row[f'{name}_first']:.1f} / {100 * row[f'{name}_total']:.1f}" for name in names
         ]
         table.add_row(row["parameter"], *shares)
-    console().print(table, highlight=False)
+    show(table)
 
 
 def _where(trace: Mapping[str, Any]) -> str:

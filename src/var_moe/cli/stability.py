@@ -39,29 +39,26 @@ def stability(
 
 def print_stability(report: Mapping[str, Any]) -> None:
     """The runs, the spreads and the agreement as tables."""
-    from var_moe.cli.tables import console
+    from var_moe.terminal import show
 
-    out = console()
-    out.print(_runs(report), highlight=False)
+    show(_runs(report))
     criterion = report["criterion"]
     for name in ("best_score", "experts_per_token"):
         found = report[name]
         if found is not None:
-            out.print(
+            show(
                 f"{name.replace('_', ' ')}: mean {found['mean']:.4f}, sd "
                 f"{found['standard_deviation']:.4f}, {found['min']:.4f} to {found['max']:.4f}, "
                 f"spread {100 * found['spread_relative']:.2f}%",
-                highlight=False,
-                soft_wrap=True,
             )
     met = "yes" if criterion["met"] else "NO"
-    out.print(f"{criterion['name']}: {met}", highlight=False, soft_wrap=True)
+    show(f"{criterion['name']}: {met}")
     if report["parameters"]:
-        out.print(_parameters(report), highlight=False)
+        show(_parameters(report))
     if report["agreement"] is not None:
-        out.print(_agreement(report), highlight=False)
+        show(_agreement(report))
     for note in report["notes"]:
-        out.print(f"Note: {note}", highlight=False, soft_wrap=True)
+        show(f"Note: {note}")
 
 
 def _runs(report: Mapping[str, Any]) -> Any:

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-
-def console() -> Any:
-    """Where tables go: as wide as the terminal, else one width for all."""
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 118)
+from var_moe.terminal import show
 
 
 def print_validation(result: Mapping[str, Any], *, folder: Path) -> None:
@@ -21,29 +15,24 @@ def print_validation(result: Mapping[str, Any], *, folder: Path) -> None:
 
     from var_moe.optimization.summary import MET
 
-    out = console()
     text, low_high = result["text"], result["speedup_95"]
-    out.print(
+    show(
         f"{text['dataset']} ({text['split']}): perplexity "
         f"{result['baseline_perplexity']:.3f} -> {result['perplexity']:.3f}, "
         f"{100 * result['degradation']:+.2f}% (95% upper bound "
         f"{100 * result['degradation_upper_95']:+.2f}%, {result['documents']} documents)",
-        highlight=False,
-        soft_wrap=True,
     )
     if result.get("worst_dataset"):
-        out.print(
+        show(
             f"judged on the worst data set, {result['worst_dataset']}: "
             f"{100 * result['worst_degradation']:+.2f}% (95% upper bound "
             f"{100 * result['worst_degradation_upper_95']:+.2f}%, "
             f"{result['worst_documents']} documents)",
-            highlight=False,
-            soft_wrap=True,
         )
     print_apart(result["by_dataset"], title="Each data set by itself")
     back, skip = result["backend_factor"], result["skipping_factor"]
     own = result["backend"]
-    out.print(
+    show(
         f"speedup {result['speedup']:.3f}x [{low_high[0]:.3f}, {low_high[1]:.3f}] against "
         f"{result['baseline_backend']} ~ backend ({own}) {back['median']:.3f} x "
         f"skipping {skip['median']:.3f} "
@@ -51,40 +40,33 @@ def print_validation(result: Mapping[str, Any], *, folder: Path) -> None:
         f"{result['baseline_throughput_tps']:,.0f} -> "
         f"{result['throughput_tps']:,.0f} tokens/s; baseline against itself "
         f"{result['noise_floor']['median']:.3f}",
-        highlight=False,
-        soft_wrap=True,
     )
-    out.print(
+    show(
         f"{result['experts_per_token']:.3f} of {result['top_k']} experts per token; fast "
         f"{result['fast_pct']:.1f}%, cached {result['cached_pct']:.1f}%, learned "
         f"{result['learned_pct']:.1f}%; speedups of {len(result['runs'])} runs: "
         + ", ".join(f"{run['speedup']:.3f}" for run in result["runs"]),
-        highlight=False,
-        soft_wrap=True,
     )
     control = result["random_skip"]
-    out.print(
+    show(
         f"control: random skipping at {control['experts_per_token']:.3f} experts per token costs "
         f"{100 * control['degradation']:+.2f}%",
-        highlight=False,
-        soft_wrap=True,
     )
     table = Table(title="Success criteria", title_justify="left")
     for heading in ("criterion", "measured", "met"):
         table.add_column(heading)
     for row in result["criteria"]:
         table.add_row(row["name"], row["measured"], MET[row["met"]])
-    out.print(table, highlight=False)
+    show(table)
     for note in result["notes"]:
-        out.print(f"Note: {note}", highlight=False)
-    out.print(f"Saved: {folder / 'validation_results.json'}", highlight=False)
+        show(f"Note: {note}")
+    show(f"Saved: {folder / 'validation_results.json'}")
 
 
 def print_comparison(rows: Sequence[Mapping[str, Any]], *, title: str) -> None:
     """The table of ``var-moe evaluate``."""
     from rich.table import Table
 
-    out = console()
     table = Table(title=title, title_justify="left")
     for heading in ("", "PPL", "change (95% upper)", "tokens/s", "speedup [95%]"):
         table.add_column(heading, justify="left" if not heading else "right")
@@ -114,7 +96,7 @@ def print_comparison(rows: Sequence[Mapping[str, Any]], *, title: str) -> None:
             f"{row['fast_pct']:.1f} / {row['cached_pct']:.1f} / {row['learned_pct']:.1f}",
             f"{100 * row['cache_hit_rate']:.1f}",
         )
-    out.print(table, highlight=False)
+    show(table)
 
 
 def print_apart(rows: Sequence[Mapping[str, Any]], *, title: str) -> None:
@@ -122,7 +104,7 @@ def print_apart(rows: Sequence[Mapping[str, Any]], *, title: str) -> None:
     from var_moe.optimization.summary import apart_table
 
     if rows:
-        console().print(apart_table(rows, title=title), highlight=False)
+        show(apart_table(rows, title=title))
 
 
 def print_described(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -147,7 +129,7 @@ def print_described(rows: Sequence[Mapping[str, Any]]) -> None:
             f"{100 * row['degradation_upper']:+.2f}%",
             f"{row['experts_per_token']:.3f}",
         )
-    console().print(table, highlight=False)
+    show(table)
 
 
 def print_decoding(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -171,7 +153,7 @@ def print_decoding(rows: Sequence[Mapping[str, Any]]) -> None:
                 f"{one['baseline_throughput_tps']:,.0f}",
             )
     if table.row_count:
-        console().print(table, highlight=False)
+        show(table)
 
 
 def print_policies(result: Mapping[str, Any]) -> None:
@@ -203,7 +185,7 @@ def print_policies(result: Mapping[str, Any]) -> None:
                 interval,
             )
         table.add_section()
-    console().print(table)
+    show(table)
 
 
 def print_front(
@@ -215,14 +197,11 @@ def print_front(
     limit, speed = f"{100 * max_degradation:g}%", "not timed"
     if best["speedup_95"]:  # none where the point broke the bound of its own search
         speed = "{:.3f}x [{:.3f}, {:.3f}]".format(best["speedup"], *best["speedup_95"])
-    out = console()
-    out.print(
+    show(
         f"Fastest verified configuration with degradation below {limit}: {speed} at "
         f"{100 * best['degradation']:+.2f}% perplexity "
         f"(95% upper bound {100 * best['degradation_upper_95']:+.2f}%), "
         f"{best['experts_per_token']:.2f} experts per token",
-        highlight=False,
-        soft_wrap=True,
     )
     table = Table(title="Verified points, the safest first", title_justify="left")
     for heading in ("", "change (95% upper)", "speedup [95%]", "experts/token", "keeps " + limit):
@@ -238,4 +217,4 @@ def print_front(
             f"{point['experts_per_token']:.3f}",
             "yes" if point["degradation_upper_95"] < max_degradation else "no",
         )
-    out.print(table, highlight=False)
+    show(table)

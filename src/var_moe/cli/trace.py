@@ -171,7 +171,7 @@ def _print(trace: RoutingTrace, output: Path, profile: Path | None) -> None:
 
     from rich.table import Table
 
-    from var_moe.cli.tables import console
+    from var_moe.terminal import show
     from var_moe.tracing.shards import folder_size
 
     head = trace.head
@@ -179,13 +179,10 @@ def _print(trace: RoutingTrace, output: Path, profile: Path | None) -> None:
     if trace.nll is not None:
         nll = float(trace.nll.double().sum()) / max(trace.scored, 1)
         perplexity = f", perplexity {math.exp(nll):.3f}"
-    out = console()
     # A line of its own: as a title it would be broken to the small table's width.
-    out.print(
+    show(
         f"{head['model']} on {head['dataset']}: {trace.tokens:,} tokens of "
         f"{len(trace.documents):,} documents, {folder_size(output) / 2**20:,.1f} MiB{perplexity}",
-        highlight=False,
-        soft_wrap=True,
     )
     table = Table()
     for heading in ("layer", "entropy (nats)", "first expert's mass"):
@@ -194,6 +191,4 @@ def _print(trace: RoutingTrace, output: Path, profile: Path | None) -> None:
     mass = trace.weight[:, :, 0].float().mean(dim=1).tolist()
     for layer, (nats, share) in enumerate(zip(entropy, mass, strict=True)):
         table.add_row(str(layer), f"{nats:.3f}", f"{share:.3f}")
-    out.print(table, highlight=False)
-    out.print(f"Trace: {output}", highlight=False)
-    out.print(f"Profile: {profile}", highlight=False)
+    show(table, f"Trace: {output}", f"Profile: {profile}")

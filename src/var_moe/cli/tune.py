@@ -169,8 +169,8 @@ def tune(
     from var_moe.optimization.run import tune as run_tune
     from var_moe.optimization.saving import RESULTS_FILE
     from var_moe.optimization.settings import DEFAULT_SAMPLES, TuneSettings
-    from var_moe.optimization.summary import show
     from var_moe.profiling.collect import DEFAULT_TOKENS
+    from var_moe.terminal import show, show_next
 
     settings = TuneSettings(
         method=method,
@@ -194,9 +194,6 @@ def tune(
         profile=profile,
         calibration_tokens=DEFAULT_TOKENS if calibration_tokens is None else calibration_tokens,
     )
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else 118)
     with StageProgress() as progress:
         loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         if policy:
@@ -213,16 +210,12 @@ def tune(
                 verbose=not quiet,
             )
         except NothingFitsError as error:
-            show(error.parts[1:], console)  # the first part is the error's own line
+            show(*error.parts[1:])  # the first part is the error's own line
             make_report(output)
             error.result = read_json(output / RESULTS_FILE, what="results of a search")
             raise
-    show(outcome.parts, console)
-    console.print(f"Results: {output}", highlight=False)
+    show(*outcome.parts)
+    show(f"Results: {output}")
     make_report(output)
-    console.print(
-        f"Next: var-moe tune --validate {output / 'best_config.json'}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    show_next("tune", "--validate", output / "best_config.json")
     return Answer(read_json(output / RESULTS_FILE, what="results of a search"))

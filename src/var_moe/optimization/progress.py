@@ -100,15 +100,16 @@ class SearchProgress:
         )
 
     def _start_bar(self) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        from var_moe.terminal import console
 
         self._bar = Progress(
             TextColumn("optimizing"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("ETA {task.fields[eta]}"),
-            console=Console(file=self._stream),
+            console=console(self._stream),
         )
         self._task = self._bar.add_task(
             "optimizing", total=self._total, completed=self._finished, eta="-"
@@ -117,7 +118,7 @@ class SearchProgress:
 
     def _say(self, line: str) -> None:
         if self._bar is not None:
-            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._bar.console.print(line, soft_wrap=True)
         else:
             print(line, file=self._stream, flush=True)
 

@@ -10,9 +10,10 @@ from var_moe.evaluation.apart import Apart
 from var_moe.optimization.candidate import kind_of
 from var_moe.optimization.criteria import success_criteria
 from var_moe.optimization.remeasure import Measured
+from var_moe.terminal import WIDTH, show
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import RenderableType
 
 
 MET = {True: "yes", False: "NO", None: "-"}
@@ -139,16 +140,8 @@ def summary_parts(
     return parts
 
 
-def as_text(parts: Sequence[RenderableType], *, width: int = 118) -> str:
+def as_text(parts: Sequence[RenderableType]) -> str:
     """The parts as plain text."""
-    from rich.console import Console
-
     buffer = io.StringIO()
-    show(parts, Console(file=buffer, width=width, no_color=True))
+    show(*parts, stream=buffer, width=WIDTH)
     return buffer.getvalue()
-
-
-def show(parts: Sequence[RenderableType], console: Console) -> None:
-    """Print the parts."""
-    for part in parts:
-        console.print(part, highlight=False, markup=False)
