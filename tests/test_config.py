@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from var_moe.config import DOCUMENTED_FIELDS, PRESETS, VARConfig
+from var_moe.config import DOCUMENTED_FIELDS, PRESETS, VARConfig, check_seed
 from var_moe.errors import UsageError
 
 DOCUMENTED = {
@@ -99,3 +99,26 @@ def test_residuals_in_plain_mode_are_refused():
 def test_unknown_preset():
     with pytest.raises(UsageError, match="conservative, balanced, aggressive"):
         VARConfig.preset("bold")
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**64, 1.5, True, "3"])
+def test_a_seed_is_checked_wherever_it_is_taken(seed):
+    from var_moe.certification.settings import CertifySettings
+    from var_moe.evaluation.batching import drawn
+    from var_moe.fitting.compensation import FitSettings
+    from var_moe.optimization.preparation import sample_documents
+    from var_moe.optimization.settings import TuneSettings
+
+    line = rf"^seed = {seed!r}: expected an integer in \[0, 4294967295\]"
+    for take in (
+        check_seed,
+        lambda seed: TuneSettings(seed=seed),
+        lambda seed: CertifySettings(seed=seed),
+        lambda seed: FitSettings(seed=seed),
+        lambda seed: drawn([], 5, seed),
+        lambda seed: sample_documents([None, None], 1, seed),
+    ):
+        with pytest.raises(UsageError, match=line):
+            take(seed)
+    assert check_seed(2**32 - 1) == 2**32 - 1
+    assert check_seed(None) is None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from var_moe.errors import UsageError
 from var_moe.storage import atomic_write_json, read_json
 
 MODES = ("verified", "plain")
+SEEDS = 2**32  # numpy, torch, Optuna and scikit-optimize take as many
 CACHE_SCOPES = ("shared", "document")
 DOCUMENTED_FIELDS = (
     "frequency_threshold",
@@ -185,3 +187,16 @@ SEARCH_SPACE: dict[str, dict[str, Any]] = {
     "context_window_size": {"type": "int", "low": 2, "high": 8, "default": 4},
 }
 """The documented search space of VARConfig's six thresholds."""
+
+
+def check_seed(seed: Any) -> int | None:
+    """A seed as every command and function takes it: None, or an integer below 2**32.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if seed is None:
+        return None
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= int(seed) < SEEDS:
+        raise UsageError(f"seed = {seed!r}: expected an integer in [0, {SEEDS - 1}]")
+    return int(seed)

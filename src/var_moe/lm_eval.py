@@ -15,19 +15,18 @@ from var_moe.errors import UsageError
 from var_moe.evaluation.token_ids import check_ids
 from var_moe.exported.folder import load_exported
 from var_moe.exported.place import HEAD_FILE
+from var_moe.extras import require
 from var_moe.models.loading import DEMO_FOLDER, LoadedModel
 from var_moe.optimization.candidate import PolicySettings, load_candidate, policy_of
 from var_moe.optimization.validation import find_profile
 from var_moe.profiling.fitted_files import load_compensation
 from var_moe.routing.base import RoutingPolicy
+from var_moe.storage import expanded
 
-try:
-    from lm_eval.api.registry import register_model
-    from lm_eval.models.huggingface import HFLM
-except ImportError as error:
-    raise UsageError(
-        f"the LM Evaluation Harness is not installed ({error}): pip install 'var-moe[eval]'"
-    ) from error
+require("lm_eval.models.huggingface")
+
+from lm_eval.api.registry import register_model  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
 
 
 @register_model("var-moe")
@@ -66,6 +65,8 @@ class VarMoeLM(HFLM):  # type: ignore[misc]
         if pretrained == "demo":
             pretrained = str(DEMO_FOLDER)
             options.setdefault("dtype", "float32")  # stored as float16 to be small
+        pretrained, var_config = expanded(pretrained), expanded(var_config)
+        profile, compensation = (one and expanded(one) for one in (profile, compensation))
         super().__init__(pretrained=pretrained, **options)
         loaded = LoadedModel.of(self.model, self.tokenizer, name=pretrained)
         self.policy = policy_for(loaded, var_config, profile=profile, compensation=compensation)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import tempfile
@@ -87,6 +88,11 @@ def check_output_folder(path: str | Path) -> Path:
                 raise UsageError(f"{place}: cannot be written; choose another --output")
             break
     return path
+
+
+def expanded(value: str) -> str:
+    """`value` with the home folder for each ``~`` that begins it, or what follows a comma."""
+    return re.sub(r"(?:^|(?<=,))(\s*)(~[^/,]*)", lambda m: m[1] + os.path.expanduser(m[2]), value)  # noqa: PTH111
 
 
 def sha256_of(parts: Iterable[str | bytes]) -> str:

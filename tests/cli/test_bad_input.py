@@ -236,3 +236,18 @@ def test_a_long_grid_needs_a_yes(refused, tmp_path):
 def test_debug_shows_the_traceback(tmp_path):
     with pytest.raises(Exception, match="no such VAR configuration"):
         main(["tune", "--validate", str(tmp_path / "no.json"), "--debug"])
+
+
+COMMANDS = ("tune", "profile", "evaluate", "compare", "trace", "analyze", "certify x", "guard x")
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "fit-compensation --profile x"])
+def test_a_seed_is_checked_by_every_command(refused, command, tmp_path):
+    for seed in ("-1", str(2**32), str(2**64)):
+        line = refused(*command.split(), "--seed", seed, "--output", tmp_path / "out")
+        assert f"seed = {seed}: expected an integer in [0, 4294967295]" in line
+    assert "--seed" in refused(*command.split(), "--seed", "1.5")
+    path = tmp_path / "options.yaml"
+    path.write_text("seed: -1\n")
+    assert "seed = -1" in refused(*command.split(), "--options", path)
+    assert not (tmp_path / "out").exists()

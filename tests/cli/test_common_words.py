@@ -43,6 +43,20 @@ def test_words_are_told_from_a_commands_own():
         assert words.rest == ("tune",)
 
 
+def test_the_home_folder_is_meant_wherever_a_path_is_given(options, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = options("model: ~/m\nprofile: '~'\ndataset: ~/a,demo, ~/b\nbounds: [tau=~]\n")
+    found = shown(capsys, "tune", "--options=~/options.yaml", "--output=~/there")
+    assert found == shown(capsys, "tune", "--options", path, "--output", "~/there")
+    assert found["output"] == f"{tmp_path}/there"
+    assert found["model"] == f"{tmp_path}/m"
+    assert found["profile"] == str(tmp_path)
+    assert found["dataset"] == f"{tmp_path}/a,demo, {tmp_path}/b"
+    assert found["bounds"] == ["tau=~"]
+    found = shown(capsys, "report", "~/r", "--output", "~no-such-user/x~y")
+    assert (found["results"], found["output"]) == (f"{tmp_path}/r", "~no-such-user/x~y")
+
+
 def test_words_of_another_program_are_left_alone():
     given = ["lm-eval", "--model_args", "a=b", "--json", "--some-thing"]
     assert read_words(given).rest == tuple(given)

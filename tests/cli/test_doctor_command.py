@@ -52,8 +52,8 @@ def test_what_is_needed_and_missing_fails(capsys, monkeypatch):
 def test_an_extra_names_its_command(monkeypatch):
     monkeypatch.setattr(diagnosis, "version_of", lambda _name: None)
     rows = {package.name: package.to_dict() for package in diagnosis.PACKAGES}
-    assert rows["plotly"]["install"] == "pip install 'var-moe[report]'"
-    assert not rows["plotly"]["needed"]
+    assert rows["kaleido"]["install"] == "pip install 'var-moe[figures]'"
+    assert not rows["kaleido"]["needed"]
 
 
 def test_what_is_slow_is_said_with_its_reason():

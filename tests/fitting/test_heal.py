@@ -324,6 +324,6 @@ def test_impossible_settings_are_refused(values, word):
 
 def test_missing_peft_is_named_before_any_work(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(UsageError, match=r"peft: pip install 'var-moe\[heal\]'") as found:
+    with pytest.raises(UsageError, match=r"needs peft: pip install 'var-moe\[heal\]'") as found:
         HealSettings(parts=("lora",))
     assert found.value.exit_code == 2

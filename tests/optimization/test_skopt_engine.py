@@ -25,7 +25,7 @@ def test_not_installed(monkeypatch):
     with pytest.raises(UsageError) as caught:
         search(objective)
     assert str(caught.value) == (
-        "scikit-optimize not found: pip install scikit-optimize (or pip install var-moe[skopt])"
+        "tune --engine skopt needs scikit-optimize: pip install 'var-moe[skopt]'"
     )
     assert objective.seen == []
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from var_moe.config import check_seed
 from var_moe.errors import UsageError
 from var_moe.evaluation.compare import SpeedSetting
 from var_moe.optimization.objective_protocol import check_bound
@@ -52,6 +53,7 @@ class CertifySettings:
     setting: SpeedSetting = field(default_factory=SpeedSetting)
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         if check_bound(self.max_degradation) == 0:
             raise UsageError(
                 "max_degradation = 0: expected more than 0; that a loss is not one bit higher "

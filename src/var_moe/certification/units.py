@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from var_moe.config import check_seed
 from var_moe.evaluation.documents import by_page
 from var_moe.evaluation.groups import Groups
 from var_moe.evaluation.perplexity import DocumentLosses
@@ -33,7 +34,7 @@ def pages(documents: Sequence[EncodedDocument], *, seed: int) -> list[Unit]:
     evidence than they are. A document that is no section is a page by itself.
     """
     groups = by_page(documents)
-    return [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
+    return [groups[i] for i in np.random.default_rng(check_seed(seed)).permutation(len(groups))]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from var_moe.extras import OPTIONAL
 from var_moe.storage import SCHEMA_VERSION, provenance, version_of
 
 if TYPE_CHECKING:
@@ -32,23 +33,22 @@ class Package:
     Args:
         name: as pip knows it.
         why: what it is needed for.
-        extra: the extra that installs it; empty where var_moe does not work without it.
+        install: the command that installs it; empty where var_moe does not work without it.
     """
 
     name: str
     why: str
-    extra: str = ""
+    install: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """With the installed version, or the command that installs it."""
         version = version_of(self.name)
-        wanted = f"'var-moe[{self.extra}]'" if self.extra else self.name
         return {
             "name": self.name,
             "version": version,
-            "needed": not self.extra,
+            "needed": not self.install,
             "why": self.why,
-            "install": None if version else f"pip install {wanted}",
+            "install": None if version else self.install or f"pip install {self.name}",
         }
 
 
@@ -68,10 +68,9 @@ PACKAGES = (
     Package(name="rich", why="tables"),
     Package(name="cyclopts", why="the command line"),
     Package(name="PyYAML", why="--options FILE"),
-    Package(name="plotly", why="pictures", extra="report"),
-    Package(name="scikit-optimize", why="tune --engine skopt", extra="skopt"),
-    Package(name="peft", why="fit-compensation --heal lora", extra="heal"),
-    Package(name="lm_eval", why="var-moe lm-eval", extra="eval"),
+    Package(name="plotly", why="reports"),
+    Package(name="jinja2", why="reports"),
+    *(Package(name=one.package, why=one.purpose, install=one.install) for one in OPTIONAL.values()),
 )
 
 

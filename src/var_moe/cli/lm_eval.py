@@ -17,6 +17,9 @@ def lm_eval(*words: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> int
     Args:
         words: those of `lm_eval`; `var-moe lm-eval --help` shows them.
     """
+    from var_moe.extras import require
+
+    require("lm_eval")
     from lm_eval.__main__ import cli_evaluate
 
     import var_moe.lm_eval  # noqa: F401, which registers the model

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, Token, convert
 
 from var_moe import __version__
 from var_moe.cli.analyze import analyze
@@ -28,6 +29,7 @@ from var_moe.cli.text_column import with_text_column
 from var_moe.cli.trace import trace
 from var_moe.cli.tune import tune
 from var_moe.cli.words import FORWARDED, Words, read_words
+from var_moe.config import check_seed
 from var_moe.errors import UsageError, VarMoeError
 from var_moe.storage import command_line
 from var_moe.terminal import steady_streams
@@ -46,17 +48,33 @@ def build_app() -> App:
         "would use, as such a file) and `--debug` (tracebacks).",
         version=__version__,
         # Options are documented with underscores; `read_words` makes hyphens work as well.
-        default_parameter=Parameter(negative=(), name_transform=lambda name: name),
+        default_parameter=Parameter(
+            negative=(), name_transform=lambda name: name, converter=_converted
+        ),
         result_action="return_value",
         suppress_keyboard_interrupt=False,  # `main` says what is kept
     )
     commands = (tune, certify, stability, guard, profile, evaluate, compare, trace, replay)
     for command in (*commands, analyze, report, export, doctor, demo):
-        app.command(with_text_column(command))
-    app.command(with_text_column(fit_compensation), name="fit-compensation")
+        app.command(with_text_column(command), validator=_check_options)
+    app.command(
+        with_text_column(fit_compensation), name="fit-compensation", validator=_check_options
+    )
     app.command(lm_eval, name=FORWARDED, help_flags=(), version_flags=())
     app.register_install_completion_command(name=("--install_completion", "--install-completion"))
     return app
+
+
+def _converted(kind: Any, tokens: Sequence[Token]) -> Any:
+    """A value as cyclopts reads it; where an integer is wanted, it would round 1.5 to 2."""
+    if kind is int and "." in tokens[0].value and not float(tokens[0].value).is_integer():
+        raise ValueError
+    return convert(kind, tokens)
+
+
+def _check_options(*, seed: int | None = None, **_others: object) -> None:
+    """What is asked of the options of every command."""
+    check_seed(seed)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

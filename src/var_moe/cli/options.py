@@ -11,6 +11,7 @@ from cyclopts import App
 from cyclopts.config import Dict
 
 from var_moe.errors import UsageError
+from var_moe.storage import expanded
 
 
 def load_options(path: Path, command: str) -> Dict:
@@ -38,10 +39,16 @@ def load_options(path: Path, command: str) -> Dict:
         name = str(key).replace("-", "_")
         if name in data:
             raise UsageError(f"{path}: {name!r} is given twice, with a hyphen and without")
-        data[name] = value
+        data[name] = _read(value)
     # Below the command's name: at the top, options that are called as a command is (--profile)
     # would be taken for that command's.
     return Dict({command: data}, source=str(path), use_commands_as_keys=True)
+
+
+def _read(value: Any) -> Any:
+    if isinstance(value, str):
+        return expanded(value)
+    return [_read(item) for item in value] if isinstance(value, list) else value
 
 
 def effective_options(app: App, words: tuple[str, ...]) -> str:

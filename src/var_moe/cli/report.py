@@ -29,13 +29,13 @@ def report(
             figures beside the page.
         open: show the page in the browser.
     """
+    from var_moe.report.export import check_formats, export_figures
     from var_moe.report.page import write_report
 
+    check_formats(figures or ())
     path = write_report(results, output)
     print(f"Report: {path}")
     if figures:
-        from var_moe.report.export import export_figures
-
         written = export_figures(results, figures, path.parent / "figures")
         print(f"Figures: {len(written)} in {path.parent / 'figures'}")
     if open:

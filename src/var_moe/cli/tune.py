@@ -159,9 +159,9 @@ def tune(
     if method == "grid" and exhaustive and not yes:
         confirm_grid(grid_size(space, n_points))
     if method == "bayesian" and engine == "skopt":
-        from var_moe.optimization.skopt_engine import require_skopt
+        from var_moe.extras import require
 
-        require_skopt()
+        require("skopt")
     if not quiet:
         print(f"loading model {model} ...", file=sys.stderr, flush=True)
     from var_moe.cli.report import make_report

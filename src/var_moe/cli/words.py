@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from var_moe.errors import UsageError
+from var_moe.storage import expanded
 
 FORWARDED = "lm-eval"
 """The command whose words are another program's, to be left as they are."""
@@ -67,11 +68,16 @@ def read_words(arguments: Sequence[str]) -> Words:
 
 
 def normalise(arguments: Sequence[str]) -> list[str]:
-    """``--max-samples`` and ``--max_samples`` are one option."""
+    """``--max-samples`` and ``--max_samples`` are one option; ``~`` is the home folder.
+
+    A shell knows ``~`` as a word's first sign alone: not in ``--output=~/there``, not in quotes.
+    """
     out = []
     for argument in arguments:
         if argument.startswith("--"):
             name, equals, value = argument.partition("=")
-            argument = "--" + name[2:].replace("-", "_") + equals + value
+            argument = "--" + name[2:].replace("-", "_") + equals + expanded(value)
+        else:
+            argument = expanded(argument)
         out.append(argument)
     return out

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from var_moe.config import check_seed
 from var_moe.errors import UsageError
 from var_moe.routing.decision import TokenBatch
 
@@ -38,7 +39,7 @@ def drawn(
     if max_tokens is None:
         return dict(enumerate(documents))
     found: dict[int, EncodedDocument] = {}
-    for at in np.random.default_rng(seed).permutation(len(documents)).tolist():
+    for at in np.random.default_rng(check_seed(seed)).permutation(len(documents)).tolist():
         ids = documents[at].ids[:max_tokens]
         if max_tokens < 2 and found:
             break

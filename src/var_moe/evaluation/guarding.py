@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from var_moe.apply import Session, routed
+from var_moe.config import check_seed
 from var_moe.evaluation.batching import Window, collate, windows
 from var_moe.evaluation.compare import Progress
 from var_moe.evaluation.documents import by_page
@@ -33,7 +34,7 @@ def one_per_page(documents: Sequence[EncodedDocument], seed: int = 0) -> list[En
 
     Sections of one page are alike, so that they are no independent units.
     """
-    order = np.random.default_rng(seed).permutation(len(documents))
+    order = np.random.default_rng(check_seed(seed)).permutation(len(documents))
     return [sections[0] for sections in by_page([documents[position] for position in order])]
 
 
@@ -129,7 +130,7 @@ def play(
     """
     order = list(range(len(documents)))
     if seed is not None:
-        order = np.random.default_rng(seed).permutation(len(documents)).tolist()
+        order = np.random.default_rng(check_seed(seed)).permutation(len(documents)).tolist()
     device = next(loaded.model.parameters()).device
     before = session.policy.ids_before
     with torch.inference_mode():

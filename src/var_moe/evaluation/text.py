@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from var_moe.config import check_seed
 from var_moe.errors import UsageError
 from var_moe.evaluation.columns import with_column
 from var_moe.evaluation.documents import (
@@ -176,7 +177,7 @@ def _subset(
         raise UsageError(f"max_documents = {at_most}: expected at least 1")
     if at_most >= len(documents):
         return documents
-    drawn = np.random.default_rng(seed).permutation(len(documents))[:at_most]
+    drawn = np.random.default_rng(check_seed(seed)).permutation(len(documents))[:at_most]
     return [documents[i] for i in sorted(drawn)]
 
 

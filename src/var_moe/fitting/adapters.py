@@ -21,26 +21,13 @@ import torch
 from torch import nn
 
 from var_moe.errors import UsageError
+from var_moe.extras import require
 from var_moe.models.seam import experts_modules
 from var_moe.profiling.healed_files import AdapterKey, AdapterLayout, factors
 from var_moe.routing.healed import Change
 
 RANK = 8
 _NAME = "default"
-
-
-def require_peft() -> None:
-    """Check that peft is there.
-
-    Raises:
-        UsageError: it is not; says how to install it.
-    """
-    try:
-        import peft  # noqa: F401
-    except ModuleNotFoundError as error:
-        if error.name != "peft":
-            raise
-        raise UsageError("--heal lora needs peft: pip install 'var-moe[heal]'") from None
 
 
 def targets(model: Any) -> tuple[list[str], list[str]]:
@@ -164,7 +151,7 @@ def adapters(model: Any, *, rank: int = RANK, seed: int) -> Iterator[Adapters]:
     Raises:
         UsageError: no peft, or nothing to adapt.
     """
-    require_peft()
+    require("peft")
     from peft import LoraConfig, get_peft_model
 
     linears, parameters = targets(model)

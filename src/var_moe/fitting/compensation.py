@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from var_moe.config import check_seed
 from var_moe.errors import UsageError, VarMoeError
 from var_moe.fitting.checkpoint import Checkpoint
 from var_moe.fitting.distill import Distillation, Divergence, Trainable, divergence, forward
@@ -75,6 +76,7 @@ class FitSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         if self.rank is not None and self.rank < 0:
             raise UsageError(f"rank = {self.rank}: expected at least 0")
         for name, least in (("regress_tokens", 0), ("tokens", 0), ("tokens_per_batch", 1)):

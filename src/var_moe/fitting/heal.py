@@ -23,7 +23,8 @@ import torch
 from torch import nn
 
 from var_moe.errors import UsageError
-from var_moe.fitting.adapters import RANK, Adapters, adapters, require_peft
+from var_moe.extras import require
+from var_moe.fitting.adapters import RANK, Adapters, adapters
 from var_moe.fitting.checkpoint import Checkpoint
 from var_moe.fitting.descent import Descent, Progressed
 from var_moe.fitting.distill import Distillation, Trainable, divergence, forward
@@ -81,7 +82,7 @@ class HealSettings:
         if not 0 < self.rate < float("inf"):
             raise UsageError(f"heal rate = {self.rate}: expected a number above 0")
         if LORA in self.parts:
-            require_peft()
+            require("peft")
 
     @property
     def steps(self) -> tuple[tuple[str, ...], ...]:

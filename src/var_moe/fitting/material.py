@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from var_moe.config import check_seed
 from var_moe.errors import UsageError
 from var_moe.evaluation.batching import batches, collate
 
@@ -40,7 +41,7 @@ class Material:
         seed: int,
     ) -> None:
         self._window, self._size, self._seed = window, tokens_per_batch, seed
-        order = np.random.default_rng(seed).permutation(len(documents))
+        order = np.random.default_rng(check_seed(seed)).permutation(len(documents))
         self.held_out, self.text = split([documents[i] for i in order])
 
     def held_out_batches(self) -> list[TokenBatch]:

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from var_moe.config import check_seed
 from var_moe.errors import UsageError
+from var_moe.extras import require
 from var_moe.optimization.guided import GuidedPlan, check_enqueue, check_startup
 from var_moe.optimization.journal import JOURNAL_NAME, SearchHeader, as_store
 from var_moe.optimization.objective_protocol import Objective, bound_of
@@ -25,7 +27,6 @@ from var_moe.optimization.search_space import (
     Params,
     SearchSpace,
     check_count,
-    check_seed,
 )
 
 ENGINES = ("optuna", "skopt")
@@ -102,9 +103,9 @@ def bayesian_optimization(
 
             return suggest
     else:
-        from var_moe.optimization.skopt_engine import require_skopt, skopt_suggest
+        from var_moe.optimization.skopt_engine import skopt_suggest
 
-        require_skopt()
+        require("skopt")
         store = as_store(None if folder is None else folder / JOURNAL_NAME)
 
         def make_suggest(header: SearchHeader) -> Suggest:

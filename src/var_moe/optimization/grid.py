@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from var_moe.config import check_seed
 from var_moe.optimization.journal import SearchHeader, TrialJournal, as_store
 from var_moe.optimization.objective_protocol import Objective
 from var_moe.optimization.results import Evaluation, OptimizationResult
@@ -20,7 +21,6 @@ from var_moe.optimization.search_space import (
     SEARCH_SPACE,
     Params,
     SearchSpace,
-    check_seed,
     grid_point,
     grid_size,
 )

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from var_moe.config import DOCUMENTED_FIELDS, VARConfig
+from var_moe.config import DOCUMENTED_FIELDS, VARConfig, check_seed
 from var_moe.errors import UsageError
 from var_moe.evaluation.compare import Evaluator, SpeedSetting
 from var_moe.evaluation.cost import CostModel
@@ -178,7 +178,7 @@ def create_objective_function(
     check_droppable(loaded.name, loaded.top_k)
     documents = as_documents(validation_data, tokenizer)
     check_documents(documents, loaded.model, tokenizer, "validation_data")
-    order = np.random.default_rng(seed).permutation(len(documents))
+    order = np.random.default_rng(check_seed(seed)).permutation(len(documents))
     if profile is None:
         require_documents(documents, 4, "calibrating on one half and scoring the other")
         half = len(documents) // 2

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from var_moe.config import check_seed
 from var_moe.errors import UsageError
 from var_moe.evaluation.compare import Progress
 from var_moe.evaluation.documents import by_page
@@ -88,7 +89,7 @@ def sample_documents(
     """A seeded sample in the original order; all of them where there are no more."""
     if at_most is None or at_most >= len(documents):
         return list(documents)
-    chosen = np.random.default_rng(seed).permutation(len(documents))[:at_most]
+    chosen = np.random.default_rng(check_seed(seed)).permutation(len(documents))[:at_most]
     return [documents[i] for i in sorted(chosen)]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from var_moe.config import check_seed
 from var_moe.optimization.journal import SearchHeader, TrialJournal, as_store
 from var_moe.optimization.objective_protocol import Objective
 from var_moe.optimization.results import Evaluation, OptimizationResult
@@ -21,7 +22,6 @@ from var_moe.optimization.search_space import (
     Params,
     SearchSpace,
     check_count,
-    check_seed,
     sample,
 )
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from var_moe.config import check_seed
 from var_moe.optimization.correction import Correction, Floats, feasible_improvement
 from var_moe.optimization.forecast import Forecast, Forecaster
 from var_moe.optimization.guided import check_enqueue
@@ -34,7 +35,6 @@ from var_moe.optimization.search_space import (
     Params,
     SearchSpace,
     check_count,
-    check_seed,
     dimensions,
     point_key,
 )

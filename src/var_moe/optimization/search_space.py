@@ -255,15 +255,6 @@ def check_count(name: str, value: Any) -> int:
     return int(value)
 
 
-def check_seed(seed: Any) -> int | None:
-    """`seed` as None or an integer of at least 0, or UsageError."""
-    if seed is None:
-        return None
-    if not _is_number(seed, integer=True) or seed < 0:
-        raise UsageError(f"seed = {seed!r}: expected an integer of at least 0")
-    return int(seed)
-
-
 def _grid_values(space: SearchSpace, n_points_per_dim: int) -> list[list[int | float]]:
     n_points = check_count("n_points_per_dim", n_points_per_dim)
     return [d.grid(n_points) for d in dimensions(space)]

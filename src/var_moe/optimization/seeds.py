@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from var_moe.config import check_seed
 from var_moe.errors import UsageError, VarMoeError
 from var_moe.evaluation.compare import Progress
 from var_moe.evaluation.paired import degradation
@@ -18,7 +19,6 @@ from var_moe.optimization.journal import JOURNAL_NAME, STUDY_NAME
 from var_moe.optimization.ready import Ready, prepare
 from var_moe.optimization.replay_forecast import COST_FILE
 from var_moe.optimization.run import tune
-from var_moe.optimization.search_space import check_seed
 from var_moe.optimization.seed_runs import SeedRun, read_runs
 from var_moe.optimization.settings import TuneSettings
 from var_moe.optimization.stability import STABILITY_FILE, save_stability, stability

@@ -6,13 +6,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from var_moe.config import check_seed
 from var_moe.errors import UsageError
 from var_moe.evaluation.compare import SpeedSetting
 from var_moe.optimization.judgement import check_robust
 from var_moe.optimization.objective_protocol import check_bound
 from var_moe.optimization.policy_forecast import not_replayable
 from var_moe.optimization.results import jsonable
-from var_moe.optimization.search_space import SEARCH_SPACE, SearchSpace, check_seed
+from var_moe.optimization.search_space import SEARCH_SPACE, SearchSpace
 from var_moe.profiling.collect import DEFAULT_TOKENS
 from var_moe.routing.registry import policy_spec
 from var_moe.storage import check_output_folder

@@ -11,30 +11,12 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from var_moe.errors import UsageError
 from var_moe.optimization.guided import GuidedPlan, is_repeat
 from var_moe.optimization.results import Evaluation
 from var_moe.optimization.search import Suggest
 from var_moe.optimization.search_space import Dimension, Params, SearchSpace, dimensions
 
 _MIN_COMPLETE = 2
-
-
-def require_skopt() -> None:
-    """Raise UsageError, saying what to do, unless scikit-optimize can be imported."""
-    try:
-        import skopt  # noqa: F401
-    except ModuleNotFoundError as error:
-        if error.name not in ("skopt", None):
-            raise UsageError(f"scikit-optimize cannot be imported: {error}") from None
-        raise UsageError(
-            "scikit-optimize not found: pip install scikit-optimize (or pip install var-moe[skopt])"
-        ) from None
-    except Exception as error:  # an old release breaks on a new numpy in many ways
-        cause = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UsageError(
-            f"scikit-optimize cannot be imported ({cause}); pip install -U scikit-optimize"
-        ) from None
 
 
 def skopt_suggest(space: SearchSpace, plan: GuidedPlan) -> Suggest:

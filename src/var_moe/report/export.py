@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from var_moe.errors import UsageError
+from var_moe.extras import require
 from var_moe.report.page import build_report
 from var_moe.storage import atomic_write
 
@@ -24,17 +25,9 @@ def export_figures(folder: str | Path, formats: Sequence[str], output: str | Pat
         output: folder for the files.
 
     Raises:
-        UsageError: an unknown format, no results, or kaleido or its browser is missing.
+        UsageError: see `check_formats`; no results, or kaleido's browser is missing.
     """
-    unknown = [one for one in formats if one not in FORMATS]
-    if unknown:
-        raise UsageError(f"figure format {unknown[0]!r}: expected one of {', '.join(FORMATS)}")
-    try:
-        import kaleido  # noqa: F401
-    except ImportError:
-        raise UsageError(
-            "kaleido not found: figures as files need `pip install 'var-moe[figures]'`"
-        ) from None
+    check_formats(formats)
     written = []
     for picture in build_report(folder).pictures:
         figure = _for_paper(picture.figure)
@@ -43,6 +36,19 @@ def export_figures(folder: str | Path, formats: Sequence[str], output: str | Pat
             atomic_write(path, lambda place, f=figure, k=kind: _write(f, place, k))  # type: ignore[misc]
             written.append(path)
     return written
+
+
+def check_formats(formats: Sequence[str]) -> None:
+    """Check what figures need, before anything is written.
+
+    Raises:
+        UsageError: an unknown format, or kaleido is missing.
+    """
+    unknown = [one for one in formats if one not in FORMATS]
+    if unknown:
+        raise UsageError(f"figure format {unknown[0]!r}: expected one of {', '.join(FORMATS)}")
+    if formats:
+        require("kaleido")
 
 
 def _write(figure: Any, place: Path, kind: str) -> None:
