@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from var_moe.errors import UsageError
+from var_moe.errors import UsageError, VarMoeError
 from var_moe.storage import (
     atomic_write,
     atomic_write_json,
+    atomic_write_text,
     check_output_folder,
     provenance,
     read_json,
@@ -52,3 +53,18 @@ def test_provenance_names_versions_and_hardware():
     found = provenance()
     assert found["versions"]["torch"]
     assert found["hardware"]["cpus"] >= 1
+
+
+def test_what_cannot_be_written_is_named_by_its_own_name(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    for name in ("folder", "file/below.json", "x" * 300):
+        with pytest.raises(VarMoeError) as found:
+            atomic_write_text(tmp_path / name, "")
+        assert str(found.value).startswith(f"{tmp_path / name}: cannot be written (")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_a_name_that_is_no_text_is_written_as_its_code(tmp_path):
+    atomic_write_text(tmp_path / "a", "of b\udcff")
+    assert (tmp_path / "a").read_text() == "of b\\udcff"

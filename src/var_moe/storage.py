@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from var_moe.errors import UsageError
+from var_moe.errors import UsageError, VarMoeError
 
 SCHEMA_VERSION = 1
 
@@ -26,8 +26,20 @@ _COMMAND: ContextVar[str | None] = ContextVar("command", default=None)
 
 
 def atomic_write(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it into place."""
+    """Let `write` fill a temporary file beside `path`, then rename it into place.
+
+    Raises:
+        VarMoeError: it cannot be written; names the path and the system's reason.
+    """
     path = Path(path)
+    try:
+        _write_beside(path, write)
+    except OSError as error:
+        reason = error.strerror or error
+        raise VarMoeError(f"{path}: cannot be written ({reason})") from error
+
+
+def _write_beside(path: Path, write: Callable[[Path], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
@@ -81,7 +93,11 @@ def check_output_folder(path: str | Path) -> Path:
     """
     path = Path(path)
     for place in (path, *path.parents):
-        if place.exists():
+        try:
+            there = place.exists()
+        except OSError as error:  # such as a name that is too long
+            raise UsageError(f"{place}: {error.strerror}; choose another --output") from None
+        if there:
             if not place.is_dir():
                 raise UsageError(f"{place}: is a file; --output expects a folder")
             if not os.access(place, os.W_OK):

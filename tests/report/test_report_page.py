@@ -182,3 +182,95 @@ def test_a_failed_report_leaves_the_old_one(sample):
         write_report(sample)
     assert path.read_bytes() == before
     assert [one.name for one in sample.glob(".report*")] == []
+
+
+REFUSED = {"certified": False, "tests": [], "claims": [], "by_dataset": []}
+
+
+@pytest.fixture
+def without_answer(sample, change):
+    """A search and a certification that both ended with nothing."""
+    certificate = json.loads((sample / "certificate.json").read_text())
+    gone = ("certified_config", "certified_name")
+    certificate = {k: v for k, v in certificate.items() if k not in gone} | REFUSED
+    (sample / "certificate.json").write_text(json.dumps(certificate))
+    metadata = json.loads((sample / "optimization_metadata.json").read_text())
+    search = {**metadata["search"], "nearest_miss": {"config": {"policy": "damage"}}}
+    rows = [{**row, "passed": False, "speedup": None} for row in metadata["remeasured"]]
+    change("optimization_metadata", answer="All violate it.", search=search, remeasured=rows)
+    for name in ("best_config", "validation_results"):
+        (sample / f"{name}.json").unlink()
+    return change("optimization_results", best_params=None)
+
+
+def test_a_search_and_a_certification_with_nothing_have_a_report(without_answer):
+    top = build_report(without_answer).headline
+    assert [answer.tone for answer in top.answers] == ["bad", "bad"]
+    assert top.configuration == {"policy": "damage"}
+    (without_answer / "certificate.json").unlink()
+    assert len(build_report(without_answer).headline.answers) == 1
+
+
+def test_a_refused_certificate_alone_has_a_report(without_answer):
+    for name in ("optimization_results", "optimization_metadata", "pareto"):
+        (without_answer / f"{name}.json").unlink()
+    assert build_report(without_answer).sections[0].name == "certificate"
+
+
+@pytest.mark.parametrize("best", [{"x": 1.0}, None])
+def test_a_search_that_a_program_saved_has_a_report(best, tmp_path):
+    from var_moe.optimization.results import OptimizationResult
+    from var_moe.optimization.saving import save_optimization_results
+
+    result = OptimizationResult(
+        best_params=best or {"x": 2.0},
+        best_score=0.5,
+        evaluations=(),
+        optimization_time=1.0,
+        converged=False,
+        method="random",
+        seed=3,
+        extra={} if best else {"nearest_miss": {"degradation": 0.5}},
+    )
+    save_optimization_results(result, tmp_path)
+    top = build_report(tmp_path).headline
+    assert top.configuration == best
+    assert ("0.5" in top.answers[0].sentence) == bool(best)
+
+
+def test_another_bounds_answer_has_a_report(sample):
+    metadata = json.loads((sample / "optimization_metadata.json").read_text())
+    for path in sample.glob("*.json"):
+        path.unlink()
+    metadata |= {"answer": "Fastest verified configuration: 1.2x", "answered_from": "there"}
+    (sample / "optimization_metadata.json").write_text(json.dumps(metadata))
+    assert build_report(sample).headline.answers[0].sentence == metadata["answer"]
+
+
+def test_a_guard_has_a_report(tmp_path):
+    rows = [
+        {"text": name, "documents": 50, "alarm_at": at} for name, at in (("own", None), ("kjv", 7))
+    ]
+    (tmp_path / "guard_check.json").write_text(json.dumps({"schema_version": 1, "checks": rows}))
+    report = build_report(tmp_path)
+    assert report.headline.answers[0].sentence == "own: no alarm; kjv: alarm."
+    assert [one.name for one in report.sections] == ["guard", "origin"]
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "line"),
+    [
+        ("certificate.json", '{"schema_version": 1', "certificate.json: not valid JSON"),
+        ("certificate.json", '{"schema_version": 1}', "certificate.json ('certified' is missing)"),
+        ("cost_model.json", "{}", "cost_model.json ('setting' is missing)"),
+        ("pareto.json", '{"schema_version": 1, "points": 3}', r"pareto.json ('int' object is not"),
+        ("profile/profile.json", "[]", "profile.json: expected an object"),
+        ("profile/routing_stats.parquet", "PAR1", "routing_stats.parquet: not a table of a"),
+    ],
+)
+def test_a_broken_file_is_named_with_what_is_wrong_in_it(with_profile, file, text, line):
+    (with_profile / file).write_text(text)
+    with pytest.raises(UsageError) as found:
+        build_report(with_profile)
+    assert line in str(found.value)
+    assert "\n" not in str(found.value)

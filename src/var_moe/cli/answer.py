@@ -10,7 +10,8 @@ from var_moe.errors import UsageError
 
 def answer(folder: Path, max_degradation: float | None, output: Path | None) -> Answer:
     """Another bound, answered from the front of a finished search."""
-    from var_moe.cli.tables import print_front
+    from var_moe.cli.report import make_report
+    from var_moe.cli.tables import front_answer, print_front
     from var_moe.optimization.front import answer_from
     from var_moe.optimization.saving import CONFIG_FILE, METADATA_FILE
     from var_moe.storage import (
@@ -20,7 +21,7 @@ def answer(folder: Path, max_degradation: float | None, output: Path | None) -> 
         provenance,
         read_json,
     )
-    from var_moe.terminal import show_next
+    from var_moe.terminal import show, show_next
 
     if max_degradation is None:
         raise UsageError("--from needs --max_degradation: the bound to answer")
@@ -32,10 +33,14 @@ def answer(folder: Path, max_degradation: float | None, output: Path | None) -> 
     profile = metadata.get("profile", {})
     if (folder / "profile").is_dir():
         profile["path"] = str(folder / "profile")
-    atomic_write_json(place / METADATA_FILE, {**metadata, "answered_from": str(folder)})
+    told = front_answer(best, max_degradation)
+    metadata |= {"max_degradation": max_degradation, "answer": told, "answered_from": str(folder)}
+    atomic_write_json(place / METADATA_FILE, metadata)
     atomic_write_json(place / CONFIG_FILE, best["config"])
-    print_front(points, best, max_degradation=max_degradation)
+    show(told)
+    print_front(points, max_degradation=max_degradation)
     print(f"Saved: {place / CONFIG_FILE}")
+    make_report(place)
     show_next("tune", "--validate", place / CONFIG_FILE)
     return Answer(
         {

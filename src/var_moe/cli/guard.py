@@ -63,6 +63,7 @@ def guard(
         trust_remote_code: run a Hub model's own code.
         quiet: no progress.
     """
+    from var_moe.cli.report import make_report
     from var_moe.cli.searched import search_of
     from var_moe.config import check_number
     from var_moe.errors import UsageError
@@ -130,6 +131,7 @@ def guard(
     for row in rows:
         print(_line(row))
     print(f"Saved: {place / GUARD_FILE}, {place / CHECK_FILE}")
+    make_report(place)
     return Answer(result)
 
 

@@ -112,6 +112,8 @@ def _main(given: list[str]) -> int:
     except Exception as error:
         if words.debug:
             raise
+        if isinstance(error, OSError) and error.filename:
+            return _fail(f"{error.filename}: {error.strerror}", 1, "--debug shows where")
         return _fail(f"{type(error).__name__}: {error}", 1, "--debug shows where")
 
 

@@ -25,7 +25,8 @@ def load_options(path: Path, command: str) -> Dict:
     import yaml
 
     if not path.is_file():
-        raise UsageError(f"{path}: no such file; expected options of a command in YAML")
+        what = "a folder" if path.is_dir() else "no such file"
+        raise UsageError(f"{path}: {what}; expected a file with options of a command in YAML")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -188,21 +188,24 @@ def print_policies(result: Mapping[str, Any]) -> None:
     show(table)
 
 
-def print_front(
-    points: Sequence[Mapping[str, Any]], best: Mapping[str, Any], *, max_degradation: float
-) -> None:
-    """The verified points of a search's front, and the one that answers a bound."""
-    from rich.table import Table
-
+def front_answer(best: Mapping[str, Any], max_degradation: float) -> str:
+    """The verified point that answers a bound, in one sentence."""
     limit, speed = f"{100 * max_degradation:g}%", "not timed"
     if best["speedup_95"]:  # none where the point broke the bound of its own search
         speed = "{:.3f}x [{:.3f}, {:.3f}]".format(best["speedup"], *best["speedup_95"])
-    show(
+    return (
         f"Fastest verified configuration with degradation below {limit}: {speed} at "
         f"{100 * best['degradation']:+.2f}% perplexity "
         f"(95% upper bound {100 * best['degradation_upper_95']:+.2f}%), "
-        f"{best['experts_per_token']:.2f} experts per token",
+        f"{best['experts_per_token']:.2f} experts per token"
     )
+
+
+def print_front(points: Sequence[Mapping[str, Any]], *, max_degradation: float) -> None:
+    """The verified points of a search's front."""
+    from rich.table import Table
+
+    limit = f"{100 * max_degradation:g}%"
     table = Table(title="Verified points, the safest first", title_justify="left")
     for heading in ("", "change (95% upper)", "speedup [95%]", "experts/token", "keeps " + limit):
         table.add_column(heading, justify="right" if heading else "left")

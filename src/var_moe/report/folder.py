@@ -23,7 +23,7 @@ FILES = {
     "stability": "stability.json",
     "comparison": "comparison.json",
     "evaluation": "evaluation.json",
-    "guard": "guard.json",
+    "guard": "guard_check.json",
     "analysis": "systems_analysis.json",
     "components": "profile_report.json",
     "routing": "routing_analysis.json",
@@ -50,9 +50,12 @@ class Results:
     folder: Path
     parts: dict[str, Any] = field(default_factory=dict)
     stats: pd.DataFrame | None = None
+    asked: set[str] = field(default_factory=set)
+    """Parts that were asked for; emptied by whoever wants to know."""
 
     def get(self, name: str) -> Any:
         """A part, or None."""
+        self.asked.add(name)
         return self.parts.get(name)
 
     @property
@@ -61,7 +64,7 @@ class Results:
         if "search" not in self.parts:
             return None
         best = self.parts["search"]["best_params"]
-        rows: list[dict[str, Any]] = self.parts["metadata"]["remeasured"]
+        rows: list[dict[str, Any]] = self.parts["metadata"].get("remeasured", [])
         return next((row for row in rows if row["config"] == best), None)
 
 
@@ -84,8 +87,8 @@ def read_results(folder: Path) -> Results:
             raise UsageError(f"{folder}: {FILES[name]} is there, {FILES[needed]} is missing")
     stats = _stats(folder, parts)
     if not parts.keys() - {"cost"} and stats is None:
-        known = ", ".join(FILES.values())
-        raise UsageError(f"{folder}: nothing to report; expected one of {known}")
+        known = ", ".join(file for name, file in FILES.items() if name != "cost")
+        raise UsageError(f"{folder}: nothing to report; expected one of {known}, {STATS_FILE}")
     return Results(folder=folder, parts=parts, stats=stats)
 
 
@@ -114,8 +117,18 @@ def _stats(folder: Path, parts: dict[str, Any]) -> pd.DataFrame | None:
         if not (place / STATS_FILE).is_file() or not (place / PROFILE_FILE).is_file():
             continue
         head = read_json(place / PROFILE_FILE, what="profile head")
+        if not isinstance(head, dict):
+            raise UsageError(f"{place / PROFILE_FILE}: expected an object at the top")
         if profile.get("hash") in (None, head.get("hash")):
-            import pandas as pd
-
-            return pd.read_parquet(place / STATS_FILE)
+            return _table(place / STATS_FILE)
     return None
+
+
+def _table(path: Path) -> pd.DataFrame:
+    import pandas as pd
+
+    try:
+        return pd.read_parquet(path)
+    except (ValueError, OSError) as error:
+        line = str(error).partition("\n")[0]
+        raise UsageError(f"{path}: not a table of a profile ({line}); profile again") from None

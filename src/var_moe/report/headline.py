@@ -60,6 +60,8 @@ def headline(results: Results) -> Headline:
         ("evaluation", _of_evaluation),
         ("analysis", _of_analysis),
         ("routing", _of_routing),
+        ("guard", _of_guard),
+        ("metadata", _of_bound),
     ):
         if results.get(name) is not None:
             return made(results)
@@ -140,6 +142,8 @@ def _measured_cards(row: Mapping[str, Any], top_k: int, bound: float, where: str
 
 def _of_search(results: Results) -> Headline:
     search, metadata = results.get("search"), results.get("metadata")
+    if "identity" not in metadata:
+        return _of_own_search(search)
     settings, identity = metadata["settings"], metadata["identity"]
     bound, top_k = metadata["max_degradation"], metadata["geometry"]["top_k"]
     best = search["best_params"]
@@ -148,7 +152,7 @@ def _of_search(results: Results) -> Headline:
     cards = _measured_cards(row, top_k, bound, "validation") if row else []
     validation, certificate = results.get("validation"), results.get("certificate")
     chosen = metadata["answer"]
-    if certificate and certificate["certified_config"] not in (None, best):
+    if certificate and certificate.get("certified_config") not in (None, best):
         chosen = f"Chosen by the search, not certified: {chosen[:1].lower()}{chosen[1:]}"
     answers = (
         *_certified(certificate),
@@ -165,6 +169,43 @@ def _of_search(results: Results) -> Headline:
         configuration=(certificate or {}).get("certified_config")
         or best
         or metadata.get("search", {}).get("nearest_miss", {}).get("config"),
+    )
+
+
+def _of_own_search(search: Mapping[str, Any]) -> Headline:
+    """Of a search that a program made and saved: what it searched is not known."""
+    best = search["best_params"]
+    found = (
+        f"The best score is {search['best_score']:.4g}."
+        if best
+        else "No parameters keep the bound."
+    )
+    return Headline(
+        title=f"Search by the {search['method']} method",
+        question="Which parameters score best?",
+        answers=(Answer(sentence=found, tone=GOOD if best else BAD),),
+        configuration=best,
+    )
+
+
+def _of_bound(results: Results) -> Headline:
+    found = results.get("metadata")
+    identity = found["identity"]
+    return Headline(
+        title=f"{identity['model']} on {identity['dataset']}",
+        question="Which verified configuration of an earlier search runs fastest, while perplexity "
+        f"rises by less than {limit(found['max_degradation'])}?",
+        answers=(Answer(sentence=found["answer"], tone=GOOD),),
+    )
+
+
+def _of_guard(results: Results) -> Headline:
+    rows = results.get("guard")["checks"]
+    told = [f"{row['text']}: {'no alarm' if row['alarm_at'] is None else 'alarm'}" for row in rows]
+    return Headline(
+        title="Guard",
+        question="Does the guard tell other text from that it was calibrated on?",
+        answers=(Answer(sentence=f"{'; '.join(told)}."),),
     )
 
 

@@ -43,8 +43,8 @@ def _of_forecasts(results: Results) -> Picture | None:
 def _of_evaluations(results: Results) -> Picture | None:
     """Of the model's own evaluations (Optuna's PED-ANOVA, Watanabe et al. 2023)."""
     search, metadata = results.get("search"), results.get("metadata")
-    if search is None or metadata.get("replay"):
-        return None  # a search by replay evaluates near the bound alone
+    if search is None or metadata.get("replay") or "settings" not in metadata:
+        return None  # a search by replay evaluates near the bound alone; a program's has no space
     rows = [row for row in search["all_results"] if row["state"] == "complete"]
     shares = ped_anova(rows, metadata["settings"]["space"])
     if not shares:

@@ -73,6 +73,8 @@ def _facts(results: Results) -> dict[str, str]:
 
 
 def _search_facts(metadata: Mapping[str, Any]) -> dict[str, str]:
+    if "identity" not in metadata:
+        return {"seed": str(metadata["seed"])}  # a program's own search
     identity = metadata["identity"]
     measured = identity["setting"]
     facts = {

@@ -7,13 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import TypeVar
 
 from var_moe.errors import UsageError
 from var_moe.report.blocks import Picture, Section
 from var_moe.report.certified import certificate_section
 from var_moe.report.comparison import comparison_section
 from var_moe.report.evaluated import evaluation_section
-from var_moe.report.folder import Results, read_results
+from var_moe.report.folder import FILES, STATS_FILE, Results, read_results
+from var_moe.report.guarded import guard_section
 from var_moe.report.headline import Headline, headline
 from var_moe.report.held_out import held_out_section
 from var_moe.report.hypotheses import hypotheses_section
@@ -28,6 +30,7 @@ from var_moe.report.systems import systems_section
 from var_moe.storage import atomic_write_text
 
 REPORT_FILE = "report.html"
+Made = TypeVar("Made")
 
 SECTIONS: tuple[Callable[[Results], Section | None], ...] = (
     certificate_section,
@@ -37,6 +40,7 @@ SECTIONS: tuple[Callable[[Results], Section | None], ...] = (
     evaluation_section,
     systems_section,
     hypotheses_section,
+    guard_section,
     search_section,
     importance_section,
     layers_section,
@@ -67,16 +71,25 @@ def build_report(folder: str | Path) -> Report:
         UsageError: no results there, or a file that is broken; names it.
     """
     results = read_results(Path(folder))
+    made = [_made(make, results) for make in SECTIONS]
+    return Report(
+        headline=_made(headline, results),
+        sections=tuple(one for one in made if one is not None),
+    )
+
+
+def _made(make: Callable[[Results], Made], results: Results) -> Made:
+    """A part of the page; an error names the files that it was made from."""
+    results.asked.clear()
     try:
-        made = [make(results) for make in SECTIONS]
-        return Report(
-            headline=headline(results),
-            sections=tuple(one for one in made if one is not None),
-        )
-    except (KeyError, IndexError, TypeError, StopIteration) as error:
+        return make(results)
+    except (LookupError, TypeError, AttributeError, ValueError, StopIteration) as error:
+        asked = results.asked & results.parts.keys()
+        read = [file for name, file in FILES.items() if name in asked]
+        lacks = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise UsageError(
-            f"{folder}: a result file is not as this version of var_moe writes it "
-            f"({type(error).__name__}: {error}); run the command again"
+            f"{results.folder}: not as this version of var_moe writes it: "
+            f"{' or '.join(read) or STATS_FILE} ({lacks}); run the command again"
         ) from error
 
 
@@ -124,5 +137,7 @@ def write_report(folder: str | Path, path: str | Path | None = None) -> Path:
         UsageError: see `build_report`.
     """
     place = Path(path) if path is not None else Path(folder) / REPORT_FILE
+    if place.is_dir():
+        raise UsageError(f"{place}: is a folder; --output expects the page's file")
     atomic_write_text(place, render(build_report(folder)))
     return place

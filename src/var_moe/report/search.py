@@ -29,7 +29,7 @@ def search_section(results: Results) -> Section | None:
                 progress_figure(shown, metadata) if shown else None,
                 tradeoff_figure(results, shown),
             ),
-            measured_table(metadata, search["best_params"]),
+            measured_table(metadata, search["best_params"]) if "remeasured" in metadata else None,
             pictures(*slice_figures(shown, metadata)),
             pictures(parallel_figure(shown, metadata)),
         ],
@@ -81,7 +81,8 @@ def progress_figure(rows: Sequence[Mapping[str, Any]], metadata: Mapping[str, An
         line={"color": BLUE, "width": 2, "shape": "hv"},
         name="best so far",
     )
-    presets = [row for row in metadata["remeasured"] if row["name"] in PRESETS and row["speedup"]]
+    again = metadata.get("remeasured", ())
+    presets = [row for row in again if row["name"] in PRESETS and row["speedup"]]
     if presets:
         figure.add_scatter(
             x=[0] * len(presets),

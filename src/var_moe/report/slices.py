@@ -12,16 +12,16 @@ from var_moe.report.wording import hover
 
 def varied(rows: Sequence[Mapping[str, Any]], metadata: Mapping[str, Any]) -> list[str]:
     """Parameters of the search space that took more than one value."""
-    space = metadata["settings"]["space"]
+    space = metadata.get("settings", {}).get("space", ())
     return [name for name in space if len({row["params"].get(name) for row in rows}) > 1]
 
 
 def slice_figures(rows: Sequence[Mapping[str, Any]], metadata: Mapping[str, Any]) -> list[Picture]:
     """Each parameter's values against speedup, coloured by degradation."""
-    space, bound = metadata["settings"]["space"], 100 * metadata["max_degradation"]
     names = varied(rows, metadata)
     found = []
     for name in names:
+        space, bound = metadata["settings"]["space"], 100 * metadata["max_degradation"]
         figure = empty_figure(name, "speedup", height=300, legend=False)
         if space[name].get("log"):
             logarithmic(figure, "x", [row["params"][name] for row in rows])

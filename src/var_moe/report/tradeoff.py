@@ -23,9 +23,11 @@ from var_moe.report.wording import change, hover, limit, settings
 _THIN = {"thickness": 1.2, "width": 3}
 
 
-def tradeoff_figure(results: Results, rows: Sequence[Mapping[str, Any]]) -> Picture:
+def tradeoff_figure(results: Results, rows: Sequence[Mapping[str, Any]]) -> Picture | None:
     """Speedup against degradation: evaluations, front, what was measured again, the bound."""
     metadata, front = results.get("metadata"), results.get("front")
+    if metadata["max_degradation"] is None:
+        return None  # a program's own search, of an objective without a bound
     figure = empty_figure("perplexity change, %", "speedup", height=TALL)
     if front:
         forecast = [point for point in front["points"] if not point["verified"]]
@@ -45,7 +47,7 @@ def tradeoff_figure(results: Results, rows: Sequence[Mapping[str, Any]]) -> Pict
             marker={"color": GREY, "size": 6, "opacity": 0.7},
             name="on the search text",
         )
-    again = [row for row in metadata["remeasured"] if row.get("speedup") is not None]
+    again = [row for row in metadata.get("remeasured", ()) if row.get("speedup") is not None]
     for passed, name, colour in (
         (False, "over the bound", ORANGE),
         (True, "keeps the bound", BLUE),
