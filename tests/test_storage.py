@@ -68,3 +68,9 @@ def test_what_cannot_be_written_is_named_by_its_own_name(tmp_path):
 def test_a_name_that_is_no_text_is_written_as_its_code(tmp_path):
     atomic_write_text(tmp_path / "a", "of b\udcff")
     assert (tmp_path / "a").read_text() == "of b\\udcff"
+
+
+@pytest.mark.parametrize("name", ["b\udcff", "a\0b"])
+def test_a_folder_that_libraries_cannot_write_is_refused_before_any_work(name, tmp_path):
+    with pytest.raises(UsageError, match="choose another"):
+        check_output_folder(tmp_path / name)

@@ -92,6 +92,8 @@ def check_output_folder(path: str | Path) -> Path:
         UsageError: it, or a parent of it, is a file, or it cannot be written.
     """
     path = Path(path)
+    if "\0" in str(path) or str(path) != str(path).encode("utf-8", "replace").decode("utf-8"):
+        raise UsageError(f"{str(path)!r}: no name that all libraries can write; choose another")
     for place in (path, *path.parents):
         try:
             there = place.exists()

@@ -88,8 +88,9 @@ class SteadyStream:
 
 @contextmanager
 def steady_streams() -> Iterator[tuple[SteadyStream, SteadyStream]]:
-    """Within it, stdout and stderr are steady; yields both. A closed one leads nowhere."""
-    with open(os.devnull, "w", encoding="utf-8") as nowhere:  # noqa: PTH123
+    """Within it, stdout and stderr are steady; yields both. What is closed leads nowhere."""
+    with open(os.devnull, "r+", encoding="utf-8") as nowhere:  # noqa: PTH123
+        sys.stdin = sys.stdin or nowhere
         out, err = (SteadyStream(one or nowhere) for one in (sys.stdout, sys.stderr))
         with redirect_stdout(out), redirect_stderr(err):
             try:

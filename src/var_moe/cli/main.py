@@ -49,7 +49,11 @@ def build_app() -> App:
         version=__version__,
         # Options are documented with underscores; `read_words` makes hyphens work as well.
         default_parameter=Parameter(
-            negative=(), name_transform=lambda name: name, converter=_converted
+            negative=(),
+            name_transform=lambda name: name,
+            converter=_converted,
+            json_list=False,  # a folder may be called [final]
+            json_dict=False,
         ),
         result_action="return_value",
         suppress_keyboard_interrupt=False,  # `main` says what is kept
