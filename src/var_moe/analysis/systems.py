@@ -21,7 +21,7 @@ from var_moe.apply import automatic
 from var_moe.config import VARConfig, check_number
 from var_moe.evaluation.compare import Evaluator, Progress, Speed
 from var_moe.evaluation.cost import CostModel, fit_cost_model
-from var_moe.optimization.candidate import Candidate, kind_of
+from var_moe.optimization.candidate import Candidate, kind_of, policy_of
 from var_moe.optimization.objective import make_objective
 from var_moe.optimization.policy_objective import PolicyObjective
 from var_moe.optimization.results import jsonable
@@ -92,7 +92,7 @@ class SystemsAnalysis:
 
 def analyse(
     evaluator: Evaluator,
-    profile: RoutingProfile,
+    profile: RoutingProfile | None,
     candidate: Candidate,
     settings: AnalysisSettings | None = None,
     *,
@@ -102,7 +102,7 @@ def analyse(
 
     Args:
         evaluator: model, text and the batch that speed is measured on.
-        profile: of the same model.
+        profile: of the same model; None where the candidate needs nothing of one.
         candidate: a VAR configuration, or settings of another policy.
         settings: how much is measured.
         progress: called with a stage's name, steps done and in all.
@@ -111,8 +111,10 @@ def analyse(
     report = progress or (lambda _stage, _done, _total: None)
     # Cost policies are those of the candidate, not of whatever was measured here before.
     evaluator = replace(evaluator, cost_policies=None, progress=progress)
-    objective = objective_of(evaluator, profile, candidate)
-    policy = objective.policy(candidate)
+    if profile is None:
+        policy = policy_of(candidate, None)
+    else:
+        policy = objective_of(evaluator, profile, candidate).policy(candidate)
     geometry, batches = evaluator.geometry(), evaluator.timing_batches
     speed = evaluator.speed(policy, blocks=settings.blocks)
     report("parts of a forward", 0, 2)
@@ -172,7 +174,7 @@ def analyse(
             "cost_model": cost.to_dict(),
         },
         "notes": evaluator.timing_notes(),
-        "profile_hash": profile.hash,
+        "profile_hash": None if profile is None else profile.hash,
         **_origin(evaluator),
     }
     components = {

@@ -12,7 +12,12 @@ import numpy as np
 
 from var_moe.config import VARConfig
 from var_moe.errors import UsageError
-from var_moe.optimization.candidate import Candidate, PolicySettings, load_candidate
+from var_moe.optimization.candidate import (
+    Candidate,
+    PolicySettings,
+    candidate_from,
+    load_candidate,
+)
 from var_moe.optimization.front import PARETO_FILE
 from var_moe.optimization.saving import CONFIG_FILE, NEAREST_MISS_FILE
 from var_moe.routing.registry import policy_spec
@@ -59,7 +64,7 @@ def find_candidates(
     elif chosen:
         chosen += _milder(chosen[0].config, top_k)
     elif (folder / NEAREST_MISS_FILE).is_file():
-        chosen = [_nearest_miss(folder / NEAREST_MISS_FILE)]
+        chosen = [Named(name="nearest miss", config=load_candidate(folder / NEAREST_MISS_FILE))]
         chosen += _milder(chosen[0].config, top_k)
     if not chosen:
         raise UsageError(
@@ -95,23 +100,10 @@ def _spread(
     return [
         Named(
             name=str(below[at].get("name") or f"front {at + 1}"),
-            config=_candidate(below[at]["config"], source=str(source)),
+            config=candidate_from(below[at]["config"], source=str(source)),
         )
         for at in kept[: max(0, at_most)]
     ]
-
-
-def _candidate(values: Any, *, source: str) -> Candidate:
-    if isinstance(values, Mapping) and "policy" in values:
-        return PolicySettings.from_dict(values, source=source)
-    return VARConfig.from_dict(values, source=source)
-
-
-def _nearest_miss(path: Path) -> Named:
-    saved = read_json(path, what="nearest miss of a search")
-    if not isinstance(saved, dict) or "config" not in saved:
-        raise UsageError(f"{path}: expected an entry 'config'")
-    return Named(name="nearest miss", config=_candidate(saved["config"], source=str(path)))
 
 
 def _milder(config: Candidate, top_k: int) -> list[Named]:

@@ -39,7 +39,8 @@ def analyze(
             search; by default the balanced preset.
         n_samples: documents of the text that is timed.
         quick: fewer documents and blocks; enough to see the picture.
-        profile: profile folder; by default the calibration split is profiled first.
+        profile: profile folder; by default the one beside --var_config, else the calibration split
+            is profiled first, where something is needed of a profile.
         compensation: folder of a learned compensation, where it is not the profile's own.
         output: folder for systems_analysis.json and profile_report.json.
         seed: draws the documents.
@@ -51,7 +52,7 @@ def analyze(
     """
     from var_moe.cli.subject import Subject
     from var_moe.config import VARConfig
-    from var_moe.optimization.candidate import load_candidate
+    from var_moe.optimization.candidate import load_candidate, needs_of
 
     candidate = load_candidate(var_config) if var_config else VARConfig.preset("balanced")
     name, place = parse_compensation(compensation)
@@ -64,6 +65,7 @@ def analyze(
         dataset=dataset,
         split=split,
         profile=profile,
+        config=var_config,
         output=output,
         compensation=place,
         max_samples=min(n_samples, QUICK_SAMPLES) if quick else n_samples,
@@ -84,7 +86,8 @@ def analyze(
         torch.set_num_threads(threads)
     with StageProgress() as progress:
         shown = None if quiet else progress
-        ready = subject.ready(shown)
+        named = None if isinstance(candidate, VARConfig) else candidate.compensation
+        ready = subject.ready(shown, needs=needs_of(candidate), stand_ins=[named])
         found = analyse(
             ready.evaluator,
             ready.profile,

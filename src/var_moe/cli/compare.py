@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,9 +14,14 @@ from var_moe.cli.output import Answer
 from var_moe.errors import UsageError
 
 if TYPE_CHECKING:
-    from var_moe.cli.subject import Ready, Subject
+    from collections.abc import Callable, Iterable, Iterator
+
+    from var_moe.cli.subject import Ready
     from var_moe.evaluation.compare import Progress
     from var_moe.evaluation.sweep import Point
+    from var_moe.growing import GrowingResult
+
+    Calibration = Callable[[str | None], dict[str, Any]]
 
 TURNING_DOCUMENTS = 40
 _COLUMNS = (
@@ -60,8 +66,10 @@ def compare(
             policy does as it is made.
         from_: folder of an earlier comparison: its settings are measured again, on another --split
             or --dataset, and nothing is turned.
-        profile: profile folder; by default the calibration split is profiled first.
-        output: folder for comparison.json, comparison.csv and report.html.
+        profile: profile folder; by default the calibration split is profiled first, where a policy
+            needs it.
+        output: folder for comparison.json and comparison.csv, written after each point, and
+            report.html.
         max_samples: score at most so many documents.
         blocks: timed blocks per arm and policy; 0 leaves the timing out.
         max_degradation: the bound drawn into the plot.
@@ -72,16 +80,14 @@ def compare(
         quiet: no progress.
     """
     from var_moe.cli.subject import Subject
-    from var_moe.evaluation.sweep import CONTROL, require_policies
     from var_moe.optimization.objective_protocol import check_bound
     from var_moe.routing.registry import policy_names, policy_spec
 
     check_bound(max_degradation)
     earlier = _earlier(from_, output, policies=policies, experts=experts)
     asked = [name for entry in policies or [] for name in entry.split(",") if name]
-    if not asked:
-        asked = [name for name in policy_names() if policy_spec(name).dials(2)]
-    names = require_policies([CONTROL, *asked])
+    for name in asked:
+        policy_spec(name)
     given = [entry for one in compensation or [] for entry in one.split(",") if entry]
     parsed = [parse_compensation(entry) for entry in given]
     folders = [folder for _, folder in parsed if folder is not None]
@@ -106,21 +112,43 @@ def compare(
     from var_moe.cli.progress import StageProgress
     from var_moe.cli.report import make_report
     from var_moe.cli.tables import print_policies
-    from var_moe.storage import atomic_write_json
+    from var_moe.evaluation.again import measure_again
+    from var_moe.evaluation.sweep import CONTROL, check_targets, require_policies
+    from var_moe.growing import GrowingResult
+    from var_moe.models.checks import check_droppable
 
-    with StageProgress() as progress:
+    if not asked:
+        asked = [name for name in policy_names() if policy_spec(name).dials(2)]
+    names = require_policies([CONTROL, *asked])
+    compensations = [name for name, _ in parsed] or [None]
+    rows = [row for row in earlier["rows"] if _wanted(row, compensations)] if earlier else None
+    with StageProgress() as progress, GrowingResult(output / "comparison.json") as kept:
+        shown = None if quiet else progress
+        policies_of = names if rows is None else [row["policy"] for row in rows]
+        stand_ins = compensations if rows is None else [row["compensation"] for row in rows]
+        needs = {need for name in policies_of for need in policy_spec(name).needs}
+        needs |= {"compensation" for name in stand_ins if name not in (None, "none")}
+        ready = subject.ready(shown, needs=needs, stand_ins=stand_ins)
+        top_k = ready.evaluator.top_k
+        check_droppable(ready.loaded.name, top_k)
+        targets = check_targets(experts, top_k) if earlier is None else _targets(earlier)
+        _check_peers(ready)
+        known = cache(ready.calibration_with)  # it holds tables as large as the vocabulary
+        if earlier is None or rows is None:
+            points = _turned(names, ready, targets, compensations, known, shown)
+        else:
+            _check_same(earlier, ready)
+            points = measure_again(ready.evaluator, rows, known, progress=shown)
         result = _measure(
-            names,
-            experts,
-            subject,
-            earlier=earlier,
-            compensations=[name for name, _ in parsed] or [None],
+            points,
+            ready,
+            known,
+            targets=targets,
             blocks=blocks,
             max_degradation=max_degradation,
-            progress=None if quiet else progress,
+            kept=kept,
+            progress=shown,
         )
-    atomic_write_json(output / "comparison.json", result)
-    _write_csv(result["rows"], output / "comparison.csv")
     print_policies(result)
     for note in result["notes"]:
         print(f"Note: {note}")
@@ -130,69 +158,51 @@ def compare(
 
 
 def _measure(
-    names: tuple[str, ...],
-    experts: list[float] | None,
-    subject: Subject,
+    found: Iterable[Point],
+    ready: Ready,
+    calibration: Calibration,
     *,
-    earlier: dict[str, Any] | None,
-    compensations: list[str | None],
+    targets: tuple[float, ...],
     blocks: int,
     max_degradation: float,
+    kept: GrowingResult,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    from var_moe.evaluation.again import measure_again
-    from var_moe.evaluation.sweep import check_targets, control_at
-    from var_moe.models.checks import check_droppable
+    """Score all points, then time them; each is kept as soon as it is known."""
+    from var_moe.evaluation.sweep import control_at, timed
 
-    ready = subject.ready(progress)
-    check_droppable(ready.loaded.name, ready.loaded.top_k)
-    evaluator = ready.evaluator
-    targets = check_targets(experts, evaluator.top_k)
-    if ready.profile.peers is None:
-        raise UsageError(
-            f"profile {subject.profile}: made by an earlier version, without what other policies "
-            f"need; make it again with `var-moe profile --model {shlex.quote(subject.model)}`"
+    evaluator, points = ready.evaluator, list[Any]()
+
+    def keep(missing: str | None) -> dict[str, Any]:
+        rows = []
+        for point in points:
+            alike = [one for one in points if one.compensation == point.compensation]
+            executed = point.quality.report.experts_per_token
+            cost = control_at(alike, executed, evaluator.top_k)
+            rows.append({"name": point.name, **point.to_dict(), "degradation_of_random_skip": cost})
+        result = ready.result(
+            rows,
+            targets_experts_per_token=list(targets),
+            compensation_hashes=_hashes(ready),
+            max_degradation=max_degradation,
+            baseline={
+                "perplexity": evaluator.baseline_losses.perplexity,
+                "backend": evaluator.baseline_backend,
+                "experts_per_token": evaluator.top_k,
+            },
         )
-    stand_ins = ready.profile.compensations()
-    hashes = {name: one.hash for name, one in stand_ins.items() if one is not None}
-    if earlier is None:
-        points = _turned(names, ready, targets, compensations, blocks, progress)
-    else:
-        known = earlier.get("compensation_hashes", {})
-        if earlier["profile_hash"] != ready.profile.hash:
-            raise UsageError(
-                f"--from: measured with profile {earlier['profile_hash'][:12]}, but --profile is "
-                f"{ready.profile.hash[:12]}; give the same one"
-            )
-        other = [name for name, value in hashes.items() if known.get(name, value) != value]
-        if other:
-            raise UsageError(
-                f"--from: compensation {other[0]!r} was another one there; give its folder with "
-                "--compensation"
-            )
-        targets = tuple(earlier["targets_experts_per_token"])
-        chosen = [row for row in earlier["rows"] if _wanted(row, compensations)]
-        calibration = ready.profile.calibration
-        points = list(
-            measure_again(evaluator, chosen, calibration, blocks=blocks, progress=progress)
-        )
-    rows = []
-    for point in points:
-        executed = point.quality.report.experts_per_token
-        alike = [one for one in points if one.compensation == point.compensation]
-        cost = control_at(alike, executed, evaluator.top_k)
-        rows.append({"name": point.name, **point.to_dict(), "degradation_of_random_skip": cost})
-    return ready.result(
-        rows,
-        targets_experts_per_token=list(targets),
-        compensation_hashes=hashes,
-        max_degradation=max_degradation,
-        baseline={
-            "perplexity": evaluator.baseline_losses.perplexity,
-            "backend": evaluator.baseline_backend,
-            "experts_per_token": evaluator.top_k,
-        },
-    )
+        _write_csv(result["rows"], kept.path.with_suffix(".csv"))
+        return kept.save(result, missing=missing)
+
+    for point in found:
+        points.append(point)
+        keep("further points, throughput" if blocks else "further points")
+    for number, point in enumerate(points if blocks else ()):
+        keep("throughput" if number == 0 else f"throughput after {points[number - 1].name}")
+        if progress:
+            progress(f"timing {point.name}", number, len(points))
+        points[number] = timed(evaluator, point, calibration(point.compensation), blocks=blocks)
+    return keep(None)
 
 
 def _turned(
@@ -200,30 +210,74 @@ def _turned(
     ready: Ready,
     targets: tuple[float, ...],
     compensations: list[str | None],
-    blocks: int,
+    calibration: Calibration,
     progress: Progress | None,
-) -> list[Point]:
-    from var_moe.evaluation.sweep import droppers, sweep
+) -> Iterator[Point]:
+    from var_moe.evaluation.sweep import check_made, droppers, sweep
     from var_moe.optimization.preparation import sample_documents
 
     evaluator = ready.evaluator
     small = sample_documents(evaluator.documents, TURNING_DOCUMENTS, ready.subject.seed)
     turning = evaluator.with_documents(small)
     turning.progress = None
-    return [
-        point
-        for compensation in compensations
-        for point in sweep(
+    chosen = {one: names if one is None else droppers(names) for one in compensations}
+    for compensation, own in chosen.items():  # before anything is measured
+        check_made(own, calibration(compensation), top_k=evaluator.top_k)
+    for compensation, own in chosen.items():
+        yield from sweep(
             evaluator,
             turning,
-            names if compensation is None else droppers(names),
-            ready.profile.calibration(compensation),
+            own,
+            calibration(compensation),
             targets=targets,
-            blocks=blocks,
             compensation=compensation,
             progress=progress,
         )
-    ]
+
+
+def _hashes(ready: Ready) -> dict[str, str]:
+    """Of the compensations that there are, by name."""
+    known = {} if ready.profile is None else ready.profile.compensations()
+    return {name: one.hash for name, one in known.items() if one is not None}
+
+
+def _targets(earlier: dict[str, Any]) -> tuple[float, ...]:
+    return tuple(earlier["targets_experts_per_token"])
+
+
+def _check_peers(ready: Ready) -> None:
+    """Refuse a profile without what the policies need that are not VAR's.
+
+    Raises:
+        UsageError: says how to make it again.
+    """
+    profile, subject = ready.profile, ready.subject
+    if profile is not None and profile.peers is None and ready.needs & {"ratios", "sensitivity"}:
+        raise UsageError(
+            f"profile {subject.profile}: made by an earlier version, without what other policies "
+            f"need; make it again with `var-moe profile --model {shlex.quote(subject.model)}`"
+        )
+
+
+def _check_same(earlier: dict[str, Any], ready: Ready) -> None:
+    """Refuse another profile or compensation than the earlier comparison was made with.
+
+    Raises:
+        UsageError: says which.
+    """
+    profile, before = ready.profile, earlier["profile_hash"]
+    if profile is not None and before != profile.hash:
+        raise UsageError(
+            f"--from: measured with profile {str(before)[:12]}, but --profile is "
+            f"{profile.hash[:12]}; give the same one"
+        )
+    known = earlier.get("compensation_hashes", {})
+    other = [name for name, value in _hashes(ready).items() if known.get(name, value) != value]
+    if other:
+        raise UsageError(
+            f"--from: compensation {other[0]!r} was another one there; give its folder with "
+            "--compensation"
+        )
 
 
 def _earlier(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,8 +14,9 @@ from var_moe.errors import UsageError
 
 if TYPE_CHECKING:
     from var_moe.cli.subject import Ready
-    from var_moe.config import VARConfig
     from var_moe.evaluation.compare import Progress
+    from var_moe.growing import GrowingResult
+    from var_moe.optimization.candidate import Candidate, PolicySettings
     from var_moe.routing.base import RoutingPolicy
 
 
@@ -47,15 +49,17 @@ def evaluate(
         dataset: demo (or demo-postgres, ...), wikitext, a Hub name[:config], or a local file; or
             several as a,b,c, which are also reported apart.
         split: part of the text to score.
-        config: a VAR configuration (JSON).
+        config: a configuration that any command wrote, such as best_config.json or
+            certified_config.json, or a VAR configuration (JSON).
         preset: conservative, balanced, aggressive, or keep_all; may be repeated.
-        mode: overrides the configuration's mode.
+        mode: overrides the mode of VAR's configuration and presets.
         policy: a policy by name (naee, ser, top_p, ...) instead of a VAR configuration.
         set: name=value, a setting of --policy; may be repeated. The rest has its default.
         compensation: what stands in for the experts that --policy drops: none, means, learned, or
-            the folder of a fitted one.
-        profile: profile folder; by default the calibration split is profiled first.
-        output: folder for evaluation.json.
+            the folder of a fitted one, which also serves a --config that names learned.
+        profile: profile folder; by default the one beside --config, else the calibration split is
+            profiled first, where something is needed of a profile.
+        output: folder for evaluation.json, which is written after each part.
         max_samples: score at most so many documents.
         blocks: timed blocks per arm.
         decode_blocks: timed blocks of generation per arm and batch size; 0 leaves it out.
@@ -66,18 +70,16 @@ def evaluate(
         quiet: no progress.
     """
     from var_moe.cli.subject import Subject
-    from var_moe.config import VARConfig
+    from var_moe.optimization.candidate import needs_of
 
-    changes = {} if mode is None else {"mode": mode, "residuals": None}
-    configs: dict[str, VARConfig | None] = {}
-    if config is not None:
-        configs[config.name] = VARConfig.load(config).replace(**changes)
-    for name in preset or ([] if config or policy else ["balanced"]):
-        configs[name] = None if name == "keep_all" else VARConfig.preset(name, **changes)
-    peer = _peer(policy, set or [])
+    presets = preset or ([] if config or policy else ["balanced"])
+    candidates = _candidates(config, presets, mode=mode)
     stand_in, place = parse_compensation(compensation)
-    if stand_in is not None and peer is None:
-        raise UsageError("--compensation belongs to --policy: name a policy")
+    if policy is not None:
+        candidates[policy] = _peer(policy, set or [], stand_in)
+    elif set:
+        raise UsageError("--set belongs to --policy: name a policy")
+    _check_compensation(compensation, stand_in, place, policy, candidates)
     if decode_blocks < 0:
         raise UsageError(f"decode_blocks = {decode_blocks}: expected 0 or more")
     subject = Subject(
@@ -85,6 +87,7 @@ def evaluate(
         dataset=dataset,
         split=split,
         profile=profile,
+        config=config,
         output=output,
         compensation=place,
         max_samples=max_samples,
@@ -97,15 +100,25 @@ def evaluate(
     from var_moe.cli.progress import StageProgress
     from var_moe.cli.report import make_report
     from var_moe.cli.tables import print_apart, print_comparison, print_decoding
-    from var_moe.storage import atomic_write_json
+    from var_moe.growing import GrowingResult
+    from var_moe.optimization.candidate import PolicySettings
+    from var_moe.routing.registry import policy_spec
 
-    with StageProgress() as progress:
+    if policy is not None:
+        policy_spec(policy).check(candidates[policy].documented())
+    with StageProgress() as progress, GrowingResult(output / "evaluation.json") as kept:
         shown = None if quiet else progress
-        ready = subject.ready(shown)
-        policies = _policies(configs, peer, ready, stand_in)
-        rows = _measure(policies, ready, blocks=blocks, decode_blocks=decode_blocks, progress=shown)
-    result = ready.result(rows)
-    atomic_write_json(output / "evaluation.json", result)
+        ready = subject.ready(
+            shown,
+            needs=frozenset().union(*map(needs_of, candidates.values())),
+            stand_ins=[
+                one.compensation for one in candidates.values() if isinstance(one, PolicySettings)
+            ],
+        )
+        policies = _policies(candidates, ready, with_defaults=policy)
+        result = _measure(
+            policies, ready, blocks=blocks, decode_blocks=decode_blocks, kept=kept, progress=shown
+        )
     text = result["text"]
     print_comparison(
         result["rows"],
@@ -121,22 +134,72 @@ def evaluate(
     return Answer(result)
 
 
-def _peer(name: str | None, assignments: list[str]) -> tuple[str, dict[str, Any]] | None:
-    """The policy of ``--policy`` with the settings of ``--set``."""
-    from var_moe.routing.registry import policy_spec
+def _candidates(
+    config: Path | None, presets: list[str], *, mode: str | None
+) -> dict[str, Candidate]:
+    """The configuration and the presets that are asked for, by name."""
+    from var_moe.config import VARConfig
+    from var_moe.optimization.candidate import PolicySettings, in_mode, load_candidate
 
-    if name is None:
-        if assignments:
-            raise UsageError("--set belongs to --policy: name a policy")
-        return None
-    policy_spec(name)
+    if mode is not None and config is None and set(presets) <= {"keep_all"}:
+        raise UsageError(f"--mode {mode} belongs to VAR: name a --config or --preset of it")
+    found: dict[str, Candidate] = {}
+    if config is not None:
+        found[config.name] = in_mode(load_candidate(config), mode, source=str(config))
+    for name in presets:
+        if name == "keep_all":
+            found[name] = PolicySettings(policy="native", settings={})
+        else:
+            found[name] = in_mode(VARConfig.preset(name), mode, source=name)
+    return found
+
+
+def _peer(name: str, assignments: list[str], compensation: str | None) -> PolicySettings:
+    """The policy of ``--policy`` with the settings of ``--set``."""
+    from var_moe.optimization.candidate import PolicySettings
+
     settings: dict[str, Any] = {}
     for assignment in assignments:
         key, equals, value = assignment.partition("=")
         if not equals or not key:
             raise UsageError(f"--set {assignment!r}: expected name=value")
         settings[key] = _value(value)
-    return name, settings
+    return PolicySettings(policy=name, settings=settings, compensation=compensation)
+
+
+def _check_compensation(
+    asked: str | None,
+    name: str | None,
+    place: Path | None,
+    policy: str | None,
+    candidates: dict[str, Candidate],
+) -> None:
+    """Refuse a compensation that nothing would use.
+
+    A name is of ``--policy``; a folder also serves a configuration that names ``learned``.
+
+    Raises:
+        UsageError: says to whom it belongs.
+    """
+    from var_moe.optimization.candidate import PolicySettings, needs_of
+
+    if name is None or policy is not None:
+        return
+    if place is None:
+        raise UsageError(
+            f"--compensation {asked} belongs to --policy: name a policy; a configuration names "
+            "its own"
+        )
+    choices = [
+        one.compensation or ("learned" if "damage" in needs_of(one) else "none")
+        for one in candidates.values()
+        if isinstance(one, PolicySettings)
+    ]
+    if "learned" not in choices:
+        raise UsageError(
+            f"--compensation {asked}: nothing here uses it; name a policy with --policy, or a "
+            "configuration with compensation 'learned'"
+        )
 
 
 def _value(text: str) -> int | float | str:
@@ -149,75 +212,79 @@ def _value(text: str) -> int | float | str:
 
 
 def _policies(
-    configs: dict[str, VARConfig | None],
-    peer: tuple[str, dict[str, Any]] | None,
-    ready: Ready,
-    compensation: str | None,
-) -> list[tuple[str, dict[str, Any] | None, RoutingPolicy]]:
-    """(name, settings, policy) of what is asked for."""
-    from var_moe.evaluation.compare import keep_all
+    candidates: dict[str, Candidate], ready: Ready, *, with_defaults: str | None
+) -> list[tuple[str, Candidate, RoutingPolicy]]:
+    """What is asked for, made; settings that ``--set`` leaves out have their defaults."""
+    from var_moe.optimization.candidate import PolicySettings, policy_of
     from var_moe.routing.registry import policy_spec
-    from var_moe.routing.var import VARPolicy
 
-    table, means = ready.profile.table(), ready.profile.residuals
-    found: list[tuple[str, dict[str, Any] | None, RoutingPolicy]] = [
-        (name, None, keep_all())
-        if config is None
-        else (name, config.to_dict(), VARPolicy(config, table, residuals=means))
-        for name, config in configs.items()
-    ]
-    if peer is not None:
-        name, given = peer
-        spec = policy_spec(name)
-        space = spec.search_space(ready.loaded.top_k)
-        settings = {**{key: entry["default"] for key, entry in space.items()}, **given}
-        found.append((name, settings, spec.make(settings, ready.profile.calibration(compensation))))
+    found: list[tuple[str, Candidate, RoutingPolicy]] = []
+    for name, one in candidates.items():
+        if name == with_defaults and isinstance(one, PolicySettings):
+            space = policy_spec(name).search_space(ready.loaded.top_k)
+            defaults = {key: entry["default"] for key, entry in space.items()}
+            one = replace(one, settings={**defaults, **one.settings})
+        found.append((name, one, policy_of(one, ready.profile)))
     return found
 
 
 def _measure(
-    policies: list[tuple[str, dict[str, Any] | None, RoutingPolicy]],
+    policies: list[tuple[str, Candidate, RoutingPolicy]],
     ready: Ready,
     *,
     blocks: int,
     decode_blocks: int,
+    kept: GrowingResult,
     progress: Progress | None,
-) -> list[dict[str, Any]]:
-    """A row for the unmodified model, then one for each policy."""
+) -> dict[str, Any]:
+    """A row for the unmodified model and one for each policy; kept as soon as parts are known."""
     from var_moe.evaluation.apart import measure_apart
     from var_moe.evaluation.decode import BATCH_SIZES, DecodeSetting, Decoding
+    from var_moe.optimization.candidate import kind_of
 
     evaluator = ready.evaluator
-    decoding = Decoding(ready.loaded.model, evaluator.documents, top_k=evaluator.top_k)
-    rows: list[dict[str, Any]] = []
-    for name, settings, policy in policies:
+    baseline: dict[str, Any] = {
+        "name": "baseline",
+        "backend": evaluator.baseline_backend,
+        "perplexity": evaluator.baseline_losses.perplexity,
+        "experts_per_token": float(evaluator.top_k),
+    }
+    rows: list[dict[str, Any]] = [baseline]
+    later = ["throughput", *(["generation"] if decode_blocks else [])]
+    for number, (name, candidate, policy) in enumerate(policies):
         quality = evaluator.quality(policy, what=f"{name}: perplexity")
+        row: dict[str, Any] = {
+            "name": name,
+            "kind": kind_of(candidate),
+            "config": _settings(candidate),
+        }
+        rows.append({**row, **quality.to_dict(), "by_dataset": []})
+        waiting = [other for other, *_ in policies[number + 1 :]]
+        kept.save(ready.result(rows), missing=", ".join([*waiting, *later]))
         apart = measure_apart(evaluator, policy, what=name)
+        rows[-1]["by_dataset"] = [one.to_dict() for one in apart]
+    for row, (_, _, policy) in zip(rows[1:], policies, strict=True):
+        kept.save(ready.result(rows), missing=", ".join(later))
         speed = evaluator.speed(policy, blocks=blocks)
-        if not rows:
-            rows.append(
-                {
-                    "name": "baseline",
-                    "backend": evaluator.baseline_backend,
-                    "perplexity": quality.change.baseline_perplexity,
-                    "throughput_tps": speed.baseline_tps,
-                    "experts_per_token": float(evaluator.top_k),
-                }
-            )
-        decoded = []
-        for done, size in enumerate(BATCH_SIZES if decode_blocks else ()):
+        baseline.setdefault("throughput_tps", speed.baseline_tps)
+        row |= {**speed.to_dict(), "decode": []}
+    if not decode_blocks:
+        return kept.save(ready.result(rows))
+    decoding = Decoding(ready.loaded.model, evaluator.documents, top_k=evaluator.top_k)
+    for row, (name, _, policy) in zip(rows[1:], policies, strict=True):
+        for done, size in enumerate(BATCH_SIZES):
+            kept.save(ready.result(rows), missing="generation")
             if progress:
                 progress(f"{name}: generating", done, len(BATCH_SIZES))
             setting = DecodeSetting(batch_size=size)
-            decoded.append(decoding.speed(policy, setting, blocks=decode_blocks).to_dict())
-        rows.append(
-            {
-                "name": name,
-                "config": settings,
-                **quality.to_dict(),
-                **speed.to_dict(),
-                "by_dataset": [one.to_dict() for one in apart],
-                "decode": decoded,
-            }
-        )
-    return rows
+            row["decode"].append(decoding.speed(policy, setting, blocks=decode_blocks).to_dict())
+    return kept.save(ready.result(rows))
+
+
+def _settings(candidate: Candidate) -> dict[str, Any] | None:
+    """The values of a row's policy; None where it has none."""
+    from var_moe.config import VARConfig
+
+    if isinstance(candidate, VARConfig):
+        return candidate.to_dict()
+    return candidate.documented() or None

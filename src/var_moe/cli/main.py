@@ -31,6 +31,7 @@ from var_moe.cli.tune import tune
 from var_moe.cli.words import FORWARDED, Words, read_words
 from var_moe.config import check_seed
 from var_moe.errors import UsageError, VarMoeError
+from var_moe.growing import kept_by
 from var_moe.storage import command_line
 from var_moe.terminal import steady_streams
 
@@ -110,15 +111,16 @@ def _main(given: list[str]) -> int:
     except VarMoeError as error:
         if words.debug:
             raise
-        return _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return _fail("interrupted" + _what_is_kept(words.rest), INTERRUPTED)
+        return _fail(str(error) + kept_by(error), error.exit_code)
+    except KeyboardInterrupt as error:
+        return _fail("interrupted" + (kept_by(error) or _what_is_kept(words.rest)), INTERRUPTED)
     except Exception as error:
         if words.debug:
             raise
         if isinstance(error, OSError) and error.filename:
-            return _fail(f"{error.filename}: {error.strerror}", 1, "--debug shows where")
-        return _fail(f"{type(error).__name__}: {error}", 1, "--debug shows where")
+            said = f"{error.filename}: {error.strerror}{kept_by(error)}"
+            return _fail(said, 1, "--debug shows where")
+        return _fail(f"{type(error).__name__}: {error}{kept_by(error)}", 1, "--debug shows where")
 
 
 def _run(words: Words) -> int:

@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from var_moe.errors import VarMoeError
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -31,14 +29,15 @@ def run(command: Callable[[], Any], *, as_json: bool) -> int:
     Args:
         command: returns an `Answer`, or an exit code where there is no result (None: 0).
         as_json: print the result alone on stdout, and all else on stderr. A failure that leaves
-            a result (`VarMoeError.result`) prints it before the error goes on.
+            a result (its attribute ``result``) prints it before the error goes on.
     """
     with _aside(as_json) as stdout:
         try:
             done = command()
-        except VarMoeError as error:
-            if as_json and error.result is not None:
-                _write(error.result, stdout)
+        except BaseException as error:
+            result = getattr(error, "result", None)
+            if as_json and result is not None:
+                _write(result, stdout)
             raise
     if not isinstance(done, Answer):
         return done if isinstance(done, int) else 0

@@ -11,9 +11,13 @@ from typing import TYPE_CHECKING, Any
 from var_moe.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from var_moe.evaluation.compare import Evaluator, Progress
+    from var_moe.evaluation.documents import TextSplit
     from var_moe.models.loading import LoadedModel
     from var_moe.optimization.preparation import EncodedText
+    from var_moe.profiling.fitted_files import FittedCompensation
     from var_moe.profiling.profile import RoutingProfile
 
 
@@ -33,9 +37,11 @@ class Subject:
     trust_remote_code: bool
     compensation: Path | None = None
     """Folder of a learned compensation, where it is not the profile's own."""
+    config: Path | None = None
+    """A configuration: the profile beside it is taken where none is given."""
 
     def check(self, *, blocks: int, quiet: bool) -> None:
-        """Everything that can be told before the model is loaded.
+        """What can be told in a moment, before a library is loaded.
 
         Raises:
             UsageError: names the option that is wrong.
@@ -52,65 +58,153 @@ class Subject:
         if not quiet:
             print(f"loading model {self.model} ...", file=sys.stderr, flush=True)
 
-    def ready(self, progress: Progress | None) -> Ready:
-        """Load model and text."""
-        from var_moe.evaluation.compare import Evaluator
-        from var_moe.evaluation.text import require_documents
-        from var_moe.models.loading import load_model
-        from var_moe.optimization.preparation import read_text, sample_documents
+    def ready(
+        self,
+        progress: Progress | None,
+        *,
+        needs: Collection[str] = (),
+        stand_ins: Collection[str | None] = (),
+    ) -> Ready:
+        """Load text and profile, which are quick to refuse, then the model.
 
+        Args:
+            progress: see `Evaluator`.
+            needs: what the profile has to hold, by the names of `registry.CALIBRATION`.
+            stand_ins: names of the compensations that are asked for.
+
+        Raises:
+            UsageError: something is missing, or does not fit the model.
+        """
+        from var_moe.evaluation.compare import Evaluator
+        from var_moe.evaluation.text import load_text, require_documents
+        from var_moe.models.loading import load_model
+        from var_moe.optimization.preparation import sample_documents, tokenised
+        from var_moe.profiling.fitted_files import load_compensation
+
+        text = load_text(self.dataset, self.split)
+        require_documents(text.documents, 2, "comparing perplexities")
+        known = self._known_profile(needed=bool(needs))
+        fresh = bool(needs) and known is None
+        calibration = load_text(self.dataset, "calibration") if fresh else None
+        learned = None
         loaded = load_model(
             self.model,
             device=self.device,
             dtype=self.dtype,
             trust_remote_code=self.trust_remote_code,
         )
-        text = read_text(self.dataset, self.split, loaded)
-        documents = sample_documents(text.documents, self.max_samples, self.seed)
+        if known is not None and not self._fits(known, loaded):
+            known = None
+        if self.compensation is not None:
+            learned = load_compensation(self.compensation, loaded)
+        self._check_stand_ins(stand_ins, known, loaded.top_k)
+        encoded = tokenised(text, loaded)
+        documents = sample_documents(encoded.documents, self.max_samples, self.seed)
         require_documents(documents, 2, "comparing perplexities")
         return Ready(
             subject=self,
             loaded=loaded,
-            text=text,
+            text=encoded,
             evaluator=Evaluator(loaded, documents, progress=progress),
+            needs=frozenset(needs),
+            known=known,
+            learned=learned,
+            calibration=calibration,
         )
+
+    def _known_profile(self, *, needed: bool) -> RoutingProfile | None:
+        """The profile that is given, or else the one that lies beside the configuration."""
+        from var_moe.optimization.validation import profile_beside
+        from var_moe.profiling.profile import RoutingProfile
+
+        if self.profile is not None:
+            return RoutingProfile.load(self.profile)
+        return profile_beside(self.config) if self.config is not None and needed else None
+
+    def _fits(self, known: RoutingProfile, loaded: LoadedModel) -> bool:
+        """Whether the profile is the model's; one that is given has to be.
+
+        A configuration may be tried on another model than it was found on: then the profile
+        beside it is left alone.
+        """
+        try:
+            known.check_loaded(loaded)
+        except UsageError:
+            if self.profile is not None:
+                raise
+            return False
+        return True
+
+    def _check_stand_ins(
+        self, names: Collection[str | None], known: RoutingProfile | None, top_k: int
+    ) -> None:
+        """Refuse a compensation that there can't be, before a profile is made for it."""
+        from var_moe.optimization.preparation import PROFILE_FOLDER
+        from var_moe.profiling.fitted_files import FOLDER
+        from var_moe.profiling.profile import check_compensation
+        from var_moe.profiling.residuals import may_tell_pairs
+
+        own = self.output / PROFILE_FOLDER / FOLDER
+        possible = list(known.compensations()) if known else ["none"]
+        if known is None and may_tell_pairs(top_k):
+            possible.append("means")
+        if self.compensation is not None or (known is None and own.is_dir()):
+            possible.append("learned")
+        for name in names:
+            if name is not None:
+                check_compensation(name, possible)
 
 
 @dataclass(kw_only=True)
 class Ready:
-    """A subject that can be measured."""
+    """A subject that can be measured.
+
+    Args:
+        known: the profile where there is one; else it is made of the calibration split, where
+            something is needed of one.
+        learned: the compensation that takes the place of the profile's own.
+    """
 
     subject: Subject
     loaded: LoadedModel
     text: EncodedText
     evaluator: Evaluator
+    needs: frozenset[str] = frozenset()
+    known: RoutingProfile | None = None
+    learned: FittedCompensation | None = None
+    calibration: TextSplit | None = None
 
     @cached_property
-    def profile(self) -> RoutingProfile:
-        """The profile asked for, or a fresh one; obtained when first needed."""
+    def profile(self) -> RoutingProfile | None:
+        """The profile, made when first asked for; None where nothing is needed of one."""
         from var_moe.optimization.preparation import obtain_profile
-        from var_moe.profiling.fitted_files import load_compensation
 
-        subject = self.subject
-        profile, _ = obtain_profile(
-            self.loaded,
-            subject.dataset,
-            given=subject.profile,
-            folder=subject.output,
-            progress=self.evaluator.progress,
-        )
-        if subject.compensation is not None:
-            learned = load_compensation(subject.compensation, self.loaded)
-            profile = profile.with_compensation(learned)
-        return profile
+        found = self.known
+        if found is None and self.needs:
+            found, _ = obtain_profile(
+                self.loaded,
+                self.subject.dataset,
+                given=None,
+                folder=self.subject.output,
+                damages="damage" in self.needs,
+                calibration=self.calibration,
+                progress=self.evaluator.progress,
+            )
+        if found is not None and self.learned is not None:
+            found = found.with_compensation(self.learned)
+        return found
+
+    def calibration_with(self, compensation: str | None) -> dict[str, Any]:
+        """What policies may ask for; see `RoutingProfile.calibration`."""
+        return {} if self.profile is None else self.profile.calibration(compensation)
 
     def result(self, rows: list[dict[str, Any]], **further: Any) -> dict[str, Any]:
         """The rows as a result file, with what they were measured on."""
         from var_moe.optimization.results import jsonable
         from var_moe.storage import SCHEMA_VERSION, provenance
 
-        notes = self.evaluator.timing_notes()
-        if self.text.data_hash == self.profile.head["data_hash"]:
+        notes, profile = self.evaluator.timing_notes(), self.profile
+        if profile is not None and self.text.data_hash == profile.head["data_hash"]:
             notes.append("this text was profiled: policies look better on it than on unseen text")
         loaded = self.loaded
         found: dict[str, Any] = jsonable(
@@ -121,7 +215,7 @@ class Ready:
                 **further,
                 "documents": len(self.evaluator.documents),
                 "text": self.text.to_dict(),
-                "profile_hash": self.profile.hash,
+                "profile_hash": None if profile is None else profile.hash,
                 "setting": self.evaluator.setting.to_dict(),
                 "model": {"name": loaded.name, "revision": loaded.revision, "dtype": loaded.dtype},
                 "seed": self.subject.seed,

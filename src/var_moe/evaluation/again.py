@@ -7,13 +7,12 @@ held-out text has to show that nothing else was turned there either.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from var_moe.errors import UsageError
 from var_moe.evaluation.compare import Evaluator, Progress
-from var_moe.evaluation.sweep import Point, measured_point
+from var_moe.evaluation.sweep import Point, scored_point
 from var_moe.storage import read_json
 
 COMPARISON_FILE = "comparison.json"
@@ -46,34 +45,30 @@ def measure_again(
     rows: Sequence[Mapping[str, Any]],
     calibration: Callable[[str | None], Mapping[str, Any]],
     *,
-    blocks: int,
     progress: Progress | None = None,
 ) -> Iterator[Point]:
-    """Measure the rows of an earlier comparison, each with its own settings.
+    """Score the rows of an earlier comparison, each with its own settings.
 
     Args:
         evaluator: the text that is judged on.
         rows: of ``comparison.json``.
         calibration: what policies may ask for, by the name of a compensation.
-        blocks: timed blocks per arm and point; 0 leaves the timing out.
         progress: called with what is done, points done and in all.
 
     Yields:
         Points, in the order of the rows.
     """
-    known = cache(calibration)  # it holds tables as large as the vocabulary
     for done, row in enumerate(rows):
         if progress:
             progress(str(row.get("name", row["policy"])), done, len(rows))
-        yield measured_point(
+        yield scored_point(
             evaluator,
-            known(row["compensation"]),
+            calibration(row["compensation"]),
             policy=row["policy"],
             dial=row["dial"],
             target=row["target_experts_per_token"],
             compensation=row["compensation"],
             settings=row["settings"],
-            blocks=blocks,
         )
     if progress:
         progress("policies", len(rows), len(rows))

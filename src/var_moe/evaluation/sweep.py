@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from var_moe.config import check_number
@@ -31,7 +31,7 @@ class Point:
     compensation: str | None  # what stands in for dropped experts; None: the policy's own choice
     settings: Mapping[str, Any]
     quality: Quality
-    speed: Speed | None
+    speed: Speed | None = None
 
     @property
     def name(self) -> str:
@@ -71,11 +71,10 @@ def sweep(
     calibration: Mapping[str, Any],
     *,
     targets: Sequence[float],
-    blocks: int,
     compensation: str | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Point]:
-    """Measure policies where they run as many experts per token as each other.
+    """Score policies where they run as many experts per token as each other; not yet `timed`.
 
     Args:
         evaluator: the text that is judged on.
@@ -83,7 +82,6 @@ def sweep(
         names: of the registry.
         calibration: what policies may ask for, by the names of `registry.CALIBRATION`.
         targets: experts per token.
-        blocks: timed blocks per arm and point; 0 leaves the timing out.
         compensation: name of the one in the calibration, for the points.
         progress: called with what is done, points done and in all.
 
@@ -108,7 +106,7 @@ def sweep(
             found = _turned(turning, spec, turn, calibration, target, seen)
             if abs(seen[found] / target - 1) > REACHED:
                 continue
-            yield measured_point(
+            yield scored_point(
                 evaluator,
                 calibration,
                 policy=spec.name,
@@ -116,13 +114,12 @@ def sweep(
                 target=target,
                 compensation=compensation,
                 settings=turn(found),
-                blocks=blocks,
             )
     if progress:
         progress("policies", total, total)
 
 
-def measured_point(
+def scored_point(
     evaluator: Evaluator,
     calibration: Mapping[str, Any],
     *,
@@ -131,9 +128,8 @@ def measured_point(
     target: float,
     compensation: str | None,
     settings: Mapping[str, Any],
-    blocks: int,
 ) -> Point:
-    """Measure a policy at one setting; the arguments are those of `Point` and `sweep`."""
+    """Score a policy at one setting; the arguments are those of `Point` and `sweep`."""
     made = policy_spec(policy).make(settings, calibration)
     return Point(
         policy=policy,
@@ -142,8 +138,22 @@ def measured_point(
         compensation=compensation,
         settings=settings,
         quality=evaluator.quality(made),
-        speed=evaluator.speed(made, blocks=blocks, factors=False) if blocks else None,
     )
+
+
+def timed(
+    evaluator: Evaluator, point: Point, calibration: Mapping[str, Any], *, blocks: int
+) -> Point:
+    """The point with its speed.
+
+    Args:
+        evaluator: the text that is timed on.
+        point: as `sweep` yields it.
+        calibration: what it was made with.
+        blocks: timed blocks per arm.
+    """
+    made = policy_spec(point.policy).make(point.settings, calibration)
+    return replace(point, speed=evaluator.speed(made, blocks=blocks, factors=False))
 
 
 def _turned(
@@ -201,6 +211,17 @@ def control_at(points: Sequence[Point], experts_per_token: float, top_k: int) ->
 def droppers(names: Sequence[str]) -> tuple[str, ...]:
     """Those that run no expert that the router did not choose: a compensation can help them."""
     return tuple(name for name in names if policy_spec(name).settings.get("mode") != "plain")
+
+
+def check_made(names: Sequence[str], calibration: Mapping[str, Any], *, top_k: int) -> None:
+    """Refuse a policy that can't be made with this calibration, before anything is measured.
+
+    Raises:
+        UsageError: says what it lacks.
+    """
+    for spec in map(policy_spec, names):
+        for turn in spec.dials(top_k).values():
+            spec.make(turn(0.0), calibration)
 
 
 def require_policies(names: Sequence[str]) -> tuple[str, ...]:

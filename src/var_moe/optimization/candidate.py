@@ -76,23 +76,69 @@ def kind_of(candidate: Candidate) -> str:
     )
 
 
-def load_candidate(path: str | Path) -> Candidate:
-    """Read ``best_config.json`` of any search, or a VARConfig file.
+def candidate_from(values: Any, *, source: str) -> Candidate:
+    """A candidate from the entries of a file, or of a part of one.
 
     Raises:
-        UsageError: it is neither; names the file and the entry.
+        UsageError: it is none; names ``source`` and the entry.
+    """
+    if isinstance(values, Mapping) and "policy" in values:
+        return PolicySettings.from_dict(values, source=source)
+    return VARConfig.from_dict(values, source=source)
+
+
+def load_candidate(path: str | Path) -> Candidate:
+    """Read a configuration that any command wrote, or a VARConfig file.
+
+    It is ``best_config.json``, ``certified_config.json``, or ``nearest_miss.json``, of which the
+    configuration is a part.
+
+    Raises:
+        UsageError: it is none of these; names the file and the entry.
     """
     values = read_json(path, what="VAR configuration")
-    if isinstance(values, Mapping) and "policy" in values:
-        return PolicySettings.from_dict(values, source=str(path))
-    return VARConfig.load(path)
+    if isinstance(values, Mapping) and isinstance(values.get("config"), Mapping):
+        values = values["config"]
+    return candidate_from(values, source=str(path))
 
 
-def policy_of(candidate: Candidate, profile: RoutingProfile) -> RoutingPolicy:
-    """The policy that a candidate configures, with what a profile was calibrated to."""
+def in_mode(candidate: Candidate, mode: str | None, *, source: str) -> Candidate:
+    """The candidate in VAR's mode ``mode``, or as it is; for files with the six fields alone.
+
+    Raises:
+        UsageError: it is not VAR's; names ``source``.
+    """
+    if isinstance(candidate, PolicySettings) and mode is not None:
+        raise UsageError(
+            f"{source}: settings of policy {candidate.policy!r} have no mode; leave --mode out"
+        )
+    if isinstance(candidate, PolicySettings) or mode in (None, candidate.mode):
+        return candidate
+    return candidate.replace(mode=mode, residuals=None)
+
+
+def needs_of(candidate: Candidate) -> frozenset[str]:
+    """What it needs of a profile, by the names of `routing.registry.CALIBRATION`.
+
+    ``compensation`` is among them where it names one. Empty: it needs no profile.
+    """
+    if isinstance(candidate, VARConfig):
+        return frozenset(("table", "residuals") if candidate.uses_residuals else ("table",))
+    helped = candidate.compensation not in (None, "none")
+    return frozenset((*policy_spec(candidate.policy).needs, *(("compensation",) * helped)))
+
+
+def policy_of(candidate: Candidate, profile: RoutingProfile | None) -> RoutingPolicy:
+    """The policy that a candidate configures, with what a profile was calibrated to.
+
+    Args:
+        candidate: what to make.
+        profile: of the model; None where `needs_of` says that none is needed.
+    """
     if isinstance(candidate, VARConfig):
         from var_moe.routing.var import VARPolicy
 
+        assert profile is not None
         return VARPolicy(candidate, profile.table(), residuals=profile.residuals)
-    calibration = profile.calibration(candidate.compensation)
+    calibration = {} if profile is None else profile.calibration(candidate.compensation)
     return make_policy(candidate.policy, candidate.settings, calibration)

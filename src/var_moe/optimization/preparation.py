@@ -19,7 +19,7 @@ from var_moe.profiling.collect import DEFAULT_TOKENS, collect_profile
 from var_moe.profiling.profile import HEAD_FILE, RoutingProfile
 
 if TYPE_CHECKING:
-    from var_moe.evaluation.documents import EncodedDocument
+    from var_moe.evaluation.documents import EncodedDocument, TextSplit
     from var_moe.models.loading import LoadedModel
 
 PROFILE_FOLDER = "profile"
@@ -56,12 +56,18 @@ class EncodedText:
 
 def read_text(dataset: str, split: str, loaded: LoadedModel) -> EncodedText:
     """Load and tokenise one split."""
-    from var_moe.evaluation.text import encode, load_text
+    from var_moe.evaluation.text import load_text
+
+    return tokenised(load_text(dataset, split), loaded)
+
+
+def tokenised(text: TextSplit, loaded: LoadedModel) -> EncodedText:
+    """A split that was loaded before the model, so that a wrong one was refused before it."""
+    from var_moe.evaluation.text import encode
     from var_moe.evaluation.token_ids import check_documents
 
-    text = load_text(dataset, split)
     documents = encode(text, loaded.tokenizer)
-    where = f"{dataset} ({split})"
+    where = f"{text.dataset} ({text.split})"
     said = check_documents(documents, loaded.model, loaded.tokenizer, where)
     parts = [
         {
@@ -73,8 +79,8 @@ def read_text(dataset: str, split: str, loaded: LoadedModel) -> EncodedText:
         for part in text.parts
     ]
     return EncodedText(
-        dataset=dataset,
-        split=split,
+        dataset=text.dataset,
+        split=text.split,
         data_hash=text.content_hash,
         documents=documents,
         independent=text.independent,
@@ -127,6 +133,8 @@ def obtain_profile(
     given: Path | None,
     folder: Path | None,
     tokens: int = DEFAULT_TOKENS,
+    damages: bool = True,
+    calibration: TextSplit | None = None,
     progress: Progress | None = None,
 ) -> tuple[RoutingProfile, Path | None]:
     """The profile asked for, one that an earlier run left in the folder, or a fresh one.
@@ -138,6 +146,8 @@ def obtain_profile(
         folder: results folder; a fresh profile is kept in its ``profile`` subfolder, and an
             interrupted one goes on there.
         tokens: calibration size of a fresh profile.
+        damages: also predict what cuts cost, in a backward pass, where the profile lacks it.
+        calibration: the calibration split, where it is loaded already.
         progress: called with tokens done and in all.
 
     Returns:
@@ -150,7 +160,9 @@ def obtain_profile(
         profile = RoutingProfile.load(given)
         profile.check_loaded(loaded)
         return profile, given
-    text = read_text(dataset, "calibration", loaded)
+    from var_moe.evaluation.text import load_text
+
+    text = tokenised(calibration or load_text(dataset, "calibration"), loaded)
     place = folder / PROFILE_FOLDER if folder else None
     if place and (place / HEAD_FILE).is_file():
         try:
@@ -159,7 +171,7 @@ def obtain_profile(
         except UsageError:
             kept = None
         if kept and (kept.head["data_hash"], kept.head["tokens_asked"]) == (text.data_hash, tokens):
-            return _with_damages(loaded, kept, text, place, progress), place
+            return (_with_damages(loaded, kept, text, place, progress) if damages else kept), place
     if place:
         place.mkdir(parents=True, exist_ok=True)
     profile = collect_profile(
@@ -175,7 +187,9 @@ def obtain_profile(
     )
     if place:
         profile.save(place)
-    return _with_damages(loaded, profile, text, place, progress), place
+    if damages:
+        profile = _with_damages(loaded, profile, text, place, progress)
+    return profile, place
 
 
 def _with_damages(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from var_moe.errors import UsageError
 from var_moe.evaluation.apart import measure_apart
 from var_moe.evaluation.compare import Evaluator, Progress, Speed, SpeedSetting
-from var_moe.optimization.candidate import Candidate, PolicySettings, load_candidate
+from var_moe.optimization.candidate import PolicySettings, in_mode, load_candidate
 from var_moe.optimization.criteria import success_criteria
 from var_moe.optimization.objective import make_objective
 from var_moe.optimization.objective_protocol import check_bound
@@ -39,6 +39,17 @@ def find_profile(config_path: Path, given: Path | None) -> RoutingProfile:
     Raises:
         UsageError: there is none, or its hash is not the one that the search recorded.
     """
+    found = profile_beside(config_path, given)
+    if found is None:
+        raise UsageError(
+            f"{config_path}: no profile beside it; give the one it was tuned with as --profile "
+            "FOLDER"
+        )
+    return found
+
+
+def profile_beside(config_path: Path, given: Path | None = None) -> RoutingProfile | None:
+    """As `find_profile`, but None where there is no profile at all."""
     metadata_path = config_path.parent / METADATA_FILE
     recorded: dict[str, Any] = {}
     if metadata_path.is_file():
@@ -62,9 +73,7 @@ def find_profile(config_path: Path, given: Path | None) -> RoutingProfile:
         )
     if other:
         raise UsageError(other)
-    raise UsageError(
-        f"{config_path}: no profile beside it; give the one it was tuned with as --profile FOLDER"
-    )
+    return None
 
 
 def validate(
@@ -116,9 +125,7 @@ def validate(
     bound = check_bound(max_degradation)
     if runs < 3:
         raise UsageError(f"runs = {runs}: expected at least 3, to tell a spread")
-    config = load_candidate(config_path)
-    if mode is not None:
-        config = _in_mode(config, mode, config_path)
+    config = in_mode(load_candidate(config_path), mode, source=str(config_path))
     profile = find_profile(config_path, profile_path)
     profile.check_loaded(loaded)
     if compensation is not None:
@@ -178,13 +185,6 @@ def validate(
     clean: dict[str, Any] = jsonable(result)
     atomic_write_json((output or config_path.parent) / VALIDATION_FILE, clean)
     return clean
-
-
-def _in_mode(config: Candidate, mode: str, path: Path) -> Candidate:
-    """The configuration in VAR's mode ``mode``, for a file with the six fields alone."""
-    if isinstance(config, PolicySettings):
-        raise UsageError(f"{path}: settings of policy {config.policy!r} have no mode")
-    return config if mode == config.mode else config.replace(mode=mode, residuals=None)
 
 
 def _spread(speeds: list[Speed]) -> float:

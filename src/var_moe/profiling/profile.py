@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,14 +142,8 @@ class RoutingProfile:
             UsageError: there is none; says what makes it.
         """
         found = self.compensations()
-        if name in found:
-            return found[name]
-        if name == LEARNED:
-            raise UsageError(
-                "compensation 'learned': this profile has none; fit one with "
-                "`var-moe fit-compensation --profile ...`"
-            )
-        raise UsageError(f"compensation {name!r}: expected one of {', '.join(found)}")
+        check_compensation(name, found)
+        return found[name]
 
     def _damage(self, name: str | None) -> DamageModel | None:
         chosen = self._best() if name is None else name
@@ -260,6 +254,23 @@ class RoutingProfile:
             except UsageError as error:
                 raise UsageError(f"{folder / FOLDER}: {error}; remove it") from None
         return found
+
+
+def check_compensation(name: str, possible: Collection[str]) -> None:
+    """Refuse a compensation that is not among the possible ones.
+
+    Raises:
+        UsageError: says what makes it, or why there is none.
+    """
+    if name in possible:
+        return
+    if name == LEARNED:
+        raise UsageError(
+            "compensation 'learned': this profile has none; fit one with "
+            "`var-moe fit-compensation --profile ...`"
+        )
+    why = " (means stand in where K = 2 alone)" if name == "means" else ""
+    raise UsageError(f"compensation {name!r}: expected one of {', '.join(possible)}{why}")
 
 
 def profile_hash(stats: pd.DataFrame, residuals: ResidualMeans, head: dict[str, Any]) -> str:

@@ -22,13 +22,18 @@ BUDGET_BYTES = 256 * 2**20  # above this the table is keyed by the first expert 
 SHRINK_TOKENS = 20.0  # as if this many tokens of mean weight had shown no residual
 
 
+def may_tell_pairs(top_k: int) -> bool:
+    """Whether means can be of pairs of experts, as what stands in for single ones has to be."""
+    return top_k == 2
+
+
 class ResidualFit:
     """Streaming sums for `ResidualMeans`."""
 
     def __init__(self, *, layers: int, experts: int, top_k: int, hidden_size: int) -> None:
         self.experts, self.top_k = experts, top_k
         pairs = layers * experts**2 * hidden_size * 4
-        self.by_pair = top_k == 2 and pairs <= BUDGET_BYTES
+        self.by_pair = may_tell_pairs(top_k) and pairs <= BUDGET_BYTES
         rows = experts**2 if self.by_pair else experts
         self.moment = torch.zeros((layers, rows, hidden_size), dtype=torch.float32)
         self.square = torch.zeros((layers, rows), dtype=torch.float64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from inspect import Parameter, signature
 from typing import Any, Self
 
@@ -119,13 +119,26 @@ class RoutingPolicy(ABC):
         Raises:
             UsageError: a setting is unknown or missing, or out of its range.
         """
+        cls.check_settings(settings, calibration)
         parameters = signature(cls).parameters
-        own = [name for name in parameters if name not in calibration]
-        expected = ", ".join(own) or "none"
-        for name in settings:
-            if name not in own:
-                raise UsageError(f"{cls.__name__}: unknown setting {name!r}; expected {expected}")
-        for name in own:
-            if name not in settings and parameters[name].default is Parameter.empty:
+        for name in parameters:
+            if (
+                name not in (*settings, *calibration)
+                and parameters[name].default is Parameter.empty
+            ):
                 raise UsageError(f"{cls.__name__}: setting {name!r} is missing")
         return cls(**settings, **calibration)
+
+    @classmethod
+    def check_settings(cls, settings: Mapping[str, Any], calibrated: Collection[str]) -> None:
+        """Refuse settings that the constructor does not have; ``calibrated`` are not settings.
+
+        Raises:
+            UsageError: names the setting, and those that there are.
+        """
+        own = [name for name in signature(cls).parameters if name not in calibrated]
+        for name in settings:
+            if name not in own:
+                raise UsageError(
+                    f"{cls.__name__}: unknown setting {name!r}; expected {', '.join(own) or 'none'}"
+                )

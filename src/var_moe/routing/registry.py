@@ -60,6 +60,14 @@ class PolicySpec:
         """Ways from mild to hard; see `RoutingPolicy.dials`."""
         return self.load().dials(top_k)
 
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Refuse settings that `make` would refuse, as far as it shows without calibration.
+
+        Raises:
+            UsageError: a setting is unknown, or out of its range.
+        """
+        self.load().check_settings({**settings, **self.settings}, self.needs)
+
     def make(
         self, settings: Mapping[str, Any], calibration: Mapping[str, Any] | None = None
     ) -> RoutingPolicy:

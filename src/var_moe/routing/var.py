@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Self, TypeAlias
 
@@ -113,6 +113,10 @@ class VARPolicy(RoutingPolicy):
     @classmethod
     def build(cls, settings: Mapping[str, Any], calibration: Mapping[str, Any]) -> Self:
         return cls(VARConfig.from_dict(settings), **calibration)
+
+    @classmethod
+    def check_settings(cls, settings: Mapping[str, Any], calibrated: Collection[str]) -> None:
+        VARConfig.from_dict(settings)
 
     def reset(self) -> None:
         self.cache.clear()
