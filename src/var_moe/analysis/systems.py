@@ -21,6 +21,7 @@ from var_moe.apply import automatic
 from var_moe.config import VARConfig, check_number
 from var_moe.evaluation.compare import Evaluator, Progress, Speed
 from var_moe.evaluation.cost import CostModel, fit_cost_model
+from var_moe.growing import GrowingResult
 from var_moe.optimization.candidate import Candidate, kind_of, policy_of
 from var_moe.optimization.objective import make_objective
 from var_moe.optimization.policy_objective import PolicyObjective
@@ -96,6 +97,7 @@ def analyse(
     candidate: Candidate,
     settings: AnalysisSettings | None = None,
     *,
+    kept: GrowingResult | None = None,
     progress: Progress | None = None,
 ) -> SystemsAnalysis:
     """Measure where time goes, how it scales, what bounds it; compare with the cost model.
@@ -105,6 +107,7 @@ def analyse(
         profile: of the same model; None where the candidate needs nothing of one.
         candidate: a VAR configuration, or settings of another policy.
         settings: how much is measured.
+        kept: of ``systems_analysis.json``: parts are saved as soon as they are known.
         progress: called with a stage's name, steps done and in all.
     """
     settings = settings or AnalysisSettings()
@@ -117,8 +120,38 @@ def analyse(
         policy = objective_of(evaluator, profile, candidate).policy(candidate)
     geometry, batches = evaluator.geometry(), evaluator.timing_batches
     speed = evaluator.speed(policy, blocks=settings.blocks)
+    compared: dict[str, Any] = {
+        "actual_speedup": speed.speedup.median,
+        "actual_speedup_95": [speed.speedup.low, speed.speedup.high],
+        "backend_factor": speed.backend_factor and speed.backend_factor.to_dict(),
+        "skipping_factor": speed.skipping_factor and speed.skipping_factor.to_dict(),
+    }
+    systems: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "comparison": compared,
+        "notes": evaluator.timing_notes(),
+        "profile_hash": None if profile is None else profile.hash,
+        **_origin(evaluator),
+    }
+
+    def known(missing: str, **further: Any) -> None:
+        systems.update(further)
+        if kept is not None:
+            kept.save(jsonable(systems), missing=missing)
+
+    known("parts of a forward, scaling, roofline, cost model")
     report("parts of a forward", 0, 2)
     parts = _components(evaluator, policy, settings.rounds, report)
+    components: dict[str, Any] = jsonable(
+        {
+            "schema_version": SCHEMA_VERSION,
+            "what": "milliseconds per forward; marks and hooks add a few percent of their own",
+            **{name: timed.to_dict() for name, timed in parts.items()},
+            **_origin(evaluator),
+        }
+    )
+    if kept is not None:
+        atomic_write_json(kept.path.with_name(PROFILE_FILE), components)
     baseline_memory = run_baseline(evaluator.model, batches, backend=evaluator.baseline_backend)
     ran = run_policy(
         evaluator.model,
@@ -128,20 +161,6 @@ def analyse(
         layers=geometry["layers"],
         experts=geometry["experts"],
     )
-    scaling = measure_scaling(
-        evaluator,
-        policy,
-        sequences=settings.sequences,
-        batch_sizes=settings.batch_sizes,
-        blocks=settings.scaling_blocks,
-        progress=progress,
-    )
-    report("fitting the cost model", 0, 1)
-    cost = fitted_cost(evaluator, blocks=settings.cost_blocks)
-    report("fitting the cost model", 1, 1)
-    model = PerformanceModel(cost, residual=adds_residual(candidate, policy))
-    predicted = model.predict_speedup(ran.report)
-    found = find_bottlenecks(_facts(evaluator, candidate, speed, ran, parts, scaling, model))
     arms = {
         "baseline": {
             **_measured(evaluator, speed.baseline_tps, baseline_memory),
@@ -156,34 +175,35 @@ def analyse(
             "kind": kind_of(candidate),
         },
     }
-    systems = {
-        "schema_version": SCHEMA_VERSION,
-        **arms,
-        "scaling": scaling,
+    known("scaling, roofline, cost model", **arms)
+    scaling = measure_scaling(
+        evaluator,
+        policy,
+        sequences=settings.sequences,
+        batch_sizes=settings.batch_sizes,
+        blocks=settings.scaling_blocks,
+        progress=progress,
+    )
+    known("roofline, cost model", scaling=scaling)
+    report("fitting the cost model", 0, 1)
+    cost = fitted_cost(evaluator, blocks=settings.cost_blocks)
+    report("fitting the cost model", 1, 1)
+    model = PerformanceModel(cost, residual=adds_residual(candidate, policy))
+    predicted = model.predict_speedup(ran.report)
+    compared |= {
+        "predicted_speedup": predicted,
+        "prediction_error_pct": 100 * abs(predicted / speed.speedup.median - 1),
+        "largest_speedup": model.largest_speedup(),
+        "time_by_term": model.analyze_bottleneck(ran.report),
+        "cost_model": cost.to_dict(),
+    }
+    known("roofline")
+    facts = _facts(evaluator, candidate, speed, ran, parts, scaling, model)
+    systems |= {
         "roofline": _roofline(evaluator, arms, ran),
-        "bottlenecks": [one.to_dict() for one in found],
-        "comparison": {
-            "actual_speedup": speed.speedup.median,
-            "actual_speedup_95": [speed.speedup.low, speed.speedup.high],
-            "predicted_speedup": predicted,
-            "prediction_error_pct": 100 * abs(predicted / speed.speedup.median - 1),
-            "backend_factor": speed.backend_factor and speed.backend_factor.to_dict(),
-            "skipping_factor": speed.skipping_factor and speed.skipping_factor.to_dict(),
-            "largest_speedup": model.largest_speedup(),
-            "time_by_term": model.analyze_bottleneck(ran.report),
-            "cost_model": cost.to_dict(),
-        },
-        "notes": evaluator.timing_notes(),
-        "profile_hash": None if profile is None else profile.hash,
-        **_origin(evaluator),
+        "bottlenecks": [one.to_dict() for one in find_bottlenecks(facts)],
     }
-    components = {
-        "schema_version": SCHEMA_VERSION,
-        "what": "milliseconds per forward; marks and hooks add a few percent of their own",
-        **{name: timed.to_dict() for name, timed in parts.items()},
-        **_origin(evaluator),
-    }
-    return SystemsAnalysis(systems=jsonable(systems), components=jsonable(components))
+    return SystemsAnalysis(systems=jsonable(systems), components=components)
 
 
 def objective_of(

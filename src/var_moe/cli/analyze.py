@@ -42,7 +42,8 @@ def analyze(
         profile: profile folder; by default the one beside --var_config, else the calibration split
             is profiled first, where something is needed of a profile.
         compensation: folder of a learned compensation, where it is not the profile's own.
-        output: folder for systems_analysis.json and profile_report.json.
+        output: folder for systems_analysis.json and profile_report.json; parts of it are written
+            as soon as they are known.
         seed: draws the documents.
         device: auto, cpu, cuda, ...
         dtype: auto, float32, bfloat16, float16.
@@ -77,14 +78,15 @@ def analyze(
     subject.check(blocks=1, quiet=quiet)
     import torch
 
-    from var_moe.analysis.systems import AnalysisSettings, analyse
+    from var_moe.analysis.systems import SYSTEMS_FILE, AnalysisSettings, analyse
     from var_moe.cli.analysis_tables import print_analysis
     from var_moe.cli.progress import StageProgress
     from var_moe.cli.report import make_report
+    from var_moe.growing import GrowingResult
 
     if threads is not None:
         torch.set_num_threads(threads)
-    with StageProgress() as progress:
+    with StageProgress() as progress, GrowingResult(output / SYSTEMS_FILE) as kept:
         shown = None if quiet else progress
         named = None if isinstance(candidate, VARConfig) else candidate.compensation
         ready = subject.ready(shown, needs=needs_of(candidate), stand_ins=[named])
@@ -93,9 +95,10 @@ def analyze(
             ready.profile,
             candidate,
             AnalysisSettings.quick() if quick else AnalysisSettings(),
+            kept=kept,
             progress=shown,
         )
-    found.save(output)
+        found.save(output)
     print_analysis(found.systems, found.components, folder=output)
     make_report(output)
     return Answer(found.systems)

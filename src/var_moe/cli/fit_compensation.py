@@ -65,7 +65,7 @@ def fit_compensation(
         trust_remote_code: run a Hub model's own code.
         quiet: no progress.
     """
-    from var_moe.evaluation.text import check_dataset
+    from var_moe.evaluation.text import check_dataset, load_text
     from var_moe.models.loading import check_name
     from var_moe.profiling.profile import RoutingProfile
     from var_moe.storage import check_output_folder
@@ -82,7 +82,7 @@ def fit_compensation(
     from var_moe.fitting.calibrate import DAMAGE_TOKENS, learn_compensation
     from var_moe.fitting.compensation import FitSettings
     from var_moe.models.loading import load_model
-    from var_moe.optimization.preparation import read_text
+    from var_moe.optimization.preparation import tokenised
     from var_moe.profiling.fitted_files import FOLDER, save_compensation
 
     place = output or profile / FOLDER
@@ -95,10 +95,11 @@ def fit_compensation(
     }
     settings = FitSettings(seed=seed, **{k: v for k, v in given.items() if v is not None})
     checkpoint = place.parent / f".{place.name}.checkpoint.pt"
+    texts = load_text(dataset, split)
     with StageProgress() as progress:
         loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         known.check_loaded(loaded)
-        text = read_text(dataset, split, loaded)
+        text = tokenised(texts, loaded)
         fitted = learn_compensation(
             loaded,
             known,

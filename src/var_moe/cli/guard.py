@@ -67,11 +67,11 @@ def guard(
     from var_moe.cli.searched import search_of
     from var_moe.config import check_number
     from var_moe.errors import UsageError
-    from var_moe.evaluation.text import check_dataset
+    from var_moe.evaluation.text import check_dataset, load_text
     from var_moe.models.loading import check_name
     from var_moe.optimization.saving import CONFIG_FILE
     from var_moe.routing.guard import check_alpha
-    from var_moe.storage import SCHEMA_VERSION, atomic_write_json, check_output_folder, provenance
+    from var_moe.storage import SCHEMA_VERSION, check_output_folder, provenance
 
     if not results.is_dir():
         raise UsageError(f"{results}: no such folder; expected the results of `var-moe tune`")
@@ -86,20 +86,27 @@ def guard(
         check_dataset(name)
     from var_moe.cli.progress import StageProgress
     from var_moe.evaluation.guarding import calibrate_guard, one_per_page
+    from var_moe.growing import GrowingResult
     from var_moe.models.loading import load_model
     from var_moe.optimization.candidate import load_candidate, policy_of
-    from var_moe.optimization.preparation import halves, read_text
+    from var_moe.optimization.preparation import halves, tokenised
     from var_moe.optimization.validation import find_profile
 
     chosen = load_candidate(results / CONFIG_FILE)
     found = find_profile(results / CONFIG_FILE, profile)
     if not quiet:
         print(f"loading model {model} ...", file=sys.stderr, flush=True)
+    calibration = load_text(dataset, "validation")
+    others = {name: load_text(name, "validation") for name in check or ()}
     with StageProgress() as progress:
         loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         found.check_loaded(loaded)
         policy = policy_of(chosen, found)
-        text = read_text(dataset, "validation", loaded)
+        text = tokenised(calibration, loaded)
+        further = {
+            name: one_per_page(tokenised(other, loaded).documents, seed)[:max_samples]
+            for name, other in others.items()
+        }
         own, other = (one_per_page(half, seed)[:max_samples] for half in halves(text.documents))
         if not quiet:
             progress.say(f"calibrating on {len(own)} documents ...")
@@ -116,18 +123,20 @@ def guard(
         )
         made.save(place / GUARD_FILE)
         shown = None if quiet else progress
-        rows = [_checked(f"{dataset}, other half", loaded, policy, made, other, seed, shown)]
-        for name in check or ():
-            documents = one_per_page(read_text(name, "validation", loaded).documents, seed)
-            rows.append(_checked(name, loaded, policy, made, documents[:max_samples], seed, shown))
-    result = {
-        "schema_version": SCHEMA_VERSION,
-        "guard": made.expectation.to_dict(),
-        "checks": rows,
-        "seed": seed,
-        "provenance": provenance(),
-    }
-    atomic_write_json(place / CHECK_FILE, result)
+        rows: list[dict[str, Any]] = []
+        result = {
+            "schema_version": SCHEMA_VERSION,
+            "guard": made.expectation.to_dict(),
+            "checks": rows,
+            "seed": seed,
+            "provenance": provenance(),
+        }
+        played = {f"{dataset}, other half": other, **further}
+        with GrowingResult(place / CHECK_FILE) as kept:
+            for number, (name, documents) in enumerate(played.items()):
+                kept.save(result, missing=", ".join(list(played)[number:]))
+                rows.append(_checked(name, loaded, policy, made, documents, seed, shown))
+            kept.save(result)
     for row in rows:
         print(_line(row))
     print(f"Saved: {place / GUARD_FILE}, {place / CHECK_FILE}")

@@ -55,7 +55,7 @@ def profile(
         raise UsageError(f"max_tokens = {max_tokens}: expected at least 1")
     if damage_tokens is not None and damage_tokens < 0:
         raise UsageError(f"damage_tokens = {damage_tokens}: expected at least 0")
-    from var_moe.evaluation.text import check_dataset
+    from var_moe.evaluation.text import check_dataset, load_text
     from var_moe.models.loading import check_name
 
     check_name(model)
@@ -65,12 +65,13 @@ def profile(
     from var_moe.cli.progress import StageProgress
     from var_moe.fitting.calibrate import DAMAGE_TOKENS, with_damages
     from var_moe.models.loading import load_model
-    from var_moe.optimization.preparation import DAMAGE_FOLDER, read_text
+    from var_moe.optimization.preparation import DAMAGE_FOLDER, tokenised
     from var_moe.profiling.collect import DEFAULT_TOKENS, collect_profile
 
+    texts = load_text(dataset, split)
     with StageProgress() as progress:
         loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        text = read_text(dataset, split, loaded)
+        text = tokenised(texts, loaded)
         output.mkdir(parents=True, exist_ok=True)
         found = collect_profile(
             loaded,

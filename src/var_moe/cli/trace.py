@@ -59,7 +59,7 @@ def trace(
         trust_remote_code: run a Hub model's own code.
         quiet: no progress.
     """
-    from var_moe.evaluation.text import check_dataset
+    from var_moe.evaluation.text import check_dataset, load_text
     from var_moe.models.loading import check_name
     from var_moe.storage import check_output_folder
 
@@ -78,15 +78,26 @@ def trace(
         print(f"loading model {model} ...", file=sys.stderr, flush=True)
     from var_moe.cli.progress import StageProgress
     from var_moe.models.loading import load_model
-    from var_moe.optimization.preparation import obtain_profile, read_text, sample_documents
+    from var_moe.optimization.preparation import obtain_profile, sample_documents, tokenised
+    from var_moe.profiling.profile import RoutingProfile
     from var_moe.tracing.record import record_trace
 
+    texts = load_text(dataset, split)
+    if profile is not None:
+        RoutingProfile.load(profile)  # a damaged one is refused before the model is loaded
+    calibration = load_text(dataset, "calibration") if profile is None else None
     with StageProgress() as progress:
         loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        text = read_text(dataset, split, loaded)
+        text = tokenised(texts, loaded)
         documents = sample_documents(text.documents, max_samples, seed)
         means, place = obtain_profile(
-            loaded, dataset, given=profile, folder=output, progress=None if quiet else progress
+            loaded,
+            dataset,
+            given=profile,
+            folder=output,
+            damages=not decisions_only,
+            calibration=calibration,
+            progress=None if quiet else progress,
         )
         if not quiet:
             asked = (max_tokens, seed)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from var_moe.errors import UsageError
 from var_moe.evaluation.apart import measure_apart
 from var_moe.evaluation.compare import Evaluator, Progress, Speed, SpeedSetting
+from var_moe.growing import GrowingResult
 from var_moe.optimization.candidate import PolicySettings, in_mode, load_candidate
 from var_moe.optimization.criteria import success_criteria
 from var_moe.optimization.objective import make_objective
@@ -19,7 +20,7 @@ from var_moe.profiling.fitted_files import load_compensation
 from var_moe.profiling.profile import RoutingProfile
 from var_moe.routing.random_skip import RandomSkipPolicy
 from var_moe.routing.ranking import leading_count
-from var_moe.storage import SCHEMA_VERSION, atomic_write_json, provenance, read_json
+from var_moe.storage import SCHEMA_VERSION, provenance, read_json
 
 if TYPE_CHECKING:
     from var_moe.models.loading import LoadedModel
@@ -94,7 +95,7 @@ def validate(
     setting: SpeedSetting | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measure a configuration on held-out text and write ``validation_results.json``.
+    """Measure a configuration on held-out text, and write ``validation_results.json`` meanwhile.
 
     Perplexity is deterministic, so it is scored once, on all documents; throughput is
     measured in ``runs`` separate runs of alternating blocks.
@@ -142,49 +143,66 @@ def validate(
     else:
         chosen = {"mode": config.mode}
     objective = make_objective(evaluator, profile, max_degradation=bound, **chosen)
-    quality = evaluator.quality(objective.policy(config))
-    apart = measure_apart(evaluator, objective.policy(config))
-    half = leading_count(evaluator.top_k)
-    kept = quality.report.experts_per_token
-    share = (evaluator.top_k - kept) / max(1, evaluator.top_k - half)
-    control = evaluator.quality(
-        RandomSkipPolicy(min(max(share, 0.0), 1.0)), what="random skip: perplexity"
-    )
-    speeds = [evaluator.speed(objective.policy(config), blocks=blocks) for _ in range(runs)]
-    noise = evaluator.noise_floor(blocks=blocks)
-    middle = sorted(speeds, key=lambda one: one.speedup.median)[len(speeds) // 2]
-    result = {
+    result: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "config": config.to_dict(),
         "text": text.to_dict(),
-        **quality.to_dict(),
-        "by_dataset": [one.to_dict() for one in apart],
-        **middle.to_dict(),
         # Perplexity is deterministic: scored once, it holds for every run.
         "perplexity_scored_once": True,
-        "random_skip": control.to_dict(),
-        "notes": evaluator.timing_notes(),
-        "predicted_speedup": evaluator.predicted_speedup(quality.report.experts_per_token),
-        "noise_floor": noise.to_dict(),
-        "runs": [one.to_dict() for one in speeds],
-        "speedup_spread": _spread(speeds),
-        "criteria": success_criteria(
-            degradation=quality.judged.value,
-            upper=quality.judged.upper,
-            max_degradation=bound,
-            speedups=[one.speedup for one in speeds],
-            learned_pct=quality.report.learned_pct,
-        ),
         "max_degradation": bound,
         "robust": robust,
         "profile_hash": profile.hash,
-        "setting": evaluator.setting.to_dict(),
         "model": {"name": loaded.name, "revision": loaded.revision, "dtype": loaded.dtype},
         "provenance": provenance(),
     }
-    clean: dict[str, Any] = jsonable(result)
-    atomic_write_json((output or config_path.parent) / VALIDATION_FILE, clean)
-    return clean
+    path = (output or config_path.parent) / VALIDATION_FILE
+    with GrowingResult(path) as kept:
+
+        def known(missing: str | None = None, **found: Any) -> dict[str, Any]:
+            result.update(found)
+            return kept.save(jsonable(result), missing=missing)
+
+        quality = evaluator.quality(objective.policy(config))
+        executed = quality.report.experts_per_token
+        known("the data sets apart, the control, throughput", **quality.to_dict())
+        apart = measure_apart(evaluator, objective.policy(config))
+        known("the control, throughput", by_dataset=[one.to_dict() for one in apart])
+        control = evaluator.quality(
+            RandomSkipPolicy(_share_dropped(executed, evaluator.top_k)),
+            what="random skip: perplexity",
+        )
+        known(
+            "throughput",
+            random_skip=control.to_dict(),
+            setting=evaluator.setting.to_dict(),
+            notes=evaluator.timing_notes(),
+        )
+        speeds: list[Speed] = []
+        while len(speeds) < runs:
+            speeds.append(evaluator.speed(objective.policy(config), blocks=blocks))
+            ran = [one.to_dict() for one in speeds]
+            known(f"throughput after {len(speeds)} of {runs} runs", runs=ran)
+        noise = evaluator.noise_floor(blocks=blocks)
+        middle = sorted(speeds, key=lambda one: one.speedup.median)[len(speeds) // 2]
+        return known(
+            **middle.to_dict(),
+            predicted_speedup=evaluator.predicted_speedup(executed),
+            noise_floor=noise.to_dict(),
+            speedup_spread=_spread(speeds),
+            criteria=success_criteria(
+                degradation=quality.judged.value,
+                upper=quality.judged.upper,
+                max_degradation=bound,
+                speedups=[one.speedup for one in speeds],
+                learned_pct=quality.report.learned_pct,
+            ),
+        )
+
+
+def _share_dropped(executed: float, top_k: int) -> float:
+    """The share of decisions to cut at random so that as many experts run."""
+    share = (top_k - executed) / max(1, top_k - leading_count(top_k))
+    return min(max(share, 0.0), 1.0)
 
 
 def _spread(speeds: list[Speed]) -> float:

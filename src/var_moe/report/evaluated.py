@@ -43,7 +43,8 @@ def evaluation_section(results: Results) -> Section | None:
 
 def _row(row: Mapping[str, Any]) -> tuple[str, ...]:
     name, perplexity = row["name"], f"{row['perplexity']:.3f}"
-    speed, experts = f"{row['throughput_tps']:,.0f}", f"{row['experts_per_token']:.3f}"
+    speed = "" if row.get("throughput_tps") is None else f"{row['throughput_tps']:,.0f}"
+    experts = f"{row['experts_per_token']:.3f}"
     if name == "baseline":
         return (f"unmodified ({row['backend']})", perplexity, "", speed, "1", experts, "")
     return (name, perplexity, change(row), speed, speedup(row), experts, tiers(row))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from var_moe.errors import UsageError
+from var_moe.growing import INCOMPLETE
 from var_moe.storage import SCHEMA_VERSION, read_json
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ STATS_FILE = "routing_stats.parquet"
 PROFILE_FILE = "profile.json"
 _NEED = {"search": "metadata", "front": "metadata", "components": "analysis"}
 _UNVERSIONED = ("cost",)
+_OF_ROWS = ("evaluation", "comparison")  # the rows that are there can be shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +45,14 @@ class Results:
     Args:
         folder: where they lie.
         parts: by the names of `FILES`, those that are there.
+        unfinished: those that are not whole, in the same way.
         stats: rows of ``routing_stats.parquet`` of the profile that the results were made with,
             where it can be found.
     """
 
     folder: Path
     parts: dict[str, Any] = field(default_factory=dict)
+    unfinished: dict[str, Any] = field(default_factory=dict)
     stats: pd.DataFrame | None = None
     asked: set[str] = field(default_factory=set)
     """Parts that were asked for; emptied by whoever wants to know."""
@@ -77,19 +81,26 @@ def read_results(folder: Path) -> Results:
     """
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder; expected one that a command left results in")
-    parts = {}
+    parts, unfinished = {}, {}
     for name, file in FILES.items():
         path = folder / file
-        if path.is_file():
-            parts[name] = _checked(path, name)
+        if not path.is_file():
+            continue
+        found = _checked(path, name)
+        if INCOMPLETE in found:
+            unfinished[name] = found
+        if INCOMPLETE not in found or name in _OF_ROWS:
+            parts[name] = found
+    if "analysis" in unfinished:
+        parts.pop("components", None)  # of which the analysis is the frame
     for name, needed in _NEED.items():
         if name in parts and needed not in parts:
             raise UsageError(f"{folder}: {FILES[name]} is there, {FILES[needed]} is missing")
     stats = _stats(folder, parts)
-    if not parts.keys() - {"cost"} and stats is None:
+    if not parts.keys() - {"cost"} and not unfinished and stats is None:
         known = ", ".join(file for name, file in FILES.items() if name != "cost")
         raise UsageError(f"{folder}: nothing to report; expected one of {known}, {STATS_FILE}")
-    return Results(folder=folder, parts=parts, stats=stats)
+    return Results(folder=folder, parts=parts, unfinished=unfinished, stats=stats)
 
 
 def _checked(path: Path, name: str) -> Any:

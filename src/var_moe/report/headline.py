@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from var_moe.report.folder import Results
-from var_moe.report.wording import between, factor, kind, limit, percent
+from var_moe.report.wording import between, factor, kind, limit, percent, speedup
 
 GOOD, BAD, PLAIN = "good", "bad", "plain"
 
@@ -65,6 +65,12 @@ def headline(results: Results) -> Headline:
     ):
         if results.get(name) is not None:
             return made(results)
+    if results.unfinished:
+        return Headline(
+            title="Unfinished results",
+            question="What was measured before the command ended?",
+            answers=(),
+        )
     return Headline(
         title="Routing profile",
         question="How does the unmodified model route this text?",
@@ -305,8 +311,8 @@ def _of_evaluation(results: Results) -> Headline:
     text = found["text"]
     told = [
         f"{row['name']}: {percent(row['degradation'])} perplexity (95% upper bound "
-        f"{percent(row['degradation_upper_95'])}) at {factor(row['speedup'])} "
-        f"{between(row['speedup_95'])}, {row['experts_per_token']:.2f} experts per token."
+        f"{percent(row['degradation_upper_95'])}), {speedup(row)}, "
+        f"{row['experts_per_token']:.2f} experts per token."
         for row in found["rows"]
         if row["name"] != "baseline"
     ]
