@@ -79,6 +79,8 @@ def certify(
     check_output_folder(output or results)
     check_name(model)
     check_dataset(dataset)
+    if not quiet:
+        print(f"loading model {model} ...", file=sys.stderr, flush=True)
     from var_moe.certification.candidates import find_candidates
     from var_moe.certification.certify import CERTIFICATE_FILE, PAGE_FILE, NotCertifiedError
     from var_moe.certification.certify import certify as run_certify
@@ -110,8 +112,6 @@ def certify(
     find_candidates(results, max_degradation=max_degradation, at_most=candidates, top_k=2)
     find_profile(results / CONFIG_FILE, profile)
     Ledger(results).entries()
-    if not quiet:
-        print(f"loading model {model} ...", file=sys.stderr, flush=True)
     with StageProgress() as progress:
         loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         place = output or results

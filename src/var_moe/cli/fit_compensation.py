@@ -67,13 +67,12 @@ def fit_compensation(
     """
     from var_moe.evaluation.text import check_dataset, load_text
     from var_moe.models.loading import check_name
-    from var_moe.profiling.profile import RoutingProfile
     from var_moe.storage import check_output_folder
 
     if damage_tokens is not None and damage_tokens < 1:
         raise UsageError(f"damage_tokens = {damage_tokens}: expected at least 1")
-    healing = _healing(heal, heal_tokens, heal_rate, control)
-    known = RoutingProfile.load(profile)
+    if not profile.is_dir():
+        raise UsageError(f"{profile}: no such profile folder; make one with `var-moe profile`")
     check_name(model)
     check_dataset(dataset)
     if not quiet:
@@ -84,7 +83,10 @@ def fit_compensation(
     from var_moe.models.loading import load_model
     from var_moe.optimization.preparation import tokenised
     from var_moe.profiling.fitted_files import FOLDER, save_compensation
+    from var_moe.profiling.profile import RoutingProfile
 
+    healing = _healing(heal, heal_tokens, heal_rate, control)
+    known = RoutingProfile.load(profile)
     place = output or profile / FOLDER
     check_output_folder(place)
     given: dict[str, Any] = {

@@ -69,8 +69,8 @@ def guard(
     from var_moe.errors import UsageError
     from var_moe.evaluation.text import check_dataset, load_text
     from var_moe.models.loading import check_name
+    from var_moe.optimization.candidate import load_candidate, policy_of
     from var_moe.optimization.saving import CONFIG_FILE
-    from var_moe.routing.guard import check_alpha
     from var_moe.storage import SCHEMA_VERSION, check_output_folder, provenance
 
     if not results.is_dir():
@@ -79,23 +79,23 @@ def guard(
     model = model or searched.model
     dataset = dataset or searched.dataset
     place = check_output_folder(output or results)
-    check_alpha(alpha)
     check_number("Guard.tolerance", tolerance, low=0)
     check_name(model)
     for name in (dataset, *(check or ())):
         check_dataset(name)
+    chosen = load_candidate(results / CONFIG_FILE)
+    if not quiet:
+        print(f"loading model {model} ...", file=sys.stderr, flush=True)
     from var_moe.cli.progress import StageProgress
     from var_moe.evaluation.guarding import calibrate_guard, one_per_page
     from var_moe.growing import GrowingResult
     from var_moe.models.loading import load_model
-    from var_moe.optimization.candidate import load_candidate, policy_of
     from var_moe.optimization.preparation import halves, tokenised
     from var_moe.optimization.validation import find_profile
+    from var_moe.routing.guard import check_alpha
 
-    chosen = load_candidate(results / CONFIG_FILE)
+    check_alpha(alpha)
     found = find_profile(results / CONFIG_FILE, profile)
-    if not quiet:
-        print(f"loading model {model} ...", file=sys.stderr, flush=True)
     calibration = load_text(dataset, "validation")
     others = {name: load_text(name, "validation") for name in check or ()}
     with StageProgress() as progress:

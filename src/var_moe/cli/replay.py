@@ -11,10 +11,12 @@ from var_moe.cli.output import Answer
 from var_moe.errors import UsageError
 
 if TYPE_CHECKING:
-    from var_moe.config import VARConfig
     from var_moe.evaluation.compare import Progress
     from var_moe.evaluation.cost import CostModel
-    from var_moe.tracing.replay import TraceReplay
+    from var_moe.optimization.candidate import Candidate
+    from var_moe.profiling.profile import RoutingProfile
+    from var_moe.tracing.policies import PolicyReplay
+    from var_moe.tracing.replay import Replay, TraceReplay
 
 COST_FILE = "cost_model.json"
 _NO_COST = (
@@ -45,11 +47,12 @@ def replay(
     Args:
         trace: folder that `var-moe trace` (or a tuning run) recorded.
         profile: profile folder; by default the one in or beside the trace's folder.
-        config: VAR configurations (JSON), one or several.
+        config: configurations that any command wrote, such as best_config.json, or VAR
+            configurations (JSON), one or several.
         preset: conservative, balanced, aggressive; one or several.
         grid: replay all combinations of so many values per threshold, and show which
             thresholds matter and the best points.
-        mode: overrides the configurations' mode.
+        mode: overrides the mode of VAR's configurations.
         cost: cost model (JSON) for speedups; by default cost_model.json in or beside the
             folder of the trace or the profile.
         output: folder for replay.json and replay.csv, with --grid also sensitivity.json.
@@ -75,14 +78,15 @@ def replay(
 
     recorded = RoutingTrace.load(trace)
     check_droppable(recorded.head["model"], recorded.head["top_k"])
-    stack = TraceReplay(recorded, RoutingProfile.load(place))
+    known = RoutingProfile.load(place)
+    stack = TraceReplay(recorded, known)
     if model is not None:
         _check_cost(model, recorded.head)
     notes = [_NO_COST] if model is None else []
     notes += [] if recorded.damage else [_NO_DAMAGE]
     about = _about(stack, trace, place, model, notes)
     if grid is None:
-        result = _some(stack, configs, model, about, output)
+        result = _some(stack, known, configs, model, about, output)
     else:
         from var_moe.cli.progress import StageProgress
 
@@ -96,13 +100,13 @@ def replay(
     return Answer(result)
 
 
-def _configs(files: list[Path], presets: list[str], mode: str | None) -> dict[str, VARConfig]:
+def _configs(files: list[Path], presets: list[str], mode: str | None) -> dict[str, Candidate]:
     from var_moe.config import VARConfig
+    from var_moe.optimization.candidate import in_mode, load_candidate
 
-    changes = {} if mode is None else {"mode": mode, "residuals": None}
-    found = {str(path): VARConfig.load(path).replace(**changes) for path in files}
+    found = {str(path): in_mode(load_candidate(path), mode, source=str(path)) for path in files}
     for name in presets or ([] if files else ["balanced"]):
-        found[name] = VARConfig.preset(name, **changes)
+        found[name] = in_mode(VARConfig.preset(name), mode, source=name)
     return found
 
 
@@ -166,31 +170,70 @@ def _about(
 
 def _some(
     replay: TraceReplay,
-    configs: dict[str, VARConfig],
+    profile: RoutingProfile,
+    configs: dict[str, Candidate],
     cost: CostModel | None,
     about: dict[str, Any],
     output: Path,
 ) -> dict[str, Any]:
     from var_moe.cli.replay_tables import print_replays
+    from var_moe.config import VARConfig
     from var_moe.optimization.results import jsonable
     from var_moe.storage import atomic_write_json
 
     rows = []
-    for name, found in zip(configs, replay.evaluate_many(list(configs.values())), strict=True):
-        residual = found.config.uses_residuals
-        speedup = None if cost is None else cost.speedup(found.report, residual=residual)
-        row = {"name": name, "config": found.config.to_dict(), **found.to_dict()}
+    for name, (found, helped) in zip(configs, _replayed(replay, profile, configs), strict=True):
+        # As in a search: what a policy without a compensation decides costs next to nothing.
+        decided = helped or isinstance(configs[name], VARConfig)
+        speedup = cost and cost.speedup(found.report, decided=decided, residual=helped)
+        row = {"name": name, "config": configs[name].to_dict(), **found.to_dict()}
         rows.append({**row, "predicted_speedup": speedup})
     result: dict[str, Any] = jsonable({**about, "rows": rows})
     atomic_write_json(output / "replay.json", result)
     flat = [
-        {"name": row["name"], **row["config"], **{k: v for k, v in row.items() if k in _FLAT}}
+        {
+            "name": row["name"],
+            **{k: v for k, v in row["config"].items() if k != "settings"},
+            **row["config"].get("settings", {}),
+            **{k: v for k, v in row.items() if k in _FLAT},
+        }
         for row in rows
     ]
-    _write_csv({name: [row[name] for row in flat] for name in flat[0]}, output)
+    columns = dict.fromkeys(name for row in flat for name in row)
+    _write_csv({name: [row.get(name) for row in flat] for name in columns}, output)
     print_replays(rows, about["trace"])
     print(f"Saved: {output / 'replay.json'}, {output / 'replay.csv'}")
     return result
+
+
+def _replayed(
+    replay: TraceReplay, profile: RoutingProfile, configs: dict[str, Candidate]
+) -> list[tuple[Replay | PolicyReplay, bool]]:
+    """What each decides, and whether something stands in for what it drops.
+
+    VAR's own configurations share their work, and those of other policies run their own code.
+
+    Raises:
+        UsageError: the trace does not fit a policy; names its configuration.
+    """
+    from var_moe.config import VARConfig
+    from var_moe.optimization.candidate import policy_of
+    from var_moe.tracing.policies import evaluate_policy
+
+    own = [one for one in configs.values() if isinstance(one, VARConfig)]
+    shared = iter(replay.evaluate_many(own))
+    found: list[tuple[Replay | PolicyReplay, bool]] = []
+    for name, one in configs.items():
+        if isinstance(one, VARConfig):
+            found.append((next(shared), one.uses_residuals))
+            continue
+        try:
+            policy = policy_of(one, profile)
+            replayed = evaluate_policy(replay.trace, policy, profile)
+        except UsageError as error:
+            raise UsageError(f"{name}: {error}") from None
+        found.append((replayed, policy.compensation is not None))
+    return found
 
 
 _FLAT = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -40,6 +40,10 @@ class PolicyReplay:
     scored: int  # tokens that have a loss
     first: float | None = None
     squares: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For result files."""
+        return {**self.report.to_dict(), "predicted_degradation": self.degradation}
 
     @property
     def degradation(self) -> float | None:
@@ -132,8 +136,9 @@ def _check_fits(trace: RoutingTrace, policy: RoutingPolicy) -> None:
         )
     if compensation is not None and compensation.hash != recorded:
         raise UsageError(
-            "the policy's compensation is not the one that the trace was recorded with; record it "
-            "again with record_trace(..., compensation=policy.compensation)"
+            "the policy's compensation is not the one that the trace was recorded with; take the "
+            "trace of its own search (RESULTS/trace), or record it again with record_trace(..., "
+            "compensation=policy.compensation)"
         )
     if (
         isinstance(policy, DamagePolicy)
@@ -142,7 +147,8 @@ def _check_fits(trace: RoutingTrace, policy: RoutingPolicy) -> None:
     ):
         raise UsageError(
             "the damage policy looks at the layers' inputs, and the trace was not recorded "
-            "with its damage model; record it again with record_trace(..., predictor=...)"
+            "with its damage model; take the trace of its own search (RESULTS/trace), or record it "
+            "again with record_trace(..., predictor=...)"
         )
 
 
