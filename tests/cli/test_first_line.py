@@ -49,6 +49,9 @@ def results(tmp_path_factory):
         ["trace"],
         ["fit-compensation", "--profile", "RESULTS"],
         ["demo"],
+        ["replay", "RESULTS"],
+        ["export", "RESULTS"],
+        ["doctor"],
     ],
     ids=lambda words: words[0],
 )

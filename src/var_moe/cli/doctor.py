@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ def doctor() -> Answer:
 
     The exit code is 1 where something is missing that var_moe does not work without.
     """
+    print("looking at packages, device and backends ...", file=sys.stderr, flush=True)
     from var_moe.cli.diagnosis import diagnose
 
     found = diagnose()

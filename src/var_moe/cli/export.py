@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 from var_moe.cli.output import Answer
@@ -31,6 +32,7 @@ def export(
         push_to_hub: also upload it under this name (owner/name); needs `hf auth login`.
         private: make the repository a private one.
     """
+    print(f"exporting {results} ...", file=sys.stderr, flush=True)
     from var_moe.certification.exporting import export as run_export
     from var_moe.certification.exporting import push
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -68,6 +69,8 @@ def replay(
         raise UsageError("--grid has configurations of its own: leave --config and --preset out")
     if grid is not None and grid < 1:
         raise UsageError(f"grid = {grid}: expected at least 1 value per threshold")
+    if not quiet:
+        print(f"reading trace {trace} ...", file=sys.stderr, flush=True)
     configs = _configs(config or [], preset or [], mode)
     place = _profile_folder(trace, profile)
     model = _cost_model(cost, [trace, trace.parent, place, place.parent])
