@@ -51,7 +51,8 @@ def trace():
 
 
 def forecaster(trace, policy, **calibration):
-    return PolicyForecaster(trace, COST, policy=policy, calibration=calibration)
+    own = {"none": calibration}
+    return PolicyForecaster({"none": trace}, COST, policy=policy, calibrations=own)
 
 
 def test_hand_sums(trace):

@@ -8,6 +8,7 @@ import pytest
 
 from var_moe.config import VARConfig
 from var_moe.optimization import remeasure as room
+from var_moe.optimization.candidate import PolicySettings
 from var_moe.optimization.results import Evaluation
 
 BOUND = 0.01
@@ -149,3 +150,53 @@ def test_measurements_that_are_left_go_where_the_forecasts_point(run):
 def test_proposals_end_with_the_measurements(run):
     tried, _ = run(LINE, shift=0.0, at_most=3, closer=lambda _: {"frequency_threshold": 5})
     assert len(tried) == 3
+
+
+def test_of_equally_many_pairs_the_compensation_that_costs_less_wins(monkeypatch):
+    """And what one compensation costs more on new text is not held against another."""
+
+    def point(tau, name, degradation):
+        return Evaluation(
+            params={"tau": tau, "compensation": name},
+            score=1.0,
+            degradation=degradation,
+            degradation_se=0.001,
+            experts_per_token=2 - tau,
+        )
+
+    found = [point(1.0, "means", 0.004), point(1.0, "none", 0.0), point(0.9, "means", 0.001)]
+
+    def measure(_evaluator, objective, config, *, name, blocks):
+        value = 0.0 if config.compensation == "none" else 0.02
+        return room.Measured(
+            name=name,
+            config=config,
+            quality=SimpleNamespace(
+                judged=SimpleNamespace(value=value, upper=value),
+                report=SimpleNamespace(
+                    learned_pct=100, experts_per_token=2 - config.settings["tau"]
+                ),
+            ),
+            speed=SimpleNamespace(speedup=SimpleNamespace(median=1.5)) if value < BOUND else None,
+            max_degradation=BOUND,
+        )
+
+    monkeypatch.setattr(room, "measure", measure)
+
+    def config(params):
+        settings = {"tau": params["tau"]}
+        return PolicySettings(
+            policy="damage", settings=settings, compensation=params["compensation"]
+        )
+
+    objective = SimpleNamespace(max_degradation=BOUND, config=config)
+    seen = []
+
+    def closer(measured):
+        seen.append(measured)
+
+    done = room.remeasure(None, objective, found, blocks=1, at_most=8, closer=closer)
+    assert [one.config.compensation for one in done] == ["none"]
+    assert seen == [[({"tau": 1.0, "compensation": "none"}, 0.0)]]
+    done = room.remeasure(None, objective, [found[0], found[2], found[1]], blocks=1, at_most=8)
+    assert room.winner(done).config.compensation == "none"

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from analytic import SixObjective, rich_evaluation
 
+from var_moe.optimization.bayesian import bayesian_optimization
 from var_moe.optimization.correction import Correction, feasible_improvement
 from var_moe.optimization.forecast import Forecast
+from var_moe.optimization.grid import grid_search
+from var_moe.optimization.random_points import random_search
 from var_moe.optimization.replay_pool import neighbours, pool_points
 from var_moe.optimization.replay_search import Forecasts, ReplayPlan, replay_search
 from var_moe.optimization.search_space import SEARCH_SPACE, check_point, dimensions
@@ -283,3 +286,58 @@ def test_points_of_a_grid_are_not_left():
         SEARCH_SPACE, Forecasts(AnalyticForecaster()), bound=0.01, seed=1, points=points
     )
     assert plan.closer([(points[0], 0.001)]) is None
+
+
+STAND_IN = {"type": "choice", "choices": ["none", "means"], "default": "means"}
+WITH_NAMES = {**TAU, "compensation": STAND_IN}
+
+
+class TwoCompensations:
+    """Dropping costs nothing with one compensation, and with the other as `OneSetting` has it."""
+
+    max_degradation = 0.01
+
+    def __init__(self, free):
+        self.free = free
+
+    def __call__(self, params):
+        return self.evaluate(params).score
+
+    def evaluate(self, params):
+        one = OneSetting().evaluate({"tau": params["tau"]})
+        free = params["compensation"] == self.free
+        return rich_evaluation(
+            params,
+            degradation=0.0 if free else one.degradation,
+            speedup=one.predicted_speedup,
+            bound=self.max_degradation,
+        )
+
+
+class WrongForecaster(OneForecaster):
+    """Forecasts the same degradation for both, as if neither were better."""
+
+    def forecast(self, points):
+        found = super().forecast([{"tau": point["tau"]} for point in points])
+        factor = {"none": 3.0, "means": 1.0}
+        return [
+            replace(one, degradation=factor[point["compensation"]] * one.degradation)
+            for one, point in zip(found, points, strict=True)
+        ]
+
+
+@pytest.mark.parametrize("free", ["none", "means"])
+def test_a_wrong_forecast_of_a_compensation_is_corrected(free):
+    """Each is evaluated at least once, and what is measured of one says nothing of the other."""
+    objective, forecaster = TwoCompensations(free), WrongForecaster()
+    result = replay_search(objective, forecaster, WITH_NAMES, n_calls=6, verbose=False, seed=1)
+    assert {e.params["compensation"] for e in result.evaluations[:2]} == {"none", "means"}
+    assert result.best_params["compensation"] == free
+    # With the other one the bound allows 1.25.
+    assert result.best_score > 1.3
+
+
+@pytest.mark.parametrize("search", [bayesian_optimization, random_search, grid_search])
+def test_other_methods_evaluate_every_compensation(search):
+    result = search(TwoCompensations("none"), WITH_NAMES, 3, verbose=False, seed=1)
+    assert {e.params["compensation"] for e in result.evaluations} == {"none", "means"}

@@ -15,6 +15,7 @@ from var_moe.optimization.search_space import (
     grid_points,
     grid_size,
     parse_bounds,
+    point_count,
     sample,
     starting_points,
     validate_space,
@@ -182,7 +183,9 @@ def test_bounds_given_twice():
         ({}, "at least one name"),
         ([("x", 1)], "expected a mapping"),
         ({"x": 3}, "search space: x"),
-        ({"x": {"type": "real", "low": 0, "high": 1}}, "expected 'int' or 'float'"),
+        ({"x": {"type": "real", "low": 0, "high": 1}}, "expected 'int', 'float' or 'choice'"),
+        ({"x": {"type": "choice", "choices": []}}, "with a list of choices"),
+        ({"x": {"type": "choice", "choices": ["a"], "default": "b"}}, "default = 'b'"),
         ({"x": {"type": "int", "low": 0, "high": 1.5}}, "high = 1.5: expected an integer"),
         ({"x": {"type": "float", "low": 0}}, "high = None"),
         ({"x": {"type": "int", "low": True, "high": 4}}, "low = True"),
@@ -249,3 +252,26 @@ def test_a_scale_survives_bounds_and_is_checked_against_them():
 def test_a_point_outside_the_space_is_refused(point):
     with pytest.raises(UsageError, match="enqueue"):
         check_point(ONE, point, what="enqueue[0]")
+
+
+STAND_IN = {"type": "choice", "choices": ["none", "means", "learned"], "default": "learned"}
+WITH_NAMES = {"tau": {"type": "float", "low": 0.0, "high": 1.0}, "compensation": STAND_IN}
+
+
+def test_names_to_choose_from():
+    """Each is among the first points, in every grid, and has its turn among random ones."""
+    names = set(STAND_IN["choices"])
+    start = starting_points(WITH_NAMES)
+    assert start[0] == {"tau": 0.5, "compensation": "learned"}
+    assert {point["compensation"] for point in start} == names
+    for seed in range(5):
+        drawn = [sample(WITH_NAMES, seed, number) for number in range(3)]
+        assert {point["compensation"] for point in drawn} == names
+    assert grid_size(WITH_NAMES, 1) == 3
+    assert [point["compensation"] for point in grid_points(WITH_NAMES, 1)] == STAND_IN["choices"]
+    assert point_count({"compensation": STAND_IN}) == 3
+    assert check_point(WITH_NAMES, start[1]) == start[1]
+    with pytest.raises(UsageError, match="compensation = 'mean': expected one of none, means"):
+        check_point(WITH_NAMES, {"tau": 0.5, "compensation": "mean"})
+    with pytest.raises(UsageError, match="compensation has no range"):
+        parse_bounds(["compensation=0:1"], WITH_NAMES)

@@ -194,9 +194,9 @@ def _policies(
         if isinstance(one.config, PolicySettings):
             chosen = {"policy": one.config.policy, "compensation": one.config.compensation}
         objective = make_objective(evaluator, profile, max_degradation=bound, **chosen)
-        policies[one.name] = objective.policy(one.config)
-        if objective.compensation is not None:
-            fitted[one.name] = objective.compensation.hash
+        policy = policies[one.name] = objective.policy(one.config)
+        if policy.compensation is not None:
+            fitted[one.name] = policy.compensation.hash
     return policies, fitted
 
 

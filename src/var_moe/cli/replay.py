@@ -268,7 +268,7 @@ def _grid(
     front = []
     for number in found.front() if "degradation" in found.columns else []:
         row = {predicted.get(name, name): value for name, value in found.row(number).items()}
-        config = VARConfig(mode=mode, **found.point(number))  # type: ignore[arg-type]
+        config = VARConfig(mode=mode, **found.point(number))
         feasible = row["predicted_degradation"] <= max_degradation
         front.append({"config": config.to_dict(), **row, "feasible": feasible})
     indices = sensitivity_result(found)

@@ -10,7 +10,7 @@ from typing import Any
 from var_moe.config import VARConfig
 from var_moe.errors import UsageError
 from var_moe.optimization.candidate import Candidate, policy_of
-from var_moe.optimization.replay_forecast import TRACE_FOLDER
+from var_moe.optimization.replay_forecast import trace_folder
 from var_moe.optimization.seed_runs import SeedRun
 from var_moe.optimization.validation import find_profile
 from var_moe.profiling.fitted_files import load_compensation
@@ -42,22 +42,31 @@ def agreement(
     if place is None:
         return None, "no trace in the results folders: the winners' decisions are not compared"
     try:
-        trace = RoutingTrace.load(place)
-        return compare(trace, [(run.seed, run.winner, _profile(run, profile)) for run in runs]), ""
+        traces: dict[Path, RoutingTrace] = {}
+
+        def trace_of(run: SeedRun) -> RoutingTrace:
+            own = trace_folder(place, run.compensation or "")
+            found = own if (own / HEAD_FILE).is_file() else trace_folder(place)
+            if found not in traces:
+                traces[found] = RoutingTrace.load(found)
+            return traces[found]
+
+        rows = [(run.seed, run.winner, _profile(run, profile), trace_of(run)) for run in runs]
+        return compare(rows), ""
     except UsageError as error:
         return None, f"the winners' decisions are not compared: {error}"
 
 
 def compare(
-    trace: RoutingTrace, winners: Sequence[tuple[int, Candidate | None, RoutingProfile]]
+    winners: Sequence[tuple[int, Candidate | None, RoutingProfile, RoutingTrace]],
 ) -> dict[str, Any]:
-    """Winners, by seed, on a trace; see `agreement`.
+    """Winners, by seed, on a trace of one text with their own compensation; see `agreement`.
 
     Raises:
         UsageError: a profile or a compensation is not the one that the trace was recorded with.
     """
     rows, executed = [], {}
-    for seed, winner, profile in winners:
+    for seed, winner, profile, trace in winners:
         assert winner is not None
         policy = policy_of(winner, profile)
         executed[seed] = executed_experts(trace, policy)
@@ -95,10 +104,9 @@ def _predicted(
 
 
 def _trace_of(runs: Sequence[SeedRun]) -> Path | None:
-    """The first trace in a run's folder, or in the one that runs of several seeds share."""
+    """The first folder with a trace: a run's, or the one that runs of several seeds share."""
     places = [place for run in runs for place in (run.folder, run.folder.parent)]
-    traces = [place / TRACE_FOLDER for place in places]
-    return next((trace for trace in traces if (trace / HEAD_FILE).is_file()), None)
+    return next((one for one in places if (trace_folder(one) / HEAD_FILE).is_file()), None)
 
 
 def _profile(run: SeedRun, given: Path | None) -> RoutingProfile:

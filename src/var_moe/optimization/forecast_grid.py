@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +42,7 @@ class ForecastGrid:
     one axis per threshold, in the order of `AXES`.
     """
 
-    values: dict[str, tuple[int | float, ...]]  # of each of AXES, in that order
+    values: Mapping[str, tuple[Any, ...]]  # of each of AXES, in that order
     columns: dict[str, Floats]  # (n1, ..., n6) each
 
     @property
@@ -89,9 +90,7 @@ class ForecastGrid:
         return non_dominated(self.columns["degradation"].ravel(), gain.ravel())
 
 
-def grid_values(
-    space: SearchSpace = SEARCH_SPACE, n_points: int = 5
-) -> dict[str, tuple[int | float, ...]]:
+def grid_values(space: SearchSpace = SEARCH_SPACE, n_points: int = 5) -> dict[str, tuple[Any, ...]]:
     """Evenly spaced values of each threshold; the default alone of one that is not in the space.
 
     Raises:

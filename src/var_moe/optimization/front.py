@@ -16,7 +16,7 @@ import numpy as np
 
 from var_moe.errors import UsageError
 from var_moe.optimization.candidate import Candidate
-from var_moe.optimization.correction import Correction
+from var_moe.optimization.correction import Floats
 from var_moe.optimization.forecast import Forecast
 from var_moe.optimization.forecast_grid import non_dominated
 from var_moe.optimization.objective_protocol import check_bound
@@ -45,12 +45,18 @@ class FrontPoint:
 def feasible_front(
     points: Sequence[Params],
     forecasts: Sequence[Forecast],
-    correction: Correction,
+    mean: Floats,
+    deviation: Floats,
     *,
     at_most: int = POINTS,
 ) -> list[FrontPoint]:
-    """The non-dominated points, the safest first, thinned to about ``at_most`` of them."""
-    mean, deviation = correction.predict(np.array([one.degradation for one in forecasts]))
+    """The non-dominated points, the safest first, thinned to about ``at_most`` of them.
+
+    Args:
+        points, forecasts: candidates.
+        mean, deviation: (M,) of the logarithm of their degradation, corrected.
+        at_most: points.
+    """
     score = np.array([one.score for one in forecasts])
     front = non_dominated(mean, score)
     keep = np.unique(np.linspace(0, len(front) - 1, min(at_most, len(front))).round().astype(int))

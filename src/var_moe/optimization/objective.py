@@ -62,7 +62,8 @@ class VARObjective(PolicyObjective):
     def policy(self, config: VARConfig) -> VARPolicy:
         return VARPolicy(config, self._table, residuals=self.profile.residuals)
 
-    def forecaster(self, trace: RoutingTrace, cost: CostModel) -> ReplayForecaster:
+    def forecaster(self, traces: Mapping[str, RoutingTrace], cost: CostModel) -> ReplayForecaster:
+        (trace,) = traces.values()
         return ReplayForecaster(TraceReplay(trace, self.profile), cost, mode=self.mode)
 
     def confirm(self, result: OptimizationResult) -> OptimizationResult:
@@ -107,11 +108,17 @@ def make_objective(
     policy: str | None = None,
     compensation: str | None = None,
     mode: str = "verified",
+    search: bool = False,
 ) -> PolicyObjective:
     """The objective of the policy of that name, or of VAR in ``mode`` where it is None."""
     if policy is not None:
         return PeerObjective(
-            evaluator, profile, policy, compensation=compensation, max_degradation=max_degradation
+            evaluator,
+            profile,
+            policy,
+            compensation=compensation,
+            search=search,
+            max_degradation=max_degradation,
         )
     return VARObjective(evaluator, profile, max_degradation=max_degradation, mode=mode)
 

@@ -24,7 +24,7 @@ from var_moe.optimization.journal import (
     read_lines,
 )
 from var_moe.optimization.results import Evaluation
-from var_moe.optimization.search_space import Params, SearchSpace, dimensions
+from var_moe.optimization.search_space import Choice, Params, SearchSpace, dimensions
 from var_moe.optimization.selection import Z_95
 
 if TYPE_CHECKING:
@@ -181,7 +181,9 @@ class OptunaSearch:
     def _point(self, trial: optuna.Trial) -> Params:
         point: Params = {}
         for d in dimensions(self._space):
-            if d.integer:
+            if isinstance(d, Choice):
+                point[d.name] = str(trial.suggest_categorical(d.name, d.choices))
+            elif d.integer:
                 point[d.name] = int(trial.suggest_int(d.name, int(d.low), int(d.high), log=d.log))
             else:
                 point[d.name] = float(trial.suggest_float(d.name, d.low, d.high, log=d.log))

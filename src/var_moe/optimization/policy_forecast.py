@@ -21,6 +21,7 @@ from var_moe.evaluation.cost import CostModel
 from var_moe.optimization.forecast import Forecast
 from var_moe.optimization.forecast_grid import ForecastGrid
 from var_moe.optimization.search_space import (
+    COMPENSATION,
     Params,
     SearchSpace,
     check_count,
@@ -38,36 +39,39 @@ class PolicyForecaster:
     """Forecasts the settings of a policy by replaying a trace.
 
     Args:
-        trace: of the text that full evaluations score, with damages.
+        traces: of the text that full evaluations score, with damages: by the name of the
+            compensation that they were recorded with, the one of points that name none last.
         cost: cost model of the machine and model.
         policy: name in the registry.
-        calibration: what the policy may ask for, as `RoutingProfile.calibration` gives it.
+        calibrations: by the same names, what the policy may ask for, as
+            `RoutingProfile.calibration` gives it.
         costly: whether the cost model was fitted with the policy's own decisions and compensation,
             which then count.
 
     Raises:
-        UsageError: no such policy, or the trace has no damages.
+        UsageError: no such policy, or a trace has no damages.
     """
 
     def __init__(
         self,
-        trace: RoutingTrace,
+        traces: Mapping[str, RoutingTrace],
         cost: CostModel,
         *,
         policy: str,
-        calibration: Mapping[str, Any],
+        calibrations: Mapping[str, Mapping[str, Any]],
         costly: bool = False,
     ) -> None:
-        if not trace.damage:
+        if not all(trace.damage for trace in traces.values()):
             raise UsageError("a search by replay needs a trace with damages; record it with them")
-        self.cost, self._trace = cost, trace
-        self._spec, self._calibration = policy_spec(policy), calibration
+        self.cost, self._traces = cost, traces
+        self._spec, self._calibrations = policy_spec(policy), calibrations
         self._costly = costly
+        *_, self._default = traces
 
     @property
     def trace(self) -> RoutingTrace:
-        """What is replayed."""
-        return self._trace
+        """What is replayed where a point names no compensation."""
+        return self._traces[self._default]
 
     def forecast(
         self, points: Sequence[Params], progress: Progress | None = None
@@ -103,13 +107,20 @@ class PolicyForecaster:
         return ForecastGrid(values=values, columns=columns)
 
     def _one(self, point: Params) -> Forecast:
-        found = evaluate_policy(self.trace, self._spec.make(point, self._calibration))
+        settings = dict(point)
+        name = str(settings.pop(COMPENSATION, self._default))
+        policy = self._spec.make(settings, self._calibrations[name])
+        found = evaluate_policy(self._traces[name], policy)
         if found.degradation is None:
             raise UsageError(not_replayable(self._spec.name))
         report = found.report
         return Forecast(
             degradation=found.degradation,
-            speedup=self.cost.speedup(report, decided=self._costly, residual=self._costly),
+            speedup=self.cost.speedup(
+                report,
+                decided=self._costly,
+                residual=self._costly and policy.compensation is not None,
+            ),
             experts_per_token=report.experts_per_token,
             fast_pct=report.fast_pct,
             cached_pct=report.cached_pct,

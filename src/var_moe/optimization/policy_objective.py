@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from var_moe.errors import UsageError
 from var_moe.evaluation.compare import Evaluator, Speed
 from var_moe.evaluation.cost import CostModel
 from var_moe.optimization.candidate import Candidate, PolicySettings
@@ -14,6 +16,7 @@ from var_moe.optimization.forecast import TraceForecaster
 from var_moe.optimization.objective_protocol import check_bound, documented_score
 from var_moe.optimization.policy_forecast import PolicyForecaster
 from var_moe.optimization.results import Evaluation
+from var_moe.optimization.search_space import COMPENSATION
 from var_moe.profiling.profile import RoutingProfile
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.compensation import Compensation
@@ -30,6 +33,15 @@ SEARCH_BLOCKS = 4
 
 DOUBTFUL = 0.1
 """Relative distance from the predicted speedup at which a measurement is taken again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StandIn:
+    """What a trace must note for one compensation: its damages, and its damage model's look at
+    the layers' inputs."""
+
+    compensation: Compensation | None = None
+    predictor: DamageModel | None = None
 
 
 class PolicyObjective(ABC):
@@ -65,18 +77,14 @@ class PolicyObjective(ABC):
         """A fresh policy for a configuration."""
 
     @property
-    def predictor(self) -> DamageModel | None:
-        """The damage model whose look at the layers' inputs a trace must note."""
-        return None
-
-    @property
-    def compensation(self) -> Compensation | None:
-        """What stands in for dropped experts; a trace notes the damages with it in place."""
-        return None
+    def compensations(self) -> Mapping[str, StandIn]:
+        """What stands in for dropped experts, by name, from the plainest to the best: what is to
+        be searched. Each needs a trace of its own."""
+        return {"none": StandIn()}
 
     @abstractmethod
-    def forecaster(self, trace: RoutingTrace, cost: CostModel) -> TraceForecaster:
-        """Forecasts of its points from a trace of its evaluator's text."""
+    def forecaster(self, traces: Mapping[str, RoutingTrace], cost: CostModel) -> TraceForecaster:
+        """Forecasts of its points from traces of its evaluator's text, one per compensation."""
 
     def __call__(self, params: Mapping[str, Any]) -> float:
         score = self.evaluate(dict(params)).score
@@ -136,10 +144,11 @@ class PeerObjective(PolicyObjective):
 
     Args:
         evaluator, max_degradation, blocks: see `PolicyObjective`.
-        name: of the policy, in the registry.
-        compensation: name of what stands in for dropped experts; by default the best there is for
-            the damage policy, and none for others.
         profile: of the same model; holds what policies ask for.
+        name: of the policy, in the registry.
+        compensation: name of what stands in for dropped experts, where a point names none; by
+            default the best there is for the damage policy, and none for others.
+        search: without a `compensation`, points name one of all that the profile has.
     """
 
     def __init__(
@@ -149,50 +158,76 @@ class PeerObjective(PolicyObjective):
         name: str,
         *,
         compensation: str | None = None,
+        search: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(evaluator, **options)
         self._spec, self.profile = policy_spec(name), profile
-        if compensation is None and "damage" in self._spec.needs:
+        self._calibrations: dict[str | None, dict[str, Any]] = {}
+        space = self._spec.search_space(evaluator.top_k)
+        self._defaults = {name: entry["default"] for name, entry in space.items()}
+        known: list[str | None] = []
+        if search and compensation is None:
+            known = [one for one in profile.compensations() if self._works(one)]
+        if known:
+            compensation = known[-1]
+        elif compensation is None and "damage" in self._spec.needs:
             compensation = profile.best_compensation()
-        self._compensation = compensation
-        self._calibration = profile.calibration(compensation)
+        self._compensation, self._known = compensation, known or [compensation]
         self._costly = compensation is not None
         if self._costly and evaluator.cost_policies is None:
             evaluator.cost_policies = self._cost_policies()
 
     def config(self, params: Mapping[str, Any]) -> PolicySettings:
+        settings = {name: value for name, value in params.items() if name != COMPENSATION}
         return PolicySettings(
-            policy=self._spec.name, settings=dict(params), compensation=self._compensation
+            policy=self._spec.name,
+            settings=settings,
+            compensation=params.get(COMPENSATION, self._compensation),
         )
 
     def policy(self, config: PolicySettings) -> RoutingPolicy:
-        return self._spec.make(config.settings, self._calibration)
+        return self._spec.make(config.settings, self._calibration(config.compensation))
+
+    def _calibration(self, compensation: str | None) -> dict[str, Any]:
+        known = self._calibrations.get(compensation)
+        if known is None:
+            known = self._calibrations[compensation] = self.profile.calibration(compensation)
+        return known
+
+    def _works(self, compensation: str) -> bool:
+        """Whether the policy can be made with it."""
+        try:
+            self._spec.make(self._defaults, self._calibration(compensation))
+        except UsageError:
+            return False
+        return True
 
     @property
-    def predictor(self) -> DamageModel | None:
-        return self._calibration["damage"] if "damage" in self._spec.needs else None
+    def compensations(self) -> Mapping[str, StandIn]:
+        looks = "damage" in self._spec.needs
+        return {
+            name or "none": StandIn(
+                compensation=self._calibration(name).get("compensation"),
+                predictor=self._calibration(name)["damage"] if looks else None,
+            )
+            for name in self._known
+        }
 
-    @property
-    def compensation(self) -> Compensation | None:
-        found: Compensation | None = self._calibration.get("compensation")
-        return found
-
-    def forecaster(self, trace: RoutingTrace, cost: CostModel) -> PolicyForecaster:
+    def forecaster(self, traces: Mapping[str, RoutingTrace], cost: CostModel) -> PolicyForecaster:
         return PolicyForecaster(
-            trace,
+            traces,
             cost,
             policy=self._spec.name,
-            calibration=self._calibration,
+            calibrations={name or "none": self._calibration(name) for name in self._known},
             costly=self._costly,
         )
 
     def _cost_policies(self) -> tuple[RoutingPolicy, RoutingPolicy]:
         """What deciding and compensating cost, at all pairs and at the leading ones."""
-        top_k = self.evaluator.top_k
-        settings = {k: entry["default"] for k, entry in self._spec.search_space(top_k).items()}
+        top_k, calibration = self.evaluator.top_k, self._calibration(self._compensation)
 
         def running(count: int) -> RoutingPolicy:
-            return Overhead(self._spec.make(settings, self._calibration), count)
+            return Overhead(self._spec.make(self._defaults, calibration), count)
 
         return running(top_k), running(leading_count(top_k))

@@ -12,6 +12,7 @@ from var_moe.models.checks import check_droppable
 from var_moe.optimization.objective import make_objective
 from var_moe.optimization.policy_objective import PolicyObjective
 from var_moe.optimization.preparation import EncodedText, halves, obtain_profile, read_text
+from var_moe.optimization.search_space import COMPENSATION, SearchSpace
 from var_moe.optimization.settings import TuneSettings
 from var_moe.profiling.fitted_files import load_compensation
 from var_moe.profiling.profile import RoutingProfile
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
 class Ready:
     """A model and text that can be searched on.
 
-    ``evaluator`` scores the search's documents, ``final`` those of the last measurement;
-    ``identity`` says what decides the results besides the search itself.
+    ``evaluator`` scores the search's documents, ``final`` those of the last measurement. ``space``
+    has what stands in for dropped experts, where there is a choice. ``identity`` says what decides
+    the results besides the search itself.
     """
 
     validation: EncodedText
@@ -34,6 +36,7 @@ class Ready:
     evaluator: Evaluator
     final: Evaluator
     objective: PolicyObjective
+    space: SearchSpace
     identity: Mapping[str, Any]
 
 
@@ -77,6 +80,7 @@ def prepare(
         policy=settings.policy,
         compensation=settings.compensation,
         mode=settings.mode,
+        search=True,
         max_degradation=settings.max_degradation,
     )
     say(_baseline_line(evaluator))
@@ -98,8 +102,13 @@ def prepare(
         identity["robust"] = True
     if settings.policy:
         identity["policy"] = settings.policy
-    if objective.compensation is not None:
-        identity["compensation_hash"] = objective.compensation.hash
+    space, stand_ins = dict(settings.space), list(objective.compensations)
+    if len(stand_ins) > 1:
+        known = {"type": "choice", "choices": stand_ins, "default": stand_ins[-1]}
+        space[COMPENSATION] = known
+    best = objective.compensations[stand_ins[-1]].compensation
+    if best is not None:
+        identity["compensation_hash"] = best.hash
     return Ready(
         validation=validation,
         profile=profile,
@@ -107,6 +116,7 @@ def prepare(
         evaluator=evaluator,
         final=final,
         objective=objective,
+        space=space,
         identity=identity,
     )
 

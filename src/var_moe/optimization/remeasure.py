@@ -8,6 +8,7 @@ blocks. The one that executes the fewest pairs wins.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -17,9 +18,10 @@ from var_moe.optimization.candidate import Candidate
 from var_moe.optimization.objective_protocol import INFEASIBLE_PENALTY, documented_score
 from var_moe.optimization.policy_objective import PolicyObjective
 from var_moe.optimization.results import Evaluation
+from var_moe.optimization.search_space import Params, stand_in_of
 from var_moe.optimization.selection import Z_95, distinct_evaluations, nearest_miss, promise
 
-Closer: TypeAlias = Callable[[list[tuple[dict[str, Any], float]]], dict[str, Any] | None]
+Closer: TypeAlias = Callable[[list[tuple[Params, float]]], Params | None]
 """From points and the upper bounds of their degradation to another point; None ends it."""
 
 
@@ -97,11 +99,11 @@ def remeasure(
     """Measure a search's evaluations again until no faster one is likely to keep the bound.
 
     A candidate's upper bound on the new text is predicted as its degradation in the search
-    plus what the upper bounds measured so far were above theirs (at first: the search's own
-    error). The fastest that is predicted to keep the bound is measured next, as long as it is
-    faster than what did so far; so a search that hugs the bound costs a few measurements, and
-    a safe configuration is reached when the bold ones fail. Where nothing passes, the
-    evaluation with the smallest degradation is measured last. "Fast" is what the executed
+    plus what the upper bounds measured so far, with the same compensation, were above theirs (at
+    first: the search's own error). The fastest that is predicted to keep the bound is measured
+    next, as long as it is faster than what did so far; so a search that hugs the bound costs a few
+    measurements, and a safe configuration is reached when the bold ones fail. Where nothing passes,
+    the evaluation with the smallest degradation is measured last. "Fast" is what the executed
     pairs predict: a search's few timed blocks would put the luckiest first.
 
     Measurements that are left go to what ``closer`` proposes from those made.
@@ -111,12 +113,14 @@ def remeasure(
         [one for one in evaluations if not one.failed and one.degradation is not None]
     )
     done: list[Measured] = []
-    above: list[float] = []
+    points: list[Params] = []
+    above: dict[str | None, list[float]] = defaultdict(list)
 
     def likely(one: Evaluation) -> bool:
         assert one.degradation is not None
-        error = Z_95 * (one.degradation_se or 0.0)
-        return one.degradation + (sum(above) / len(above) if above else error) < bound
+        off = above[stand_in_of(one.params)]
+        error = sum(off) / len(off) if off else Z_95 * (one.degradation_se or 0.0)
+        return one.degradation + error < bound
 
     def take(one: Evaluation) -> bool:
         waiting.remove(one)
@@ -124,8 +128,10 @@ def remeasure(
         found = measure(
             evaluator, objective, objective.config(one.params), name=name, blocks=blocks
         )
-        above.append(found.quality.judged.upper - (one.degradation or 0.0))
+        off = found.quality.judged.upper - (one.degradation or 0.0)
+        above[stand_in_of(one.params)].append(off)
         done.append(found)
+        points.append(one.params)
         return found.passed
 
     fastest = -math.inf
@@ -133,17 +139,20 @@ def remeasure(
         fitting = [one for one in waiting if likely(one) and promise(one) > fastest]
         if not fitting:
             break
-        chosen = max(fitting, key=promise)
+        # Of equally fast ones, which another compensation makes, the one that costs less.
+        chosen = max(fitting, key=lambda one: (promise(one), -(one.degradation or 0.0)))
         if take(chosen):
             fastest = promise(chosen)
     calmest = nearest_miss(waiting)
     if winner(done) is None and calmest is not None:
         take(calmest)
     while closer is not None and len(done) < at_most:
-        point = closer([(one.config.documented(), one.quality.judged.upper) for one in done])
+        uppers = [one.quality.judged.upper for one in done]
+        point = closer(list(zip(points, uppers, strict=True)))
         if point is None:
             break
         name = f"candidate {len(done) + 1}"
+        points.append(point)
         done.append(
             measure(evaluator, objective, objective.config(point), name=name, blocks=blocks)
         )
@@ -154,10 +163,14 @@ def winner(measured: Sequence[Measured]) -> Measured | None:
     """The fastest that keeps the bound; None where none does.
 
     The fewest executed pairs are the fastest: they are known exactly, and on a disturbed machine
-    the measured speedups of a few blocks would choose the luckiest.
+    the measured speedups of a few blocks would choose the luckiest. Of equal ones, the safest.
     """
     passed = [one for one in measured if one.passed and one.speed]
-    return min(passed, key=lambda one: one.quality.report.experts_per_token, default=None)
+    return min(
+        passed,
+        key=lambda one: (one.quality.report.experts_per_token, one.quality.judged.upper),
+        default=None,
+    )
 
 
 def nearest(measured: Sequence[Measured]) -> Measured:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from var_moe.evaluation.compare import Progress
 from var_moe.evaluation.cost import CostModel, fit_cost_model
 from var_moe.optimization.forecast import Forecast, TraceForecaster
 from var_moe.optimization.forecast_grid import ForecastGrid, forecast_grid, grid_values
-from var_moe.optimization.policy_objective import PolicyObjective
+from var_moe.optimization.policy_objective import PolicyObjective, StandIn
 from var_moe.optimization.search_space import SEARCH_SPACE, Params, SearchSpace
 from var_moe.storage import atomic_write_json, read_json
 from var_moe.tracing.record import record_trace
@@ -69,6 +70,11 @@ class ReplayForecaster:
         )
 
 
+def trace_folder(folder: Path, compensation: str = "") -> Path:
+    """Where a results folder holds a trace: that of its best compensation, or of another one."""
+    return folder / (f"{TRACE_FOLDER}_{compensation}" if compensation else TRACE_FOLDER)
+
+
 def make_forecaster(
     objective: PolicyObjective,
     *,
@@ -80,6 +86,8 @@ def make_forecaster(
 ) -> TraceForecaster:
     """Trace the objective's text, fit the cost model, and put both in ``folder``.
 
+    Each compensation has a trace of its own: the best in ``trace``, others beside it.
+
     Args:
         objective: its evaluator's text is traced; VAR's, or another policy's.
         dataset, data_hash: of that text, for the trace's head.
@@ -89,21 +97,31 @@ def make_forecaster(
         progress: called with a stage's name, tokens done and in all.
     """
     evaluator = objective.evaluator
-    place = None if folder is None else folder / TRACE_FOLDER
-    trace = record_trace(
-        evaluator.loaded,
-        evaluator.documents,
-        dataset=dataset,
-        data_hash=data_hash,
-        folder=place,
-        profile=objective.profile,
-        compensation=objective.compensation,
-        predictor=objective.predictor,
-        tokens_per_batch=evaluator.tokens_per_batch,
-        progress=(lambda done, total: progress("tracing the router", done, total))
-        if progress
-        else None,
-    )
+    stand_ins = objective.compensations
+    *_, best = stand_ins
+
+    def recorded(name: str, stand_in: StandIn) -> RoutingTrace:
+        what = "tracing the router" + (f" ({name})" if len(stand_ins) > 1 else "")
+        return record_trace(
+            evaluator.loaded,
+            evaluator.documents,
+            dataset=dataset,
+            data_hash=data_hash,
+            folder=None if folder is None else trace_folder(folder, "" if name == best else name),
+            # What VAR can be replayed on is taken once.
+            profile=objective.profile if name == best else None,
+            stored=name == best,
+            compensation=stand_in.compensation,
+            predictor=stand_in.predictor,
+            tokens_per_batch=evaluator.tokens_per_batch,
+            progress=(lambda done, total: progress(what, done, total)) if progress else None,
+        )
+
+    if folder is not None:
+        for old in folder.glob(f"{TRACE_FOLDER}_*"):  # an earlier search's, of other compensations
+            if old not in [trace_folder(folder, name) for name in stand_ins if name != best]:
+                shutil.rmtree(old)
+    traces = {name: recorded(name, stand_in) for name, stand_in in stand_ins.items()}
     saved = None if folder is None else folder / COST_FILE
     if resume and saved is not None and saved.is_file():
         cost = CostModel.from_dict(read_json(saved, what="cost model"), source=str(saved))
@@ -116,7 +134,7 @@ def make_forecaster(
             progress("timing forwards for the cost model", 1, 1)
     if saved is not None:
         atomic_write_json(saved, cost.to_dict())
-    return objective.forecaster(trace, cost)
+    return objective.forecaster(traces, cost)
 
 
-__all__ = ["COST_FILE", "TRACE_FOLDER", "ReplayForecaster", "make_forecaster"]
+__all__ = ["COST_FILE", "TRACE_FOLDER", "ReplayForecaster", "make_forecaster", "trace_folder"]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
+from typing import Any
 
 import numpy as np
 from scipy.stats import qmc
 
 from var_moe.optimization.search_space import (
+    Choice,
     Dimension,
     Params,
     SearchSpace,
@@ -60,7 +62,7 @@ def _even_points(space: SearchSpace) -> list[Params]:
     dims = dimensions(space)
     points = starting_points(space)
     if len(dims) <= _MOST_CORNERS:
-        points += [_point(dims, ends) for ends in product(*((d.low, d.high) for d in dims))]
+        points += [_point(dims, ends) for ends in product(*(d.ends for d in dims))]
     shares = qmc.Sobol(len(dims), scramble=True, seed=5).random(POOL_EVEN)
     points += [
         _point(dims, [d.at(share) for d, share in zip(dims, row, strict=True)])
@@ -69,15 +71,16 @@ def _even_points(space: SearchSpace) -> list[Params]:
     return distinct(points)
 
 
-def _point(dims: Sequence[Dimension], values: Sequence[int | float]) -> Params:
+def _point(dims: Sequence[Dimension | Choice], values: Sequence[Any]) -> Params:
     return {d.name: value for d, value in zip(dims, values, strict=True)}
 
 
 def neighbours(
-    dims: Sequence[Dimension], centres: Sequence[Params], dice: np.random.Generator
+    dims: Sequence[Dimension | Choice], centres: Sequence[Params], dice: np.random.Generator
 ) -> list[Params]:
     """Points near the centres: one or all settings moved by a tenth of their range or less."""
     found: list[Params] = []
+    dims = [d for d in dims if d.span] or list(dims)  # what has a scale to move on
     for number in range(min(_NEIGHBOURS, _NEIGHBOURS_PER_SETTING * len(dims))):
         point = dict(centres[number % len(centres)])
         moved = [dims[int(dice.integers(len(dims)))]] if number % 2 else dims

@@ -108,7 +108,7 @@ def search_by_replay(
     tried = [one.params for one in result.evaluations if not one.failed]
     candidates = [*plan.pool, *tried]
     front = feasible_front(
-        candidates, forecasts.of(candidates), plan.correction(result.evaluations)
+        candidates, forecasts.of(candidates), *plan.predict(candidates, result.evaluations)
     )
     return ReplaySearch(
         result=result,
@@ -122,7 +122,7 @@ def search_by_replay(
 
 def _has_alternatives(space: SearchSpace) -> bool:
     """Whether it makes sense to ask which of several settings matter."""
-    return is_config_space(space) or sum(d.low < d.high for d in dimensions(space)) > 1
+    return is_config_space(space) or sum(d.free for d in dimensions(space)) > 1
 
 
 def _save_sensitivity(grid: ForecastGrid, folder: Path) -> dict[str, float]:

@@ -37,6 +37,7 @@ from var_moe.optimization.search_space import (
     check_count,
     dimensions,
     point_key,
+    stand_in_of,
 )
 
 CAUTION = (0.7, 1.4, 0.0, 1.0, 1.645, 0.4, 1.2)
@@ -111,19 +112,36 @@ class ReplayPlan:
         self._first, self._local = list(first), points is None
         self.pool = pool_points(space, seed) if points is None else list(points)
 
-    def correction(self, evaluations: Sequence[Evaluation]) -> Correction:
-        """What the evaluations say of the forecasts.
+    def predict(
+        self, points: Sequence[Params], evaluations: Sequence[Evaluation]
+    ) -> tuple[Floats, Floats]:
+        """Mean and deviation of ln(degradation) of each point, by what the evaluations say. (M,)
 
         One that ended early counts with what it had measured by then: somewhat too high, as it
         was stopped for being high, which errs on the safe side.
         """
         known = [e for e in evaluations if not e.failed and e.degradation is not None]
-        forecasts = self._forecasts.of([e.params for e in known])
-        return Correction.fit(
-            [one.degradation for one in forecasts],
-            [e.degradation or 0.0 for e in known],
-            scale=self._bound,
-        )
+        return self._corrected(points, [(e.params, e.degradation or 0.0) for e in known])
+
+    def _corrected(
+        self, points: Sequence[Params], measured: Sequence[tuple[Params, float]]
+    ) -> tuple[Floats, Floats]:
+        """The same, by measured points. Forecasts with another compensation in place are of other
+        damages, so that what is off by one says nothing about another."""
+        sizes = column(self._forecasts.of(points), "degradation")
+        mean, deviation = np.empty(len(points)), np.empty(len(points))
+        stand_ins = [stand_in_of(point) for point in points]
+        for name in dict.fromkeys(stand_ins):
+            own = np.array([one == name for one in stand_ins])
+            known = [(point, value) for point, value in measured if stand_in_of(point) == name]
+            forecasts = self._forecasts.of([point for point, _ in known])
+            correction = Correction.fit(
+                [one.degradation for one in forecasts],
+                [value for _, value in known],
+                scale=self._bound,
+            )
+            mean[own], deviation[own] = correction.predict(sizes[own])
+        return mean, deviation
 
     def suggest(self, number: int, evaluations: Sequence[Evaluation]) -> Params | None:
         """The point of evaluation ``number`` (from 0); None where every point is known."""
@@ -131,12 +149,15 @@ class ReplayPlan:
             return self._first[number]
         caution = CAUTION[number % len(CAUTION)]
         limit = self._bound - caution * _text_error(evaluations, self._bound)
-        gain = self._gain(self.pool, evaluations, limit)
-        points = self.pool
+        tried = {stand_in_of(e.params) for e in evaluations}
+        # Every compensation is evaluated, whatever the forecasts say: a wrong one is corrected.
+        pool = [point for point in self.pool if stand_in_of(point) not in tried] or self.pool
+        gain = self._gain(pool, evaluations, limit)
+        points = pool
         if self._local:
-            nearest = [self.pool[i] for i in np.argsort(-gain, kind="stable")[:_AROUND]]
+            nearest = [pool[i] for i in np.argsort(-gain, kind="stable")[:_AROUND]]
             dice = np.random.default_rng([self._seed, 6, number])
-            points = [*self.pool, *neighbours(self._dims, nearest, dice)]
+            points = [*pool, *neighbours(self._dims, nearest, dice)]
             gain = self._gain(points, evaluations, limit)
         best = int(np.argmax(gain))
         return points[best] if np.isfinite(gain[best]) else None
@@ -157,19 +178,26 @@ class ReplayPlan:
         if not measured or not self._local:
             return None
         known = self._forecasts.of([point for point, _ in measured])
-        uppers = [upper for _, upper in measured]
-        correction = Correction.fit([f.degradation for f in known], uppers, scale=self._bound)
-        kept = [f.score for f, upper in zip(known, uppers, strict=True) if upper < self._bound]
+        kept = [
+            forecast.score
+            for forecast, (_, upper) in zip(known, measured, strict=True)
+            if upper < self._bound
+        ]
         if not kept:
             return None
-        speeds = {f.experts_per_token for f in known}
+        tried = {
+            (stand_in_of(point), forecast.experts_per_token)
+            for (point, _), forecast in zip(measured, known, strict=True)
+        }
 
         def gains(points: Sequence[Params]) -> Floats:
             forecasts = self._forecasts.of(points)
-            mean, deviation = correction.predict(column(forecasts, "degradation"))
+            mean, deviation = self._corrected(points, measured)
             score = column(forecasts, "score")
             found = feasible_improvement(score, mean, deviation, best=max(kept), limit=self._bound)
-            found[np.isin(column(forecasts, "experts_per_token"), list(speeds))] = 0.0
+            executed = column(forecasts, "experts_per_token").tolist()
+            again = zip(map(stand_in_of, points), executed, strict=True)
+            found[[one in tried for one in again]] = 0.0
             return found
 
         nearest = [self.pool[i] for i in np.argsort(-gains(self.pool), kind="stable")[:_AROUND]]
@@ -185,7 +213,7 @@ class ReplayPlan:
         """Expected feasible improvement of each; minus infinity for what is known. (M,)"""
         forecasts = self._forecasts.of(points)
         seen = self._forecasts.of([e.params for e in evaluations])
-        mean, deviation = self.correction(evaluations).predict(column(forecasts, "degradation"))
+        mean, deviation = self.predict(points, evaluations)
         score = column(forecasts, "score")
         kept = [
             forecast.score
@@ -198,8 +226,10 @@ class ReplayPlan:
         gain += 1e-6 * feasible_improvement(score, mean, deviation, best=0.0, limit=limit)
         gain -= 1e-9 * np.exp(mean)
         executed, learned = column(forecasts, "experts_per_token"), column(forecasts, "learned_pct")
-        for one in seen:  # points that decide alike count once
-            alike = np.abs(executed - one.experts_per_token) < _ALIKE
+        stand_ins = np.array([str(stand_in_of(point)) for point in points])
+        for one, e in zip(seen, evaluations, strict=True):  # points that decide alike count once
+            alike = stand_ins == str(stand_in_of(e.params))
+            alike &= np.abs(executed - one.experts_per_token) < _ALIKE
             gain[alike & (np.abs(learned - one.learned_pct) < _ALIKE)] = -np.inf
         return gain
 

@@ -63,6 +63,7 @@ def tune(
         VarMoeError: no configuration keeps the bound; ``nearest_miss.json`` holds the closest.
     """
     ready = ready or prepare(loaded, settings, progress=progress, say=say)
+    settings = replace(settings, space=ready.space)
     kept = [settings.output / name for name in (JOURNAL_NAME, STUDY_NAME)]
     if settings.resume and not any(path.is_file() for path in kept):
         say(f"nothing to resume in {settings.output}: a new search begins")

@@ -1,8 +1,9 @@
 """What is searched: names, types, ranges and defaults, and points drawn from them.
 
 A search space maps a name to ``{"type": "int" | "float", "low", "high", "default"}``, with
-``"log": True`` where orders of magnitude matter, not differences. Every point is a pure function
-of the space, a seed and an index, so that a resumed search draws what an unbroken one would.
+``"log": True`` where orders of magnitude matter, not differences; or to ``{"type": "choice",
+"choices", "default"}``, for names to choose from. Every point is a pure function of the space, a
+seed and an index, so that a resumed search draws what an unbroken one would.
 """
 
 from __future__ import annotations
@@ -19,10 +20,14 @@ from var_moe.config import DOCUMENTED_FIELDS, PRESETS, VARConfig
 from var_moe.config import SEARCH_SPACE as SEARCH_SPACE  # part of this module's interface
 from var_moe.errors import UsageError
 
-Params: TypeAlias = dict[str, int | float]
+Params: TypeAlias = dict[str, Any]
 SearchSpace: TypeAlias = Mapping[str, Mapping[str, Any]]
 
+COMPENSATION = "compensation"
+"""What stands in for dropped experts: the dimension that a search of a policy adds to its own."""
+
 _KEYS = ("type", "low", "high", "default", "log")
+_CHOICE_KEYS = ("type", "choices", "default")
 # Far more draws than a space with any free point needs, and a small one gives up at once.
 _FRESH_DRAWS = 100
 # Indices of the second and later draws of `fresh_sample`, out of the way of ordinary ones.
@@ -42,6 +47,25 @@ class Dimension:
     high: int | float
     default: int | float
     log: bool = False
+
+    @property
+    def free(self) -> bool:
+        """Whether there is more than one value."""
+        return self.low < self.high
+
+    @property
+    def ends(self) -> tuple[int | float, ...]:
+        """The outermost values."""
+        return (self.low, self.high)
+
+    @property
+    def expected(self) -> str:
+        """What a value must be, for messages."""
+        return f"{'an integer' if self.integer else 'a number'} in [{self.low}, {self.high}]"
+
+    def holds(self, value: Any) -> bool:
+        """Whether it is a value of this dimension."""
+        return _is_number(value, integer=self.integer) and bool(self.low <= value <= self.high)
 
     @property
     def span(self) -> float:
@@ -84,7 +108,61 @@ class Dimension:
         return {**entry, "log": True} if self.log else entry
 
 
-def dimensions(space: SearchSpace) -> list[Dimension]:
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One checked entry of a search space whose values are names, without an order."""
+
+    name: str
+    choices: tuple[str, ...]
+    default: str
+
+    span = 0.0  # no name is near another one
+
+    @property
+    def free(self) -> bool:
+        """Whether there is more than one value."""
+        return len(self.choices) > 1
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """All values: none lies between others."""
+        return self.choices
+
+    @property
+    def expected(self) -> str:
+        """What a value must be, for messages."""
+        return f"one of {', '.join(self.choices)}"
+
+    def holds(self, value: Any) -> bool:
+        """Whether it is a value of this dimension."""
+        return value in self.choices
+
+    def at(self, share: float) -> str:
+        """The value at `share` in [0, 1)."""
+        return self.choices[min(int(share * len(self.choices)), len(self.choices) - 1)]
+
+    def turn(self, index: int) -> str:
+        """The value of point number `index` where all take turns, the default first."""
+        return self.choices[(self.choices.index(self.default) + index) % len(self.choices)]
+
+    def moved(self, value: str, step: float) -> str:
+        """`value`: there are no steps between names."""
+        return value
+
+    def clip(self, value: Any) -> str:
+        """The value itself."""
+        return str(value)
+
+    def grid(self, n_points: int) -> list[str]:
+        """All values, however many points the other dimensions have."""
+        return list(self.choices)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry as it stands in a search space."""
+        return {"type": "choice", "choices": list(self.choices), "default": self.default}
+
+
+def dimensions(space: SearchSpace) -> list[Dimension | Choice]:
     """The space's entries in order, checked and typed; a missing default is the middle of the
     range, in the scale that it is searched on.
 
@@ -112,12 +190,16 @@ def is_config_space(space: SearchSpace) -> bool:
 
 
 def starting_points(space: SearchSpace) -> list[Params]:
-    """The default and, for VARConfig's own fields, the three presets; repeats removed.
+    """The default, with each name of a choice once, and, for VARConfig's own fields, the three
+    presets; repeats removed.
 
     A preset outside the space's bounds is clipped to them: its nearest allowed neighbour is
     still a better first guess than a random point.
     """
     points = [defaults(space)]
+    for d in dimensions(space):
+        if isinstance(d, Choice):
+            points += [{**points[0], d.name: name} for name in d.choices]
     if is_config_space(space):
         points += [
             {d.name: d.clip(preset[d.name]) for d in dimensions(space)}
@@ -139,6 +221,11 @@ def point_key(params: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     return tuple(sorted(params.items()))
 
 
+def stand_in_of(params: Mapping[str, Any]) -> str | None:
+    """The compensation that a point names; None where a search has no choice of it."""
+    return params.get(COMPENSATION)
+
+
 def check_point(space: SearchSpace, params: Mapping[str, Any], *, what: str = "point") -> Params:
     """`params` in the space's order and types.
 
@@ -151,21 +238,23 @@ def check_point(space: SearchSpace, params: Mapping[str, Any], *, what: str = "p
     if wrong:
         raise UsageError(f"{what}: {wrong[0]!r} is missing or unknown; expected {', '.join(names)}")
     for d in dims:
-        value = params[d.name]
-        if not _is_number(value, integer=d.integer) or not d.low <= value <= d.high:
-            kind = "an integer" if d.integer else "a number"
-            raise UsageError(
-                f"{what}: {d.name} = {value!r}: expected {kind} in [{d.low}, {d.high}]"
-            )
+        if not d.holds(params[d.name]):
+            raise UsageError(f"{what}: {d.name} = {params[d.name]!r}: expected {d.expected}")
     return {d.name: d.clip(params[d.name]) for d in dims}
 
 
 def sample(space: SearchSpace, seed: int, index: int) -> Params:
-    """The random point number `index` of `seed`: the same whatever was drawn before it."""
+    """The random point number `index` of `seed`: the same whatever was drawn before it.
+
+    Names to choose from take turns, so that each has its share of few points.
+    """
     dims = dimensions(space)
     # One share of the range per dimension: narrowing one bound leaves the others' draws.
     shares = np.random.default_rng([seed, index]).random(len(dims))
-    return {d.name: d.at(share) for d, share in zip(dims, shares.tolist(), strict=True)}
+    return {
+        d.name: d.turn(index) if isinstance(d, Choice) else d.at(share)
+        for d, share in zip(dims, shares.tolist(), strict=True)
+    }
 
 
 def fresh_sample(space: SearchSpace, seed: int, index: int, seen: Sequence[Params]) -> Params:
@@ -224,6 +313,8 @@ def parse_bounds(bounds: Sequence[str], space: SearchSpace) -> dict[str, dict[st
         if name in given:
             raise UsageError(f"bounds {text!r}: {name} is given twice")
         given.add(name)
+        if new[name]["type"] == "choice":
+            raise UsageError(f"bounds {text!r}: {name} has no range; name the one that you want")
         integer = new[name]["type"] == "int"
         entry = {
             **new[name],
@@ -241,11 +332,13 @@ def parse_bounds(bounds: Sequence[str], space: SearchSpace) -> dict[str, dict[st
 
 def point_count(space: SearchSpace) -> int | float:
     """How many different points there are; infinite with a float that has a range."""
-    counts = [
-        (d.high - d.low + 1 if d.integer else 1 if d.low == d.high else math.inf)
-        for d in dimensions(space)
-    ]
-    return math.prod(counts)
+    return math.prod(_count(d) for d in dimensions(space))
+
+
+def _count(d: Dimension | Choice) -> int | float:
+    if isinstance(d, Choice):
+        return len(d.choices)
+    return d.high - d.low + 1 if d.integer else math.inf if d.free else 1
 
 
 def check_count(name: str, value: Any) -> int:
@@ -255,9 +348,9 @@ def check_count(name: str, value: Any) -> int:
     return int(value)
 
 
-def _grid_values(space: SearchSpace, n_points_per_dim: int) -> list[list[int | float]]:
+def _grid_values(space: SearchSpace, n_points_per_dim: int) -> list[list[Any]]:
     n_points = check_count("n_points_per_dim", n_points_per_dim)
-    return [d.grid(n_points) for d in dimensions(space)]
+    return [[*d.grid(n_points)] for d in dimensions(space)]
 
 
 def _parse(number: str, integer: bool, text: str) -> int | float:
@@ -271,15 +364,18 @@ def _parse(number: str, integer: bool, text: str) -> int | float:
     return int(value) if integer else value
 
 
-def _dimension(name: Any, entry: Any) -> Dimension:
+def _dimension(name: Any, entry: Any) -> Dimension | Choice:
     where = f"search space: {name}"
     if not isinstance(name, str) or not isinstance(entry, Mapping):
         raise UsageError(f"{where}: expected a name with its type, low, high, default")
+    if entry.get("type") == "choice":
+        return _choice(where, name, entry)
     unknown = [key for key in entry if key not in _KEYS]
     if unknown:
         raise UsageError(f"{where}: unknown key {unknown[0]!r}; expected {', '.join(_KEYS)}")
     if entry.get("type") not in ("int", "float"):
-        raise UsageError(f"{where}: type = {entry.get('type')!r}: expected 'int' or 'float'")
+        expected = "'int', 'float' or 'choice'"
+        raise UsageError(f"{where}: type = {entry.get('type')!r}: expected {expected}")
     integer = entry["type"] == "int"
     kind = int if integer else float
     for key in ("low", "high", "default"):
@@ -298,6 +394,15 @@ def _dimension(name: Any, entry: Any) -> Dimension:
     if name in DOCUMENTED_FIELDS:
         _check_config_bounds(where, name, low, high)
     return Dimension(name=name, integer=integer, low=low, high=high, default=default, log=log)
+
+
+def _choice(where: str, name: str, entry: Mapping[str, Any]) -> Choice:
+    choices = entry.get("choices")
+    if set(entry) != set(_CHOICE_KEYS) or not isinstance(choices, list | tuple) or not choices:
+        raise UsageError(f"{where}: expected {', '.join(_CHOICE_KEYS)}, with a list of choices")
+    if entry["default"] not in choices:
+        raise UsageError(f"{where}: default = {entry['default']!r}: expected one of {choices}")
+    return Choice(name=name, choices=tuple(map(str, choices)), default=str(entry["default"]))
 
 
 def _log(where: str, entry: Mapping[str, Any], low: int | float) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from var_moe.errors import UsageError
-from var_moe.optimization.candidate import Candidate, load_candidate
+from var_moe.optimization.candidate import Candidate, PolicySettings, load_candidate
 from var_moe.optimization.saving import CONFIG_FILE, METADATA_FILE, RESULTS_FILE
 from var_moe.storage import SCHEMA_VERSION, read_json
 
@@ -44,6 +44,11 @@ class SeedRun:
     def config(self) -> Path:
         """The file of the winner."""
         return self.folder / CONFIG_FILE
+
+    @property
+    def compensation(self) -> str | None:
+        """What stands in for dropped experts in the winner."""
+        return self.winner.compensation if isinstance(self.winner, PolicySettings) else None
 
     @property
     def known_documents(self) -> int | None:

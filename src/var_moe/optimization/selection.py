@@ -50,6 +50,10 @@ def has_converged(
 
 def promise(evaluation: Evaluation) -> float:
     """How fast it should be: by its executed pairs, else as measured, else the score."""
+    if evaluation.experts_per_token is not None:
+        # Not by the speedup that they predict: where an expert costs less than timing it can tell,
+        # that would put more of them first.
+        return -evaluation.experts_per_token
     for value in (evaluation.predicted_speedup, evaluation.speedup, evaluation.score):
         if value is not None and math.isfinite(value):
             return value

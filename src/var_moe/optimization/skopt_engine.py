@@ -14,7 +14,7 @@ from typing import Any
 from var_moe.optimization.guided import GuidedPlan, is_repeat
 from var_moe.optimization.results import Evaluation
 from var_moe.optimization.search import Suggest
-from var_moe.optimization.search_space import Dimension, Params, SearchSpace, dimensions
+from var_moe.optimization.search_space import Choice, Dimension, Params, SearchSpace, dimensions
 
 _MIN_COMPLETE = 2
 
@@ -22,7 +22,7 @@ _MIN_COMPLETE = 2
 def skopt_suggest(space: SearchSpace, plan: GuidedPlan) -> Suggest:
     """The source of points of a search by scikit-optimize."""
     dims = dimensions(space)
-    free = [d for d in dims if d.low < d.high]  # skopt refuses a range of one value
+    free = [d for d in dims if d.free]  # skopt refuses a range of one value
 
     def suggest(number: int, evaluations: Sequence[Evaluation]) -> Params:
         planned = plan.without_model(number, evaluations)
@@ -40,14 +40,17 @@ def skopt_suggest(space: SearchSpace, plan: GuidedPlan) -> Suggest:
     return suggest
 
 
-def _ask(free: list[Dimension], complete: list[Evaluation], seed: int) -> list[int | float]:
+def _ask(free: list[Dimension | Choice], complete: list[Evaluation], seed: int) -> list[Any]:
     from skopt import Optimizer
-    from skopt.space import Integer, Real
+    from skopt.space import Categorical, Integer, Real
 
-    ranges: list[Any] = [
-        (Integer if d.integer else Real)(d.low, d.high, prior="log-uniform" if d.log else "uniform")
-        for d in free
-    ]
+    def range_of(d: Dimension | Choice) -> Any:
+        if isinstance(d, Choice):
+            return Categorical(d.choices)
+        kind = Integer if d.integer else Real
+        return kind(d.low, d.high, prior="log-uniform" if d.log else "uniform")
+
+    ranges = [range_of(d) for d in free]
     optimizer = Optimizer(
         ranges, base_estimator="GP", n_initial_points=0, acq_func="gp_hedge", random_state=seed
     )

@@ -116,9 +116,14 @@ def stability(
         parameters = [
             parameter_spread(one, [_setting(run, one.name) for run in found])
             for one in dimensions(found[0].known("space"))
+            if isinstance(one, Dimension)
         ]
     if len(found) > 1 and all(run.winner == found[0].winner for run in found):
         notes.append(ONE_WINNER)
+    stand_ins = {run.seed: run.compensation for run in found}
+    if len(set(stand_ins.values())) > 1:
+        named = ", ".join(f"{name} with seed {seed}" for seed, name in stand_ins.items())
+        notes.append(f"the winners' compensations differ: {named}")
     compared, why = agreement(found, profile=profile)
     if why:
         notes.append(why)

@@ -65,13 +65,16 @@ def ped_anova(
 
     Args:
         rows: complete evaluations with ``params`` and ``score``.
-        space: the search space: type, low, high and log of each parameter.
+        space: the search space: type, low, high and log, or the choices, of each parameter.
     """
     import optuna
 
     distributions: dict[str, Any] = {}
     for name, entry in space.items():
         kind: Any = optuna.distributions.FloatDistribution
+        if entry["type"] == "choice":
+            distributions[name] = optuna.distributions.CategoricalDistribution(entry["choices"])
+            continue
         if entry["type"] == "int":
             kind = optuna.distributions.IntDistribution
         if entry["low"] < entry["high"]:
@@ -84,7 +87,9 @@ def ped_anova(
         study = optuna.create_study(direction="maximize")
         for row in rows:
             params = {name: row["params"][name] for name in distributions}
-            inside = {n: d for n, d in distributions.items() if d._contains(params[n])}
+            inside = {
+                n: d for n, d in distributions.items() if d._contains(d.to_internal_repr(params[n]))
+            }
             if len(inside) < len(distributions):
                 continue  # a preset may lie outside of narrowed bounds
             study.add_trial(

@@ -65,7 +65,7 @@ def parallel_figure(
     names = varied(rows, metadata)
     if len(names) < 2 or len(rows) < 3:
         return None
-    axes = [{"label": name, "values": [row["params"][name] for row in rows]} for name in names]
+    axes = [_axis(name, [row["params"][name] for row in rows]) for name in names]
     axes.append({"label": "PPL change, %", "values": [100 * row["degradation"] for row in rows]})
     axes.append({"label": "speedup", "values": [row["speedup"] for row in rows]})
     figure = empty_figure("", "", height=400, legend=False)
@@ -89,3 +89,17 @@ def parallel_figure(
         figure=figure,
         least_width=760,
     )
+
+
+def _axis(name: str, values: list[Any]) -> dict[str, Any]:
+    """One of parallel axes; names stand at whole numbers."""
+    if not any(isinstance(value, str) for value in values):
+        return {"label": name, "values": values}
+    known = list(dict.fromkeys(values))
+    places = list(range(len(known)))
+    return {
+        "label": name,
+        "values": [known.index(value) for value in values],
+        "tickvals": places,
+        "ticktext": known,
+    }
