@@ -89,7 +89,7 @@ def test_policies_side_by_side_with_and_without(common, tuned, learned, tmp_path
     ("words", "message"),
     [
         (["--compensation", "nowhere"], "--compensation nowhere: expected none, means, learned"),
-        (["--policy", "var", "--compensation", "means"], "needs a --policy that drops experts"),
+        (["--policy", "var", "--compensation", "means"], "needs a policy that drops experts"),
         (["--compensation", "learned"], "this profile has none; fit one"),
     ],
 )

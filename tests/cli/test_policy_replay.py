@@ -12,7 +12,7 @@ import time
 import pytest
 
 from var_moe.cli import main
-from var_moe.cli.tuned_policy import default_method
+from var_moe.optimization.settings import default_method
 from var_moe.routing import registry
 from var_moe.routing.registry import PolicySpec, policy_names, policy_spec
 
@@ -44,20 +44,18 @@ def read(path):
 def test_a_policy_is_searched_by_replay(tuned):
     results = read(tuned / "optimization_results.json")
     assert results["method"] == "replay"
-    assert [set(row["params"]) for row in results["all_results"]] == [{"p"}] * 4
-    assert len({row["experts_per_token"] for row in results["all_results"]}) == 4
+    rows = [row["params"] for row in results["all_results"]]
+    assert [set(row) for row in rows] == [{"p", "compensation"}] * 4
+    assert {row["compensation"] for row in rows} == {"none", "means"}
     config = read(tuned / "best_config.json")
     assert config["policy"] == "top_p"
     metadata = read(tuned / "optimization_metadata.json")
     assert metadata["settings"]["policy"] == "top_p"
     assert 256 < metadata["replay"]["forecasts"] < 400
-    # With one setting there is nothing to compare, and no VAR to have presets.
-    assert metadata["replay"]["sensitivity_of_degradation"] == {}
-    assert not (tuned / "sensitivity.json").exists()
-    assert "share of each setting" not in (tuned / "optimization_summary.txt").read_text()
+    rows = read(tuned / "sensitivity.json")["rows"]
+    assert [row["parameter"] for row in rows] == ["p", "compensation"]
     assert all(row["config"]["policy"] == "top_p" for row in metadata["remeasured"])
-    cost = read(tuned / "cost_model.json")
-    assert cost["seconds"]["calls_s"] == cost["seconds"]["policy_s"] == 0
+    assert {path.name for path in tuned.glob("trace*")} == {"trace", "trace_none"}
 
 
 @pytest.mark.slow
@@ -108,6 +106,7 @@ def test_two_settings_are_compared(common, profile, make_tiny_mixtral, tiny_toke
 def test_few_ways_to_decide_end_the_search_early(common, profile, tmp_path):
     (tmp_path / "sensitivity.json").write_text("{}")
     words = ["tune", *common, *profile, "--policy", "per_layer_k", "--max_degradation", "5"]
+    words += ["--compensation", "none"]
     assert main([*words, "--seed", "1", "--output", str(tmp_path), "--quiet"]) == 0
     results = read(tmp_path / "optimization_results.json")
     # Three layers of K = 2: three to six experts to share out.

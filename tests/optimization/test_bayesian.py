@@ -83,7 +83,7 @@ def test_a_resumed_search_equals_an_unbroken_one(stop_at, tmp_path, unbroken):
     with pytest.raises(KeyboardInterrupt):
         search(SmallObjective(stop_at=stop_at), storage_path=tmp_path)
     rest = SmallObjective()
-    resumed = search(rest, 99, seed=None, storage_path=tmp_path, resume=True)
+    resumed = search(rest, None, seed=None, storage_path=tmp_path, resume=True)
     assert kept(resumed) == kept(unbroken)
     assert len(rest.seen) == CALLS - stop_at + 1
     assert len({point_key(e.params) for e in resumed.evaluations}) == CALLS

@@ -84,12 +84,24 @@ def test_a_resumed_search_equals_an_unbroken_one(search, stop, tmp_path):
     assert rest.seen == []
 
 
-def test_a_resumed_search_keeps_the_original_number(tmp_path):
+def test_a_resumed_search_goes_on_to_the_number_asked_for(tmp_path, caplog):
+    path = tmp_path / "j"
     with pytest.raises(KeyboardInterrupt):
-        random_small(SmallObjective(stop_at=3), 6, seed=1, journal=tmp_path / "j")
-    assert (
-        random_small(SmallObjective(), 50, journal=tmp_path / "j", resume=True).num_evaluations == 6
-    )
+        random_small(SmallObjective(stop_at=3), 6, seed=1, journal=path)
+
+    def number(n_calls):
+        found = random_small(SmallObjective(), n_calls, journal=path, resume=True)
+        assert found.extra["total"] == found.num_evaluations
+        return found.num_evaluations
+
+    assert number(None) == 6  # as many as it was begun with
+    assert number(9) == 9
+    assert number(None) == 9
+    assert number(4) == 9
+    assert "9 evaluations are done, more than the 4 asked for" in caplog.text
+    unbroken = random_small(SmallObjective(), 9, seed=1)
+    resumed = random_small(SmallObjective(), 9, journal=path, resume=True)
+    assert kept(resumed) == kept(unbroken)
 
 
 def test_other_settings_are_refused(tmp_path):

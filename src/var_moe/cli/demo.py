@@ -91,8 +91,6 @@ def _profile(loaded: LoadedModel, output: Path, progress: StageProgress | None) 
 def _search(
     loaded: LoadedModel, output: Path, progress: StageProgress, *, quiet: bool
 ) -> TuneOutcome:
-    from var_moe.cli.tune import BEST_POLICY
-    from var_moe.cli.tuned_policy import space_of
     from var_moe.evaluation.compare import SpeedSetting
     from var_moe.optimization.preparation import PROFILE_FOLDER
     from var_moe.optimization.run import tune
@@ -107,9 +105,6 @@ def _search(
         "interval.",
     )
     settings = TuneSettings(
-        method="replay",
-        policy=BEST_POLICY,
-        space=space_of(BEST_POLICY, top_k=loaded.top_k),
         profile=output / PROFILE_FOLDER,
         output=output,
         seed=SEED,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -14,13 +13,13 @@ from var_moe.cli.compensation import parse_compensation
 from var_moe.cli.output import Answer
 from var_moe.cli.searched import DEFAULT_BOUND
 from var_moe.cli.seeds import parse_seeds, run_seeds
-from var_moe.cli.tuned_policy import confirm_grid, default_method, space_of, tuned_policy
 from var_moe.cli.validate import validate as run_validation
 from var_moe.errors import UsageError
 
+if TYPE_CHECKING:
+    from var_moe.optimization.settings import TuneSettings
+
 DEFAULT_OUTPUT = Path("results/phase3")
-CALLS, FORECAST_CALLS = 50, 10
-BEST_POLICY = "damage"
 
 
 def tune(
@@ -85,7 +84,7 @@ def tune(
             and is the default where --mode, --method or --bounds is given; or another one (naee,
             ser, top_p, ...).
         compensation: what stands in for dropped experts: none, means, learned, or the folder of a
-            fitted one; by default the best in the profile for damage, none for other policies.
+            fitted one; by default all that the profile has are searched.
         engine: of the bayesian method.
         max_samples: documents that each evaluation (or --validate) scores.
         final_samples: documents of the last measurement; by default half of validation.
@@ -102,7 +101,7 @@ def tune(
     """
     from var_moe.cli.progress import StageProgress
     from var_moe.models.loading import check_name, load_model
-    from var_moe.storage import check_output_folder, read_json
+    from var_moe.storage import read_json
 
     if (validate is not None or from_ is not None) and (seeds or repeats is not None):
         raise UsageError("--seeds and --repeats belong to a search, not to --validate or --from")
@@ -129,49 +128,15 @@ def tune(
     if from_ is not None:
         return answer(from_, max_degradation, output)
     from var_moe.evaluation.text import check_dataset
-    from var_moe.optimization.judgement import check_robust
-    from var_moe.optimization.objective_protocol import check_bound
-    from var_moe.optimization.search_space import grid_size, parse_bounds, point_count
+    from var_moe.optimization.settings import DEFAULT_SAMPLES, TuneSettings
+    from var_moe.profiling.collect import DEFAULT_TOKENS
 
     # Everything that can be wrong is looked at before the model is loaded.
     model, dataset, output = model or "demo", dataset or "demo", output or DEFAULT_OUTPUT
-    max_degradation = check_bound(DEFAULT_BOUND if max_degradation is None else max_degradation)
-    check_output_folder(output)
     asked = parse_seeds(seeds, repeats, seed)
-    if policy is None and mode is None and method is None and not bounds:
-        policy = BEST_POLICY
-    policy, mode = tuned_policy(None if policy == "var" else policy, mode)
     stand_in, place = parse_compensation(compensation)
-    if stand_in is not None and policy is None:
-        raise UsageError("--compensation needs a --policy that drops experts, such as damage")
-    method = method or default_method(policy)
-    exhaustive = exhaustive or bool(policy)
-    by_forecasts = method == "replay" or (method == "grid" and not exhaustive)
-    if n_calls is None:
-        n_calls = FORECAST_CALLS if by_forecasts else CALLS
-    if n_points is None:
-        n_points = 3 if exhaustive else 5
     check_name(model)
     check_dataset(dataset)
-    check_robust(robust, dataset)
-    # A policy's names are the same for every K; its ranges wait for the model.
-    space = parse_bounds(bounds or [], space_of(policy, top_k=2))
-    if method == "grid" and exhaustive and not yes:
-        confirm_grid(grid_size(space, n_points))
-    if method == "bayesian" and engine == "skopt":
-        from var_moe.extras import require
-
-        require("skopt")
-    if not quiet:
-        print(f"loading model {model} ...", file=sys.stderr, flush=True)
-    from var_moe.cli.report import make_report
-    from var_moe.optimization.conclusion import NothingFitsError
-    from var_moe.optimization.run import tune as run_tune
-    from var_moe.optimization.saving import RESULTS_FILE
-    from var_moe.optimization.settings import DEFAULT_SAMPLES, TuneSettings
-    from var_moe.profiling.collect import DEFAULT_TOKENS
-    from var_moe.terminal import show, show_next
-
     settings = TuneSettings(
         method=method,
         engine=engine,
@@ -180,25 +145,32 @@ def tune(
         robust=robust,
         n_calls=n_calls,
         n_points=n_points,
-        max_degradation=max_degradation,
+        max_degradation=DEFAULT_BOUND if max_degradation is None else max_degradation,
         output=output,
         seed=seed,
-        mode=mode or "verified",
+        mode=mode,
         policy=policy,
         compensation=stand_in,
         compensation_folder=place,
         max_samples=DEFAULT_SAMPLES if max_samples is None else max_samples,
         final_samples=final_samples,
-        space=space,
+        bounds=bounds or (),
         resume=resume,
         profile=profile,
         calibration_tokens=DEFAULT_TOKENS if calibration_tokens is None else calibration_tokens,
     )
+    if settings.method == "grid" and settings.exhaustive and not yes:
+        _confirm_grid(settings)
+    if not quiet:
+        print(f"loading model {model} ...", file=sys.stderr, flush=True)
+    from var_moe.cli.report import make_report
+    from var_moe.optimization.conclusion import NothingFitsError
+    from var_moe.optimization.run import tune as run_tune
+    from var_moe.optimization.saving import RESULTS_FILE
+    from var_moe.terminal import show, show_next
+
     with StageProgress() as progress:
         loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        if policy:
-            space = parse_bounds(bounds or [], space_of(policy, top_k=loaded.top_k))
-            settings = replace(settings, space=space, n_calls=int(min(n_calls, point_count(space))))
         if asked is not None:
             return run_seeds(loaded, settings, asked, progress=progress, quiet=quiet)
         try:
@@ -219,3 +191,20 @@ def tune(
     make_report(output)
     show_next("tune", "--validate", output / "best_config.json")
     return Answer(read_json(output / RESULTS_FILE, what="results of a search"))
+
+
+def _confirm_grid(settings: TuneSettings) -> None:
+    from var_moe.optimization.grid import CONFIRM_ABOVE
+    from var_moe.optimization.search_space import grid_size
+
+    size = grid_size(settings.space_for(2), settings.points)
+    print(f"grid: {size:,} evaluations", file=sys.stderr)
+    if size <= CONFIRM_ABOVE:
+        return
+    if not sys.stdin.isatty():
+        raise UsageError(
+            f"a grid of {size:,} evaluations needs a confirmation: add --yes, or lower --n_points"
+        )
+    answer = input(f"{size:,} evaluations take long. Go on? [y/N] ")
+    if answer.strip().lower() not in ("y", "yes"):
+        raise UsageError("not confirmed; lower --n_points or choose --method bayesian")

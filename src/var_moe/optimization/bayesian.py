@@ -29,13 +29,14 @@ from var_moe.optimization.search_space import (
     check_count,
 )
 
+CALLS = 50
 ENGINES = ("optuna", "skopt")
 
 
 def bayesian_optimization(
     objective_fn: Objective,
     search_space: SearchSpace = SEARCH_SPACE,
-    n_calls: int = 50,
+    n_calls: int | None = None,
     verbose: bool = True,
     *,
     seed: int | None = None,
@@ -59,14 +60,15 @@ def bayesian_optimization(
     Args:
         objective_fn: a callable of a dict of parameters, or a rich objective.
         search_space: see `SEARCH_SPACE`. Presets outside its bounds are clipped to them.
-        n_calls: evaluations, failed ones included.
+        n_calls: evaluations, failed ones included; 50 by default.
         verbose: progress on stderr.
         seed: a fresh one by default, recorded in the result.
         engine: ``"optuna"`` or ``"skopt"``.
         storage_path: folder that keeps each finished evaluation, in ``optuna_study.log`` or
             ``trials.jsonl``.
-        resume: go on with the search in `storage_path`, to its original number of evaluations;
-            each suggestion depends on the finished evaluations, the seed and its number alone.
+        resume: go on with the search in `storage_path`, to `n_calls` evaluations in all, by
+            default as many as it was begun with; each suggestion depends on the finished
+            evaluations, the seed and its number alone.
         enqueue: further points to evaluate after the presets.
         n_startup: evaluations before the process is asked, see `GuidedPlan`.
         mode, confirm, settings, on_evaluation, should_stop: see `SearchOptions`.
@@ -116,7 +118,7 @@ def bayesian_optimization(
         search_space,
         store=store,
         make_suggest=make_suggest,
-        total=check_count("n_calls", n_calls),
+        total=check_count("n_calls", CALLS if n_calls is None else n_calls),
         seed=check_seed(seed),
         options=SearchOptions(
             method=f"bayesian-{engine}",
@@ -124,6 +126,7 @@ def bayesian_optimization(
             confirm=confirm,
             verbose=verbose,
             resume=resume,
+            count_given=n_calls is not None,
             settings={"enqueue": points, "n_startup": n_startup, **(settings or {})},
             on_evaluation=on_evaluation,
             should_stop=should_stop,

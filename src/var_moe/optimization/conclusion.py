@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,14 @@ import numpy as np
 from var_moe.config import VARConfig
 from var_moe.errors import VarMoeError
 from var_moe.evaluation.apart import Apart
+from var_moe.optimization.candidate import kind_of
 from var_moe.optimization.remeasure import Measured, nearest, winner
 from var_moe.optimization.results import OptimizationResult
-from var_moe.optimization.saving import NEAREST_MISS_FILE, save_optimization_results
+from var_moe.optimization.saving import (
+    NEAREST_MISS_FILE,
+    UNFINISHED,
+    save_optimization_results,
+)
 from var_moe.optimization.search_space import SearchSpace
 from var_moe.optimization.selection import CONVERGENCE_WINDOW
 from var_moe.optimization.summary import as_text, summary_parts
@@ -92,12 +98,49 @@ def conclude(
     return TuneOutcome(result=result, best=best, others=others, answer=answer, parts=tuple(parts))
 
 
+@contextmanager
+def unfinished(
+    result: OptimizationResult,
+    *measured: Sequence[Measured],
+    output: Path,
+    metadata: Mapping[str, Any],
+) -> Iterator[None]:
+    """Around the last measurement: where it fails, the search and what was ``measured`` are saved.
+
+    Raises:
+        VarMoeError: every evaluation failed, so that there is nothing to measure; or the
+            measurement did. In the latter case the search can be resumed for another one.
+    """
+    try:
+        if all(one.failed for one in result.evaluations):
+            failed = [f"{one.error}" for one in result.evaluations]
+            raise VarMoeError(
+                f"all {len(failed)} evaluations failed, the first with: {failed[0]}"
+                if failed
+                else "the search ended before its first evaluation"
+            )
+        yield
+    except BaseException as error:
+        why = str(error) or "the last measurement was interrupted"
+        rows = [one.to_dict() for group in measured for one in group]
+        saved = result.replace(extra={**result.extra, UNFINISHED: why})
+        known = {**metadata, "remeasured": rows, "answer": f"Not finished: {why}"}
+        save_optimization_results(saved, output, metadata=known)
+        if isinstance(error, VarMoeError) or not isinstance(error, Exception):
+            raise
+        raise VarMoeError(
+            f"the last measurement failed ({type(error).__name__}: {error}); the search is saved "
+            f"in {output}, and --resume measures again"
+        ) from error
+
+
 def _nothing_fits(near: Measured, limit: str, output: Path) -> str:
     return (
         f"All configurations violate constraint: the smallest degradation is "
         f"{100 * near.quality.judged.value:+.2f}% (95% upper bound "
         f"{100 * near.quality.judged.upper:+.2f}%, bound {limit}{_judged_on(near)}) with "
-        f"{near.config.documented()}. It is saved in {output / NEAREST_MISS_FILE}; "
+        f"{near.config.documented()} ({kind_of(near.config)}). It is saved in "
+        f"{output / NEAREST_MISS_FILE}; "
         "try a larger --max_degradation or wider --bounds."
     )
 

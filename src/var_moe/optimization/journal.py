@@ -39,7 +39,7 @@ class SearchHeader:
     Args:
         method: the search method and engine.
         seed: None lets a new search choose one, and a resumed one take over its own.
-        total: evaluations planned; a resumed search keeps the original number.
+        total: evaluations planned.
         space: the search space.
         settings: whatever else decides the results, as JSON values.
     """
@@ -79,7 +79,7 @@ class SearchHeader:
         if unknown:
             raise UsageError(f"{source}: header without or with unknown {sorted(unknown)[0]!r}")
         now, then = _flat(self.to_dict()), _flat(stored)
-        for name in [*then, *(name for name in now if name not in then)]:
+        for name in sorted({**then, **now}, key=_telling):
             if name == "total" or (name == "seed" and self.seed is None):
                 continue
             if now.get(name) != then.get(name):
@@ -87,12 +87,7 @@ class SearchHeader:
                     f"{source}: this search was begun with {name} = {then.get(name)!r}, now "
                     f"{now.get(name)!r}; resume with the same settings or choose another folder"
                 )
-        header = SearchHeader(**stored)
-        if header.total != self.total:
-            _LOG.info(
-                "resuming: the original %d evaluations count, not %d", header.total, self.total
-            )
-        return header
+        return SearchHeader(**stored)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +132,10 @@ class TrialJournal:
         """Write evaluation `number` (from 0); it is on disk when this returns."""
         self._write({"number": number, "evaluation": evaluation.to_dict()})
 
+    def extend(self, header: SearchHeader) -> None:
+        """Note another number of evaluations."""
+        self._write({"total": header.total})
+
     def close(self) -> None:
         """Give the file free; a second call does nothing."""
         if self._file is not None:
@@ -161,11 +160,15 @@ class TrialJournal:
             )
         resumed = header.resumed_from(stored, source=self.path)
         evaluations: list[Evaluation] = []
-        for number, line in enumerate(lines[1:]):
-            where = f"{self.path}: line {number + 2}"
-            if not isinstance(line, dict) or line.get("number") != number:
+        for place, line in enumerate(lines[1:], start=2):
+            where, number = f"{self.path}: line {place}", len(evaluations)
+            known = line if isinstance(line, dict) else {}
+            if set(known) == {"total"}:
+                resumed = replace(resumed, total=int(known["total"]))
+                continue
+            if known.get("number") != number or not isinstance(known.get("evaluation"), dict):
                 raise UsageError(f"{where} is not evaluation {number}; start anew without resume")
-            evaluations.append(Evaluation.from_dict(line["evaluation"], source=where))
+            evaluations.append(Evaluation.from_dict(known["evaluation"], source=where))
         return Session(header=resumed, evaluations=evaluations)
 
 
@@ -180,6 +183,9 @@ class MemoryStore:
 
     def append(self, number: int, evaluation: Evaluation) -> None:
         """Keep nothing: the search holds its evaluations itself."""
+
+    def extend(self, header: SearchHeader) -> None:
+        """Keep nothing."""
 
     def close(self) -> None:
         """Nothing to do."""
@@ -283,6 +289,11 @@ def _is_json(line: bytes) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _telling(name: str) -> tuple[bool, bool]:
+    """What says best how two searches differ comes first: settings, then the names of a space."""
+    return (not name.startswith("settings."), name != "space (names)")
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

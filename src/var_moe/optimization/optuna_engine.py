@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from var_moe.errors import UsageError
+from var_moe.errors import UsageError, VarMoeError
 from var_moe.optimization.guided import GuidedPlan, is_repeat
 from var_moe.optimization.journal import (
     STUDY_NAME,
@@ -95,13 +95,21 @@ class OptunaSearch:
                 self._study = optuna.create_study(direction="maximize")
                 return session
             read_lines(self._path)  # a damaged line is told by its number
-            self._study = optuna.create_study(
-                storage=_journal_storage(self._path),
-                study_name=_STUDY,
-                direction="maximize",
-                load_if_exists=True,
-            )
-            return self._load(self._study, header)
+            try:
+                self._study = optuna.create_study(
+                    storage=_journal_storage(self._path),
+                    study_name=_STUDY,
+                    direction="maximize",
+                    load_if_exists=True,
+                )
+                return self._load(self._study, header)
+            except (VarMoeError, OSError):
+                raise
+            except Exception as error:  # lines of another program or version fail in many ways
+                raise UsageError(
+                    f"{self._path}: not a study of this version ({type(error).__name__}: {error}); "
+                    "start anew without resume"
+                ) from error
         except BaseException:
             self.close()
             raise
@@ -160,6 +168,10 @@ class OptunaSearch:
         trial.set_user_attr(_EVALUATION, stored)
         _tell(self._open_study(), trial.number, evaluation)
         self._trial = None
+
+    def extend(self, header: SearchHeader) -> None:
+        """Note another number of evaluations."""
+        self._open_study().set_user_attr(_HEADER, header.to_dict())
 
     def close(self) -> None:
         """Give the study's file free; a second call does nothing."""

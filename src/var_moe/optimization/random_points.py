@@ -25,11 +25,13 @@ from var_moe.optimization.search_space import (
     sample,
 )
 
+CALLS = 50
+
 
 def random_search(
     objective_fn: Objective,
     search_space: SearchSpace = SEARCH_SPACE,
-    n_calls: int = 50,
+    n_calls: int | None = None,
     verbose: bool = True,
     *,
     seed: int | None = None,
@@ -46,12 +48,13 @@ def random_search(
     Args:
         objective_fn: a callable of a dict of parameters, or a rich objective.
         search_space: see `SEARCH_SPACE`.
-        n_calls: evaluations, failed ones included.
+        n_calls: evaluations, failed ones included; 50 by default.
         verbose: progress on stderr.
         seed: a fresh one by default, recorded in the result.
         journal: file that keeps each finished evaluation.
-        resume: go on with the search in `journal`, to its original number of evaluations,
-            with the points that an unbroken run would have had.
+        resume: go on with the search in `journal`, to `n_calls` evaluations in all, by
+            default as many as it was begun with, with the points that an unbroken run would have
+            had.
         mode, confirm, settings, on_evaluation, should_stop: see `SearchOptions`.
 
     Raises:
@@ -69,7 +72,7 @@ def random_search(
         search_space,
         store=as_store(journal),
         make_suggest=make_suggest,
-        total=check_count("n_calls", n_calls),
+        total=check_count("n_calls", CALLS if n_calls is None else n_calls),
         seed=check_seed(seed),
         options=SearchOptions(
             method="random",
@@ -77,6 +80,7 @@ def random_search(
             confirm=confirm,
             verbose=verbose,
             resume=resume,
+            count_given=n_calls is not None,
             settings=settings,
             on_evaluation=on_evaluation,
             should_stop=should_stop,

@@ -70,6 +70,9 @@ def prepare(
         profile = profile.with_compensation(learned)
     # Each data set is judged by itself: of each, as many documents as of the others.
     search_half, ordering_half = halves(validation.documents, equal=settings.robust)
+    for half, step in ((search_half, "searching"), (ordering_half, "the last measurement")):
+        # One page may hold nearly all documents, and a page is never split.
+        require_documents(half, 2, f"{step}, in its half of the pages of {settings.dataset!r}")
     searched = search_half[: settings.max_samples]
     evaluator = Evaluator(
         loaded, searched, setting=settings.setting, progress=progress, robust=settings.robust
@@ -79,7 +82,7 @@ def prepare(
         profile,
         policy=settings.policy,
         compensation=settings.compensation,
-        mode=settings.mode,
+        mode=settings.mode or "verified",
         search=True,
         max_degradation=settings.max_degradation,
     )
@@ -102,7 +105,7 @@ def prepare(
         identity["robust"] = True
     if settings.policy:
         identity["policy"] = settings.policy
-    space, stand_ins = dict(settings.space), list(objective.compensations)
+    space, stand_ins = dict(settings.space_for(loaded.top_k)), list(objective.compensations)
     if len(stand_ins) > 1:
         known = {"type": "choice", "choices": stand_ins, "default": stand_ins[-1]}
         space[COMPENSATION] = known

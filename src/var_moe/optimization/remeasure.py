@@ -95,6 +95,7 @@ def remeasure(
     blocks: int,
     at_most: int,
     closer: Closer | None = None,
+    done: list[Measured] | None = None,
 ) -> list[Measured]:
     """Measure a search's evaluations again until no faster one is likely to keep the bound.
 
@@ -106,13 +107,14 @@ def remeasure(
     the evaluation with the smallest degradation is measured last. "Fast" is what the executed
     pairs predict: a search's few timed blocks would put the luckiest first.
 
-    Measurements that are left go to what ``closer`` proposes from those made.
+    Measurements that are left go to what ``closer`` proposes from those made. ``done`` takes each
+    as it is made, so that a failure of the next one loses none.
     """
     bound = objective.max_degradation
     waiting = distinct_evaluations(
         [one for one in evaluations if not one.failed and one.degradation is not None]
     )
-    done: list[Measured] = []
+    done = [] if done is None else done
     points: list[Params] = []
     above: dict[str | None, list[float]] = defaultdict(list)
 

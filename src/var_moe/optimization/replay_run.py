@@ -45,7 +45,7 @@ def search_by_replay(
     objective: PolicyObjective,
     space: SearchSpace,
     *,
-    n_calls: int,
+    n_calls: int | None,
     n_points: int | None,
     data: Mapping[str, str],
     folder: Path,
@@ -58,7 +58,7 @@ def search_by_replay(
     Args:
         objective: its evaluator's text is traced and scored.
         space: search space.
-        n_calls: full evaluations.
+        n_calls: full evaluations; None leaves it to a search that is resumed.
         n_points: values per dimension of a grid to choose from; None searches freely.
         data: ``dataset`` and ``data_hash``, for the trace's head.
         folder: results folder.
@@ -163,18 +163,17 @@ def verify_front(
     measured: Sequence[Measured],
     *,
     blocks: int,
-) -> list[Measured]:
-    """Measure points of the front that lie far from what is measured already."""
+    done: list[Measured],
+) -> None:
+    """Measure points of the front that lie far from what is measured already, into ``done``."""
     known = [one.config for one in measured]
-    found = []
     for point in to_verify(search.front, objective.max_degradation):
         config = objective.config(point.params)
         if config not in known:
             name = f"front ({100 * point.degradation:.2f}%)"
-            found.append(
+            done.append(
                 measure(evaluator, objective, config, name=name, blocks=blocks, always_time=True)
             )
-    return found
 
 
 def replay_metadata(search: ReplaySearch) -> dict[str, Any]:

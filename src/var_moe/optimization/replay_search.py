@@ -43,6 +43,7 @@ from var_moe.optimization.search_space import (
 CAUTION = (0.7, 1.4, 0.0, 1.0, 1.645, 0.4, 1.2)
 """Errors of the difference between two texts that are kept from the bound, call by call."""
 
+CALLS = 10
 _AROUND = 6
 _ALIKE = 1e-9
 _WORTH = 5e-4  # expected gain in score for which a last measurement is made
@@ -247,7 +248,7 @@ def replay_search(
     objective_fn: RichObjective,
     forecaster: Forecaster,
     search_space: SearchSpace = SEARCH_SPACE,
-    n_calls: int = 10,
+    n_calls: int | None = None,
     verbose: bool = True,
     *,
     seed: int | None = None,
@@ -270,11 +271,12 @@ def replay_search(
             `stop_early` set.
         forecaster: forecasts of the same text, see `optimization.replay_forecast`.
         search_space: see `SEARCH_SPACE`.
-        n_calls: full evaluations, failed ones included.
+        n_calls: full evaluations, failed ones included; 10 by default.
         verbose: progress on stderr.
         seed: of the pool; a fresh one by default, recorded in the result.
         journal: file that keeps each finished evaluation.
-        resume: go on with the search in `journal`.
+        resume: go on with the search in `journal`, to `n_calls` evaluations in all, by
+            default as many as it was begun with.
         enqueue: points to evaluate first.
         points: choose among these alone, as all points of a grid.
         mode, confirm, settings, on_evaluation, should_stop: see `SearchOptions`.
@@ -300,7 +302,7 @@ def replay_search(
         search_space,
         store=as_store(journal),
         make_suggest=make_suggest,
-        total=check_count("n_calls", n_calls),
+        total=check_count("n_calls", CALLS if n_calls is None else n_calls),
         seed=check_seed(seed),
         options=SearchOptions(
             method="replay",
@@ -308,6 +310,7 @@ def replay_search(
             confirm=confirm,
             verbose=verbose,
             resume=resume,
+            count_given=n_calls is not None,
             settings={"enqueue": first, **(settings or {})},
             on_evaluation=on_evaluation,
             should_stop=should_stop,

@@ -11,11 +11,17 @@ from var_moe.evaluation.apart import measure_apart
 from var_moe.evaluation.compare import Evaluator, Progress
 from var_moe.evaluation.groups import datasets_of
 from var_moe.optimization.bayesian import bayesian_optimization
-from var_moe.optimization.conclusion import TuneOutcome, conclude, profile_notes, search_notes
+from var_moe.optimization.conclusion import (
+    TuneOutcome,
+    conclude,
+    profile_notes,
+    search_notes,
+    unfinished,
+)
+from var_moe.optimization.front import PARETO_FILE
 from var_moe.optimization.grid import grid_search
 from var_moe.optimization.journal import JOURNAL_NAME, STUDY_NAME
 from var_moe.optimization.objective import VARObjective
-from var_moe.optimization.policy_objective import PolicyObjective
 from var_moe.optimization.random_points import random_search
 from var_moe.optimization.ready import Ready, prepare
 from var_moe.optimization.remeasure import Measured, best_or_nearest, measure, remeasure
@@ -28,6 +34,8 @@ from var_moe.optimization.replay_run import (
     verify_front,
 )
 from var_moe.optimization.results import OptimizationResult
+from var_moe.optimization.saving import RESULTS_FILE
+from var_moe.optimization.search_space import point_count
 from var_moe.optimization.settings import TuneSettings
 
 if TYPE_CHECKING:
@@ -41,7 +49,7 @@ FASTER = (
 
 def tune(
     loaded: LoadedModel,
-    settings: TuneSettings,
+    settings: TuneSettings | None = None,
     *,
     ready: Ready | None = None,
     progress: Progress | None = None,
@@ -52,7 +60,7 @@ def tune(
 
     Args:
         loaded: the model.
-        settings: what to do.
+        settings: what to do; by default what `var-moe tune` does.
         ready: what an earlier search of the same model, text and policy prepared.
         progress: called with a stage's name, steps done and in all.
         say: called with each line worth showing.
@@ -60,31 +68,49 @@ def tune(
 
     Raises:
         UsageError: bad input, too little text.
-        VarMoeError: no configuration keeps the bound; ``nearest_miss.json`` holds the closest.
+        VarMoeError: no configuration keeps the bound (``nearest_miss.json`` holds the closest),
+            every evaluation failed, or the last measurement did; what was measured is saved.
     """
+    settings = settings or TuneSettings()
     ready = ready or prepare(loaded, settings, progress=progress, say=say)
     settings = replace(settings, space=ready.space)
-    kept = [settings.output / name for name in (JOURNAL_NAME, STUDY_NAME)]
-    if settings.resume and not any(path.is_file() for path in kept):
+    if settings.resume and not _begun(settings):
         say(f"nothing to resume in {settings.output}: a new search begins")
+    if not settings.resume and (settings.output / RESULTS_FILE).is_file():
+        say(
+            f"{settings.output} holds the results of an earlier search: they are replaced at the "
+            "end, its evaluations are kept in a file ending in .previous"
+        )
     evaluator, final, objective = ready.evaluator, ready.final, ready.objective
     result, replayed = _found(ready, settings, progress=progress, verbose=verbose)
-    measured = remeasure(
-        final,
-        objective,
-        result.evaluations,
-        blocks=settings.final_blocks,
-        at_most=settings.candidates,
-        closer=replayed.plan.closer if replayed is not None else None,
-    )
-    presets = []
-    if isinstance(objective, VARObjective):
-        presets = [_preset(name, measured, final, objective, settings) for name in PRESETS]
-    measured = [one for one in measured if all(one.config != p.config for p in presets)]
-    if replayed is not None:
-        measured += verify_front(
-            replayed, final, objective, [*measured, *presets], blocks=settings.final_blocks
+    (settings.output / PARETO_FILE).unlink(missing_ok=True)  # an earlier search's
+    settings = replace(settings, n_calls=result.extra["total"])
+    measured: list[Measured] = []
+    presets: list[Measured] = []
+    about = _about(ready, settings)
+    with unfinished(result, measured, presets, output=settings.output, metadata=about):
+        remeasure(
+            final,
+            objective,
+            result.evaluations,
+            blocks=settings.final_blocks,
+            at_most=settings.candidates,
+            closer=replayed.plan.closer if replayed is not None else None,
+            done=measured,
         )
+        if isinstance(objective, VARObjective):
+            for name in PRESETS:
+                presets.append(_preset(name, measured, final, objective, settings))
+        measured[:] = [one for one in measured if all(one.config != p.config for p in presets)]
+        if replayed is not None:
+            known = [*measured, *presets]
+            blocks = settings.final_blocks
+            verify_front(replayed, final, objective, known, blocks=blocks, done=measured)
+        chosen = best_or_nearest([*measured, *presets])
+        apart = []
+        if datasets_of(final.documents):
+            apart = measure_apart(final, objective.policy(chosen.config), what=chosen.name)
+    if replayed is not None:
         save_front(
             settings.output,
             replayed.front,
@@ -93,33 +119,14 @@ def tune(
             max_degradation=settings.max_degradation,
             identity=ready.identity,
         )
-    profile = ready.profile
     notes = [
-        *([] if settings.policy else [*profile_notes(profile, settings.space), FASTER]),
+        *([] if settings.policy else [*profile_notes(ready.profile, ready.space), FASTER]),
         *search_notes(result, ready.validation.independent),
         *([sensitivity_note(replayed)] if replayed and replayed.sensitivity else []),
         *final.timing_notes(),
     ]
-    chosen = best_or_nearest([*measured, *presets])
-    apart = []
-    if datasets_of(final.documents):
-        apart = measure_apart(final, objective.policy(chosen.config), what=chosen.name)
     metadata = {
-        "settings": settings.to_dict(),
-        "identity": ready.identity,
-        "baseline": {
-            "perplexity": final.baseline_losses.perplexity,
-            "search_perplexity": evaluator.baseline_losses.perplexity,
-            "backend": evaluator.baseline_backend,
-            "backend_throughputs_tps": evaluator.backend_throughputs,
-        },
-        "geometry": evaluator.geometry(),
-        "profile": {
-            "path": str(ready.profile_place) if ready.profile_place else None,
-            **profile.head,
-        },
-        "validation": ready.validation.to_dict(),
-        "ordering_documents": len(final.documents),
+        **about,
         "remeasured": [one.to_dict() for one in (*measured, *presets)],
         "by_dataset": [one.to_dict() for one in apart],
         "notes": notes,
@@ -138,25 +145,44 @@ def tune(
     )
 
 
+def _about(ready: Ready, settings: TuneSettings) -> dict[str, Any]:
+    """What the metadata say before anything is measured again."""
+    evaluator, final, place = ready.evaluator, ready.final, ready.profile_place
+    return {
+        "settings": settings.to_dict(),
+        "identity": ready.identity,
+        "baseline": {
+            "perplexity": final.baseline_losses.perplexity,
+            "search_perplexity": evaluator.baseline_losses.perplexity,
+            "backend": evaluator.baseline_backend,
+            "backend_throughputs_tps": evaluator.backend_throughputs,
+        },
+        "geometry": evaluator.geometry(),
+        "profile": {"path": str(place) if place else None, **ready.profile.head},
+        "validation": ready.validation.to_dict(),
+        "ordering_documents": len(final.documents),
+    }
+
+
 def _found(
     ready: Ready, settings: TuneSettings, *, progress: Progress | None, verbose: bool
 ) -> tuple[OptimizationResult, ReplaySearch | None]:
     """The search alone; by replay with what that leaves besides."""
     options: dict[str, Any] = {
         "seed": settings.seed,
-        "mode": None if settings.policy else settings.mode,
+        "mode": settings.mode,
         "resume": settings.resume,
         "confirm": False,  # `tune` measures the best again on text of its own
         "settings": ready.identity,
         "verbose": verbose,
     }
     if not settings.by_replay:
-        return _search(ready.objective, settings, options), None
+        return _search(ready, settings, options), None
     replayed = search_by_replay(
         ready.objective,
-        settings.space,
-        n_calls=settings.n_calls,
-        n_points=settings.n_points if settings.method == "grid" else None,
+        ready.space,
+        n_calls=_calls(ready, settings),
+        n_points=settings.points if settings.method == "grid" else None,
         data={"dataset": settings.dataset, "data_hash": ready.validation.data_hash},
         folder=settings.output,
         shared=settings.shared,
@@ -174,7 +200,7 @@ def _preset(
     settings: TuneSettings,
 ) -> Measured:
     """A preset's measurement: the candidate's, where the search proposed the same."""
-    config = VARConfig.preset(name, mode=settings.mode)
+    config = VARConfig.preset(name, mode=settings.mode or "verified")
     for one in measured:
         if one.config == config:
             return replace(one, name=name)
@@ -183,22 +209,30 @@ def _preset(
     )
 
 
-def _search(
-    objective: PolicyObjective, settings: TuneSettings, options: dict[str, Any]
-) -> OptimizationResult:
-    folder = settings.output
+def _calls(ready: Ready, settings: TuneSettings) -> int | None:
+    """No more evaluations than there are points; None leaves it to the search that is resumed."""
+    if settings.n_calls is None and settings.resume and _begun(settings):
+        return None
+    return int(min(settings.calls, point_count(ready.space)))
+
+
+def _begun(settings: TuneSettings) -> bool:
+    """Whether there is a search in the folder."""
+    return any((settings.output / name).is_file() for name in (JOURNAL_NAME, STUDY_NAME))
+
+
+def _search(ready: Ready, settings: TuneSettings, options: dict[str, Any]) -> OptimizationResult:
+    objective, space, folder = ready.objective, ready.space, settings.output
     if settings.method == "grid":
         journal = folder / JOURNAL_NAME
-        return grid_search(objective, settings.space, settings.n_points, journal=journal, **options)
+        return grid_search(objective, space, settings.points, journal=journal, **options)
     if settings.method == "random":
         journal = folder / JOURNAL_NAME
-        return random_search(
-            objective, settings.space, settings.n_calls, journal=journal, **options
-        )
+        return random_search(objective, space, _calls(ready, settings), journal=journal, **options)
     return bayesian_optimization(
         objective,
-        settings.space,
-        settings.n_calls,
+        space,
+        _calls(ready, settings),
         engine=settings.engine,
         storage_path=folder,
         **options,

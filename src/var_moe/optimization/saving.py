@@ -21,6 +21,8 @@ RESULTS_FILE = "optimization_results.json"
 METADATA_FILE = "optimization_metadata.json"
 SUMMARY_FILE = "optimization_summary.txt"
 NEAREST_MISS_FILE = "nearest_miss.json"
+UNFINISHED = "unfinished"
+"""In a result's `extra`: why its best was not measured again, so that there is none to save."""
 
 
 def save_optimization_results(
@@ -34,7 +36,8 @@ def save_optimization_results(
 
     ``best_config.json``, ``optimization_results.json``, ``optimization_metadata.json`` and
     ``optimization_summary.txt``. Where nothing was feasible, ``nearest_miss.json`` takes the
-    place of ``best_config.json``; of the two, one that an earlier search left is removed. What
+    place of ``best_config.json``; where every evaluation failed there is neither. One that an
+    earlier search left is removed. What
     JSON has no word for (NaN) is written as null.
 
     Args:
@@ -50,7 +53,8 @@ def save_optimization_results(
     origin = provenance()
     best = result.best_params
     config = jsonable(best) if isinstance(best, dict) else best.to_dict()
-    found = "nearest_miss" not in result.extra
+    failed = bool(result.evaluations) and all(one.failed for one in result.evaluations)
+    found = not failed and not {"nearest_miss", UNFINISHED} & set(result.extra)
     atomic_write_json(
         folder / RESULTS_FILE,
         {
@@ -86,7 +90,9 @@ def save_optimization_results(
         atomic_write_json(folder / CONFIG_FILE, config)
     else:
         (folder / CONFIG_FILE).unlink(missing_ok=True)
-        atomic_write_json(folder / NEAREST_MISS_FILE, jsonable(result.extra["nearest_miss"]))
+        (folder / NEAREST_MISS_FILE).unlink(missing_ok=True)
+        if "nearest_miss" in result.extra:
+            atomic_write_json(folder / NEAREST_MISS_FILE, jsonable(result.extra["nearest_miss"]))
 
 
 def default_summary(result: OptimizationResult) -> str:
@@ -101,7 +107,11 @@ def default_summary(result: OptimizationResult) -> str:
         f"best score: {result.best_score:.6g}",
         f"converged: {'yes' if result.converged else 'no'}",
     ]
-    if "nearest_miss" not in result.extra:
+    if UNFINISHED in result.extra:
+        lines.append(f"Not finished, so no best_config.json: {result.extra[UNFINISHED]}")
+    elif failed and failed == len(result.evaluations):
+        lines.append("Every evaluation failed; no best_config.json")
+    elif "nearest_miss" not in result.extra:
         lines += ["best parameters:", *(f"  {name} = {value}" for name, value in params.items())]
     else:
         degradation = 100 * result.extra["nearest_miss"]["degradation"]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from var_moe.config import VARConfig
@@ -27,6 +28,8 @@ from var_moe.optimization.selection import (
     nearest_miss,
 )
 
+_LOG = logging.getLogger(__name__)
+
 OnEvaluation: TypeAlias = Callable[[Evaluation, int, int], None]
 ShouldStop: TypeAlias = Callable[[], bool]
 Suggest: TypeAlias = Callable[[int, Sequence[Evaluation]], Params | None]
@@ -43,6 +46,10 @@ class Store(Protocol):
 
     def append(self, number: int, evaluation: Evaluation) -> None:
         """Keep evaluation `number`, durable when this returns."""
+        ...
+
+    def extend(self, header: SearchHeader) -> None:
+        """Note that another number of evaluations is planned."""
         ...
 
     def close(self) -> None:
@@ -75,6 +82,8 @@ class SearchOptions:
         on_evaluation: called with each new evaluation, its number from 1, and the total.
         should_stop: asked before each evaluation; True ends the search early.
         count_flag: the command-line option that lowers the number of evaluations.
+        count_given: whether the number was asked for: then it also counts for a resumed search,
+            which otherwise goes on to the number that it was begun with.
     """
 
     method: str
@@ -86,6 +95,7 @@ class SearchOptions:
     on_evaluation: OnEvaluation | None = None
     should_stop: ShouldStop | None = None
     count_flag: str = "--n_calls"
+    count_given: bool = False
 
 
 def run_search(
@@ -116,6 +126,8 @@ def run_search(
     session = store.begin(header, resume=options.resume)
     try:
         evaluations = list(session.evaluations)
+        if options.count_given and total != session.header.total:
+            session = _extended(session, total, store)
         _evaluate_all(
             objective, evaluations, store, make_suggest(session.header), session.header, options
         )
@@ -134,6 +146,16 @@ def run_search(
     if options.confirm and isinstance(objective, Confirming) and is_config_space(space):
         result = objective.confirm(result)
     return result
+
+
+def _extended(session: Session, total: int, store: Store) -> Session:
+    """A resumed search with another number of evaluations."""
+    done = len(session.evaluations)
+    if total < done:
+        _LOG.warning("%d evaluations are done, more than the %d asked for", done, total)
+    header = replace(session.header, total=max(total, done))
+    store.extend(header)
+    return replace(session, header=header)
 
 
 def mode_of(objective: Objective, asked: str | None) -> str:

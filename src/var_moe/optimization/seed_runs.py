@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -92,7 +93,7 @@ def read_run(folder: Path) -> SeedRun:
     return SeedRun(
         folder=folder,
         seed=int(metadata["seed"]),
-        best_score=float(results["best_score"]),
+        best_score=math.nan if results["best_score"] is None else float(results["best_score"]),
         winner=winner,
         measured=row,
         metadata=metadata,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,19 @@ from typing import Any
 from var_moe.config import check_seed
 from var_moe.errors import UsageError
 from var_moe.evaluation.compare import SpeedSetting
+from var_moe.extras import require
 from var_moe.optimization.judgement import check_robust
 from var_moe.optimization.objective_protocol import check_bound
 from var_moe.optimization.policy_forecast import not_replayable
 from var_moe.optimization.results import jsonable
-from var_moe.optimization.search_space import SEARCH_SPACE, SearchSpace
+from var_moe.optimization.search_space import SEARCH_SPACE, SearchSpace, parse_bounds
 from var_moe.profiling.collect import DEFAULT_TOKENS
 from var_moe.routing.registry import policy_spec
 from var_moe.storage import check_output_folder
 
 METHODS = ("replay", "bayesian", "grid", "random")
+BEST_POLICY, VAR = "damage", "var"
+CALLS, FORECAST_CALLS = 50, 10
 DEFAULT_SAMPLES = 200
 _AT_LEAST = {
     **dict.fromkeys(("n_calls", "n_points", "final_blocks", "candidates"), 1),
@@ -29,28 +33,35 @@ _AT_LEAST = {
 
 @dataclass(frozen=True, kw_only=True)
 class TuneSettings:
-    """What `tune` is asked to do; the defaults are the documented ones.
+    """What `tune` is asked to do, by the command line and in Python; the defaults of both.
+
+    What is left out is the policy's own: its search space, replay where a trace tells what its
+    decisions cost, and how much is evaluated.
 
     Args:
+        policy: its name; ``"var"`` for VAR's six thresholds. By default ``"damage"``, or VAR where
+            `mode`, `method`, `space` or `bounds` is given. Afterwards None for VAR.
         method, engine: how points are chosen; the engine is for the bayesian method.
         exhaustive: the grid runs the model for each of its points; else their forecasts choose
-            `n_calls` of them, as for the method replay.
+            `n_calls` of them, as for the method replay. Another policy's grid always does.
         dataset: name or path, or several as ``a,b,c``; its calibration split is profiled, its
             validation split judges.
         robust: judge the worst of several data sets, not all text together.
-        n_calls: full evaluations; of the exhaustive grid all points are.
-        n_points: values per dimension of the grid.
+        n_calls: full evaluations, of the exhaustive grid all points; by default 10 where forecasts
+            choose them, else 50; resumed, as many as the search was begun with.
+        n_points: values per dimension of the grid; 5 by default, 3 with `exhaustive`.
         max_degradation: bound on the relative perplexity change.
         output: folder for the results.
         shared: folder of the profile, trace and cost model; by default the output's.
         seed: of the search; None draws a fresh one, which is recorded.
-        mode: ``"verified"`` or ``"plain"``.
-        policy: another policy's name, to tune that one in place of VAR, in its own `space`.
-        compensation: name of what stands in for the experts that the policy drops.
+        mode: VAR's: ``"verified"`` (default) or ``"plain"``.
+        compensation: name of what stands in for the experts that the policy drops; by default
+            all that the profile has are searched.
         compensation_folder: where a learned one lies, if not with the profile.
         max_samples: documents of the search half that each evaluation scores.
         final_samples: documents of the ordering half for the last measurement; None takes all.
         space: search space.
+        bounds: changes of it, as ``name=low:high``.
         resume: go on with the search in `output`.
         profile: a ready profile folder.
         calibration_tokens: size of a fresh profile.
@@ -59,24 +70,25 @@ class TuneSettings:
         setting: batch that throughput is measured on.
     """
 
-    method: str = "bayesian"
+    policy: str | None = None
+    method: str | None = None
     engine: str = "optuna"
-    exhaustive: bool = True
+    exhaustive: bool = False
     dataset: str = "demo"
     robust: bool = False
-    n_calls: int = 50
-    n_points: int = 3
+    n_calls: int | None = None
+    n_points: int | None = None
     max_degradation: float = 0.01
     output: Path = Path("results/phase3")
     shared: Path | None = None
     seed: int | None = None
-    mode: str = "verified"
-    policy: str | None = None
+    mode: str | None = None
     compensation: str | None = None
     compensation_folder: Path | None = None
     max_samples: int = DEFAULT_SAMPLES
     final_samples: int | None = None
-    space: SearchSpace = field(default_factory=lambda: dict(SEARCH_SPACE))
+    space: SearchSpace | None = None
+    bounds: Sequence[str] = ()
     resume: bool = False
     profile: Path | None = None
     calibration_tokens: int = DEFAULT_TOKENS
@@ -94,7 +106,43 @@ class TuneSettings:
         """Whether forecasts from a trace choose what is evaluated."""
         return self.method == "replay" or (self.method == "grid" and not self.exhaustive)
 
+    @property
+    def calls(self) -> int:
+        """Full evaluations of a new search."""
+        default = FORECAST_CALLS if self.by_replay else CALLS
+        return default if self.n_calls is None else self.n_calls
+
+    @property
+    def points(self) -> int:
+        """Values per dimension of the grid."""
+        return (3 if self.exhaustive else 5) if self.n_points is None else self.n_points
+
+    def space_for(self, top_k: int) -> SearchSpace:
+        """What is searched on a model with K = ``top_k``.
+
+        Raises:
+            UsageError: the space or its bounds are not valid.
+        """
+        own = SEARCH_SPACE if self.policy is None else policy_spec(self.policy).search_space(top_k)
+        return parse_bounds(self.bounds, self.space or own)
+
+    def _take_defaults(self) -> None:
+        """Fill in what the policy decides."""
+
+        def take(**values: Any) -> None:
+            for name, value in values.items():
+                object.__setattr__(self, name, value)
+
+        asked = (self.policy, self.mode, self.method, self.space)
+        best = all(one is None for one in asked) and not self.bounds
+        take(**_searched(BEST_POLICY if best else self.policy, self.mode))
+        if self.policy is None and self.compensation is not None:
+            raise UsageError("a compensation needs a policy that drops experts, such as damage")
+        take(method=self.method or default_method(self.policy))
+        take(exhaustive=self.exhaustive or self.policy is not None)
+
     def __post_init__(self) -> None:
+        self._take_defaults()
         check_bound(self.max_degradation)
         if self.method not in METHODS:
             raise UsageError(f"method {self.method!r}: expected one of {', '.join(METHODS)}")
@@ -106,11 +154,34 @@ class TuneSettings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UsageError(f"{name} = {value}: expected at least {least}")
+        self.space_for(2)  # a policy's names are the same for every K
+        if self.method == "bayesian" and self.engine == "skopt":
+            require("skopt")
         check_output_folder(self.output)
 
     def to_dict(self) -> dict[str, Any]:
         """For result files."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values["setting"] = self.setting.to_dict()
+        values |= {"n_calls": self.calls, "n_points": self.points}
         found: dict[str, Any] = jsonable(values)
         return found
+
+
+def default_method(policy: str | None) -> str:
+    """Replay, wherever a trace tells what decisions cost."""
+    return "replay" if policy is None or policy_spec(policy).cuts_only else "bayesian"
+
+
+def _searched(policy: str | None, mode: str | None) -> dict[str, str | None]:
+    """The policy, None for VAR, and VAR's mode: ``var_plain`` is VAR in that mode."""
+    if policy in (None, VAR):
+        return {"policy": None, "mode": mode or "verified"}
+    own = policy_spec(policy).settings.get("mode")
+    if mode is not None and own != mode:
+        raise UsageError(f"mode {mode!r} does not belong to policy {policy!r}: leave one out")
+    if own is not None:
+        return {"policy": None, "mode": own}
+    if not policy_spec(policy).search_space(2):
+        raise UsageError(f"policy {policy!r} has nothing to tune")
+    return {"policy": policy, "mode": None}
