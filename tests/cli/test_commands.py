@@ -406,7 +406,8 @@ def test_another_policy_is_tuned_saved_and_validated(common, tuned, tmp_path, ca
     assert config["policy"] == "naee"
     assert 0 <= config["settings"]["quantile"] <= 1
     results = read(tmp_path / "optimization_results.json")
-    assert [set(row["params"]) for row in results["all_results"]] == [{"quantile"}] * 6
+    names = {"quantile", "compensation"}
+    assert [set(row["params"]) for row in results["all_results"]] == [names] * 6
     assert "policy naee" in (tmp_path / "optimization_summary.txt").read_text()
     capsys.readouterr()
     assert main(["tune", "--validate", str(tmp_path / "best_config.json"), "--quiet"]) == 0
@@ -421,7 +422,8 @@ def test_a_policy_of_few_settings_is_tried_out(common, tuned, tmp_path):
     words += ["--profile", str(tuned / "profile"), "--seed", "1", "--output", str(tmp_path)]
     assert main(words) == 0
     results = read(tmp_path / "optimization_results.json")
-    assert sorted(row["params"]["k"] for row in results["all_results"]) == [1, 2]
+    points = [tuple(row["params"].values()) for row in results["all_results"]]
+    assert sorted(points) == [(1, "means"), (1, "none"), (2, "means"), (2, "none")]
 
 
 @pytest.mark.parametrize(
