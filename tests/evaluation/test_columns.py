@@ -132,6 +132,16 @@ def test_a_message_without_content_is_not_rendered_as_none(table, chatty):
         table(chatty, messages=chats)
 
 
+def test_a_content_in_parts_is_one_text(table, chatty):
+    """A template for text alone would print the list."""
+    parts = [{"type": "text", "text": text, "image": None} for text in PROSE]
+    found = table(chatty, messages=[[{"role": "user", "content": parts}]] * 2)
+    assert texts(found, chatty)[0] == f"user: {PROSE[0]}\n{PROSE[1]}\n"
+    parts.append({"type": "image", "text": None, "image": "x.png"})
+    with pytest.raises(UsageError, match=r"a message holds 'image'; expected text alone"):
+        table(chatty, messages=[[{"role": "user", "content": parts}]] * 2)
+
+
 def test_a_template_that_refuses(table, chatty):
     chatty.chat_template = "{{ raise_exception('roles must\nalternate') }}"
     with pytest.raises(UsageError, match=r"does not take it \(roles must alternate\)"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -205,6 +206,18 @@ def test_a_path_that_is_not_there(refused, name):
     assert looks_local(name)
     for call in (lambda: load_text(name, "test"), lambda: check_dataset(name)):
         assert refused(call).startswith(f"{name}: no such file")
+
+
+def test_a_pipe_is_refused_and_not_waited_for(refused, tmp_path):
+    os.mkfifo(tmp_path / "x.jsonl")
+    for call in (load_text, lambda name, _: check_dataset(name)):
+        assert "is no regular file; write the text to a" in refused(
+            call, str(tmp_path / "x.jsonl"), "all"
+        )
+
+
+def test_an_empty_name_is_no_folder(refused):
+    assert "dataset '': expected a name" in refused(check_dataset, "")
 
 
 @pytest.mark.parametrize("name", ["wikitext", "someone/data", "data:config", "a/b:c/d"])

@@ -165,12 +165,24 @@ def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     if "role" in message:  # a parquet file has null for what a message lacks
         if message.get("content") is None and not message.get("tool_calls"):
             raise UsageError(f"{where}: a message of {message['role']!r} has no content")
-        return {k: v for k, v in message.items() if v is not None or k == "content"}
+        given = {k: v for k, v in message.items() if v is not None or k == "content"}
+        return {k: _content(v, where) if k == "content" else v for k, v in given.items()}
     role = _ROLES.get(message["from"], message["from"])
     if role not in _KNOWN_ROLES:
         known = ", ".join([*_ROLES, *_KNOWN_ROLES])
         raise UsageError(f"{where}: a message from {role!r}; expected one of {known}")
     return {"role": role, "content": message["value"]}
+
+
+def _content(content: Any, where: str) -> str | None:
+    """A message's content as one string: most templates would print a list as Python does."""
+    if content is None or isinstance(content, str):
+        return content
+    for part in content if isinstance(content, list) else [content]:
+        if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+            what = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise UsageError(f"{where}: a message holds {what!r}; expected text alone")
+    return "\n".join(part["text"] for part in content)
 
 
 def _plain(value: Any) -> Any:

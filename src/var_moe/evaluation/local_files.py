@@ -37,8 +37,10 @@ def check_local(dataset: str) -> Path:
     if not exists(dataset):
         raise UsageError(f"{dataset}: no such file; expected a {kinds} file or a folder of them")
     path = Path(dataset).expanduser()
-    if path.is_file() and path.suffix.lower() not in SUFFIXES:
+    if not path.is_dir() and path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"{dataset}: expected a file ending in {kinds}")
+    if not path.is_dir() and not path.is_file():  # reading a pipe would wait, and only once
+        raise UsageError(f"{dataset}: is no regular file; write the text to a {kinds} file first")
     return path
 
 

@@ -21,6 +21,8 @@ def names_of(dataset: str) -> tuple[str, ...]:
     Raises:
         UsageError: a name is empty or stands there twice.
     """
+    if not dataset.strip():
+        raise UsageError(f"dataset {dataset!r}: expected a name")
     name, column = split_column(dataset)
     whole = "," not in (column or "") and exists(name)
     if "," not in dataset or whole:

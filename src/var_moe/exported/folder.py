@@ -17,7 +17,10 @@ from var_moe.storage import SCHEMA_VERSION, atomic_write, atomic_write_json, pro
 
 _AGAIN = "export it again with `var-moe export`"
 _HEAD = ("policy", "settings", "compensation", "parts", "model", "hashes")
-_MODEL = ("model", "revision", "tokenizer_hash", "routers", "layers", "experts", "top_k")
+_MODEL = (
+    *("model", "revision", "tokenizer_hash", "layers", "experts", "top_k"),
+    *("routers", "weights", "dtype"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from var_moe.errors import UsageError, VarMoeError
 from var_moe.evaluation.batching import Window, batches, collate, drawn
-from var_moe.models.router_hooks import RouterLogits, router_fingerprint
+from var_moe.models.identity import identity
+from var_moe.models.router_hooks import RouterLogits
 from var_moe.models.seam import attach, detach, experts_modules, pair_backend
 from var_moe.models.sorted_experts import weighted_sum as weighted
 from var_moe.profiling.peers import PeerStatistics
@@ -128,8 +129,8 @@ def collect_profile(
     modules = experts_modules(model)
     experts = int(getattr(modules[0][1], "num_experts", 0)) if modules else 0
     collector = _Collector(len(modules), experts, backend)
-    routers = router_fingerprint(model)
-    weights = sha256_of([str(routers)])
+    about = identity(loaded)
+    weights = sha256_of([str(about)])
     total = sum(len(document.ids) for document in chosen)
     size = window or loaded.window
     text = sha256_of(document.ids.tobytes() for document in chosen)
@@ -151,7 +152,7 @@ def collect_profile(
     if not torch.isfinite(collector.statistics.entropy.mean).all():
         raise VarMoeError(f"model {loaded.name!r} gives non-finite router logits; try float32")
     head = {
-        "routers": routers,
+        **about,
         "dataset": dataset,
         "data_hash": data_hash,
         "tokens_asked": max_tokens,
@@ -211,9 +212,6 @@ def _finish(loaded: LoadedModel, collector: _Collector, source: dict[str, Any]) 
     vocabulary = max(int(loaded.model.config.get_text_config().vocab_size), len(loaded.tokenizer))
     head: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
-        "model": loaded.name,
-        "revision": loaded.revision,
-        "tokenizer_hash": loaded.tokenizer_hash,
         **source,
         "tokens": statistics.tokens,
         "layers": collector.layers,
