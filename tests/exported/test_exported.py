@@ -141,6 +141,10 @@ def test_other_weights_or_tokenizer_are_refused(loaded, make_tiny_mixtral, tmp_p
     other.model.layers[0].mlp.gate.weight.mul_(2)
     with pytest.raises(UsageError, match="the routers have other weights"):
         decided(other, tmp_path)
+    tuned = make_tiny_mixtral()
+    tuned.model.layers[0].self_attn.v_proj.weight[:, ::3] *= 1.1
+    with pytest.raises(UsageError, match="the routers are the same, other weights are not"):
+        decided(tuned, tmp_path)
     foreign = replace(loaded, tokenizer_hash="another")
     with pytest.raises(UsageError, match="another tokenizer"), routed(foreign, tmp_path):
         pass

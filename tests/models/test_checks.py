@@ -26,7 +26,7 @@ from var_moe.models.loading import LoadedModel, load_model
         ({"num_local_experts": [8, 8]}, "'num_local_experts' expected int, got list"),
         ({"hidden_size": "64"}, "'hidden_size' expected int, got str (value: '64')"),
         ({"num_hidden_layers": 2.0}, "'num_hidden_layers' expected int, got float"),
-        ({"max_position_embeddings": 1}, "max_position_embeddings = 1: expected at least 2"),
+        ({"max_position_embeddings": 3}, "max_position_embeddings = 3: expected at least 4"),
         ({"hidden_act": "none"}, "cannot be built from its config.json (KeyError: 'none')"),
         ({"dtype": "float64"}, "config.json has dtype 'float64'; choose float32 or bfloat16 or"),
         ({"dtype": "none"}, "its config.json cannot be loaded (module 'torch' has no"),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
+from tokenizers.processors import ByteLevel
 
+from var_moe.errors import UsageError
 from var_moe.evaluation.documents import EncodedDocument
 from var_moe.models.loading import load_model
 from var_moe.optimization.preparation import DAMAGE_FOLDER, halves, obtain_profile
@@ -90,3 +93,29 @@ def test_a_profile_is_obtained_once_with_its_damages(tiny_model_folder, tiny_tex
     (place / DAMAGE_FILE).unlink()
     assert obtain(given=place)[0].damages == {}
     assert said == []
+
+
+def test_a_profile_that_a_search_is_resumed_with_is_not_replaced(
+    tiny_model_folder, tiny_text_folder, tmp_path
+):
+    """Its results could not be validated any more."""
+    loaded, dataset = load_model(str(tiny_model_folder)), str(tiny_text_folder)
+    options = {"given": None, "folder": tmp_path, "keep": True}
+    first, place = obtain_profile(loaded, dataset, tokens=300, **options)
+    assert obtain_profile(loaded, dataset, tokens=300, **options)[0].hash == first.hash
+    with pytest.raises(UsageError, match="with 200 tokens; resume with the same --model"):
+        obtain_profile(loaded, dataset, tokens=200, **options)
+    assert RoutingProfile.load(place).hash == first.hash
+
+
+def test_a_profile_of_the_text_as_it_was_tokenised_before_is_not_reused(
+    tiny_model_folder, tiny_text_folder, tmp_path
+):
+    """One start token less, with the same vocabulary: as an edited tokenizer_config.json leaves."""
+    dataset, options = str(tiny_text_folder), {"given": None, "folder": tmp_path, "tokens": 300}
+    loaded = load_model(str(tiny_model_folder))
+    first, _ = obtain_profile(loaded, dataset, **options)
+    loaded.tokenizer.backend_tokenizer.post_processor = ByteLevel()
+    again, _ = obtain_profile(loaded, dataset, **options)
+    assert again.hash != first.hash
+    assert again.hash == obtain_profile(loaded, dataset, **options)[0].hash

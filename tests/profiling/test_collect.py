@@ -213,6 +213,40 @@ def test_a_profile_of_other_weights_is_refused(profile, make_tiny_mixtral, tiny_
         profile.check_loaded(LoadedModel.of(other, tiny_tokenizer, name="other"))
 
 
+def fine_tuned(model, share=0.01):
+    """Attention's weights with a small change, as an adapter of them leaves when it is merged."""
+    weight = model.model.layers[1].self_attn.q_proj.weight
+    dice = torch.Generator().manual_seed(0)
+    weight += share * weight.norm() * torch.randn(weight.shape, generator=dice) / 64
+    return model
+
+
+def test_a_profile_of_a_fine_tuned_model_is_refused(profile, make_tiny_mixtral, tiny_tokenizer):
+    """Its routers are the same, and what comes to them is not."""
+    other = LoadedModel.of(fine_tuned(make_tiny_mixtral()), tiny_tokenizer, name="other")
+    with pytest.raises(UsageError, match="'other': the routers are the same, other weights are"):
+        profile.check_loaded(other)
+
+
+def test_a_checkpoint_of_a_fine_tuned_model_is_not_gone_on_with(
+    loaded, documents, make_tiny_mixtral, tiny_tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(collect, "_CHECKPOINT_EVERY", 1)
+    place = tmp_path / "checkpoint.safetensors"
+
+    def stop(done, total):
+        if done > 400:
+            raise KeyboardInterrupt
+
+    options = {"tokens_per_batch": 200}
+    with pytest.raises(KeyboardInterrupt):
+        profiled(loaded, documents, progress=stop, checkpoint=place, **options)
+    assert place.is_file()
+    other = LoadedModel.of(fine_tuned(make_tiny_mixtral(), 0.5), tiny_tokenizer, name="tiny")
+    again = profiled(other, documents, checkpoint=place, **options)
+    assert again.hash == profiled(other, documents, **options).hash
+
+
 def test_a_profile_serves_the_same_weights_in_another_dtype(
     profile, make_tiny_mixtral, tiny_tokenizer
 ):

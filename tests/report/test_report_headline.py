@@ -41,6 +41,11 @@ def test_without_a_certificate_cards_are_of_the_winner(sample):
     assert values["executed experts per token"] == "1.27"
 
 
+def test_a_measurement_of_another_configuration_says_so(change):
+    found = top(change("validation_results", config={"policy": "top_p", "settings": {"p": 0.5}}))
+    assert "which nothing was chosen on, another (policy top_p" in found.answers[1].sentence
+
+
 def test_a_broken_bound_is_bad_news(change):
     found = top(change("validation_results", degradation_upper_95=0.02))
     assert "breaks the bound of 1%" in found.answers[1].sentence

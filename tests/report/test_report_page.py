@@ -105,6 +105,18 @@ def test_a_profile_of_another_hash_is_not_shown(with_profile):
     assert "routing" not in names(with_profile)
 
 
+def test_what_an_earlier_search_left_is_named_and_not_shown(change, sample):
+    """Another model or text was searched in the folder since."""
+    known = json.loads((sample / "optimization_metadata.json").read_text())
+    change("optimization_metadata", identity={**known["identity"], "profile_hash": "x"})
+    report = build_report(sample)
+    assert not {"certificate", "held-out"} & set(names(sample))
+    (left_out,) = (section for section in report.sections if section.name == "foreign")
+    assert "certificate.json: of another profile" in str(left_out)
+    assert "validation_results.json: of another profile" in str(left_out)
+    assert "With 95% confidence" not in str(report.headline)
+
+
 def test_nothing_is_taken_from_a_network(with_profile):
     page = write_report(with_profile).read_text(encoding="utf-8")
     outside = re.sub(r"<script>.*?</script>", "", page, flags=re.S)  # plotly names sites inside

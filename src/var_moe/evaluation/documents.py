@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -72,6 +72,11 @@ class EncodedDocument:
     source: str
     ids: np.ndarray  # (S,) int64
     dataset: str = ""  # where the text is of several data sets
+
+
+def ids_hash(documents: Iterable[EncodedDocument]) -> str:
+    """Hash over the token ids: of one text, they change with a chat template or a start token."""
+    return sha256_of(document.ids.tobytes() for document in documents)
 
 
 def page_of(document_id: str) -> str:

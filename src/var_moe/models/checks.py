@@ -97,8 +97,8 @@ def check_config(name: str, config: Any, *, trust_remote_code: bool, dtype: str 
             "--dtype"
         )
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and context < 2:
-        raise UsageError(f"{label}: max_position_embeddings = {context}: expected at least 2")
+    if context is not None and context < 4:  # the shortest window of a document
+        raise UsageError(f"{label}: max_position_embeddings = {context}: expected at least 4")
     for part in (config, config.get_text_config()):
         backend = getattr(part, "_experts_implementation", None)
         if backend in REFUSED_BACKENDS:

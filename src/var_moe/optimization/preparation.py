@@ -12,9 +12,10 @@ import numpy as np
 from var_moe.config import check_seed
 from var_moe.errors import UsageError
 from var_moe.evaluation.compare import Progress
-from var_moe.evaluation.documents import by_page
+from var_moe.evaluation.documents import by_page, ids_hash
 from var_moe.evaluation.mixture import in_turn
 from var_moe.fitting.calibrate import with_damages
+from var_moe.models.identity import difference, identity
 from var_moe.profiling.collect import DEFAULT_TOKENS, collect_profile
 from var_moe.profiling.profile import HEAD_FILE, RoutingProfile
 
@@ -135,6 +136,7 @@ def obtain_profile(
     tokens: int = DEFAULT_TOKENS,
     damages: bool = True,
     calibration: TextSplit | None = None,
+    keep: bool = False,
     progress: Progress | None = None,
 ) -> tuple[RoutingProfile, Path | None]:
     """The profile asked for, one that an earlier run left in the folder, or a fresh one.
@@ -148,13 +150,15 @@ def obtain_profile(
         tokens: calibration size of a fresh profile.
         damages: also predict what cuts cost, in a backward pass, where the profile lacks it.
         calibration: the calibration split, where it is loaded already.
+        keep: refuse to replace the folder's profile: what was found with it needs it.
         progress: called with tokens done and in all.
 
     Returns:
         The profile and where it lies.
 
     Raises:
-        UsageError: the given profile is of another model; names both.
+        UsageError: the given profile is of another model; names both. Or the one to keep is not
+            of this model, text and size.
     """
     if given is not None:
         profile = RoutingProfile.load(given)
@@ -167,11 +171,16 @@ def obtain_profile(
     if place and (place / HEAD_FILE).is_file():
         try:
             kept = RoutingProfile.load(place)
-            kept.check_loaded(loaded)
         except UsageError:
             kept = None
-        if kept and (kept.head["data_hash"], kept.head["tokens_asked"]) == (text.data_hash, tokens):
+        if kept and _is_of(kept, loaded, text, tokens):
             return (_with_damages(loaded, kept, text, place, progress) if damages else kept), place
+        if kept and keep:
+            raise UsageError(
+                f"{place}: the search to resume has this profile, which is not of {loaded.name!r} "
+                f"as it is now on {dataset!r} with {tokens} tokens; resume with the same --model, "
+                "--dataset and --calibration_tokens, or choose another folder"
+            )
     if place:
         place.mkdir(parents=True, exist_ok=True)
     profile = collect_profile(
@@ -190,6 +199,13 @@ def obtain_profile(
     if damages:
         profile = _with_damages(loaded, profile, text, place, progress)
     return profile, place
+
+
+def _is_of(profile: RoutingProfile, loaded: LoadedModel, text: EncodedText, tokens: int) -> bool:
+    """Whether a profile is of this model, text and size; also as the tokenizer reads it now."""
+    head, ids = profile.head, ids_hash(text.documents)
+    now, then = (text.data_hash, ids, tokens), (head.get("ids_hash", ids), head["tokens_asked"])
+    return now == (head["data_hash"], *then) and difference(head, identity(loaded)) is None
 
 
 def _with_damages(

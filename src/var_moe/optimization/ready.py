@@ -63,6 +63,7 @@ def prepare(
         given=settings.profile,
         folder=settings.preparations,
         tokens=settings.calibration_tokens,
+        keep=settings.resume,
         progress=progress,
     )
     if settings.compensation_folder is not None:

@@ -26,6 +26,7 @@ from var_moe.optimization.random_points import random_search
 from var_moe.optimization.ready import Ready, prepare
 from var_moe.optimization.remeasure import Measured, best_or_nearest, measure, remeasure
 from var_moe.optimization.replay_run import (
+    SENSITIVITY_FILE,
     ReplaySearch,
     replay_metadata,
     save_front,
@@ -83,7 +84,9 @@ def tune(
         )
     evaluator, final, objective = ready.evaluator, ready.final, ready.objective
     result, replayed = _found(ready, settings, progress=progress, verbose=verbose)
-    (settings.output / PARETO_FILE).unlink(missing_ok=True)  # an earlier search's
+    stale = [PARETO_FILE] if replayed is not None else [PARETO_FILE, SENSITIVITY_FILE]
+    for name in stale:  # an earlier search's
+        (settings.output / name).unlink(missing_ok=True)
     settings = replace(settings, n_calls=result.extra["total"])
     measured: list[Measured] = []
     presets: list[Measured] = []

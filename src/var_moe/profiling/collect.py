@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from var_moe.errors import UsageError, VarMoeError
 from var_moe.evaluation.batching import Window, batches, collate, drawn
+from var_moe.evaluation.documents import ids_hash
 from var_moe.models.identity import identity
 from var_moe.models.router_hooks import RouterLogits
 from var_moe.models.seam import attach, detach, experts_modules, pair_backend
@@ -133,7 +134,7 @@ def collect_profile(
     weights = sha256_of([str(about)])
     total = sum(len(document.ids) for document in chosen)
     size = window or loaded.window
-    text = sha256_of(document.ids.tobytes() for document in chosen)
+    text = ids_hash(chosen)
     key = f"{_CHECKPOINT_FORMAT}:{text}:{weights}:{tokens_per_batch}:{size}"
     done = _resume(collector, checkpoint, key)
     before = attach(model, collector)
@@ -155,6 +156,7 @@ def collect_profile(
         **about,
         "dataset": dataset,
         "data_hash": data_hash,
+        "ids_hash": ids_hash(documents),
         "tokens_asked": max_tokens,
     }
     profile = _finish(loaded, collector, head)

@@ -46,6 +46,7 @@ class Results:
         folder: where they lie.
         parts: by the names of `FILES`, those that are there.
         unfinished: those that are not whole, in the same way.
+        foreign: those that are not of the folder's search: an earlier one's, left out.
         stats: rows of ``routing_stats.parquet`` of the profile that the results were made with,
             where it can be found.
     """
@@ -53,6 +54,7 @@ class Results:
     folder: Path
     parts: dict[str, Any] = field(default_factory=dict)
     unfinished: dict[str, Any] = field(default_factory=dict)
+    foreign: dict[str, Any] = field(default_factory=dict)
     stats: pd.DataFrame | None = None
     asked: set[str] = field(default_factory=set)
     """Parts that were asked for; emptied by whoever wants to know."""
@@ -96,11 +98,21 @@ def read_results(folder: Path) -> Results:
     for name, needed in _NEED.items():
         if name in parts and needed not in parts:
             raise UsageError(f"{folder}: {FILES[name]} is there, {FILES[needed]} is missing")
+    foreign = {name: parts.pop(name) for name in _foreign(parts)}
     stats = _stats(folder, parts)
     if not parts.keys() - {"cost"} and not unfinished and stats is None:
         known = ", ".join(file for name, file in FILES.items() if name != "cost")
         raise UsageError(f"{folder}: nothing to report; expected one of {known}, {STATS_FILE}")
-    return Results(folder=folder, parts=parts, unfinished=unfinished, stats=stats)
+    return Results(folder=folder, parts=parts, unfinished=unfinished, foreign=foreign, stats=stats)
+
+
+def _foreign(parts: dict[str, Any]) -> list[str]:
+    """Names of what an earlier search in the folder was about, by its profile."""
+    profile = (parts.get("metadata", {}).get("identity") or {}).get("profile_hash")
+    held_out, hashes = parts.get("validation", {}), parts.get("certificate", {}).get("hashes") or {}
+    used = {"certificate": hashes.get("profile"), "validation": held_out.get("profile_hash")}
+    known = {name: value for name, value in used.items() if profile and value}
+    return [name for name, value in known.items() if value != profile]
 
 
 def _checked(path: Path, name: str) -> Any:

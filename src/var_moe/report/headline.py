@@ -162,7 +162,7 @@ def _of_search(results: Results) -> Headline:
         chosen = f"Chosen by the search, not certified: {chosen[:1].lower()}{chosen[1:]}"
     answers = (
         *_certified(certificate),
-        *_held_out(validation),
+        *_held_out(validation, known=(best, (certificate or {}).get("certified_config"))),
         Answer(sentence=chosen, tone=GOOD if best else BAD),
     )
     return Headline(
@@ -219,14 +219,20 @@ def _asked(settings: Mapping[str, Any]) -> str:
     return f"policy {settings['policy']}" if settings.get("policy") else "VAR"
 
 
-def _held_out(found: Mapping[str, Any] | None) -> tuple[Answer, ...]:
+def _held_out(
+    found: Mapping[str, Any] | None, known: tuple[Any, ...] | None = None
+) -> tuple[Answer, ...]:
+    """The answer on held-out text, which may be of none of the ``known`` configurations."""
     if found is None:
         return ()
+    what = (
+        "it" if known is None or found["config"] in known else f"another ({kind(found['config'])})"
+    )
     kept = found["degradation_upper_95"] < found["max_degradation"]
     split = found["text"]["split"]
     return (
         Answer(
-            sentence=f"On {split}, which nothing was chosen on, it "
+            sentence=f"On {split}, which nothing was chosen on, {what} "
             f"{'keeps' if kept else 'breaks'} the bound of {limit(found['max_degradation'])}: "
             f"{percent(found['degradation'])} (95% upper bound "
             f"{percent(found['degradation_upper_95'])}) at {factor(found['speedup'])} "

@@ -27,7 +27,7 @@ from var_moe.report.search import search_section
 from var_moe.report.seeds import seeds_section
 from var_moe.report.speed import speed_section
 from var_moe.report.systems import systems_section
-from var_moe.report.unfinished import unfinished_section
+from var_moe.report.unfinished import foreign_section, unfinished_section
 from var_moe.storage import atomic_write_text
 
 REPORT_FILE = "report.html"
@@ -36,6 +36,7 @@ Made = TypeVar("Made")
 SECTIONS: tuple[Callable[[Results], Section | None], ...] = (
     certificate_section,
     unfinished_section,
+    foreign_section,
     held_out_section,
     seeds_section,
     comparison_section,

@@ -24,6 +24,14 @@ def unfinished_section(results: Results) -> Section | None:
     )
 
 
+def foreign_section(results: Results) -> Section | None:
+    """A line for each file that an earlier search in the folder left."""
+    lines = [f"{FILES[name]}: of another profile than the search's." for name in results.foreign]
+    if not lines:
+        return None
+    return section("foreign", "Left out", [Notes(lines=lines)], intro="What is of other results.")
+
+
 def _line(file: str, found: Mapping[str, Any]) -> str:
     known = ""
     if found.get("degradation") is not None:

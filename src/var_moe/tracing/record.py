@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from var_moe.errors import UsageError, VarMoeError
 from var_moe.evaluation.batching import Window, batches, collate, drawn
+from var_moe.evaluation.documents import ids_hash
 from var_moe.models.healed_weights import healed_weights
 from var_moe.models.identity import identity
 from var_moe.models.router_hooks import RouterLogits
@@ -21,7 +22,7 @@ from var_moe.routing.damage import DamageModel
 from var_moe.routing.decision import TokenBatch
 from var_moe.routing.healed import Healed
 from var_moe.routing.ranking import rank_slots, shares
-from var_moe.storage import SCHEMA_VERSION, provenance, sha256_of
+from var_moe.storage import SCHEMA_VERSION, provenance
 from var_moe.tracing.damage import DamageProbe
 from var_moe.tracing.loss import loss_and_gradient, scored_targets
 from var_moe.tracing.shards import Writer, joined, key_of
@@ -194,7 +195,7 @@ def record_trace(
     if compensation is not None and compensation.healed is not None:
         options["healed"] = compensation.healed.hash
     about = identity(loaded)
-    text = sha256_of(document.ids.tobytes() for document in chosen)
+    text = ids_hash(chosen)
     writer = Writer(Path(folder), key=key_of({**about, **options, "ids": text})) if folder else None
     forwards = list(batches(chosen, tokens_per_batch, window=size))
     recorder = _Recorder(loaded.model, about["layers"], about["top_k"], backend)
