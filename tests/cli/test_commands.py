@@ -180,6 +180,15 @@ def test_validate_on_the_test_split(tuned, common, capsys):
     assert "Success criteria" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_validating_on_the_searchs_own_text_says_so(tuned, common, tmp_path, capsys):
+    words = ["tune", "--validate", str(tuned / "best_config.json"), "--split", "validation"]
+    assert main([*words, "--max_samples", "5", "--output", str(tmp_path), "--quiet"]) == 0
+    said = "this text is what the search chose on, so it is not held out"
+    assert read(tmp_path / "validation_results.json")["notes"][0] == said
+    assert said in capsys.readouterr().out
+
+
 def test_validate_refuses_another_profile(tuned, common, tmp_path, capsys):
     other = tmp_path / "profile"
     words = ["profile", *common, "--max_tokens", "300", "--output", str(other), "--quiet"]

@@ -6,6 +6,7 @@ import json
 
 from var_moe.report.folder import read_results
 from var_moe.report.headline import BAD, GOOD, headline
+from var_moe.report.page import build_report
 
 
 def top(folder):
@@ -44,6 +45,13 @@ def test_without_a_certificate_cards_are_of_the_winner(sample):
 def test_a_measurement_of_another_configuration_says_so(change):
     found = top(change("validation_results", config={"policy": "top_p", "settings": {"p": 0.5}}))
     assert "which nothing was chosen on, another (policy top_p" in found.answers[1].sentence
+
+
+def test_text_that_was_seen_is_not_called_held_out(change):
+    folder = change("validation_results", seen=["this text was profiled"])
+    assert top(folder).answers[1].sentence.startswith("On test, which was profiled or chosen on")
+    (section,) = (one for one in build_report(folder).sections if one.name == "held-out")
+    assert section.title == "On text that was seen (test)"
 
 
 def test_a_broken_bound_is_bad_news(change):

@@ -152,6 +152,7 @@ def validate(
         "max_degradation": bound,
         "robust": robust,
         "profile_hash": profile.hash,
+        "seen": _seen(text.data_hash, config_path, profile),
         "model": {"name": loaded.name, "revision": loaded.revision, "dtype": loaded.dtype},
         "provenance": provenance(),
     }
@@ -175,7 +176,7 @@ def validate(
             "throughput",
             random_skip=control.to_dict(),
             setting=evaluator.setting.to_dict(),
-            notes=evaluator.timing_notes(),
+            notes=[*result["seen"], *evaluator.timing_notes()],
         )
         speeds: list[Speed] = []
         while len(speeds) < runs:
@@ -197,6 +198,21 @@ def validate(
                 learned_pct=quality.report.learned_pct,
             ),
         )
+
+
+def _seen(data_hash: str, config_path: Path, profile: RoutingProfile) -> list[str]:
+    """Why the text is not held out: it was profiled, or the search chose on it."""
+    beside = config_path.parent / METADATA_FILE
+    searched = read_json(beside, what="metadata of a search") if beside.is_file() else {}
+    uses = {
+        "was profiled": profile.head["data_hash"],
+        "is what the search chose on": (searched.get("validation") or {}).get("data_hash"),
+    }
+    return [
+        f"this text {use}, so it is not held out"
+        for use, known in uses.items()
+        if known == data_hash
+    ]
 
 
 def _share_dropped(executed: float, top_k: int) -> float:

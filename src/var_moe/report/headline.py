@@ -228,11 +228,12 @@ def _held_out(
     what = (
         "it" if known is None or found["config"] in known else f"another ({kind(found['config'])})"
     )
+    chosen = "was profiled or" if found.get("seen") else "nothing was"
     kept = found["degradation_upper_95"] < found["max_degradation"]
     split = found["text"]["split"]
     return (
         Answer(
-            sentence=f"On {split}, which nothing was chosen on, {what} "
+            sentence=f"On {split}, which {chosen} chosen on, {what} "
             f"{'keeps' if kept else 'breaks'} the bound of {limit(found['max_degradation'])}: "
             f"{percent(found['degradation'])} (95% upper bound "
             f"{percent(found['degradation_upper_95'])}) at {factor(found['speedup'])} "

@@ -20,7 +20,7 @@ def held_out_section(results: Results) -> Section | None:
     text = found["text"]
     return section(
         "held-out",
-        f"On held-out text ({text['split']})",
+        f"On {'text that was seen' if found.get('seen') else 'held-out text'} ({text['split']})",
         [
             _figures(found),
             Table(
