@@ -74,3 +74,26 @@ def test_a_name_that_is_no_text_is_written_as_its_code(tmp_path):
 def test_a_folder_that_libraries_cannot_write_is_refused_before_any_work(name, tmp_path):
     with pytest.raises(UsageError, match="choose another"):
         check_output_folder(tmp_path / name)
+
+
+def test_a_file_that_an_editor_marked_as_utf_8_is_read(tmp_path):
+    (tmp_path / "x.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_json(tmp_path / "x.json") == {"a": 1}
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5_000])
+def test_json_that_cannot_be_held_is_named(tmp_path, text):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(UsageError, match=r"x\.json: not valid JSON"):
+        read_json(tmp_path / "x.json")
+
+
+def test_tensors_that_do_not_fit_on_the_disk_name_their_file(tmp_path):
+    from safetensors import SafetensorError
+
+    def fail(_temporary):
+        raise SafetensorError("Error while serializing: No space left on device")
+
+    with pytest.raises(VarMoeError, match=r"x\.safetensors: cannot be written .*No space left"):
+        atomic_write(tmp_path / "x.safetensors", fail)
+    assert not list(tmp_path.iterdir())

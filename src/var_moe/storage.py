@@ -34,8 +34,11 @@ def atomic_write(path: str | Path, write: Callable[[Path], None]) -> None:
     path = Path(path)
     try:
         _write_beside(path, write)
-    except OSError as error:
-        reason = error.strerror or error
+    except Exception as error:
+        # What safetensors raises on a full disk is no OSError.
+        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+            raise
+        reason = getattr(error, "strerror", None) or error
         raise VarMoeError(f"{path}: cannot be written ({reason})") from error
 
 
@@ -80,9 +83,28 @@ def read_json(path: str | Path, *, what: str = "file") -> Any:
     if not path.is_file():
         raise UsageError(f"{path}: no such {what}; expected a JSON file")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return json.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows mark UTF-8
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not valid JSON ({error}); expected a {what}") from None
+
+
+@contextmanager
+def entries_of(source: str | Path) -> Iterator[None]:
+    """Within it, entries of files that we wrote are looked up: `source` is a file, or a folder.
+
+    Raises:
+        UsageError: one is missing or of another kind, in a file of another version or one that
+            was edited; names `source`.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        lacks = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise UsageError(
+            f"{source}: not as this version of var_moe writes it ({lacks}); make it again"
+        ) from error
 
 
 def check_output_folder(path: str | Path) -> Path:

@@ -210,6 +210,7 @@ def test_output_that_is_a_file(refused, tmp_path):
         (["tune", "--n_calls", "many"], "many"),
         (["tune", "--bounds", "entropy_threshold=2"], "entropy_threshold=2"),
         (["tune", "--bounds", "entropy=0:1"], "entropy"),
+        (["tune", "--bounds", "tau=0:1"], "(policy var; --policy takes another)"),
         (["tune", "--n_calls", "0"], "n_calls = 0"),
         (["evaluate", "--preset", "bold"], "preset 'bold'"),
         (["tune", "--dtype", "int4"], "int4"),

@@ -1,10 +1,11 @@
 import json
 import logging
+import math
 
 import pytest
 
 from var_moe.errors import UsageError
-from var_moe.optimization.journal import SearchHeader, TrialJournal
+from var_moe.optimization.journal import SearchHeader, TrialJournal, alone_in
 from var_moe.optimization.results import Evaluation
 
 SPACE = {"x": {"type": "float", "low": 0.0, "high": 1.0, "default": 0.5}}
@@ -175,3 +176,35 @@ def test_a_path_that_cannot_be_a_journal(tmp_path):
         TrialJournal(tmp_path / "file" / "j").begin(header())
     with pytest.raises(UsageError, match="is a folder"):
         TrialJournal(tmp_path).begin(header())
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"score": "1.0"}, {"params": []}, {"seconds": None}, {"complete": 1}, {"speedup": math.nan}],
+)
+def test_an_entry_that_was_edited_is_named_with_its_line(path, changed):
+    lines = path.read_text().splitlines()
+    line = json.loads(lines[2])
+    line["evaluation"] |= changed
+    path.write_text("\n".join([*lines[:2], json.dumps(line), ""]))
+    (name,) = changed
+    with pytest.raises(UsageError, match=rf"trials\.jsonl: line 3: {name} = "):
+        resume(path)
+
+
+def test_a_number_of_evaluations_that_is_none_is_named_with_its_line(path):
+    with path.open("a") as file:
+        file.write('{"total": "many"}\n')
+    with pytest.raises(UsageError, match=r"trials\.jsonl: line 4: .*many"):
+        resume(path)
+
+
+def test_one_run_at_a_time_is_in_a_folder(tmp_path):
+    folder = tmp_path / "a" / "results"
+    with alone_in(folder), pytest.raises(UsageError, match="results: another run"):  # noqa: SIM117
+        with alone_in(folder):
+            pass
+    assert not folder.exists()  # nothing was written
+    with alone_in(folder):
+        (folder / "x").write_text("")
+    assert folder.is_dir()

@@ -17,7 +17,7 @@ from var_moe.optimization.validation import find_profile
 from var_moe.profiling.fitted_files import load_compensation
 from var_moe.profiling.profile import RoutingProfile
 from var_moe.report.model_card import model_card
-from var_moe.storage import atomic_write_text, check_output_folder, read_json
+from var_moe.storage import atomic_write_text, check_output_folder, entries_of, read_json
 
 _QUOTED = ("sentence", "confirmatory", "not_claimed", "alpha", "max_degradation", "text")
 
@@ -109,7 +109,8 @@ def _check_compensation(folder: Path, config: Path, fitted: str | None) -> None:
     if config.parent.resolve() != folder.resolve() or not (folder / METADATA_FILE).is_file():
         return
     metadata = read_json(folder / METADATA_FILE, what="metadata of a search")
-    recorded = metadata.get("identity", {}).get("compensation_hash")
+    with entries_of(folder / METADATA_FILE):
+        recorded = metadata.get("identity", {}).get("compensation_hash")
     if recorded is not None and fitted is not None and recorded != fitted:
         raise UsageError(
             f"{folder}: was searched with compensation {recorded[:12]}, but the profile's is "
@@ -125,10 +126,11 @@ def _certificate(
     if not path.is_file():
         return None
     found: Mapping[str, Any] = read_json(path, what="certificate")
-    if not found.get("certified") or found.get("certified_config") != candidate.to_dict():
-        return None
-    hashes = found["hashes"]
-    with_it = hashes.get("compensation", {}).get(found["certified_name"])
-    if hashes["profile"] != profile.hash or with_it != fitted:
-        return None
-    return {name: found[name] for name in _QUOTED}
+    with entries_of(path):
+        if not found.get("certified") or found.get("certified_config") != candidate.to_dict():
+            return None
+        hashes = found["hashes"]
+        with_it = hashes.get("compensation", {}).get(found["certified_name"])
+        if hashes["profile"] != profile.hash or with_it != fitted:
+            return None
+        return {name: found[name] for name in _QUOTED}

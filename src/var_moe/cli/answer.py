@@ -12,12 +12,13 @@ def answer(folder: Path, max_degradation: float | None, output: Path | None) -> 
     """Another bound, answered from the front of a finished search."""
     from var_moe.cli.report import make_report
     from var_moe.cli.tables import front_answer, print_front
-    from var_moe.optimization.front import answer_from
+    from var_moe.optimization.front import PARETO_FILE, answer_from
     from var_moe.optimization.saving import CONFIG_FILE, METADATA_FILE
     from var_moe.storage import (
         SCHEMA_VERSION,
         atomic_write_json,
         check_output_folder,
+        entries_of,
         provenance,
         read_json,
     )
@@ -29,11 +30,13 @@ def answer(folder: Path, max_degradation: float | None, output: Path | None) -> 
     place = output or folder / f"bound_{100 * max_degradation:g}pct"
     check_output_folder(place)
     metadata = read_json(folder / METADATA_FILE, what="metadata of a search")
-    metadata["settings"] = {**metadata.get("settings", {}), "max_degradation": max_degradation}
-    profile = metadata.get("profile", {})
-    if (folder / "profile").is_dir():
-        profile["path"] = str(folder / "profile")
-    told = front_answer(best, max_degradation)
+    with entries_of(folder / METADATA_FILE):
+        metadata["settings"] = {**metadata.get("settings", {}), "max_degradation": max_degradation}
+        profile = metadata.get("profile", {})
+        if (folder / "profile").is_dir():
+            profile["path"] = str(folder / "profile")
+    with entries_of(folder / PARETO_FILE):
+        told = front_answer(best, max_degradation)
     metadata |= {"max_degradation": max_degradation, "answer": told, "answered_from": str(folder)}
     atomic_write_json(place / METADATA_FILE, metadata)
     atomic_write_json(place / CONFIG_FILE, best["config"])

@@ -21,12 +21,13 @@ class Searched:
 def search_of(config: Path) -> Searched:
     """That of the search, as far as the file beside its configuration says so."""
     from var_moe.optimization.saving import METADATA_FILE
-    from var_moe.storage import read_json
+    from var_moe.storage import entries_of, read_json
 
     beside = config.parent / METADATA_FILE
     if not beside.is_file():
         return Searched()
     metadata = read_json(beside, what="metadata of a search")
-    known = {**metadata.get("identity", {}), **metadata.get("settings", {})}
+    with entries_of(beside):
+        known = {**metadata.get("identity", {}), **metadata.get("settings", {})}
     names = ("model", "dataset", "max_degradation", "robust")
     return Searched(**{key: known[key] for key in names if key in known})

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -26,6 +27,7 @@ class PolicySettings:
         settings: by the names of its search space.
         compensation: name of what stands in for dropped experts (`RoutingProfile.compensations`);
             None leaves it to the policy.
+        source: the file that it was read from, which an error names.
 
     Raises:
         UsageError: no such policy.
@@ -34,9 +36,25 @@ class PolicySettings:
     policy: str
     settings: Mapping[str, Any]
     compensation: str | None = None
+    source: str | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        policy_spec(self.policy)
+        with self._named():
+            policy_spec(self.policy)
+
+    def make(self, calibration: Callable[[str | None], Mapping[str, Any]]) -> RoutingPolicy:
+        """The policy; `calibration` gives its other inputs, by the compensation's name."""
+        with self._named():
+            return make_policy(self.policy, self.settings, calibration(self.compensation))
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except UsageError as error:
+            if self.source is None:
+                raise
+            raise UsageError(f"{self.source}: {error}") from None
 
     def documented(self) -> dict[str, Any]:
         """The settings alone."""
@@ -60,6 +78,7 @@ class PolicySettings:
             policy=str(values["policy"]),
             settings=values["settings"],
             compensation=values.get("compensation"),
+            source=source,
         )
 
 
@@ -140,5 +159,4 @@ def policy_of(candidate: Candidate, profile: RoutingProfile | None) -> RoutingPo
 
         assert profile is not None
         return VARPolicy(candidate, profile.table(), residuals=profile.residuals)
-    calibration = {} if profile is None else profile.calibration(candidate.compensation)
-    return make_policy(candidate.policy, candidate.settings, calibration)
+    return candidate.make((lambda _name: {}) if profile is None else profile.calibration)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from var_moe.errors import UsageError
-from var_moe.optimization.candidate import Candidate
+from var_moe.optimization.candidate import Candidate, candidate_from
 from var_moe.optimization.correction import Floats
 from var_moe.optimization.forecast import Forecast
 from var_moe.optimization.forecast_grid import non_dominated
@@ -24,7 +24,7 @@ from var_moe.optimization.remeasure import Measured
 from var_moe.optimization.results import jsonable
 from var_moe.optimization.search_space import Params
 from var_moe.optimization.selection import Z_95
-from var_moe.storage import SCHEMA_VERSION, atomic_write_json, provenance, read_json
+from var_moe.storage import SCHEMA_VERSION, atomic_write_json, entries_of, provenance, read_json
 
 PARETO_FILE = "pareto.json"
 POINTS = 40
@@ -164,14 +164,17 @@ def answer_from(
     saved = read_json(path, what="front of a search by replay (`var-moe tune --method replay`)")
     if not isinstance(saved, dict) or saved.get("schema_version") != SCHEMA_VERSION:
         raise UsageError(f"{path}: not a front of schema {SCHEMA_VERSION}; run the search again")
-    points: list[dict[str, Any]] = saved.get("points") or []
-    verified = [point for point in points if point.get("verified")]
-    kept = [point for point in verified if point["degradation_upper_95"] < max_degradation]
-    if not kept:
-        least = min((point["degradation_upper_95"] for point in verified), default=None)
-        can = "" if least is None else f"; the safest one keeps {100 * least:.2f}%"
-        raise UsageError(
-            f"{path}: no verified configuration keeps {100 * max_degradation:g}%{can}; "
-            "search again with this --max_degradation"
-        )
-    return min(kept, key=lambda point: point["experts_per_token"]), points
+    with entries_of(path):
+        points: list[dict[str, Any]] = saved.get("points") or []
+        verified = [point for point in points if point.get("verified")]
+        kept = [point for point in verified if point["degradation_upper_95"] < max_degradation]
+        if not kept:
+            least = min((point["degradation_upper_95"] for point in verified), default=None)
+            can = "" if least is None else f"; the safest one keeps {100 * least:.2f}%"
+            raise UsageError(
+                f"{path}: no verified configuration keeps {100 * max_degradation:g}%{can}; "
+                "search again with this --max_degradation"
+            )
+        best = min(kept, key=lambda point: point["experts_per_token"])
+        candidate_from(best["config"], source=str(path))
+    return best, points

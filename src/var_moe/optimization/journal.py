@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -18,7 +19,7 @@ import numpy as np
 
 from var_moe.errors import UsageError
 from var_moe.optimization.results import Evaluation, jsonable
-from var_moe.storage import SCHEMA_VERSION, check_output_folder
+from var_moe.storage import SCHEMA_VERSION, check_output_folder, entries_of
 
 try:
     import fcntl
@@ -164,7 +165,8 @@ class TrialJournal:
             where, number = f"{self.path}: line {place}", len(evaluations)
             known = line if isinstance(line, dict) else {}
             if set(known) == {"total"}:
-                resumed = replace(resumed, total=int(known["total"]))
+                with entries_of(where):
+                    resumed = replace(resumed, total=int(known["total"]))
                 continue
             if known.get("number") != number or not isinstance(known.get("evaluation"), dict):
                 raise UsageError(f"{where} is not evaluation {number}; start anew without resume")
@@ -189,6 +191,38 @@ class MemoryStore:
 
     def close(self) -> None:
         """Nothing to do."""
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Within it, no other run may search in a results folder; it is made where there is none.
+
+    The lock is on the folder itself, ends with the process, and leaves no file.
+
+    Raises:
+        UsageError: another run is there.
+    """
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = None
+    try:
+        if fcntl is not None:
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(
+                    f"{folder}: another run is using it; wait for it or choose another folder"
+                ) from None
+            except OSError:
+                _LOG.debug("%s: its file system has no locks on folders", folder)
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+        if made:
+            with suppress(OSError):  # results are in it
+                folder.rmdir()
 
 
 def as_store(journal: TrialJournal | str | Path | None) -> TrialJournal | MemoryStore:

@@ -15,6 +15,12 @@ from var_moe.optimization.candidate import PolicySettings
 
 COMPLETE = "complete"
 FAILED = "failed"
+_KINDS: dict[str, Any] = {
+    "params": dict,
+    **dict.fromkeys(("feasible", "complete"), bool),
+    **dict.fromkeys(("state", "error"), str),
+}
+_NEVER_NONE = ("params", "complete", "state", "seconds", "suggestion_seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +102,18 @@ class Evaluation:
         if unknown or "params" not in values:
             problem = f"unknown field {unknown[0]!r}" if unknown else "no 'params'"
             raise UsageError(f"{source}: {problem}; an evaluation has {', '.join(known)}")
+        for name, value in values.items():
+            if not _is_of_kind(name, value):
+                raise UsageError(f"{source}: {name} = {value!r} is no such entry of an evaluation")
         return cls(**values)
+
+
+def _is_of_kind(name: str, value: Any) -> bool:
+    if value is None:
+        return name not in _NEVER_NONE
+    if name in _KINDS:
+        return isinstance(value, _KINDS[name])
+    return isinstance(value, int | float) and type(value) is not bool and abs(value) < math.inf
 
 
 @dataclass(frozen=True, kw_only=True)

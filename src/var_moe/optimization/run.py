@@ -20,7 +20,7 @@ from var_moe.optimization.conclusion import (
 )
 from var_moe.optimization.front import PARETO_FILE
 from var_moe.optimization.grid import grid_search
-from var_moe.optimization.journal import JOURNAL_NAME, STUDY_NAME
+from var_moe.optimization.journal import JOURNAL_NAME, STUDY_NAME, alone_in
 from var_moe.optimization.objective import VARObjective
 from var_moe.optimization.random_points import random_search
 from var_moe.optimization.ready import Ready, prepare
@@ -73,6 +73,19 @@ def tune(
             every evaluation failed, or the last measurement did; what was measured is saved.
     """
     settings = settings or TuneSettings()
+    with alone_in(settings.output):
+        return _tune(loaded, settings, ready, progress=progress, say=say, verbose=verbose)
+
+
+def _tune(
+    loaded: LoadedModel,
+    settings: TuneSettings,
+    ready: Ready | None,
+    *,
+    progress: Progress | None,
+    say: Callable[[str], None],
+    verbose: bool,
+) -> TuneOutcome:
     ready = ready or prepare(loaded, settings, progress=progress, say=say)
     settings = replace(settings, space=ready.space)
     if settings.resume and not _begun(settings):

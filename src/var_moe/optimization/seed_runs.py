@@ -12,7 +12,7 @@ from typing import Any
 from var_moe.errors import UsageError
 from var_moe.optimization.candidate import Candidate, PolicySettings, load_candidate
 from var_moe.optimization.saving import CONFIG_FILE, METADATA_FILE, RESULTS_FILE
-from var_moe.storage import SCHEMA_VERSION, read_json
+from var_moe.storage import SCHEMA_VERSION, entries_of, read_json
 
 ALIKE = (
     *("model", "revision", "dtype", "dataset", "data_hash", "robust", "max_degradation"),
@@ -87,17 +87,20 @@ def read_run(folder: Path) -> SeedRun:
         raise UsageError(f"{folder}: no {missing!r}; expected the results of `var-moe tune`")
     winner: Candidate | None = None
     row: Mapping[str, Any] = {}
-    if (folder / CONFIG_FILE).is_file():
-        winner = load_candidate(folder / CONFIG_FILE)
-        row = _row_of(winner, metadata["remeasured"], folder)
-    return SeedRun(
-        folder=folder,
-        seed=int(metadata["seed"]),
-        best_score=math.nan if results["best_score"] is None else float(results["best_score"]),
-        winner=winner,
-        measured=row,
-        metadata=metadata,
-    )
+    with entries_of(folder):
+        if (folder / CONFIG_FILE).is_file():
+            winner = load_candidate(folder / CONFIG_FILE)
+            row = _row_of(winner, metadata["remeasured"], folder)
+        run = SeedRun(
+            folder=folder,
+            seed=int(metadata["seed"]),
+            best_score=math.nan if results["best_score"] is None else float(results["best_score"]),
+            winner=winner,
+            measured=row,
+            metadata=metadata,
+        )
+        run.known("policy")  # settings and identity are what they should be
+    return run
 
 
 def _row_of(winner: Candidate, rows: Any, folder: Path) -> Mapping[str, Any]:

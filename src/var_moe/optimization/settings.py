@@ -154,7 +154,11 @@ class TuneSettings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UsageError(f"{name} = {value}: expected at least {least}")
-        self.space_for(2)  # a policy's names are the same for every K
+        try:
+            self.space_for(2)  # a policy's names are the same for every K
+        except UsageError as error:
+            name = self.policy or VAR
+            raise UsageError(f"{error} (policy {name}; --policy takes another)") from None
         if self.method == "bayesian" and self.engine == "skopt":
             require("skopt")
         check_output_folder(self.output)

@@ -20,7 +20,7 @@ from var_moe.profiling.fitted_files import load_compensation
 from var_moe.profiling.profile import RoutingProfile
 from var_moe.routing.random_skip import RandomSkipPolicy
 from var_moe.routing.ranking import leading_count
-from var_moe.storage import SCHEMA_VERSION, provenance, read_json
+from var_moe.storage import SCHEMA_VERSION, entries_of, provenance, read_json
 
 if TYPE_CHECKING:
     from var_moe.models.loading import LoadedModel
@@ -54,7 +54,9 @@ def profile_beside(config_path: Path, given: Path | None = None) -> RoutingProfi
     metadata_path = config_path.parent / METADATA_FILE
     recorded: dict[str, Any] = {}
     if metadata_path.is_file():
-        recorded = read_json(metadata_path, what="metadata of a search").get("profile", {})
+        with entries_of(metadata_path):
+            found = read_json(metadata_path, what="metadata of a search").get("profile")
+            recorded = dict(found or {})
     # Beside the configuration first: a results folder may have been moved.
     places = [given] if given else [config_path.parent / PROFILE_FOLDER]
     if not given and recorded.get("path"):
