@@ -212,6 +212,7 @@ def test_output_that_is_a_file(refused, tmp_path):
         (["tune", "--bounds", "entropy=0:1"], "entropy"),
         (["tune", "--bounds", "tau=0:1"], "(policy var; --policy takes another)"),
         (["tune", "--n_calls", "0"], "n_calls = 0"),
+        (["tune", "--method", "grid", "--n_points", "40"], "n_points = 40: a grid of "),
         (["evaluate", "--preset", "bold"], "preset 'bold'"),
         (["tune", "--dtype", "int4"], "int4"),
         (["profile", "--dataset", "demo-klingon"], "demo-klingon"),

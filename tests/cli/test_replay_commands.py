@@ -228,7 +228,8 @@ def test_trace_refuses_in_one_line(common, words, message, tmp_path, refused):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--grid", "0"], "grid = 0: expected at least 1"),
+        (["--grid", "0"], "grid = 0: expected an integer of at least 1"),
+        (["--grid", "40"], "grid = 40: a grid of "),
         (["--grid", "2", "--preset", "balanced"], "leave --config and --preset out"),
         (["--preset", "bold"], "preset 'bold'"),
         (["--config", "no.json"], "no.json: no such VAR configuration"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from pathlib import Path
 
@@ -42,3 +44,25 @@ def test_bad_input_gets_one_line(words, message, tmp_path, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_json_names_the_files(results, capsys):
+    assert main(["report", str(results), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["report"], found["figures"]) == (str(results / "report.html"), [])
+
+
+def test_its_options_can_be_fed_in_again(results, tmp_path, capsys):
+    assert main(["report", str(results), "--show-config"]) == 0
+    (tmp_path / "mine.yaml").write_text(capsys.readouterr().out)
+    assert main(["report", "--options", str(tmp_path / "mine.yaml")]) == 0
+    assert (results / "report.html").is_file()
+
+
+def test_a_current_folder_that_is_gone_is_said(results, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gone").mkdir()
+    os.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["report", str(results)]) == 2
+    assert "current folder does not exist any more" in capsys.readouterr().err

@@ -61,14 +61,15 @@ def replay(
         quiet: no progress.
     """
     from var_moe.optimization.objective_protocol import check_bound
+    from var_moe.optimization.search_space import SEARCH_SPACE, check_grid
     from var_moe.storage import check_output_folder
 
     check_output_folder(output)
     check_bound(max_degradation)
     if grid is not None and (config or preset):
         raise UsageError("--grid has configurations of its own: leave --config and --preset out")
-    if grid is not None and grid < 1:
-        raise UsageError(f"grid = {grid}: expected at least 1 value per threshold")
+    if grid is not None:
+        check_grid(SEARCH_SPACE, grid, name="grid")
     if not quiet:
         print(f"reading trace {trace} ...", file=sys.stderr, flush=True)
     configs = _configs(config or [], preset or [], mode)

@@ -8,15 +8,16 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from var_moe.cli.output import Answer
+
 
 def report(
     results: Path,
-    /,
     *,
     output: Path | None = None,
     figures: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
     open: bool = False,
-) -> int:
+) -> Answer:
     """Make one HTML page of whatever results a folder holds.
 
     The page needs no network, has a light and a dark face, and can be printed. Nothing is
@@ -31,10 +32,12 @@ def report(
     """
     from var_moe.report.export import check_formats, export_figures
     from var_moe.report.page import write_report
+    from var_moe.storage import SCHEMA_VERSION
 
     check_formats(figures or ())
     path = write_report(results, output)
     print(f"Report: {path}")
+    written: list[Path] = []
     if figures:
         written = export_figures(results, figures, path.parent / "figures")
         print(f"Figures: {len(written)} in {path.parent / 'figures'}")
@@ -42,7 +45,13 @@ def report(
         import webbrowser
 
         webbrowser.open(path.resolve().as_uri())
-    return 0
+    return Answer(
+        {
+            "schema_version": SCHEMA_VERSION,
+            "report": str(path),
+            "figures": [str(one) for one in written],
+        }
+    )
 
 
 def make_report(folder: Path) -> None:

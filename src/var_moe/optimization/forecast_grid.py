@@ -18,7 +18,7 @@ from var_moe.optimization.search_space import (
     SEARCH_SPACE,
     Params,
     SearchSpace,
-    check_count,
+    check_grid,
     dimensions,
     is_config_space,
 )
@@ -98,7 +98,7 @@ def grid_values(space: SearchSpace = SEARCH_SPACE, n_points: int = 5) -> dict[st
     """
     if not is_config_space(space):
         raise UsageError(f"a grid of forecasts: expected names among {', '.join(AXES)}")
-    count = check_count("n_points", n_points)
+    count = check_grid(space, n_points)
     known = {d.name: tuple(d.grid(count)) for d in dimensions(space)}
     fixed = VARConfig().documented()
     return {name: known.get(name, (fixed[name],)) for name in AXES}

@@ -124,6 +124,25 @@ def fresh_sample(space: SearchSpace, seed: int, index: int, seen: Sequence[Param
     return point
 
 
+MOST_POINTS = 10_000_000
+"""Of a grid: its points and their forecasts are held in memory, and written as a table."""
+
+
+def check_grid(space: SearchSpace, n_points: int, *, name: str = "n_points") -> int:
+    """`n_points` per dimension, where a full grid of the space has no more than can be held.
+
+    Raises:
+        UsageError: names the argument and the number of points.
+    """
+    count = check_count(name, n_points)
+    points = math.prod(min(count, _count(d)) for d in dimensions(space))
+    if points > MOST_POINTS:
+        raise UsageError(
+            f"{name} = {count}: a grid of {points:,} points; expected at most {MOST_POINTS:,}"
+        )
+    return count
+
+
 def grid_size(space: SearchSpace, n_points_per_dim: int) -> int:
     """How many points the grid has, without building it."""
     return math.prod(len(values) for values in _grid_values(space, n_points_per_dim))
@@ -221,6 +240,7 @@ __all__ = [
     "Params",
     "SearchSpace",
     "check_count",
+    "check_grid",
     "check_point",
     "defaults",
     "dimensions",

@@ -15,7 +15,12 @@ from var_moe.optimization.judgement import check_robust
 from var_moe.optimization.objective_protocol import check_bound
 from var_moe.optimization.policy_forecast import not_replayable
 from var_moe.optimization.results import jsonable
-from var_moe.optimization.search_space import SEARCH_SPACE, SearchSpace, parse_bounds
+from var_moe.optimization.search_space import (
+    SEARCH_SPACE,
+    SearchSpace,
+    check_grid,
+    parse_bounds,
+)
 from var_moe.profiling.collect import DEFAULT_TOKENS
 from var_moe.routing.registry import policy_spec
 from var_moe.storage import check_output_folder
@@ -155,10 +160,12 @@ class TuneSettings:
             if value is not None and value < least:
                 raise UsageError(f"{name} = {value}: expected at least {least}")
         try:
-            self.space_for(2)  # a policy's names are the same for every K
+            space = self.space_for(2)  # a policy's names are the same for every K
         except UsageError as error:
             name = self.policy or VAR
             raise UsageError(f"{error} (policy {name}; --policy takes another)") from None
+        if self.method == "grid":
+            check_grid(space, self.points)
         if self.method == "bayesian" and self.engine == "skopt":
             require("skopt")
         check_output_folder(self.output)
