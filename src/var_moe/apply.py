@@ -18,6 +18,7 @@ from var_moe.models.generation import Texts
 from var_moe.models.healed_weights import healed_weights
 from var_moe.models.loading import LoadedModel
 from var_moe.models.packed_experts import PackedExperts, can_pack
+from var_moe.models.routable import check_given, check_sizes, unwrapped
 from var_moe.models.seam import (
     PACKED,
     SORTED,
@@ -26,7 +27,6 @@ from var_moe.models.seam import (
     detach,
     execute,
     experts_modules,
-    experts_shape,
     pair_backend,
 )
 from var_moe.routing.base import RoutingPolicy
@@ -111,7 +111,7 @@ class Session:
         self.policy = policy
         self.backend = backend
         self._compensation = policy.compensation
-        self._parts: dict[int, LayerCompensation] = {}
+        self._parts: dict[tuple[int, torch.dtype], LayerCompensation] = {}
         self._layers = layers
         self._counts = TierCounts(layers, drops_only=policy.drops_only)
         self._watch = watch
@@ -164,6 +164,13 @@ class Session:
         self._closed = True
         self._turn.give()
 
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        """A copy would not be told the tokens of its model's forwards."""
+        raise UsageError(
+            "the model is inside a routed(...) block, whose session can't be copied or pickled: "
+            "copy the model after leaving the block, or save it with save_pretrained"
+        )
+
     def healed(self, weights: AbstractContextManager[None]) -> ExitStack:
         """Keep healed weights in place until the block ends or the guard falls back."""
         self._own_weights.enter_context(weights)
@@ -178,6 +185,7 @@ class Session:
         """
         self._turn.take()
         if self._closed:
+            self._turn.give()  # the hook that else gives it is gone
             raise UsageError(
                 "the routed(...) block was left while another thread went on with its model: "
                 "wait for the threads before leaving"
@@ -190,7 +198,7 @@ class Session:
             mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
             # transformers 5.24 calls it `cache`, and still takes the earlier name.
             cache = kwargs.get("cache", kwargs.get("past_key_values"))
-            batch = self.texts.batch(ids, mask, cache)
+            batch = self.texts.batch(ids, mask, cache, kwargs.get("position_ids"))
         elif batch.ids.shape != ids.shape:
             raise UsageError(
                 f"announced tokens of shape {tuple(batch.ids.shape)}, but the forward has "
@@ -218,9 +226,15 @@ class Session:
     def after_forward(self, _model: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         """The model's forward hook: the output may hold a new KV cache; None after an error."""
         if self._turn.mine:
+            passed_by = output is not None and self._next_layer == 0
             self._next_layer = self._layers
             self.texts.bind(output)
             self._turn.give()
+            if passed_by:
+                raise UsageError(
+                    "a forward ran none of its experts through routed(...): inside the block, "
+                    "leave the model's experts and their set_experts_implementation alone"
+                )
 
     def experts(
         self, layer: int, module: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor
@@ -234,7 +248,8 @@ class Session:
         if not known or len(hidden) != len(self._counted):
             raise UsageError(
                 "a layer runs outside the model's own forward, so that its tokens are not known: "
-                "inside routed(...) call the model itself, model(input_ids), and not a part of it"
+                "inside routed(...) call the model itself, model(input_ids), and not a part of it, "
+                "without gradient checkpointing"
             )
         self._next_layer = layer + 1
         if self._native:
@@ -266,10 +281,11 @@ class Session:
         not done.
         """
         assert self._compensation is not None
-        part = self._parts.get(layer)
+        key = (layer, hidden.dtype)
+        part = self._parts.get(key)
         if part is None:
             part = self._compensation.layers[layer].to(hidden.device, hidden.dtype)
-            self._parts[layer] = part
+            self._parts[key] = part
         row, gone = self._compensation.dropped(index, weight, routing.index >= 0)
         # A dropped pair's output is zero, whatever its weight.
         out = execute(module, hidden, routing.index, weight, self.backend)
@@ -295,25 +311,6 @@ def automatic(model: Any, backend: str) -> str:
 
 
 _running: WeakSet[Session] = WeakSet()
-
-
-def _unwrapped(model: Any) -> tuple[Any, list[Any]]:
-    """The transformers model, and all modules whose call is its forward.
-
-    A `PeftModel` runs that model's forward without calling it, and its `generate` calls it.
-
-    Raises:
-        UsageError: an adapter puts tokens of its own into the forward.
-    """
-    if not (hasattr(model, "peft_config") and hasattr(model, "get_base_model")):
-        return model, [model]
-    if model.active_peft_config.is_prompt_learning:
-        raise UsageError(
-            f"adapter {model.active_peft_config.peft_type.value} adds virtual tokens, whose ids "
-            "routed(...) cannot know; expected an adapter of weights, such as LoRA"
-        )
-    inner = model.get_base_model()
-    return inner, [model, inner]
 
 
 @contextmanager
@@ -354,11 +351,11 @@ def routed(
         policy = load_exported(policy, model).policy()
     if isinstance(model, LoadedModel):
         model = model.model
-    model, called = _unwrapped(model)
+    check_given(model, policy, backend, guard)
+    model, called = unwrapped(model)
     run_pairs = pair_backend(automatic(model, backend)) if isinstance(backend, str) else backend
     modules = [module for _, module in experts_modules(model)]
-    if policy.compensation is not None:
-        policy.compensation.check(**experts_shape(model))
+    check_sizes(model, policy)
     healed = None if policy.compensation is None else policy.compensation.healed
     if isinstance(guard, Guard):
         guard.check(policy_facts(policy), layers=len(modules))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from families import find_families, tiny_model
 from torch import Tensor
+from transformers import GenerationConfig
 
 from var_moe.apply import routed
 from var_moe.config import VARConfig
@@ -350,3 +351,25 @@ def test_keep_all_generates_what_the_model_does(model: Any) -> None:
     expected = model.generate(**given, **options)
     with routed(model, NativePolicy(), backend="grouped_mm"):
         assert torch.equal(model.generate(**given, **options), expected)
+
+
+@pytest.mark.parametrize("positional", [False, True])
+def test_beside_a_whole_configuration_generate_gets_no_argument(model, positional, monkeypatch):
+    """transformers wants one or the other, and says so."""
+    seen: list[Any] = []
+
+    def generate(inputs: Tensor, generation_config: Any = None, **kwargs: Any) -> None:
+        seen.append((generation_config, kwargs))
+
+    monkeypatch.setattr(model, "generate", generate)
+    own, ids = GenerationConfig(max_new_tokens=3), prompts((5,))["input_ids"]
+    with routed(model, recorder(model)):
+        if positional:
+            model.generate(ids, own)
+        else:
+            model.generate(ids, generation_config=own)
+        model.generate(ids, max_new_tokens=3)
+    (given, beside), (none, alone) = seen
+    assert (given.max_new_tokens, given.disable_compile, beside) == (3, True, {})
+    assert not own.disable_compile
+    assert (none, alone) == (None, {"max_new_tokens": 3, "disable_compile": True})

@@ -81,27 +81,42 @@ class Texts:
         """Forget all texts: a KV cache filled before can then not be continued."""
         self._texts.clear()
 
-    def batch(self, ids: Tensor, mask: Tensor | None, cache: Any | None) -> TokenBatch:
+    def batch(
+        self, ids: Tensor, mask: Any | None, cache: Any | None, positions: Tensor | None = None
+    ) -> TokenBatch:
         """Describe a forward's tokens.
 
         Args:
             ids: (B, S) token ids of the forward.
             mask: (B, N >= S) attention mask, None where nothing is padding.
             cache: the forward's KV cache (``past_key_values``, ``cache`` since transformers 5.24).
+            positions: (B, S) ``position_ids``, where given.
 
         Raises:
-            UsageError: the KV cache holds tokens that this session has not seen, or the mask
-                does not tell what is padding.
+            UsageError: the KV cache holds tokens that this session has not seen, the mask does not
+                tell what is padding, or several texts are packed into a row.
         """
+        if not isinstance(ids, Tensor) or ids.dim() != 2:
+            raise UsageError(f"input_ids {_shape(ids)}: routed(...) needs (batch, sequence)")
         step, self._own.step = self._own.step, None
         if step is not None:
             mask = step.valid.to(ids.device)
-        if mask is not None and mask.dim() != 2:
-            raise UsageError(
-                f"attention_mask with {mask.dim()} dimensions: routed(...) needs (batch, "
-                "sequence), to know which positions are padding"
-            )
         length = ids.shape[1]
+        if mask is not None:
+            if _shape(mask) == f"of shape {(1, length)}":
+                mask = mask.expand(len(ids), -1)
+            flat = isinstance(mask, Tensor) and mask.dim() == 2
+            if not flat or len(mask) != len(ids) or mask.shape[1] < length:
+                raise UsageError(
+                    f"attention_mask {_shape(mask)} for tokens of {tuple(ids.shape)}: routed(...) "
+                    "needs (batch, sequence), to know which positions are padding"
+                )
+        elif positions is not None and self._looks_back and _packed(positions):
+            raise UsageError(
+                "position_ids begin anew within a row, as where several texts are packed into one: "
+                "the policy looks at earlier tokens, and would look past a text's start; give each "
+                "text a row of its own, with padding and an attention_mask"
+            )
         batch = TokenBatch.of(ids, None if mask is None else mask[:, -length:])
         past = 0 if cache is None else int(cache.get_seq_length())
         text = self._continued(cache, past, batch, step) if past else self._new(ids)
@@ -176,10 +191,11 @@ class Texts:
         if not callable(getattr(model, "generate", None)):
             yield
             return
-        names = ("generate", "prepare_inputs_for_generation")
+        names = ("generate", "prepare_inputs_for_generation", "init_continuous_batching")
         before = {name: vars(model)[name] for name in names if name in vars(model)}
         model.generate = self._generate(model, model.generate)
         model.prepare_inputs_for_generation = self._prepare(model.prepare_inputs_for_generation)
+        model.init_continuous_batching = _no_continuous_batching
         try:
             yield
         finally:
@@ -194,8 +210,7 @@ class Texts:
         @functools.wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
             self._own.call = _Call.of(model, args, kwargs)
-            # With a static cache, `generate` would compile the model on a GPU: see `seam.attach`.
-            kwargs.setdefault("disable_compile", True)
+            args, kwargs = _uncompiled(args, kwargs)
             self._threads.add(threading.get_ident())
             try:
                 return original(*args, **kwargs)
@@ -239,7 +254,7 @@ class _Call:
         """
         from transformers.generation.configuration_utils import GenerationMode
 
-        given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+        given = _config(args, kwargs)
         config = copy.deepcopy(given if given is not None else model.generation_config)
         for name in ("num_beams", "do_sample", "eos_token_id"):
             if getattr(config, name, None) is None:
@@ -269,6 +284,45 @@ class _Call:
             ended = torch.isin(ids[:, self._prompt :], ids.new_tensor(self._ends)).long()
             out[:, self._prompt :] = ended.cumsum(dim=1) == ended
         return out
+
+
+def _config(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The `GenerationConfig` that `generate` is given, if any."""
+    return kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+
+
+def _uncompiled(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """With a static cache, `generate` would compile the model on a GPU: see `seam.attach`."""
+    given = _config(args, kwargs)
+    if given is None:
+        return args, {"disable_compile": True, **kwargs}
+    # Beside a whole configuration, `generate` wants no argument of the kind.
+    given = copy.deepcopy(given)
+    given.disable_compile = True
+    if len(args) > 1:
+        return (args[0], given, *args[2:]), kwargs
+    return args, {**kwargs, "generation_config": given}
+
+
+def _no_continuous_batching(*_args: Any, **_kwargs: Any) -> Any:
+    raise UsageError(
+        "continuous batching (generate_batch) packs several texts into a row, which routed(...) "
+        "does not follow; expected generate() with a padded batch"
+    )
+
+
+def _packed(positions: Tensor) -> bool:
+    """Whether transformers takes a row's (B, S) positions for those of several texts."""
+    return positions.dim() == 2 and bool((positions.diff(dim=1) != 1).any())
+
+
+def _shape(given: Any) -> str:
+    """What was given in place of a (B, S) tensor."""
+    if isinstance(given, Tensor):
+        return f"of shape {tuple(given.shape)}"
+    return f"of type {type(given).__name__}"
 
 
 def _last(ids: Tensor, number: int) -> Tensor:

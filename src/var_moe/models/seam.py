@@ -148,7 +148,7 @@ def pair_backend(name: str) -> PairBackend:
         return OWN_BACKENDS[name]()
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    if name != "eager" and name not in ALL_EXPERTS_FUNCTIONS:
+    if name == IMPLEMENTATION or name not in ("eager", *ALL_EXPERTS_FUNCTIONS):
         known = ", ".join(
             [*OWN_BACKENDS, "eager", *sorted(set(ALL_EXPERTS_FUNCTIONS) - {IMPLEMENTATION})]
         )

@@ -58,6 +58,12 @@ class RoutingPolicy(ABC):
         """See the layer's input (T, D), just before its `route`."""
 
     @property
+    def made_for(self) -> Mapping[str, int]:
+        """Sizes of the model that it was calibrated on, as far as it knows them: ``layers``,
+        ``experts``, ``hidden``, ``vocabulary``."""
+        return {}
+
+    @property
     def drops_only(self) -> bool:
         """Whether every executed pair is one that the router chose, in its own slot."""
         return True

@@ -9,6 +9,7 @@ backward pass gives. One tau for all layers lets them share out the budget by th
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from math import log
@@ -112,6 +113,10 @@ class LayerDamage:
         """What the layer's input (T, D) says; None where the model does not look at it. (T,)"""
         if not len(self.out):
             return None
+        kind = hidden.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):  # as precise as in the fit
+                return self.hint(hidden)
         return F.silu(F.linear(hidden.float(), self.inner, self.bias)) @ self.out
 
     def log_damage(
@@ -170,6 +175,13 @@ class DamagePolicy(RoutingPolicy):
         self._tables: dict[tuple[int, torch.device, bool], dict[str, Array]] = {}
         self._ids = torch.empty(0, dtype=torch.int64)
         self._hint: Tensor | None = None
+
+    @property
+    def made_for(self) -> Mapping[str, int]:
+        fitted = self.damage
+        looks = {"hidden": fitted.inner.shape[2]} if fitted.inner.shape[1] else {}
+        words = fitted.token.shape[1]
+        return {"layers": fitted.layers, "experts": fitted.experts, "vocabulary": words, **looks}
 
     @classmethod
     def search_space(cls, top_k: int) -> dict[str, dict[str, Any]]:

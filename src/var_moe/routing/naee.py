@@ -7,6 +7,7 @@ Mixture-of-Experts Large Language Models", ACL 2024, arXiv:2402.14800, and its c
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -42,6 +43,10 @@ class NAEEPolicy(RoutingPolicy):
         self.quantile = quantile
         self.ratios = ratios
         self.beta = ratios.at(quantile)  # (L,) in [0, 1]
+
+    @property
+    def made_for(self) -> Mapping[str, int]:
+        return {"layers": len(self.beta)}
 
     @classmethod
     def search_space(cls, top_k: int) -> dict[str, dict[str, Any]]:

@@ -10,6 +10,7 @@ arXiv:2604.08133), which finds it by dynamic programming over sensitivities.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -44,6 +45,10 @@ class PerLayerKPolicy(RoutingPolicy):
         # A budget such as 5/3 over three layers must not lose an expert to rounding.
         total = math.floor(experts_per_token * sensitivity.layers + 1e-9)
         self.k = allocate_experts(sensitivity.loss, total)  # (L,)
+
+    @property
+    def made_for(self) -> Mapping[str, int]:
+        return {"layers": self.sensitivity.layers}
 
     @classmethod
     def search_space(cls, top_k: int) -> dict[str, dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from var_moe.errors import UsageError
+from var_moe.routing.base import RoutingPolicy
 
 
 def check_calibrated(policy: object, layer: int, index: Tensor, *, layers: int, top_k: int) -> None:
@@ -24,6 +25,18 @@ def check_calibrated(policy: object, layer: int, index: Tensor, *, layers: int, 
             f"{name}: calibrated for {layers} MoE layers, the model has a layer {layer}; "
             "calibrate on this model"
         )
+
+
+def check_model(policy: RoutingPolicy, sizes: Mapping[str, int]) -> None:
+    """Raise UsageError unless a model of these sizes can be the one that was calibrated on."""
+    for what, mine in policy.made_for.items():
+        theirs = sizes[what]
+        # A tokenizer may have more ids than its model takes.
+        if mine < theirs if what == "vocabulary" else mine != theirs:
+            raise UsageError(
+                f"{type(policy).__name__}: calibrated for {what} = {mine}, the model has {theirs}; "
+                "calibrate on this model"
+            )
 
 
 def check_keys(kind: type[Any], values: Mapping[str, Any]) -> None:

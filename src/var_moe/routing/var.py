@@ -58,6 +58,11 @@ class VARPolicy(RoutingPolicy):
         residuals: ResidualMeans | None = None,
         clock: Clock | None = None,
     ) -> None:
+        if not isinstance(table, RoutingTable):
+            raise UsageError(
+                f"VARPolicy: table is {type(table).__name__}: expected the profile's, "
+                "profile.table()"
+            )
         if config.uses_residuals and residuals is None:
             raise UsageError(
                 "this VARConfig adds residual means: give VARPolicy the profile's "
@@ -76,6 +81,15 @@ class VARPolicy(RoutingPolicy):
         self._any_eligible = self._eligible.any(dim=1).tolist()
         self._layers: dict[tuple[int, Place], _Layer] = {}
         self._ids: dict[Place, Array] = {}  # (T,) this forward's ids
+
+    @property
+    def made_for(self) -> Mapping[str, int]:
+        layers, vocabulary = self.table.count.shape
+        sizes = {"layers": layers, "vocabulary": vocabulary}
+        if self.residuals is not None:
+            width = self.residuals.table[0].shape[1]
+            sizes |= {"experts": self.residuals.experts, "hidden": width}
+        return sizes
 
     @classmethod
     def search_space(cls, top_k: int) -> dict[str, dict[str, Any]]:
@@ -171,6 +185,11 @@ class VARPolicy(RoutingPolicy):
         self, ops: Operations, layer: int, part: _Layer, ids: Array, index: Array, weight: Array
     ) -> Routing:
         leading = rank_slots(index, weight, ops)[:, : leading_count(index.shape[1])]  # slots
+        if leading.shape[1] != part.index.shape[1]:
+            raise UsageError(
+                f"VARPolicy: calibrated for {part.index.shape[1]} leading experts, the model's K = "
+                f"{index.shape[1]} has {leading.shape[1]}; calibrate on this model"
+            )
         lead_index, lead_weight = ops.take(index, leading), ops.take(weight, leading)
         kept, total = lead_weight.sum(1), weight.sum(1)
         expected = None if part.expected is None else part.expected[ids]  # (T,)
