@@ -82,6 +82,10 @@ def test_a_folder_names_its_splits(tmp_path):
         load_text(str(tmp_path), "test")
 
 
+def test_a_path_is_as_good_as_its_name(tiny_text_folder):
+    assert load_text(tiny_text_folder, "test") == load_text(str(tiny_text_folder), "test")
+
+
 def test_missing_file():
     with pytest.raises(UsageError, match="no such file"):
         load_text("./none.txt", "test")

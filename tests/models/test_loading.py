@@ -206,6 +206,7 @@ def test_code_of_its_own_is_not_run(refused, folder):
         ({"dtype": "int4"}, "dtype 'int4': expected one of auto, float32, bfloat16, float16"),
         ({"device": "gpu"}, "device 'gpu': expected auto, cpu, cuda"),
         ({"device": "meta"}, "device 'meta': expected auto, cpu, cuda"),
+        ({"device": None}, "device None: expected auto, cpu, cuda"),
     ],
 )
 def test_unknown_device_and_dtype(refused, tiny_model_folder, options, expected):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -131,3 +133,27 @@ def test_a_name_is_taken_once() -> None:
         register(PolicySpec(name="new", target="elsewhere:New", summary="", needs=("tables",)))
     assert policy_names() == NAMES
     assert policy_spec("native").load() is NativePolicy
+
+
+@pytest.mark.parametrize("one", [np.int64(1), np.int32(1), np.array(1), torch.tensor(1)])
+def test_numbers_of_arrays_are_numbers(one: Any) -> None:
+    assert make_policy("fixed_k", {"k": one}, {}).k == 1  # type: ignore[attr-defined]
+    policy = make_policy("var_plain", {"cache_size": one}, calibration(2))
+    assert json.dumps(policy.config.to_dict())  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("seed", [None, -1, 0.5, "x"])
+def test_dice_need_a_seed(seed: Any) -> None:
+    with pytest.raises(UsageError, match=r"RandomSkipPolicy\.seed = "):
+        make_policy("random_skip", {"share": 0.5, "seed": seed})
+
+
+def test_other_things_than_names_and_mappings_are_refused() -> None:
+    with pytest.raises(UsageError, match="policy None: expected one of"):
+        policy_spec(None)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="'fixed_k': settings is NoneType: expected a mapping"):
+        make_policy("fixed_k", None)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"calibration is str: .* RoutingProfile.calibration"):
+        make_policy("naee", {"quantile": 0.5}, "results/profile")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"table is function: .* profile.table\(\)"):
+        make_policy("var_plain", {}, {"table": lambda: None})

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,7 +52,7 @@ def check_dataset(dataset: str) -> None:
 
 
 def load_text(
-    dataset: str,
+    dataset: str | Path,
     split: str,
     *,
     text_column: str | None = None,
@@ -76,7 +78,7 @@ def load_text(
     """
     from var_moe.evaluation.sources import load
 
-    dataset = with_column(dataset, text_column)
+    dataset = with_column(os.fspath(dataset), text_column)
     found = load(dataset, split)
     if not found.documents:
         raise UsageError(f"{dataset}: no text in split {split!r}; expected non-empty documents")

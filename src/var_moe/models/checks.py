@@ -31,7 +31,7 @@ def check_device(device: str) -> None:
 
     try:
         kind = torch.device(device).type
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         kind = "meta"
     if kind == "meta":
         raise UsageError(f"device {device!r}: expected auto, cpu, cuda, cuda:0, ...")

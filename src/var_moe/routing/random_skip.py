@@ -31,6 +31,7 @@ class RandomSkipPolicy(RoutingPolicy):
 
     def __init__(self, share: float, *, seed: int = 0) -> None:
         check_number("RandomSkipPolicy.share", share, low=0, high=1)
+        check_number("RandomSkipPolicy.seed", seed, integer=True, low=0)
         self.share = share
         self.seed = seed
         self._generators: dict[torch.device, torch.Generator] = {}

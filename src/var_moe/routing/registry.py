@@ -81,6 +81,15 @@ class PolicySpec:
         Raises:
             UsageError: a setting is unknown, missing or out of its range, or an input is missing.
         """
+        for what, values, expected in (
+            ("settings", settings, "a mapping of names to values"),
+            ("calibration", calibration or {}, "what RoutingProfile.calibration() returns"),
+        ):
+            if not isinstance(values, Mapping):
+                kind = type(values).__name__
+                raise UsageError(f"policy {self.name!r}: {what} is {kind}: expected {expected}")
+        # A number of numpy's, as a sweep over an array hands it over.
+        settings = {k: v.item() if getattr(v, "ndim", 1) == 0 else v for k, v in settings.items()}
         for name, value in self.settings.items():
             if settings.get(name, value) != value:
                 raise UsageError(
@@ -126,9 +135,9 @@ def policy_spec(name: str) -> PolicySpec:
     Raises:
         UsageError: there is none; suggests the nearest name.
     """
-    if name in _SPECS:
+    if isinstance(name, str) and name in _SPECS:
         return _SPECS[name]
-    near = get_close_matches(name, _SPECS, n=1)
+    near = get_close_matches(str(name), _SPECS, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise UsageError(f"policy {name!r}: {hint}expected one of {', '.join(_SPECS)}")
 
