@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from var_moe.config import DOCUMENTED_FIELDS, PRESETS, VARConfig, check_seed
@@ -122,3 +123,9 @@ def test_a_seed_is_checked_wherever_it_is_taken(seed):
             take(seed)
     assert check_seed(2**32 - 1) == 2**32 - 1
     assert check_seed(None) is None
+
+
+def test_numbers_of_numpy_become_pythons_own():
+    config = VARConfig.from_dict({"cache_size": np.int64(7), "entropy_threshold": np.float32(0.5)})
+    assert config == VARConfig(cache_size=7, entropy_threshold=0.5)
+    assert json.dumps(config.to_dict())

@@ -112,7 +112,7 @@ class VARConfig:
                 f"{source}: unknown field {unknown[0]!r}; VARConfig has {', '.join(known)}"
             )
         try:
-            return cls(**values)
+            return cls(**plain(values))
         except UsageError as error:
             raise UsageError(f"{source}: {error}") from None
 
@@ -141,6 +141,11 @@ class VARConfig:
 def _check_choice(field: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UsageError(f"VARConfig.{field} = {value!r}: expected one of {', '.join(choices)}")
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with Python's own numbers in place of numpy's, which searches and sweeps give."""
+    return {k: v.item() if getattr(v, "ndim", 1) == 0 else v for k, v in values.items()}
 
 
 def check_number(

@@ -228,3 +228,22 @@ class TestOnTheDemo:
         assert found.guard is not None
         assert found.guard.alarm_at is not None
         assert 10 < found.guard.alarm_at < 90
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"action": "stop"}, "Guard.action = 'stop'"),
+        ({"tolerance": -1}, "Guard.tolerance = -1"),
+        ({"alpha": 1}, "alpha = 1"),
+        ({"documents": 39}, r"39 document\(s\): calibrating a guard needs at least 40"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_played(loaded, change, said) -> None:
+    def played(*_progress: object) -> None:
+        raise AssertionError("it was played first")
+
+    options = {name: value for name, value in change.items() if name != "documents"}
+    documents = texts(change.get("documents", 40), low=0, high=300, seed=1)
+    with pytest.raises(UsageError, match=said):
+        calibrate_guard(loaded, policy(), documents, progress=played, **options)

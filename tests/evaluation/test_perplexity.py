@@ -98,6 +98,12 @@ def test_nothing_to_score_is_refused(model):
         document_losses(model, [document(0, 1)], window=16)
 
 
+@pytest.mark.parametrize("given", [None, "a text", ["a text"], iter(())])
+def test_texts_must_be_tokenised_first(model, given):
+    with pytest.raises(UsageError, match=r"expected a list of encoded documents, as .*encode\("):
+        document_losses(model, given, window=16)
+
+
 def test_text_shorter_than_a_timing_row_is_refused():
     with pytest.raises(UsageError, match="text of 20 tokens is shorter than one row of 32"):
         full_batches([document(0, 20)], batch_size=2, sequence=32, count=1)

@@ -306,3 +306,13 @@ def test_debugging_is_not_silenced():
             assert logging.is_progress_bar_enabled()
     finally:
         logging.set_verbosity(before)
+
+
+@pytest.mark.parametrize("given", [(None, "tokenizer"), ("model", None), ("model", "gpt2")])
+def test_a_model_of_ones_own_needs_its_tokenizer(tiny_model_folder, given):
+    loaded = load_model(str(tiny_model_folder))
+    parts = [getattr(loaded, str(one), one) for one in given]
+    with pytest.raises(UsageError, match=r"LoadedModel.of\(...\): got (NoneType|str), expected"):
+        LoadedModel.of(*parts)
+    with pytest.raises(UsageError, match="got LoadedModel, expected a transformers model"):
+        LoadedModel.of(loaded, loaded.tokenizer)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
+from var_moe.errors import UsageError
 from var_moe.storage import sha256_of
 
 
@@ -77,6 +79,17 @@ class EncodedDocument:
 def ids_hash(documents: Iterable[EncodedDocument]) -> str:
     """Hash over the token ids: of one text, they change with a chat template or a start token."""
     return sha256_of(document.ids.tobytes() for document in documents)
+
+
+def check_encoded(documents: Any) -> None:
+    """Raise UsageError unless these are encoded documents: texts must be tokenised first."""
+    listed = isinstance(documents, Sequence) and not isinstance(documents, str)
+    for one in documents if listed else (documents,):
+        if not isinstance(one, EncodedDocument):
+            raise UsageError(
+                f"documents: got {type(one).__name__}, expected a list of encoded documents, as "
+                "var_moe.evaluation.text.encode(load_text(...), tokenizer) returns them"
+            )
 
 
 def page_of(document_id: str) -> str:

@@ -13,10 +13,17 @@ from var_moe.apply import Session, routed
 from var_moe.config import check_seed
 from var_moe.evaluation.batching import Window, collate, windows
 from var_moe.evaluation.compare import Progress
-from var_moe.evaluation.documents import by_page
+from var_moe.evaluation.documents import by_page, check_encoded
 from var_moe.models.identity import identity
 from var_moe.routing.base import RoutingPolicy
-from var_moe.routing.guard import Expectation, Guard, policy_facts
+from var_moe.routing.guard import (
+    Expectation,
+    Guard,
+    check_alpha,
+    check_answer,
+    check_units,
+    policy_facts,
+)
 from var_moe.routing.units import Sums
 from var_moe.routing.watch import GuardReport
 from var_moe.storage import provenance
@@ -69,8 +76,12 @@ def calibrate_guard(
         progress: called with "calibrating the guard", documents done and in all.
 
     Raises:
-        UsageError: there are too few documents.
+        UsageError: there are too few documents, or an argument is out of its range.
     """
+    check_encoded(documents)
+    check_alpha(alpha)
+    check_answer(action, tolerance)
+    check_units(len(documents))
     recorder = _Recorder()
     with routed(loaded.model, policy, guard=recorder) as session:
         session.reset()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from var_moe.errors import UsageError, VarMoeError
 from var_moe.evaluation.batching import Window, batches, collate
+from var_moe.evaluation.documents import check_encoded
 
 if TYPE_CHECKING:
     from var_moe.apply import Session
@@ -61,6 +62,7 @@ def document_losses(
         UsageError: there is nothing to score.
         VarMoeError: a loss is not finite.
     """
+    check_encoded(documents)
     if not any(len(document.ids) > 1 for document in documents):
         raise UsageError("no text to score: expected at least one document of two tokens")
     device = next(model.parameters()).device

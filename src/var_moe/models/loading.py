@@ -61,6 +61,13 @@ class LoadedModel:
         """
         from var_moe.models.seam import experts_modules
 
+        for given, has, expected in (
+            (model, "config", "a transformers model"),
+            (tokenizer, "get_vocab", "its transformers tokenizer"),
+        ):
+            if not hasattr(given, has):
+                kind = type(given).__name__
+                raise UsageError(f"LoadedModel.of(...): got {kind}, expected {expected}")
         config = model.config.get_text_config()
         label = str(name or getattr(model, "name_or_path", "") or type(model).__name__)
         checks.check_moe(f"model {label!r} (type {model.config.model_type!r})", model)

@@ -115,10 +115,7 @@ class Expectation:
             UsageError: there are fewer than `LEAST_UNITS`.
         """
         check_alpha(alpha)
-        if len(units) < LEAST_UNITS:
-            raise UsageError(
-                f"{len(units)} document(s): calibrating a guard needs at least {LEAST_UNITS}"
-            )
+        check_units(len(units))
         layers = len(units[0])
         values = np.stack([statistics(sums) for sums in units])  # (N, J)
         names = statistic_names(layers)
@@ -193,6 +190,19 @@ def _expected(name: str, values: Floats, *, stake: float, alpha: float) -> Expec
     )
 
 
+def check_units(number: int) -> None:
+    """Refuse too few documents to calibrate on."""
+    if number < LEAST_UNITS:
+        raise UsageError(f"{number} document(s): calibrating a guard needs at least {LEAST_UNITS}")
+
+
+def check_answer(action: str, tolerance: float) -> None:
+    """Refuse what a guard can't do; the arguments are its own."""
+    if action not in ACTIONS:
+        raise UsageError(f"Guard.action = {action!r}: expected one of {', '.join(ACTIONS)}")
+    check_number("Guard.tolerance", tolerance, low=0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Guard:
     """Watches a routed model's decisions: ``routed(model, policy, guard=guard)``.
@@ -210,11 +220,7 @@ class Guard:
     tolerance: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.action not in ACTIONS:
-            raise UsageError(
-                f"Guard.action = {self.action!r}: expected one of {', '.join(ACTIONS)}"
-            )
-        check_number("Guard.tolerance", self.tolerance, low=0)
+        check_answer(self.action, self.tolerance)
 
     @property
     def alpha(self) -> float:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
+from var_moe.config import plain
 from var_moe.errors import UsageError
 
 if TYPE_CHECKING:
@@ -88,8 +89,7 @@ class PolicySpec:
             if not isinstance(values, Mapping):
                 kind = type(values).__name__
                 raise UsageError(f"policy {self.name!r}: {what} is {kind}: expected {expected}")
-        # A number of numpy's, as a sweep over an array hands it over.
-        settings = {k: v.item() if getattr(v, "ndim", 1) == 0 else v for k, v in settings.items()}
+        settings = plain(settings)
         for name, value in self.settings.items():
             if settings.get(name, value) != value:
                 raise UsageError(
