@@ -173,6 +173,15 @@ def test_experts_set_to_another_backend_inside_are_noticed(model, ids):
     assert model.get_experts_implementation() == before
 
 
+def test_another_model_of_the_same_config_object_is_refused(model, ids):
+    other = type(model)(model.config)
+    with routed(model, NativePolicy()):
+        with pytest.raises(UsageError, match="shares its config"):
+            other(ids)
+        model(ids)
+    other(ids)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_dtype_may_change_inside(make_tiny_mixtral, ids, dtype):
     model = make_tiny_mixtral()

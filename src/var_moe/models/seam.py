@@ -45,7 +45,13 @@ _active: dict[int, tuple[ExpertsSession, int]] = {}
 
 def _dispatch(module: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     """The function that transformers calls for each experts module of a routed model."""
-    session, layer = _active[id(module)]
+    found = _active.get(id(module))
+    if found is None:
+        raise UsageError(
+            "a model that is not routed shares its config with one that is: load it with a config "
+            "of its own (copy.deepcopy(config))"
+        )
+    session, layer = found
     return session.experts(layer, module, hidden, index, weight)
 
 
