@@ -146,3 +146,9 @@ def test_where_no_seed_finds_anything_that_is_said(searches, tmp_path):
     with pytest.raises(NoSeedFitsError, match=r"with any of the seeds; see .*stability\.json"):
         run(tmp_path)
     assert (tmp_path / "stability.json").is_file()
+
+
+def test_folders_may_be_named_by_text(tmp_path):
+    named = TuneSettings(output=str(tmp_path), profile=str(tmp_path / "profile"))
+    assert named == TuneSettings(output=tmp_path, profile=tmp_path / "profile")
+    assert named.preparations / "trace" == tmp_path / "trace"

@@ -148,6 +148,9 @@ class TuneSettings:
 
     def __post_init__(self) -> None:
         self._take_defaults()
+        for name in ("output", "shared", "profile", "compensation_folder"):
+            if isinstance(value := getattr(self, name), str):
+                object.__setattr__(self, name, Path(value))
         check_bound(self.max_degradation)
         if self.method not in METHODS:
             raise UsageError(f"method {self.method!r}: expected one of {', '.join(METHODS)}")
