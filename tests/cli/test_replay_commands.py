@@ -41,7 +41,8 @@ def refused(capsys):
 
     def run(*words):
         capsys.readouterr()
-        assert main([str(word) for word in words]) == 2
+        asked = list(map(str, words))
+        assert main(asked if "--quiet" in asked else [*asked, "--quiet"]) == 2
         error = capsys.readouterr().err.strip()
         assert len(error.splitlines()) == 1
         return error
