@@ -53,29 +53,35 @@ class Watching(Protocol):
         """What it says of them."""
 
 
+_LOOK_SECONDS = 1.0  # between looks at whether the thread whose turn it is still lives
+
+
 class _Turn:
     """Lets the forwards of several threads into a session one after another."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._owner: int | None = None
+        self._free = threading.Condition()
+        self._owner: threading.Thread | None = None
 
     @property
     def mine(self) -> bool:
         """Whether this thread's forward is the one that runs."""
-        return self._owner == threading.get_ident()
+        return self._owner is threading.current_thread()
 
     def take(self) -> None:
         """Wait until no other thread's forward runs."""
-        if not self.mine:  # else Ctrl-C ended this thread's last forward
-            self._lock.acquire()
-            self._owner = threading.get_ident()
+        with self._free:
+            # Ctrl-C or SystemExit may have ended this thread's last forward, or another thread.
+            while not (self._owner is None or self.mine or not self._owner.is_alive()):
+                self._free.wait(_LOOK_SECONDS)
+            self._owner = threading.current_thread()
 
     def give(self) -> None:
         """Let the next thread in; without effect where this thread's forward does not run."""
-        if self.mine:
-            self._owner = None
-            self._lock.release()
+        with self._free:
+            if self.mine:
+                self._owner = None
+                self._free.notify()
 
     @contextmanager
     def taken(self) -> Iterator[None]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from var_moe.errors import UsageError
 from var_moe.storage import atomic_write_json, read_json
@@ -166,6 +166,24 @@ def check_number(
         raise UsageError(expected)
     if not math.isfinite(value) or value > high or value < low or (open_low and value == low):
         raise UsageError(expected)
+
+
+@overload
+def check_count(name: str, value: None, least: int = 1) -> None: ...
+@overload
+def check_count(name: str, value: Any, least: int = 1) -> int: ...
+def check_count(name: str, value: Any, least: int = 1) -> int | None:
+    """``value`` as a number of things; None, where there is no limit, passes.
+
+    Raises:
+        UsageError: it is no integer, or below ``least``; names it.
+    """
+    value = value.item() if getattr(value, "ndim", 1) == 0 else value
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UsageError(f"{name} = {value!r}: expected an integer of at least {least}")
+    return value
 
 
 def _preset(

@@ -33,7 +33,7 @@ def refused(capsys):
         (["--candidates", "11"], "candidates = 11"),
         (["--split", "validation"], "split 'validation': expected certify or test"),
         (["--blocks", "-1"], "blocks = -1"),
-        (["--max_samples", "1"], "max_samples = 1: expected at least 2 documents"),
+        (["--max_samples", "1"], "max_samples = 1: expected an integer of at least 2"),
         (["--max_learned_pct", "0"], "max_learned_pct = 0"),
         (["--sequential", "--unordered"], "--sequential needs an order"),
         (["--dataset", "demo-klingon"], "demo-klingon"),

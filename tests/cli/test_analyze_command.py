@@ -68,8 +68,8 @@ def script(name, *words):
     ("words", "said"),
     [
         (["--var_config", "nowhere.json"], "nowhere.json: no such VAR configuration"),
-        (["--threads", "0"], "threads = 0: expected at least 1"),
-        (["--n_samples", "1"], "max_samples: expected at least 2"),
+        (["--threads", "0"], "threads = 0: expected an integer of at least 1"),
+        (["--n_samples", "1"], "max_samples = 1: expected an integer of at least 2"),
         (["--compensation", "means"], "the configuration names it; expected a folder"),
     ],
 )

@@ -215,7 +215,7 @@ def test_an_interrupted_trace_is_said_to_go_on():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--max_tokens", "0"], "max_tokens = 0: expected at least 1"),
+        (["--max_tokens", "0"], "max_tokens = 0: expected an integer of at least 1"),
         (["--max_samples", "0"], "max_samples = 0"),
         (["--tokens_per_batch", "-3"], "tokens_per_batch = -3"),
         (["--split", "train"], "split 'train'"),

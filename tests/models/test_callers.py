@@ -167,6 +167,25 @@ def test_a_failing_forward_lets_the_next_thread_in(model):
         assert logits(model, prompt(2)).isfinite().all()
 
 
+def test_a_thread_that_ends_in_its_forward_lets_the_next_one_in(model):
+    """SystemExit, as Ctrl-C, is no `Exception`: torch runs no hook after it."""
+
+    class Ending(NativePolicy):
+        ended = False
+
+        def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
+            if not self.ended:
+                self.ended = True
+                raise SystemExit
+            return super().route(layer, index, weight)
+
+    with routed(model, Ending()), ThreadPoolExecutor(1) as pool:
+        ending = threading.Thread(target=lambda: logits(model, prompt(2)))
+        ending.start()
+        ending.join(60)
+        assert pool.submit(logits, model, prompt(2)).result(60).isfinite().all()
+
+
 @pytest.mark.parametrize("before", ["no forward", "one token", "as many tokens", "interrupted"])
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_part_of_the_model_is_refused(model, name, before):

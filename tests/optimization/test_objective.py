@@ -192,6 +192,17 @@ def test_where_the_upper_bound_breaks_the_limit_the_default_is_returned(tiny):
     assert found.extra["nearest_miss"]["config"]["frequency_threshold"] == 0
 
 
-def test_too_few_samples(tiny):
-    with pytest.raises(UsageError, match="max_samples = 1: expected at least 2"):
-        create(tiny, max_samples=1)
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"max_samples": 1}, "max_samples = 1: expected an integer of at least 2"),
+        ({"max_samples": 2.5}, "max_samples = 2.5: expected an integer"),
+        ({"baseline_perplexity": float("nan")}, "baseline_perplexity = nan: expected a number"),
+        ({"baseline_throughput": "x"}, "baseline_throughput = 'x': expected a number"),
+        ({"max_quality_degradation": None}, "max_degradation = None: expected a number"),
+        ({"profile": "results/profile"}, "profile: expected a RoutingProfile"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(tiny, given, line):
+    with pytest.raises(UsageError, match=line):
+        create(tiny, **given)

@@ -199,7 +199,10 @@ def test_a_space_of_the_models_own_k(tmp_path):
         ({"policy": "native"}, "policy 'native' has nothing to tune"),
         ({"policy": "var", "compensation": "means"}, "needs a policy that drops experts"),
         ({"policy": "damage", "bounds": ["tua=0:1"]}, "unknown name 'tua'; expected tau"),
-        ({"n_calls": 0}, "n_calls = 0: expected at least 1"),
+        ({"n_calls": 0}, "n_calls = 0: expected an integer of at least 1"),
+        ({"n_calls": 2.5}, "n_calls = 2.5: expected an integer"),
+        ({"max_samples": "3"}, "max_samples = '3': expected an integer"),
+        ({"max_degradation": None}, "max_degradation = None: expected a number"),
     ],
 )
 def test_settings_that_do_not_belong_together(tmp_path, given, says):

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from var_moe.config import check_seed
+from var_moe.config import check_count, check_seed
 from var_moe.errors import UsageError
 from var_moe.evaluation.compare import SpeedSetting
 from var_moe.optimization.objective_protocol import check_bound
@@ -68,12 +68,8 @@ class CertifySettings:
         share = self.max_learned_pct
         if share is not None and not 0 < share <= 100:
             raise UsageError(f"max_learned_pct = {share}: expected a number in (0, 100]")
-        if self.blocks < 0:
-            raise UsageError(f"blocks = {self.blocks}: expected at least 0")
-        for name in ("ordering_samples", "max_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 2:
-                raise UsageError(f"{name} = {value}: expected at least 2 documents")
+        for name, least in (("blocks", 0), ("ordering_samples", 2), ("max_samples", 2)):
+            check_count(name, getattr(self, name), least)
         if self.split not in JUDGED_ON:
             raise UsageError(
                 f"split {self.split!r}: expected {' or '.join(JUDGED_ON)}; the others were tuned on"

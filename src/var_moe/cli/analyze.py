@@ -6,6 +6,7 @@ from pathlib import Path
 
 from var_moe.cli.compensation import parse_compensation
 from var_moe.cli.output import Answer
+from var_moe.config import check_count
 from var_moe.errors import UsageError
 
 QUICK_SAMPLES = 20
@@ -59,8 +60,7 @@ def analyze(
     name, place = parse_compensation(compensation)
     if name is not None and place is None:
         raise UsageError(f"--compensation {name}: the configuration names it; expected a folder")
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads = {threads}: expected at least 1")
+    check_count("threads", threads)
     subject = Subject(
         model=model,
         dataset=dataset,

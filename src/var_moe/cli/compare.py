@@ -11,6 +11,7 @@ from cyclopts import Parameter
 
 from var_moe.cli.compensation import parse_compensation
 from var_moe.cli.output import Answer
+from var_moe.config import check_count
 from var_moe.errors import UsageError
 
 if TYPE_CHECKING:
@@ -106,8 +107,7 @@ def compare(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
-    if blocks < 0:
-        raise UsageError(f"blocks = {blocks}: expected at least 0")
+    check_count("blocks", blocks, 0)
     subject.check(blocks=max(1, blocks), quiet=quiet)
     from var_moe.cli.progress import StageProgress
     from var_moe.cli.report import make_report

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from var_moe.cli.compensation import parse_compensation
 from var_moe.cli.output import Answer
+from var_moe.config import check_count
 from var_moe.errors import UsageError
 
 if TYPE_CHECKING:
@@ -80,8 +81,7 @@ def evaluate(
     elif set:
         raise UsageError("--set belongs to --policy: name a policy")
     _check_compensation(compensation, stand_in, place, policy, candidates)
-    if decode_blocks < 0:
-        raise UsageError(f"decode_blocks = {decode_blocks}: expected 0 or more")
+    check_count("decode_blocks", decode_blocks, 0)
     subject = Subject(
         model=model,
         dataset=dataset,

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from var_moe.fitting.heal import HealSettings
 
 from var_moe.cli.output import Answer
+from var_moe.config import check_count
 from var_moe.errors import UsageError
 
 
@@ -69,8 +70,7 @@ def fit_compensation(
     from var_moe.models.loading import check_name
     from var_moe.storage import check_output_folder
 
-    if damage_tokens is not None and damage_tokens < 1:
-        raise UsageError(f"damage_tokens = {damage_tokens}: expected at least 1")
+    check_count("damage_tokens", damage_tokens)
     if not profile.is_dir():
         raise UsageError(f"{profile}: no such profile folder; make one with `var-moe profile`")
     check_name(model)

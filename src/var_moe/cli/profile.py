@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from var_moe.cli.output import Answer
-from var_moe.errors import UsageError
+from var_moe.config import check_count
 
 
 def profile(
@@ -51,10 +51,8 @@ def profile(
         _print(ready, profile)
         return Answer(ready.head)
     check_output_folder(output)
-    if max_tokens is not None and max_tokens < 1:
-        raise UsageError(f"max_tokens = {max_tokens}: expected at least 1")
-    if damage_tokens is not None and damage_tokens < 0:
-        raise UsageError(f"damage_tokens = {damage_tokens}: expected at least 0")
+    check_count("max_tokens", max_tokens)
+    check_count("damage_tokens", damage_tokens, 0)
     from var_moe.evaluation.text import check_dataset, load_text
     from var_moe.models.loading import check_name
 

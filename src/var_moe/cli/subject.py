@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from var_moe.config import check_count
 from var_moe.errors import UsageError
 
 if TYPE_CHECKING:
@@ -51,8 +52,8 @@ class Subject:
         from var_moe.storage import check_output_folder
 
         check_output_folder(self.output)
-        if blocks < 1 or (self.max_samples is not None and self.max_samples < 2):
-            raise UsageError("blocks: expected at least 1; max_samples: expected at least 2")
+        check_count("blocks", blocks)
+        check_count("max_samples", self.max_samples, 2)
         check_name(self.model)
         check_dataset(self.dataset)
         if not quiet:

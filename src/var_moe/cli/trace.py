@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from var_moe.cli.output import Answer
-from var_moe.errors import UsageError
+from var_moe.config import check_count
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -70,8 +70,7 @@ def trace(
         "tokens_per_batch": tokens_per_batch,
     }
     for name, count in counts.items():
-        if count is not None and count < 1:
-            raise UsageError(f"{name} = {count}: expected at least 1")
+        check_count(name, count)
     check_name(model)
     check_dataset(dataset)
     if not quiet:

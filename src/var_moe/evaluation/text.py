@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from var_moe.config import check_seed
+from var_moe.config import check_count, check_seed
 from var_moe.errors import UsageError
 from var_moe.evaluation.columns import with_column
 from var_moe.evaluation.documents import (
@@ -112,8 +112,7 @@ def encode(
     """
     chosen = documents.documents if isinstance(documents, TextSplit) else documents
     chosen = _subset(chosen, max_documents, seed)
-    if max_tokens is not None and max_tokens < 1:
-        raise UsageError(f"max_tokens = {max_tokens}: expected at least 1")
+    check_count("max_tokens", max_tokens)
     ids = _token_ids(chosen, tokenizer)
     return [
         EncodedDocument(
@@ -175,8 +174,7 @@ def _subset(
 ) -> Sequence[TextDocument]:
     if at_most is None:
         return documents
-    if at_most < 1:
-        raise UsageError(f"max_documents = {at_most}: expected at least 1")
+    check_count("max_documents", at_most)
     if at_most >= len(documents):
         return documents
     drawn = np.random.default_rng(check_seed(seed)).permutation(len(documents))[:at_most]

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from var_moe.config import check_seed
+from var_moe.config import check_count, check_seed
 from var_moe.errors import UsageError, VarMoeError
 from var_moe.fitting.checkpoint import Checkpoint
 from var_moe.fitting.distill import Distillation, Divergence, Trainable, divergence, forward
@@ -77,11 +77,9 @@ class FitSettings:
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
-        if self.rank is not None and self.rank < 0:
-            raise UsageError(f"rank = {self.rank}: expected at least 0")
-        for name, least in (("regress_tokens", 0), ("tokens", 0), ("tokens_per_batch", 1)):
-            if getattr(self, name) < least:
-                raise UsageError(f"{name} = {getattr(self, name)}: expected at least {least}")
+        for name in ("rank", "regress_tokens", "tokens"):
+            check_count(name, getattr(self, name), 0)
+        check_count("tokens_per_batch", self.tokens_per_batch)
         if not self.tokens and not self.regress_tokens:
             raise UsageError("tokens = regress_tokens = 0: expected one of them above 0")
         for name in ("regress_rate", "rate"):

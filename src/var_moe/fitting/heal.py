@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from var_moe.config import check_count
 from var_moe.errors import UsageError
 from var_moe.extras import require
 from var_moe.fitting.adapters import RANK, Adapters, adapters
@@ -77,8 +78,7 @@ class HealSettings:
             asked = ",".join(self.parts)
             raise UsageError(f"--heal {asked!r}: expected some of {', '.join(PARTS)}")
         for name in ("tokens", "lora_rank"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"heal {name} = {getattr(self, name)}: expected at least 1")
+            check_count(f"heal {name}", getattr(self, name))
         if not 0 < self.rate < float("inf"):
             raise UsageError(f"heal rate = {self.rate}: expected a number above 0")
         if LORA in self.parts:

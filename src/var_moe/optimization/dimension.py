@@ -167,13 +167,6 @@ def validate_space(space: SearchSpace) -> None:
     dimensions(space)
 
 
-def check_count(name: str, value: Any) -> int:
-    """`value` as a count of at least one, or UsageError naming the argument."""
-    if not is_number(value, integer=True) or value < 1:
-        raise UsageError(f"{name} = {value!r}: expected an integer of at least 1")
-    return int(value)
-
-
 def dimension_of(name: Any, entry: Any) -> Dimension | Choice:
     where = f"search space: {name}"
     if not isinstance(name, str) or not isinstance(entry, Mapping):

@@ -88,4 +88,4 @@ def check_enqueue(space: SearchSpace, points: Sequence[Mapping[str, Any]]) -> li
 
 def check_startup(n_startup: int | None) -> int | None:
     """`n_startup` as None or at least 1, or UsageError."""
-    return None if n_startup is None else check_count("n_startup", n_startup)
+    return check_count("n_startup", n_startup)

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from var_moe.config import DOCUMENTED_FIELDS, VARConfig, check_seed
+from var_moe.config import DOCUMENTED_FIELDS, VARConfig, check_count, check_number, check_seed
 from var_moe.errors import UsageError
 from var_moe.evaluation.compare import Evaluator, SpeedSetting
 from var_moe.evaluation.cost import CostModel
@@ -179,8 +179,18 @@ def create_objective_function(
     from var_moe.profiling.collect import collect_profile
 
     bound = check_bound(max_quality_degradation)
-    if max_samples is not None and max_samples < 2:
-        raise UsageError(f"max_samples = {max_samples}: expected at least 2 documents")
+    check_count("max_samples", max_samples, 2)
+    for name, given in (
+        ("baseline_perplexity", baseline_perplexity),
+        ("baseline_throughput", baseline_throughput),
+    ):
+        if given is not None:
+            check_number(name, given, low=0, open_low=True)
+    if profile is not None and not hasattr(profile, "check_loaded"):
+        raise UsageError(
+            f"profile: expected a RoutingProfile (RoutingProfile.load(folder)), got "
+            f"{type(profile).__name__}"
+        )
     loaded = LoadedModel.of(model, tokenizer)
     check_droppable(loaded.name, loaded.top_k)
     documents = as_documents(validation_data, tokenizer)

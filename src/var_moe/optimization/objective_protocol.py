@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from var_moe.errors import UsageError
@@ -75,11 +76,11 @@ def check_bound(value: float) -> float:
     """A degradation bound that can be met.
 
     Raises:
-        UsageError: it is negative or not finite.
+        UsageError: it is negative, not finite, or no number.
     """
-    if not math.isfinite(value) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
         raise UsageError(
-            f"max_degradation = {value}: expected a number of at least 0 (0.01 allows 1%)"
+            f"max_degradation = {value!r}: expected a number of at least 0 (0.01 allows 1%)"
         )
     return float(value)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from var_moe.config import DOCUMENTED_FIELDS, PRESETS, SEARCH_SPACE
+from var_moe.config import DOCUMENTED_FIELDS, PRESETS, SEARCH_SPACE, check_count
 from var_moe.errors import UsageError
 from var_moe.optimization.dimension import (
     COMPENSATION,
@@ -23,7 +23,6 @@ from var_moe.optimization.dimension import (
     Dimension,
     Params,
     SearchSpace,
-    check_count,
     dimension_of,
     dimensions,
     validate_space,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from var_moe.config import check_seed
+from var_moe.config import check_count, check_seed
 from var_moe.errors import UsageError
 from var_moe.evaluation.compare import SpeedSetting
 from var_moe.extras import require
@@ -159,9 +159,7 @@ class TuneSettings:
         check_seed(self.seed)
         check_robust(self.robust, self.dataset)
         for name, least in _AT_LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UsageError(f"{name} = {value}: expected at least {least}")
+            check_count(name, getattr(self, name), least)
         try:
             space = self.space_for(2)  # a policy's names are the same for every K
         except UsageError as error:
