@@ -36,7 +36,7 @@ def read(path):
 def test_tune_chooses_a_tau(tuned):
     config = read(tuned / "best_config.json")
     assert config["policy"] == "damage"
-    assert config["compensation"] == "means"
+    assert config["compensation"] in ("none", "means")  # what costs less on this random model
     assert 1e-7 <= config["settings"]["tau"] <= 1
     metadata = read(tuned / "optimization_metadata.json")
     assert metadata["identity"]["compensation_hash"]

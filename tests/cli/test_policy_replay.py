@@ -140,7 +140,7 @@ def test_killed_and_resumed(common, profile, tmp_path):
     assert read(folder / "cost_model.json") == cost
     assert log.read_text().splitlines()[:3] == before[:3]  # the header and two evaluations
     rows = read(folder / "optimization_results.json")["all_results"]
-    assert len(rows) == len({row["params"]["quantile"] for row in rows}) == 6
+    assert len(rows) == len({tuple(sorted(row["params"].items())) for row in rows}) == 6
 
 
 def test_replay_is_the_default_where_a_trace_tells_what_decisions_cost(monkeypatch):
