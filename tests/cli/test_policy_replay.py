@@ -127,7 +127,7 @@ def test_killed_and_resumed(common, profile, tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stderr=subprocess.DEVNULL,
     )
-    log, finished, deadline = folder / "trials.jsonl", 0, time.monotonic() + 120
+    log, finished, deadline = folder / "trials.jsonl", 0, time.monotonic() + 300
     while finished < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
         finished = log.read_text(errors="replace").count('"score"') if log.exists() else 0
