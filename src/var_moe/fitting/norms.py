@@ -168,7 +168,7 @@ def _rises(
     backend: str,
 ) -> Tensor:
     """Rise of the summed loss, in nats, when one layer runs first experts alone. (L,)"""
-    layers = int(identity(loaded)["layers"])
+    layers = loaded.moe_layers
 
     def loss(policy: RoutingPolicy) -> float:
         total = 0.0

@@ -103,9 +103,9 @@ class Texts:
             mask = step.valid.to(ids.device)
         length = ids.shape[1]
         if mask is not None:
-            if _shape(mask) == f"of shape {(1, length)}":
-                mask = mask.expand(len(ids), -1)
             flat = isinstance(mask, Tensor) and mask.dim() == 2
+            if flat and mask.shape == (1, length):
+                mask = mask.expand(len(ids), -1)
             if not flat or len(mask) != len(ids) or mask.shape[1] < length:
                 raise UsageError(
                     f"attention_mask {_shape(mask)} for tokens of {tuple(ids.shape)}: routed(...) "

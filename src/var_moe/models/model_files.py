@@ -174,7 +174,7 @@ def _object(label: str, path: Path) -> dict[str, Any]:
     _check_whole(label, path)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(
             f"{label}: {path.name} is not a valid JSON object ({one_line(error)})"
         ) from None
