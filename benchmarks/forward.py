@@ -26,15 +26,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from var_moe.apply import routed
+from var_moe.calibration.profile import RoutingProfile
 from var_moe.config import VARConfig
+from var_moe.data.text import encode, load_text
 from var_moe.evaluation.compare import Evaluator
 from var_moe.evaluation.decode import BATCH_SIZES, DecodeSetting, Decoding
-from var_moe.evaluation.text import encode, load_text
 from var_moe.evaluation.throughput import backend_arm, policy_arm, time_arms
+from var_moe.execution.dispatch import experts_modules
+from var_moe.execution.session import routed
 from var_moe.models.loading import load_model
-from var_moe.models.seam import experts_modules
-from var_moe.profiling.profile import RoutingProfile
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.decision import Routing, TokenBatch
 from var_moe.routing.native import NativePolicy

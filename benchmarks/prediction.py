@@ -28,6 +28,7 @@ import numpy as np
 
 from var_moe.analysis.load import run_policy
 from var_moe.analysis.systems import adds_residual, objective_of
+from var_moe.calibration.profile import RoutingProfile
 from var_moe.config import VARConfig
 from var_moe.errors import UsageError
 from var_moe.evaluation.batching import full_batches
@@ -38,7 +39,6 @@ from var_moe.models.loading import load_model
 from var_moe.optimization.candidate import Candidate, PolicySettings, kind_of
 from var_moe.optimization.preparation import read_text, sample_documents
 from var_moe.optimization.results import jsonable
-from var_moe.profiling.profile import RoutingProfile
 from var_moe.storage import SCHEMA_VERSION, atomic_write_json, provenance
 
 UNFITTED = SpeedSetting(batch_size=4, sequence=256)

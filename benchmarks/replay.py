@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
+from var_moe.calibration.profile import RoutingProfile
 from var_moe.config import SEARCH_SPACE, VARConfig
 from var_moe.errors import UsageError
 from var_moe.evaluation.batching import drawn
@@ -34,7 +35,6 @@ from var_moe.optimization.objective import VARObjective
 from var_moe.optimization.preparation import EncodedText, read_text, sample_documents
 from var_moe.optimization.results import jsonable
 from var_moe.optimization.search_space import sample
-from var_moe.profiling.profile import RoutingProfile
 from var_moe.routing.var import VARPolicy
 from var_moe.storage import SCHEMA_VERSION, atomic_write_json, provenance, read_json
 from var_moe.tracing.record import record_trace

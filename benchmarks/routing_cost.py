@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from var_moe.config import VARConfig
-from var_moe.models.seam import execute, pair_backend
+from var_moe.execution.dispatch import execute, pair_backend
 from var_moe.routing.decision import TokenBatch
 from var_moe.routing.fast_path import ResidualMeans, RoutingTable
 from var_moe.routing.ranking import leading_count

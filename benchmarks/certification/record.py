@@ -53,11 +53,11 @@ def record(path: Path, *, profile_folder: Path, documents: int, model: str = "de
         documents: about how many; the last page is taken whole.
         model: name or folder.
     """
+    from var_moe.calibration.profile import RoutingProfile
+    from var_moe.data.documents import page_of
     from var_moe.evaluation.compare import Evaluator
-    from var_moe.evaluation.documents import page_of
     from var_moe.models.loading import load_model
     from var_moe.optimization.preparation import read_text
-    from var_moe.profiling.profile import RoutingProfile
     from var_moe.routing.registry import make_policy
     from var_moe.routing.var import VARPolicy
 

@@ -10,17 +10,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from var_moe.apply import Session, routed
+from var_moe.calibration.fitted_files import load_compensation
+from var_moe.data.token_ids import check_ids
 from var_moe.errors import UsageError
-from var_moe.evaluation.token_ids import check_ids
-from var_moe.exported.folder import load_exported
-from var_moe.exported.place import HEAD_FILE
+from var_moe.execution.session import Session, routed
 from var_moe.extras import require
 from var_moe.models.loading import DEMO_FOLDER, LoadedModel
 from var_moe.optimization.candidate import PolicySettings, load_candidate, policy_of
 from var_moe.optimization.validation import find_profile
-from var_moe.profiling.fitted_files import load_compensation
 from var_moe.routing.base import RoutingPolicy
+from var_moe.serving.folder import load_exported
+from var_moe.serving.place import HEAD_FILE
 from var_moe.storage import expanded
 
 require("lm_eval.models.huggingface")

@@ -13,7 +13,7 @@ from var_moe.analysis.components import (
     timed_backend,
 )
 from var_moe.analysis.spans import GPUProfiler
-from var_moe.apply import routed
+from var_moe.execution.session import routed
 from var_moe.routing.fixed_k import FixedKPolicy
 from var_moe.routing.native import NativePolicy
 

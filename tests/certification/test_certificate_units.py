@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from var_moe.calibration.collect import collect_profile
 from var_moe.certification.units import UnitScorer, pages
 from var_moe.config import VARConfig
+from var_moe.data.documents import EncodedDocument, page_of
 from var_moe.evaluation.compare import Evaluator, SpeedSetting
-from var_moe.evaluation.documents import EncodedDocument, page_of
 from var_moe.models.loading import LoadedModel
-from var_moe.profiling.collect import collect_profile
 from var_moe.routing.top_p import TopPPolicy
 from var_moe.routing.var import VARPolicy
 

@@ -14,7 +14,7 @@ from var_moe.certification.apart import judge_apart, judged_apart
 from var_moe.certification.judging import worst_test
 from var_moe.certification.units import Measured
 from var_moe.cli import main
-from var_moe.evaluation.documents import EncodedDocument
+from var_moe.data.documents import EncodedDocument
 
 
 @pytest.fixture(scope="module")

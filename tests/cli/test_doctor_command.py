@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from var_moe.cli import diagnosis, main
-from var_moe.models.packed_experts import has_kernels
+from var_moe.execution.backends.packed import has_kernels
 
 
 @pytest.fixture(autouse=True)

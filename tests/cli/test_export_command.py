@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from var_moe import load_candidate, load_model, routed
+from var_moe.calibration.profile import RoutingProfile
 from var_moe.cli import main
 from var_moe.optimization.candidate import policy_of
-from var_moe.profiling.profile import RoutingProfile
 
 CONFIG = {"policy": "damage", "settings": {"tau": 0.01}, "compensation": "means"}
 

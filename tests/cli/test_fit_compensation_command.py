@@ -7,14 +7,14 @@ import json
 import pytest
 import torch
 
-from var_moe.apply import routed
+from var_moe.calibration import calibrate
+from var_moe.calibration.fitted_files import COMPENSATION_FILE, DAMAGE_FILE, FOLDER, HEAD_FILE
+from var_moe.calibration.profile import RoutingProfile
 from var_moe.cli import main
+from var_moe.data.text import load_text
 from var_moe.errors import VarMoeError
-from var_moe.evaluation.text import load_text
-from var_moe.fitting import calibrate
+from var_moe.execution.session import routed
 from var_moe.models.loading import load_model
-from var_moe.profiling.fitted_files import COMPENSATION_FILE, DAMAGE_FILE, FOLDER, HEAD_FILE
-from var_moe.profiling.profile import RoutingProfile
 from var_moe.routing.registry import make_policy
 
 FAST = ["--rank", "4", "--regress_tokens", "0", "--tokens", "2000", "--rate", "0.01", "--quiet"]
@@ -138,7 +138,7 @@ def test_killed_in_the_last_damage_pass(common, folder, tmp_path, monkeypatch, c
         assert main(words) != 0
     assert [path.name for path in tmp_path.iterdir()] == [".mine.checkpoint.pt"]
     steps = []
-    descend = "var_moe.fitting.compensation._Fit._step"
+    descend = "var_moe.calibration.fit_compensation._Fit._step"
     with monkeypatch.context() as patch:
         patch.setattr(descend, lambda *args: steps.append(args))
         assert main(words) == 0

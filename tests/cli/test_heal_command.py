@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
+from var_moe.calibration.fitted_files import load_compensation
 from var_moe.cli import main
-from var_moe.profiling.fitted_files import load_compensation
 
 QUICK = ["--rank", "4", "--regress_tokens", "0", "--tokens", "1500", "--rate", "0.01"]
 HEAL = ["--heal", "router,norms", "--heal_tokens", "1500", "--heal_rate", "0.001", "--control"]
@@ -28,7 +28,7 @@ def profile(common, tmp_path_factory):
 
 
 def test_healed_weights_are_fitted_saved_and_used(common, profile, tmp_path, capsys, monkeypatch):
-    from var_moe.fitting import heal
+    from var_moe.calibration import heal
 
     monkeypatch.setattr(heal, "better", lambda ratio: True)  # whatever so little text comes to
     place = tmp_path / "healed"
@@ -68,7 +68,7 @@ def test_healed_weights_are_fitted_saved_and_used(common, profile, tmp_path, cap
 def test_a_step_that_does_not_help_is_told_and_left_out(
     common, profile, tmp_path, capsys, monkeypatch
 ):
-    from var_moe.fitting import heal
+    from var_moe.calibration import heal
 
     monkeypatch.setattr(heal, "better", lambda ratio: False)
     words = ["fit-compensation", *common, *QUICK, "--profile", str(profile)]
@@ -109,9 +109,9 @@ def test_healing_survives_saving_with_a_profile(profile, tmp_path, common):
     """A profile that is saved takes its healed compensation along."""
     from dataclasses import replace
 
-    from var_moe.profiling.fitted_files import FittedCompensation
-    from var_moe.profiling.healed_files import healed_head
-    from var_moe.profiling.profile import RoutingProfile
+    from var_moe.calibration.fitted_files import FittedCompensation
+    from var_moe.calibration.healed_files import healed_head
+    from var_moe.calibration.profile import RoutingProfile
     from var_moe.routing.healed import Healed
 
     known = RoutingProfile.load(profile)

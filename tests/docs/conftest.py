@@ -53,7 +53,7 @@ def standing_in(places: tuple[Path, Path]) -> Iterator[pytest.MonkeyPatch]:
     model, text = places
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("var_moe.models.loading.DEMO_FOLDER", model)
-        patch.setattr("var_moe.evaluation.sources.DEMO_FOLDER", text)
+        patch.setattr("var_moe.data.sources.DEMO_FOLDER", text)
         patch.setattr(
             SpeedSetting.__init__,
             "__kwdefaults__",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from var_moe.data.documents import EncodedDocument
 from var_moe.evaluation.batching import drawn
-from var_moe.evaluation.documents import EncodedDocument
 
 
 def made(*sizes):

@@ -8,9 +8,9 @@ import math
 import numpy as np
 import pytest
 
+from var_moe.data.documents import EncodedDocument
 from var_moe.evaluation.batching import batches
 from var_moe.evaluation.compare import Evaluator, SpeedSetting
-from var_moe.evaluation.documents import EncodedDocument
 from var_moe.models.loading import LoadedModel
 from var_moe.routing.fixed_k import FixedKPolicy
 from var_moe.routing.native import NativePolicy

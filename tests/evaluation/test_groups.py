@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 
+from var_moe.data.documents import EncodedDocument
 from var_moe.errors import UsageError
 from var_moe.evaluation.apart import measure_apart
 from var_moe.evaluation.compare import Evaluator, SpeedSetting
-from var_moe.evaluation.documents import EncodedDocument
 from var_moe.evaluation.groups import any_over, datasets_of, groups_of, worst_of
 from var_moe.evaluation.paired import degradation
 from var_moe.evaluation.perplexity import DocumentLosses

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from var_moe.apply import routed
+from var_moe.data.documents import EncodedDocument
 from var_moe.errors import UsageError
 from var_moe.evaluation.batching import batches, collate, full_batches, windows
-from var_moe.evaluation.documents import EncodedDocument
 from var_moe.evaluation.perplexity import document_losses
+from var_moe.execution.session import routed
 from var_moe.routing.native import NativePolicy
 
 

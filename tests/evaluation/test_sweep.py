@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from var_moe.calibration.calibrate import with_damages
+from var_moe.calibration.collect import collect_profile
+from var_moe.data.text import TextDocument, encode
 from var_moe.errors import UsageError
 from var_moe.evaluation.compare import Evaluator, SpeedSetting
 from var_moe.evaluation.sweep import check_targets, control_at, require_policies, sweep, timed
-from var_moe.evaluation.text import TextDocument, encode
-from var_moe.fitting.calibrate import with_damages
 from var_moe.models.loading import LoadedModel
-from var_moe.profiling.collect import collect_profile
 from var_moe.routing.registry import policy_names, policy_spec
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from var_moe.errors import UsageError, VarMoeError
+from var_moe.execution.dispatch import experts_modules
 from var_moe.models.loading import load_model
-from var_moe.models.seam import experts_modules
 
 # Failures inside the suite are explained as in a test module.
 pytest.register_assert_rewrite("contract", "seam_contract")

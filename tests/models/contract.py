@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from var_moe.models.seam import OWN_BACKENDS, experts_modules
+from var_moe.execution.dispatch import OWN_BACKENDS, experts_modules
 from var_moe.routing.decision import Routing
 from var_moe.routing.native import NativePolicy
 

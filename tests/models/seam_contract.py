@@ -27,13 +27,13 @@ from contract import (
 from families import EXPERTS, VOCABULARY, Family, in_dtype, tiny_ids
 from torch import Tensor
 
-from var_moe.apply import routed
+from var_moe.calibration.collect import collect_profile
 from var_moe.config import VARConfig
+from var_moe.data.text import TextDocument, encode
 from var_moe.evaluation.perplexity import document_losses
-from var_moe.evaluation.text import TextDocument, encode
+from var_moe.execution.dispatch import experts_modules
+from var_moe.execution.session import routed
 from var_moe.models.loading import LoadedModel
-from var_moe.models.seam import experts_modules
-from var_moe.profiling.collect import collect_profile
 from var_moe.routing.decision import Routing, Tier
 from var_moe.routing.fast_path import ResidualMeans, RoutingTable
 from var_moe.routing.native import NativePolicy

@@ -12,11 +12,11 @@ import torch
 from contract import DropLastPair, logits
 from torch import Tensor
 
-from var_moe.apply import routed
 from var_moe.config import VARConfig
 from var_moe.errors import UsageError
-from var_moe.models import packed_experts
-from var_moe.models.seam import experts_modules
+from var_moe.execution.backends import packed as packed_experts
+from var_moe.execution.dispatch import experts_modules
+from var_moe.execution.session import routed
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.decision import Routing, TokenBatch
 from var_moe.routing.fast_path import RoutingTable

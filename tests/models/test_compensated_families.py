@@ -15,16 +15,16 @@ from contract import Failing, differences, eager, logits, snapshot, watched
 from families import find_families, tiny_ids, tiny_model
 
 from damages import compensation_of, damage_model
-from var_moe.apply import routed
+from var_moe.calibration.calibrate import calibration_trace
+from var_moe.calibration.collect import collect_profile
+from var_moe.calibration.fit_compensation import FitSettings, fit_compensation
+from var_moe.calibration.fit_damage import fit_damage, predicted, tau_for
 from var_moe.config import VARConfig
+from var_moe.data.text import TextDocument, encode
 from var_moe.errors import UsageError
-from var_moe.evaluation.text import TextDocument, encode
-from var_moe.fitting.calibrate import calibration_trace
-from var_moe.fitting.compensation import FitSettings, fit_compensation
-from var_moe.fitting.damage import fit_damage, predicted, tau_for
+from var_moe.execution.dispatch import experts_shape
+from var_moe.execution.session import routed
 from var_moe.models.loading import LoadedModel
-from var_moe.models.seam import experts_shape
-from var_moe.profiling.collect import collect_profile
 from var_moe.routing.compensation import Compensation
 from var_moe.routing.damage import DamageModel, DamagePolicy
 from var_moe.routing.native import NativePolicy

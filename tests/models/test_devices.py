@@ -6,8 +6,8 @@ import pytest
 import torch
 from contract import DropLastPair, logits
 
-from var_moe.apply import routed
 from var_moe.config import VARConfig
+from var_moe.execution.session import routed
 from var_moe.routing.fast_path import ResidualMeans, RoutingTable
 from var_moe.routing.native import NativePolicy
 from var_moe.routing.var import VARPolicy

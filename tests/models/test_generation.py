@@ -11,11 +11,11 @@ from families import find_families, tiny_model
 from torch import Tensor
 from transformers import GenerationConfig
 
-from var_moe.apply import routed
 from var_moe.config import VARConfig
 from var_moe.errors import UsageError
+from var_moe.execution.dispatch import experts_modules
+from var_moe.execution.session import routed
 from var_moe.models.loading import load_model
-from var_moe.models.seam import experts_modules
 from var_moe.routing.decision import Routing, Tier, TokenBatch
 from var_moe.routing.fast_path import RoutingTable
 from var_moe.routing.var import VARPolicy

@@ -14,9 +14,9 @@ from test_callers import prompt, var
 from torch import Tensor
 
 from damages import compensation_of, damage_model
-from var_moe.apply import routed
 from var_moe.config import VARConfig
 from var_moe.errors import UsageError
+from var_moe.execution.session import routed
 from var_moe.routing.damage import DamagePolicy
 from var_moe.routing.decision import TokenBatch
 from var_moe.routing.fixed_k import FixedKPolicy

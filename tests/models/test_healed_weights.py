@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from var_moe.apply import routed
 from var_moe.errors import UsageError
+from var_moe.execution.session import routed
 from var_moe.models.healed_weights import healed_weights
 from var_moe.routing.compensation import Compensation
 from var_moe.routing.healed import Healed
@@ -171,8 +171,8 @@ def test_they_are_part_of_a_compensations_identity(changes):
 
 
 def test_a_trace_is_of_the_healed_model(model, changes, tiny_tokenizer, tiny_texts):
-    from var_moe.evaluation.text import TextDocument, encode
-    from var_moe.fitting.norms import norm_trace
+    from var_moe.calibration.norms import norm_trace
+    from var_moe.data.text import TextDocument, encode
     from var_moe.models.loading import LoadedModel
     from var_moe.tracing.policies import evaluate_policy
     from var_moe.tracing.record import record_trace

@@ -7,11 +7,11 @@ import gc
 import pytest
 import torch
 
-from var_moe.apply import automatic
-from var_moe.models import packed_experts as room
-from var_moe.models.packed_experts import PackedExperts, can_pack, has_kernels
-from var_moe.models.seam import execute, experts_modules, pair_backend
-from var_moe.models.sorted_experts import SortedExperts
+from var_moe.execution.backends import packed as room
+from var_moe.execution.backends.packed import PackedExperts, can_pack, has_kernels
+from var_moe.execution.backends.sorted import SortedExperts
+from var_moe.execution.dispatch import execute, experts_modules, pair_backend
+from var_moe.execution.session import automatic
 
 pytestmark = pytest.mark.skipif(
     not has_kernels(torch.float32), reason="this build of torch has no oneDNN products"

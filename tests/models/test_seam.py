@@ -8,10 +8,10 @@ import pytest
 import torch
 from contract import DropLastPair, Failing, logits
 
-from var_moe.apply import routed
 from var_moe.config import VARConfig
 from var_moe.errors import UsageError
-from var_moe.models.seam import experts_modules
+from var_moe.execution.dispatch import experts_modules
+from var_moe.execution.session import routed
 from var_moe.routing.decision import Tier
 from var_moe.routing.fast_path import ResidualMeans, RoutingTable
 from var_moe.routing.native import NativePolicy

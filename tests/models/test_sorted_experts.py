@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from var_moe.models import sorted_experts as room
-from var_moe.models.sorted_experts import SortedExperts
+from var_moe.execution.backends import sorted as room
+from var_moe.execution.backends.sorted import SortedExperts
 
 
 def one_by_one(module, hidden, index):

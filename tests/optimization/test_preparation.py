@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from tokenizers.processors import ByteLevel
 
+from var_moe.calibration.fitted_files import DAMAGE_FILE
+from var_moe.calibration.profile import RoutingProfile
+from var_moe.data.documents import EncodedDocument
 from var_moe.errors import UsageError
-from var_moe.evaluation.documents import EncodedDocument
 from var_moe.models.loading import load_model
 from var_moe.optimization.preparation import DAMAGE_FOLDER, halves, obtain_profile
-from var_moe.profiling.fitted_files import DAMAGE_FILE
-from var_moe.profiling.profile import RoutingProfile
 
 
 def documents(ids):

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from var_moe.config import VARConfig
+from var_moe.data.documents import EncodedDocument
 from var_moe.errors import UsageError
 from var_moe.evaluation.compare import Quality
-from var_moe.evaluation.documents import EncodedDocument
 from var_moe.evaluation.groups import datasets_of, worst_of
 from var_moe.evaluation.paired import degradation
 from var_moe.evaluation.perplexity import DocumentLosses

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from traces import OPTIONS
 
-from var_moe.evaluation.text import TextDocument, encode
+from var_moe.calibration.collect import collect_profile
+from var_moe.data.text import TextDocument, encode
 from var_moe.models.loading import LoadedModel
-from var_moe.profiling.collect import collect_profile
 from var_moe.tracing.record import record_trace
 
 

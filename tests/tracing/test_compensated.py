@@ -10,10 +10,10 @@ from test_record import STEP, Nudged, nll_with
 from traces import OPTIONS
 
 from damages import compensation_of, damage_model
-from var_moe.apply import routed
+from var_moe.calibration.fit_damage import fit_damage, predicted, tau_for
 from var_moe.errors import UsageError
 from var_moe.evaluation.perplexity import document_losses
-from var_moe.fitting.damage import fit_damage, predicted, tau_for
+from var_moe.execution.session import routed
 from var_moe.models.loading import LoadedModel
 from var_moe.routing.compensation import Compensation
 from var_moe.routing.damage import DamagePolicy

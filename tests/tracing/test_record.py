@@ -10,14 +10,14 @@ import pytest
 import torch
 from traces import OPTIONS
 
-from var_moe.apply import routed
+from var_moe.data.documents import EncodedDocument
 from var_moe.errors import UsageError
 from var_moe.evaluation.batching import batches
-from var_moe.evaluation.documents import EncodedDocument
 from var_moe.evaluation.perplexity import document_losses
+from var_moe.execution.backends.sorted import weighted_sum
+from var_moe.execution.dispatch import attach, detach, pair_backend
+from var_moe.execution.session import routed
 from var_moe.models.loading import LoadedModel
-from var_moe.models.seam import attach, detach, pair_backend
-from var_moe.models.sorted_experts import weighted_sum
 from var_moe.routing.native import NativePolicy
 from var_moe.routing.ranking import leading_count, rank_slots
 from var_moe.tracing import record
@@ -174,7 +174,7 @@ def test_damages_are_what_the_loss_does(
 
 def test_foreign_experts_are_none_of_the_chosen(loaded, documents, monkeypatch):
     """Their outputs, weighted as the leading ones, make the damage of this kind."""
-    from var_moe.tracing.damage import DamageProbe
+    from var_moe.tracing.first_order import DamageProbe
 
     drawn = []
     draw = DamageProbe._draw

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from var_moe.analysis.spans import SEPARATOR, GPUProfiler, summary
-from var_moe.apply import automatic, routed
 from var_moe.errors import UsageError
 from var_moe.evaluation.throughput import backend_arm
+from var_moe.execution.backends.sorted import SortedExperts
+from var_moe.execution.dispatch import PairBackend, experts_modules, pair_backend
+from var_moe.execution.session import automatic, routed
 from var_moe.models.router_hooks import router_modules
-from var_moe.models.seam import PairBackend, experts_modules, pair_backend
-from var_moe.models.sorted_experts import SortedExperts
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.decision import Routing, TokenBatch
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from var_moe.analysis.clocks import PeakMemory
-from var_moe.apply import routed
 from var_moe.evaluation.throughput import backend_arm
+from var_moe.execution.session import routed
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.counts import RoutingReport
 from var_moe.routing.decision import Routing, TokenBatch

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from var_moe.analysis.systems import AnalysisSettings, analyse
 from var_moe.config import VARConfig
+from var_moe.data.text import as_documents, require_documents
+from var_moe.data.token_ids import check_documents
 from var_moe.evaluation.compare import Evaluator, Progress, SpeedSetting
-from var_moe.evaluation.text import as_documents, require_documents
-from var_moe.evaluation.token_ids import check_documents
 from var_moe.models.loading import LoadedModel
 
 if TYPE_CHECKING:
+    from var_moe.calibration.profile import RoutingProfile
     from var_moe.optimization.candidate import Candidate
-    from var_moe.profiling.profile import RoutingProfile
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def profile_full_pipeline(
     Args:
         model: a transformers MoE causal language model.
         tokenizer: its tokenizer.
-        texts: what `var_moe.evaluation.text.as_documents` takes: texts, or token ids.
+        texts: what `var_moe.data.text.as_documents` takes: texts, or token ids.
         config: a `VARConfig` or `PolicySettings`; by default the balanced preset.
         profile: routing statistics of other text. Without one, half of the texts are profiled
             and speed is measured on the other half.
@@ -53,7 +53,7 @@ def profile_full_pipeline(
     Raises:
         UsageError: the model is no MoE, or there is too little text.
     """
-    from var_moe.profiling.collect import collect_profile
+    from var_moe.calibration.collect import collect_profile
 
     loaded = LoadedModel.of(model, tokenizer)
     documents = as_documents(texts, tokenizer)

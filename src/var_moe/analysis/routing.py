@@ -19,7 +19,7 @@ from var_moe.storage import SCHEMA_VERSION, provenance
 if TYPE_CHECKING:
     import pandas as pd
 
-    from var_moe.profiling.profile import RoutingProfile
+    from var_moe.calibration.profile import RoutingProfile
 
 Floats = NDArray[np.float64]
 

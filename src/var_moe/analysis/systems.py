@@ -17,10 +17,10 @@ from var_moe.analysis.performance import PerformanceModel
 from var_moe.analysis.roofline import roofline
 from var_moe.analysis.scaling import BATCH_SIZES, SEQUENCES, measure_scaling
 from var_moe.analysis.work import shapes_of
-from var_moe.apply import automatic
 from var_moe.config import VARConfig, check_number
 from var_moe.evaluation.compare import Evaluator, Progress, Speed
 from var_moe.evaluation.cost import CostModel, fit_cost_model
+from var_moe.execution.session import automatic
 from var_moe.growing import GrowingResult
 from var_moe.optimization.candidate import Candidate, kind_of, policy_of
 from var_moe.optimization.objective import make_objective
@@ -29,7 +29,7 @@ from var_moe.optimization.results import jsonable
 from var_moe.storage import SCHEMA_VERSION, atomic_write_json, check_output_folder, provenance
 
 if TYPE_CHECKING:
-    from var_moe.profiling.profile import RoutingProfile
+    from var_moe.calibration.profile import RoutingProfile
     from var_moe.routing.base import RoutingPolicy
 
 SYSTEMS_FILE, PROFILE_FILE = "systems_analysis.json", "profile_report.json"

@@ -19,7 +19,7 @@ import numpy as np
 
 from var_moe.analysis.components import attention_modules
 from var_moe.evaluation.cost import expected_experts
-from var_moe.models.seam import experts_modules
+from var_moe.execution.dispatch import experts_modules
 
 
 @dataclass(frozen=True, kw_only=True)

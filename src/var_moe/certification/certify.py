@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from var_moe.calibration.fitted_files import load_compensation
+from var_moe.calibration.profile import RoutingProfile
 from var_moe.certification.apart import judged_apart
 from var_moe.certification.candidates import Named, find_candidates
 from var_moe.certification.conclusion import Work, conclusion, head, too_few
@@ -35,14 +37,12 @@ from var_moe.optimization.preparation import EncodedText, halves, read_text, sam
 from var_moe.optimization.results import jsonable
 from var_moe.optimization.saving import CONFIG_FILE
 from var_moe.optimization.validation import find_profile
-from var_moe.profiling.fitted_files import load_compensation
-from var_moe.profiling.profile import RoutingProfile
 from var_moe.report.certificate import certificate_page
 from var_moe.routing.base import RoutingPolicy
 from var_moe.storage import atomic_write_json, atomic_write_text, check_output_folder
 
 if TYPE_CHECKING:
-    from var_moe.evaluation.documents import EncodedDocument
+    from var_moe.data.documents import EncodedDocument
     from var_moe.models.loading import LoadedModel
 
 CERTIFICATE_FILE = "certificate.json"

@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from var_moe.calibration.fitted_files import load_compensation
+from var_moe.calibration.profile import RoutingProfile
 from var_moe.certification.certify import CERTIFICATE_FILE
 from var_moe.config import VARConfig
 from var_moe.errors import UsageError, VarMoeError
-from var_moe.exported.folder import save_exported
-from var_moe.exported.place import CARD_FILE
 from var_moe.optimization.candidate import Candidate, load_candidate, policy_of
 from var_moe.optimization.saving import CONFIG_FILE, METADATA_FILE
 from var_moe.optimization.validation import find_profile
-from var_moe.profiling.fitted_files import load_compensation
-from var_moe.profiling.profile import RoutingProfile
 from var_moe.report.model_card import model_card
+from var_moe.serving.folder import save_exported
+from var_moe.serving.place import CARD_FILE
 from var_moe.storage import atomic_write_text, check_output_folder, entries_of, read_json
 
 _QUOTED = ("sentence", "confirmatory", "not_claimed", "alpha", "max_degradation", "text")

@@ -10,15 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from var_moe.config import check_seed
-from var_moe.evaluation.documents import by_page
+from var_moe.data.documents import by_page
 from var_moe.evaluation.groups import Groups
 from var_moe.evaluation.perplexity import DocumentLosses
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.decision import Tier
 
 if TYPE_CHECKING:
+    from var_moe.data.documents import EncodedDocument
     from var_moe.evaluation.compare import Evaluator
-    from var_moe.evaluation.documents import EncodedDocument
 
 Unit = Sequence["EncodedDocument"]
 """The documents of one page: what is drawn independently of the rest."""

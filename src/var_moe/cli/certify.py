@@ -63,8 +63,8 @@ def certify(
         quiet: no progress.
     """
     from var_moe.cli.searched import search_of
+    from var_moe.data.text import check_dataset
     from var_moe.errors import UsageError
-    from var_moe.evaluation.text import check_dataset
     from var_moe.models.loading import check_name
     from var_moe.optimization.saving import CONFIG_FILE
     from var_moe.storage import check_output_folder

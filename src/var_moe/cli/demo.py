@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from var_moe.cli.output import Answer
 
 if TYPE_CHECKING:
+    from var_moe.calibration.profile import RoutingProfile
     from var_moe.cli.progress import StageProgress
     from var_moe.models.loading import LoadedModel
     from var_moe.optimization.conclusion import TuneOutcome
-    from var_moe.profiling.profile import RoutingProfile
 
 CALIBRATION_TOKENS, DAMAGE_TOKENS = 30_000, 15_000
 SEARCH_DOCUMENTS, FINAL_DOCUMENTS = 30, 60
@@ -52,9 +52,9 @@ def demo(*, output: Path = Path("results/demo"), quiet: bool = False) -> Answer:
 
 
 def _profile(loaded: LoadedModel, output: Path, progress: StageProgress | None) -> RoutingProfile:
-    from var_moe.fitting.calibrate import with_damages
+    from var_moe.calibration.calibrate import with_damages
+    from var_moe.calibration.collect import collect_profile
     from var_moe.optimization.preparation import DAMAGE_FOLDER, PROFILE_FOLDER, read_text
-    from var_moe.profiling.collect import collect_profile
 
     _say(
         "2/4  The profile",

@@ -163,8 +163,8 @@ def backends() -> list[dict[str, Any]]:
     import torch
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    from var_moe.models.packed_experts import has_kernels
-    from var_moe.models.seam import IMPLEMENTATION, PACKED, SORTED, execute, pair_backend
+    from var_moe.execution.backends.packed import has_kernels
+    from var_moe.execution.dispatch import IMPLEMENTATION, PACKED, SORTED, execute, pair_backend
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     module, hidden, index, weight = _layer(device)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from var_moe.fitting.heal import HealSettings
+    from var_moe.calibration.heal import HealSettings
 
 from var_moe.cli.output import Answer
 from var_moe.config import check_count
@@ -66,7 +66,7 @@ def fit_compensation(
         trust_remote_code: run a Hub model's own code.
         quiet: no progress.
     """
-    from var_moe.evaluation.text import check_dataset, load_text
+    from var_moe.data.text import check_dataset, load_text
     from var_moe.models.loading import check_name
     from var_moe.storage import check_output_folder
 
@@ -77,13 +77,13 @@ def fit_compensation(
     check_dataset(dataset)
     if not quiet:
         print(f"loading model {model} ...", file=sys.stderr, flush=True)
+    from var_moe.calibration.calibrate import DAMAGE_TOKENS, learn_compensation
+    from var_moe.calibration.fit_compensation import FitSettings
+    from var_moe.calibration.fitted_files import FOLDER, save_compensation
+    from var_moe.calibration.profile import RoutingProfile
     from var_moe.cli.progress import StageProgress
-    from var_moe.fitting.calibrate import DAMAGE_TOKENS, learn_compensation
-    from var_moe.fitting.compensation import FitSettings
     from var_moe.models.loading import load_model
     from var_moe.optimization.preparation import tokenised
-    from var_moe.profiling.fitted_files import FOLDER, save_compensation
-    from var_moe.profiling.profile import RoutingProfile
 
     healing = _healing(heal, heal_tokens, heal_rate, control)
     known = RoutingProfile.load(profile)
@@ -145,7 +145,7 @@ def _healing(
         if given or control:
             raise UsageError("--heal_tokens, --heal_rate and --control belong to --heal")
         return None
-    from var_moe.fitting.heal import HealSettings
+    from var_moe.calibration.heal import HealSettings
 
     names = tuple(dict.fromkeys(part.strip() for part in parts.split(",")))
     return HealSettings(parts=names, control=control, **given)

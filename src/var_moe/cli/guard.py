@@ -13,8 +13,8 @@ from var_moe.cli.output import Answer
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from var_moe.data.documents import EncodedDocument
     from var_moe.evaluation.compare import Progress
-    from var_moe.evaluation.documents import EncodedDocument
     from var_moe.models.loading import LoadedModel
     from var_moe.routing.base import RoutingPolicy
     from var_moe.routing.guard import Guard
@@ -66,8 +66,8 @@ def guard(
     from var_moe.cli.report import make_report
     from var_moe.cli.searched import search_of
     from var_moe.config import check_number
+    from var_moe.data.text import check_dataset, load_text
     from var_moe.errors import UsageError
-    from var_moe.evaluation.text import check_dataset, load_text
     from var_moe.models.loading import check_name
     from var_moe.optimization.candidate import load_candidate, policy_of
     from var_moe.optimization.saving import CONFIG_FILE
@@ -154,8 +154,8 @@ def _checked(
     progress: Progress | None,
 ) -> dict[str, Any]:
     """Play documents to the guard, from empty caches; one to a forward's row."""
-    from var_moe.apply import routed
     from var_moe.evaluation.guarding import play
+    from var_moe.execution.session import routed
 
     with routed(loaded.model, policy, guard=made) as session:
         session.reset()

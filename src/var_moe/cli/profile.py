@@ -45,7 +45,7 @@ def profile(
     from var_moe.storage import check_output_folder
 
     if profile is not None:
-        from var_moe.profiling.profile import RoutingProfile
+        from var_moe.calibration.profile import RoutingProfile
 
         ready = RoutingProfile.load(profile)
         _print(ready, profile)
@@ -53,18 +53,18 @@ def profile(
     check_output_folder(output)
     check_count("max_tokens", max_tokens)
     check_count("damage_tokens", damage_tokens, 0)
-    from var_moe.evaluation.text import check_dataset, load_text
+    from var_moe.data.text import check_dataset, load_text
     from var_moe.models.loading import check_name
 
     check_name(model)
     check_dataset(dataset)
     if not quiet:
         print(f"loading model {model} ...", file=sys.stderr, flush=True)
+    from var_moe.calibration.calibrate import DAMAGE_TOKENS, with_damages
+    from var_moe.calibration.collect import DEFAULT_TOKENS, collect_profile
     from var_moe.cli.progress import StageProgress
-    from var_moe.fitting.calibrate import DAMAGE_TOKENS, with_damages
     from var_moe.models.loading import load_model
     from var_moe.optimization.preparation import DAMAGE_FOLDER, tokenised
-    from var_moe.profiling.collect import DEFAULT_TOKENS, collect_profile
 
     texts = load_text(dataset, split)
     with StageProgress() as progress:
@@ -102,7 +102,7 @@ def profile(
 def _print(profile: object, output: Path) -> None:
     from rich.table import Table
 
-    from var_moe.profiling.profile import RoutingProfile
+    from var_moe.calibration.profile import RoutingProfile
     from var_moe.terminal import show
 
     assert isinstance(profile, RoutingProfile)

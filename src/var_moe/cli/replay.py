@@ -12,10 +12,10 @@ from var_moe.cli.output import Answer
 from var_moe.errors import UsageError
 
 if TYPE_CHECKING:
+    from var_moe.calibration.profile import RoutingProfile
     from var_moe.evaluation.compare import Progress
     from var_moe.evaluation.cost import CostModel
     from var_moe.optimization.candidate import Candidate
-    from var_moe.profiling.profile import RoutingProfile
     from var_moe.tracing.policies import PolicyReplay
     from var_moe.tracing.replay import Replay, TraceReplay
 
@@ -75,8 +75,8 @@ def replay(
     configs = _configs(config or [], preset or [], mode)
     place = _profile_folder(trace, profile)
     model = _cost_model(cost, [trace, trace.parent, place, place.parent])
+    from var_moe.calibration.profile import RoutingProfile
     from var_moe.models.checks import check_droppable
-    from var_moe.profiling.profile import RoutingProfile
     from var_moe.tracing.replay import TraceReplay
     from var_moe.tracing.trace import RoutingTrace
 
@@ -115,7 +115,7 @@ def _configs(files: list[Path], presets: list[str], mode: str | None) -> dict[st
 
 
 def _profile_folder(trace: Path, given: Path | None) -> Path:
-    from var_moe.profiling.profile import HEAD_FILE
+    from var_moe.calibration.profile import HEAD_FILE
 
     if given is not None:
         return given

@@ -14,12 +14,12 @@ from var_moe.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Collection
 
+    from var_moe.calibration.fitted_files import FittedCompensation
+    from var_moe.calibration.profile import RoutingProfile
+    from var_moe.data.documents import TextSplit
     from var_moe.evaluation.compare import Evaluator, Progress
-    from var_moe.evaluation.documents import TextSplit
     from var_moe.models.loading import LoadedModel
     from var_moe.optimization.preparation import EncodedText
-    from var_moe.profiling.fitted_files import FittedCompensation
-    from var_moe.profiling.profile import RoutingProfile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Subject:
         Raises:
             UsageError: names the option that is wrong.
         """
-        from var_moe.evaluation.text import check_dataset
+        from var_moe.data.text import check_dataset
         from var_moe.models.loading import check_name
         from var_moe.storage import check_output_folder
 
@@ -76,11 +76,11 @@ class Subject:
         Raises:
             UsageError: something is missing, or does not fit the model.
         """
+        from var_moe.calibration.fitted_files import load_compensation
+        from var_moe.data.text import load_text, require_documents
         from var_moe.evaluation.compare import Evaluator
-        from var_moe.evaluation.text import load_text, require_documents
         from var_moe.models.loading import load_model
         from var_moe.optimization.preparation import sample_documents, tokenised
-        from var_moe.profiling.fitted_files import load_compensation
 
         text = load_text(self.dataset, self.split)
         require_documents(text.documents, 2, "comparing perplexities")
@@ -115,8 +115,8 @@ class Subject:
 
     def _known_profile(self, *, needed: bool) -> RoutingProfile | None:
         """The profile that is given, or else the one that lies beside the configuration."""
+        from var_moe.calibration.profile import RoutingProfile
         from var_moe.optimization.validation import profile_beside
-        from var_moe.profiling.profile import RoutingProfile
 
         if self.profile is not None:
             return RoutingProfile.load(self.profile)
@@ -140,10 +140,10 @@ class Subject:
         self, names: Collection[str | None], known: RoutingProfile | None, top_k: int
     ) -> None:
         """Refuse a compensation that there can't be, before a profile is made for it."""
+        from var_moe.calibration.fitted_files import FOLDER
+        from var_moe.calibration.profile import check_compensation
+        from var_moe.calibration.residuals import may_tell_pairs
         from var_moe.optimization.preparation import PROFILE_FOLDER
-        from var_moe.profiling.fitted_files import FOLDER
-        from var_moe.profiling.profile import check_compensation
-        from var_moe.profiling.residuals import may_tell_pairs
 
         own = self.output / PROFILE_FOLDER / FOLDER
         possible = list(known.compensations()) if known else ["none"]

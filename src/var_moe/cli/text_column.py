@@ -28,8 +28,8 @@ def with_text_column(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def run(*words: Any, text_column: str | None = None, **options: Any) -> Any:
         if text_column is not None:
+            from var_moe.data.columns import with_column
             from var_moe.errors import UsageError
-            from var_moe.evaluation.columns import with_column
 
             if not options.get("dataset"):
                 raise UsageError(f"--text_column {text_column} needs the --dataset that has it")

@@ -12,10 +12,10 @@ from var_moe.config import check_count
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from var_moe.calibration.profile import RoutingProfile
     from var_moe.cli.progress import StageProgress
-    from var_moe.evaluation.documents import EncodedDocument
+    from var_moe.data.documents import EncodedDocument
     from var_moe.models.loading import LoadedModel
-    from var_moe.profiling.profile import RoutingProfile
     from var_moe.tracing.trace import RoutingTrace
 
 
@@ -59,7 +59,7 @@ def trace(
         trust_remote_code: run a Hub model's own code.
         quiet: no progress.
     """
-    from var_moe.evaluation.text import check_dataset, load_text
+    from var_moe.data.text import check_dataset, load_text
     from var_moe.models.loading import check_name
     from var_moe.storage import check_output_folder
 
@@ -75,10 +75,10 @@ def trace(
     check_dataset(dataset)
     if not quiet:
         print(f"loading model {model} ...", file=sys.stderr, flush=True)
+    from var_moe.calibration.profile import RoutingProfile
     from var_moe.cli.progress import StageProgress
     from var_moe.models.loading import load_model
     from var_moe.optimization.preparation import obtain_profile, sample_documents, tokenised
-    from var_moe.profiling.profile import RoutingProfile
     from var_moe.tracing.record import record_trace
 
     texts = load_text(dataset, split)
@@ -159,7 +159,7 @@ def _size(
 ) -> str:
     """What will be written, before it is."""
     from var_moe.evaluation.batching import drawn
-    from var_moe.models.seam import experts_modules
+    from var_moe.execution.dispatch import experts_modules
     from var_moe.tracing.trace import bytes_per_token
 
     chosen = drawn(documents, *asked)

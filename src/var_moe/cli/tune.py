@@ -127,9 +127,9 @@ def tune(
         )
     if from_ is not None:
         return answer(from_, max_degradation, output)
-    from var_moe.evaluation.text import check_dataset
+    from var_moe.calibration.collect import DEFAULT_TOKENS
+    from var_moe.data.text import check_dataset
     from var_moe.optimization.settings import DEFAULT_SAMPLES, TuneSettings
-    from var_moe.profiling.collect import DEFAULT_TOKENS
 
     # Everything that can be wrong is looked at before the model is loaded.
     model, dataset, output = model or "demo", dataset or "demo", output or DEFAULT_OUTPUT

@@ -15,7 +15,7 @@ from var_moe.errors import UsageError
 from var_moe.routing.decision import TokenBatch
 
 if TYPE_CHECKING:
-    from var_moe.evaluation.documents import EncodedDocument
+    from var_moe.data.documents import EncodedDocument
 
 
 @dataclass(frozen=True)

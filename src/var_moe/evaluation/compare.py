@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from var_moe.apply import automatic, routed
 from var_moe.evaluation.batching import full_batches
 from var_moe.evaluation.groups import Worst, any_over, datasets_of, worst_of
 from var_moe.evaluation.paired import Degradation, both_scored, degradation
@@ -24,7 +23,8 @@ from var_moe.evaluation.throughput import (
     policy_arm,
     time_arms,
 )
-from var_moe.models.seam import experts_modules
+from var_moe.execution.dispatch import experts_modules
+from var_moe.execution.session import automatic, routed
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.counts import RoutingReport
 from var_moe.routing.fixed_k import FixedKPolicy
@@ -32,7 +32,7 @@ from var_moe.routing.native import NativePolicy
 from var_moe.routing.ranking import leading_count
 
 if TYPE_CHECKING:
-    from var_moe.evaluation.documents import EncodedDocument
+    from var_moe.data.documents import EncodedDocument
     from var_moe.models.loading import LoadedModel
 
 Progress = Callable[[str, int, int], None]

@@ -20,7 +20,7 @@ from var_moe.evaluation.throughput import (
 from var_moe.routing.base import RoutingPolicy
 
 if TYPE_CHECKING:
-    from var_moe.evaluation.documents import EncodedDocument
+    from var_moe.data.documents import EncodedDocument
 
 BATCH_SIZES = (1, 16)
 _CHOOSING_TOKENS, _CHOOSING_BLOCKS = 16, 3

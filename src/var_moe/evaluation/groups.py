@@ -15,7 +15,7 @@ from var_moe.evaluation.perplexity import DocumentLosses
 from var_moe.evaluation.sequential import FUTILE_ALPHA, is_over
 
 if TYPE_CHECKING:
-    from var_moe.evaluation.documents import EncodedDocument
+    from var_moe.data.documents import EncodedDocument
 
 Groups = Mapping[str, NDArray[np.int64]]
 """Positions of documents by the name of what they are of."""

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from var_moe.apply import Session, routed
 from var_moe.config import check_seed
+from var_moe.data.documents import by_page, check_encoded
 from var_moe.evaluation.batching import Window, collate, windows
 from var_moe.evaluation.compare import Progress
-from var_moe.evaluation.documents import by_page, check_encoded
+from var_moe.execution.session import Session, routed
 from var_moe.models.identity import identity
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.guard import (
@@ -29,7 +29,7 @@ from var_moe.routing.watch import GuardReport
 from var_moe.storage import provenance
 
 if TYPE_CHECKING:
-    from var_moe.evaluation.documents import EncodedDocument
+    from var_moe.data.documents import EncodedDocument
     from var_moe.models.loading import LoadedModel
 
 DEFAULT_ALPHA = 0.01

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from var_moe.data.documents import check_encoded
 from var_moe.errors import UsageError, VarMoeError
 from var_moe.evaluation.batching import Window, batches, collate
-from var_moe.evaluation.documents import check_encoded
 
 if TYPE_CHECKING:
-    from var_moe.apply import Session
-    from var_moe.evaluation.documents import EncodedDocument
+    from var_moe.data.documents import EncodedDocument
+    from var_moe.execution.session import Session
 
 _LOGITS_BYTES = 256 * 2**20  # float32 logits held at once
 

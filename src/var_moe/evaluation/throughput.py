@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from var_moe.apply import routed
-from var_moe.models.seam import experts_modules
+from var_moe.execution.dispatch import experts_modules
+from var_moe.execution.session import routed
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.native import NativePolicy
 

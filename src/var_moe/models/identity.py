@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from var_moe.errors import UsageError
+from var_moe.execution.dispatch import experts_modules
 from var_moe.models.router_hooks import router_fingerprint
-from var_moe.models.seam import experts_modules
 
 if TYPE_CHECKING:
     from var_moe.models.loading import LoadedModel

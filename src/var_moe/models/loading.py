@@ -59,7 +59,7 @@ class LoadedModel:
         Raises:
             UsageError: it is no Mixture-of-Experts model that goes through the experts seam.
         """
-        from var_moe.models.seam import experts_modules
+        from var_moe.execution.dispatch import experts_modules
 
         for given, has, expected in (
             (model, "config", "a transformers model"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from var_moe.errors import UsageError
-from var_moe.models.seam import experts_shape
+from var_moe.execution.dispatch import experts_shape
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.guard import Guard
 from var_moe.routing.shapes import check_model

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from var_moe.errors import UsageError
+from var_moe.execution.dispatch import experts_modules
 from var_moe.models.router_scores import Score, entropy, find_score
-from var_moe.models.seam import experts_modules
 
 
 def router_fingerprint(model: Any) -> list[float]:

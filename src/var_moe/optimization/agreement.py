@@ -7,14 +7,14 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from var_moe.calibration.fitted_files import load_compensation
+from var_moe.calibration.profile import RoutingProfile
 from var_moe.config import VARConfig
 from var_moe.errors import UsageError
 from var_moe.optimization.candidate import Candidate, policy_of
 from var_moe.optimization.replay_forecast import trace_folder
 from var_moe.optimization.seed_runs import SeedRun
 from var_moe.optimization.validation import find_profile
-from var_moe.profiling.fitted_files import load_compensation
-from var_moe.profiling.profile import RoutingProfile
 from var_moe.routing.base import RoutingPolicy
 from var_moe.tracing.executed import executed_experts, share_alike
 from var_moe.tracing.policies import evaluate_policy

@@ -14,7 +14,7 @@ from var_moe.routing.registry import make_policy, policy_spec
 from var_moe.storage import read_json
 
 if TYPE_CHECKING:
-    from var_moe.profiling.profile import RoutingProfile
+    from var_moe.calibration.profile import RoutingProfile
     from var_moe.routing.base import RoutingPolicy
 
 

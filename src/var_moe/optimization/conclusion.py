@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from var_moe.calibration.profile import RoutingProfile
 from var_moe.config import VARConfig
 from var_moe.errors import VarMoeError
 from var_moe.evaluation.apart import Apart
@@ -24,7 +25,6 @@ from var_moe.optimization.saving import (
 from var_moe.optimization.search_space import SearchSpace
 from var_moe.optimization.selection import CONVERGENCE_WINDOW
 from var_moe.optimization.summary import as_text, summary_parts
-from var_moe.profiling.profile import RoutingProfile
 
 
 @dataclass(frozen=True, kw_only=True)

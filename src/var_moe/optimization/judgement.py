@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from var_moe.data.mixture import names_of
 from var_moe.errors import UsageError
-from var_moe.evaluation.mixture import names_of
 
 
 def check_robust(robust: bool, dataset: str) -> None:

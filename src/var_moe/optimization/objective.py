@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from var_moe.calibration.profile import RoutingProfile
 from var_moe.config import DOCUMENTED_FIELDS, VARConfig, check_count, check_number, check_seed
 from var_moe.errors import UsageError
 from var_moe.evaluation.compare import Evaluator, SpeedSetting
@@ -15,7 +16,6 @@ from var_moe.optimization.objective_protocol import check_bound
 from var_moe.optimization.policy_objective import SEARCH_BLOCKS, PeerObjective, PolicyObjective
 from var_moe.optimization.replay_forecast import ReplayForecaster
 from var_moe.optimization.results import OptimizationResult
-from var_moe.profiling.profile import RoutingProfile
 from var_moe.routing.var import VARPolicy
 from var_moe.tracing.replay import TraceReplay
 from var_moe.tracing.trace import RoutingTrace
@@ -173,10 +173,10 @@ def create_objective_function(
     """
     import numpy as np
 
-    from var_moe.evaluation.text import as_documents, require_documents
-    from var_moe.evaluation.token_ids import check_documents
+    from var_moe.calibration.collect import collect_profile
+    from var_moe.data.text import as_documents, require_documents
+    from var_moe.data.token_ids import check_documents
     from var_moe.models.loading import LoadedModel
-    from var_moe.profiling.collect import collect_profile
 
     bound = check_bound(max_quality_degradation)
     check_count("max_samples", max_samples, 2)

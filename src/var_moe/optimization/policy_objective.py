@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from var_moe.calibration.profile import RoutingProfile
 from var_moe.errors import UsageError
 from var_moe.evaluation.compare import Evaluator, Speed
 from var_moe.evaluation.cost import CostModel
@@ -17,7 +18,6 @@ from var_moe.optimization.objective_protocol import check_bound, documented_scor
 from var_moe.optimization.policy_forecast import PolicyForecaster
 from var_moe.optimization.results import Evaluation
 from var_moe.optimization.search_space import COMPENSATION
-from var_moe.profiling.profile import RoutingProfile
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.compensation import Compensation
 from var_moe.routing.damage import DamageModel

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from var_moe.calibration.calibrate import with_damages
+from var_moe.calibration.collect import DEFAULT_TOKENS, collect_profile
+from var_moe.calibration.profile import HEAD_FILE, RoutingProfile
 from var_moe.config import check_seed
+from var_moe.data.documents import by_page, ids_hash
+from var_moe.data.mixture import in_turn
 from var_moe.errors import UsageError
 from var_moe.evaluation.compare import Progress
-from var_moe.evaluation.documents import by_page, ids_hash
-from var_moe.evaluation.mixture import in_turn
-from var_moe.fitting.calibrate import with_damages
 from var_moe.models.identity import difference, identity
-from var_moe.profiling.collect import DEFAULT_TOKENS, collect_profile
-from var_moe.profiling.profile import HEAD_FILE, RoutingProfile
 
 if TYPE_CHECKING:
-    from var_moe.evaluation.documents import EncodedDocument, TextSplit
+    from var_moe.data.documents import EncodedDocument, TextSplit
     from var_moe.models.loading import LoadedModel
 
 PROFILE_FOLDER = "profile"
@@ -57,15 +57,15 @@ class EncodedText:
 
 def read_text(dataset: str, split: str, loaded: LoadedModel) -> EncodedText:
     """Load and tokenise one split."""
-    from var_moe.evaluation.text import load_text
+    from var_moe.data.text import load_text
 
     return tokenised(load_text(dataset, split), loaded)
 
 
 def tokenised(text: TextSplit, loaded: LoadedModel) -> EncodedText:
     """A split that was loaded before the model, so that a wrong one was refused before it."""
-    from var_moe.evaluation.text import encode
-    from var_moe.evaluation.token_ids import check_documents
+    from var_moe.data.text import encode
+    from var_moe.data.token_ids import check_documents
 
     documents = encode(text, loaded.tokenizer)
     where = f"{text.dataset} ({text.split})"
@@ -164,7 +164,7 @@ def obtain_profile(
         profile = RoutingProfile.load(given)
         profile.check_loaded(loaded)
         return profile, given
-    from var_moe.evaluation.text import load_text
+    from var_moe.data.text import load_text
 
     text = tokenised(calibration or load_text(dataset, "calibration"), loaded)
     place = folder / PROFILE_FOLDER if folder else None

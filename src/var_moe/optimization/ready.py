@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from var_moe.calibration.fitted_files import load_compensation
+from var_moe.calibration.profile import RoutingProfile
 from var_moe.evaluation.compare import Evaluator, Progress
 from var_moe.models.checks import check_droppable
 from var_moe.optimization.objective import make_objective
@@ -14,8 +16,6 @@ from var_moe.optimization.policy_objective import PolicyObjective
 from var_moe.optimization.preparation import EncodedText, halves, obtain_profile, read_text
 from var_moe.optimization.search_space import COMPENSATION, SearchSpace
 from var_moe.optimization.settings import TuneSettings
-from var_moe.profiling.fitted_files import load_compensation
-from var_moe.profiling.profile import RoutingProfile
 
 if TYPE_CHECKING:
     from var_moe.models.loading import LoadedModel
@@ -52,7 +52,7 @@ def prepare(
     Raises:
         UsageError: bad input, too little text, a model with one expert per token.
     """
-    from var_moe.evaluation.text import require_documents
+    from var_moe.data.text import require_documents
 
     check_droppable(loaded.name, loaded.top_k)
     validation = read_text(settings.dataset, "validation", loaded)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from var_moe.calibration.collect import DEFAULT_TOKENS
 from var_moe.config import check_count, check_seed
 from var_moe.errors import UsageError
 from var_moe.evaluation.compare import SpeedSetting
@@ -21,7 +22,6 @@ from var_moe.optimization.search_space import (
     check_grid,
     parse_bounds,
 )
-from var_moe.profiling.collect import DEFAULT_TOKENS
 from var_moe.routing.registry import policy_spec
 from var_moe.storage import check_output_folder
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from var_moe.calibration.fitted_files import load_compensation
+from var_moe.calibration.profile import RoutingProfile
 from var_moe.errors import UsageError
 from var_moe.evaluation.apart import measure_apart
 from var_moe.evaluation.compare import Evaluator, Progress, Speed, SpeedSetting
@@ -16,8 +18,6 @@ from var_moe.optimization.objective_protocol import check_bound
 from var_moe.optimization.preparation import PROFILE_FOLDER, read_text, sample_documents
 from var_moe.optimization.results import jsonable
 from var_moe.optimization.saving import METADATA_FILE
-from var_moe.profiling.fitted_files import load_compensation
-from var_moe.profiling.profile import RoutingProfile
 from var_moe.routing.random_skip import RandomSkipPolicy
 from var_moe.routing.ranking import leading_count
 from var_moe.storage import SCHEMA_VERSION, entries_of, provenance, read_json
@@ -123,7 +123,7 @@ def validate(
     Raises:
         UsageError: a file is missing or wrong, or the profile is not the search's.
     """
-    from var_moe.evaluation.text import require_documents
+    from var_moe.data.text import require_documents
 
     bound = check_bound(max_degradation)
     if runs < 3:

@@ -20,7 +20,7 @@ from var_moe.routing.ranking import rescaled
 from var_moe.tracing.decisions import predicted_degradation
 
 if TYPE_CHECKING:
-    from var_moe.profiling.profile import RoutingProfile
+    from var_moe.calibration.profile import RoutingProfile
     from var_moe.tracing.trace import RoutingTrace
 
 _TOKENS_PER_CHUNK = 16_384  # padded

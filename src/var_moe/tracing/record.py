@@ -9,29 +9,29 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from var_moe.data.documents import ids_hash
 from var_moe.errors import UsageError, VarMoeError
 from var_moe.evaluation.batching import Window, batches, collate, drawn
-from var_moe.evaluation.documents import ids_hash
+from var_moe.execution.backends.sorted import weighted_sum
+from var_moe.execution.dispatch import attach, detach, experts_shape, pair_backend
 from var_moe.models.healed_weights import healed_weights
 from var_moe.models.identity import identity
 from var_moe.models.router_hooks import RouterLogits
-from var_moe.models.seam import attach, detach, experts_shape, pair_backend
-from var_moe.models.sorted_experts import weighted_sum
 from var_moe.routing.compensation import Compensation
 from var_moe.routing.damage import DamageModel
 from var_moe.routing.decision import TokenBatch
 from var_moe.routing.healed import Healed
 from var_moe.routing.ranking import rank_slots, shares
 from var_moe.storage import SCHEMA_VERSION, provenance
-from var_moe.tracing.damage import DamageProbe
+from var_moe.tracing.first_order import DamageProbe
 from var_moe.tracing.loss import loss_and_gradient, scored_targets
 from var_moe.tracing.shards import Writer, joined, key_of
 from var_moe.tracing.trace import RoutingTrace
 
 if TYPE_CHECKING:
-    from var_moe.evaluation.documents import EncodedDocument
+    from var_moe.calibration.profile import RoutingProfile
+    from var_moe.data.documents import EncodedDocument
     from var_moe.models.loading import LoadedModel
-    from var_moe.profiling.profile import RoutingProfile
 
 LABELS = ("text", "sampled")
 _FORMAT = 2  # of what is recorded: a recording of another one is not gone on with

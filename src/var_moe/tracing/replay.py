@@ -32,7 +32,7 @@ from var_moe.tracing.slots import Hits, layer_hits
 from var_moe.tracing.stays import Bools, Recency, Stays
 
 if TYPE_CHECKING:
-    from var_moe.profiling.profile import RoutingProfile
+    from var_moe.calibration.profile import RoutingProfile
     from var_moe.tracing.trace import RoutingTrace
 
 

@@ -19,8 +19,8 @@ from var_moe.models.identity import check_fits, difference
 from var_moe.tracing.shards import HEAD_FILE, Writer, read_head, read_shards
 
 if TYPE_CHECKING:
+    from var_moe.calibration.profile import RoutingProfile
     from var_moe.models.loading import LoadedModel
-    from var_moe.profiling.profile import RoutingProfile
 
 DAMAGE = ("cut", "cut_residual", "cut_compensated", "next", "foreign")
 """Names of the changes whose first-order damage a trace can hold; see `tracing.damage`."""

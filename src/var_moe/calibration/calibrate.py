@@ -1,0 +1,248 @@
+"""From calibration text to predicted damages, and on to a learned compensation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from var_moe.calibration.fit_compensation import KEPT_SHARES, FitSettings, fit_compensation
+from var_moe.calibration.fit_damage import fit_damage, predicted, tau_for
+from var_moe.calibration.fitted_files import FittedCompensation
+from var_moe.calibration.heal import HealSettings, heal
+from var_moe.calibration.norms import norm_trace
+from var_moe.execution.dispatch import experts_shape
+from var_moe.models.checks import check_droppable
+from var_moe.models.identity import identity
+from var_moe.routing.compensation import Compensation
+from var_moe.storage import provenance
+from var_moe.tracing.record import NoBackwardError, record_trace
+
+if TYPE_CHECKING:
+    from var_moe.calibration.profile import RoutingProfile
+    from var_moe.data.documents import EncodedDocument
+    from var_moe.models.loading import LoadedModel
+    from var_moe.routing.damage import DamageModel
+    from var_moe.tracing.trace import RoutingTrace
+
+log = logging.getLogger(__name__)
+
+DAMAGE_TOKENS = 150_000
+"""Calibration tokens of a damage pass."""
+HIDDEN_BYTES = 4 * 2**30
+"""Above this the layers' inputs are not recorded, and damages are predicted without them."""
+Progress = Callable[[str, int, int], None]
+
+
+def calibration_trace(
+    loaded: LoadedModel,
+    documents: Sequence[EncodedDocument],
+    *,
+    data: Mapping[str, str],
+    compensation: Compensation | None,
+    tokens: int = DAMAGE_TOKENS,
+    folder: Path | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> RoutingTrace:
+    """Record what damages are fitted to: one backward pass on labels sampled from the model.
+
+    Where the model allows none, sizes of changes stand in (`fitting.norms`), and this is logged.
+
+    Args:
+        loaded: the model.
+        documents: calibration text.
+        data: ``dataset`` and ``data_hash``, for the trace's head.
+        compensation: also take the damages with this in place.
+        tokens: at most so many.
+        folder: where the trace grows, so that a killed pass goes on; by default in memory.
+        seed: draws documents and labels.
+        progress: called with what is done, tokens done and in all.
+    """
+    about = identity(loaded)
+    hidden = experts_shape(loaded.model)["hidden"]
+    report = progress
+    told = (lambda done, total: report("predicting damages", done, total)) if report else None
+    try:
+        return record_trace(
+            loaded,
+            documents,
+            dataset=data["dataset"],
+            data_hash=data["data_hash"],
+            folder=folder,
+            compensation=compensation,
+            labels="sampled",
+            stored=False,
+            hidden=2 * hidden * about["layers"] * tokens <= HIDDEN_BYTES,
+            max_tokens=tokens,
+            seed=seed,
+            progress=told,
+        )
+    except NoBackwardError as error:
+        log.warning("%s; damages are estimated from the sizes of changes instead", error)
+        return norm_trace(
+            loaded, documents, compensation=compensation, tokens=tokens, seed=seed, progress=told
+        )
+
+
+def calibrate_damages(
+    loaded: LoadedModel,
+    profile: RoutingProfile,
+    documents: Sequence[EncodedDocument],
+    *,
+    data: Mapping[str, str],
+    tokens: int = DAMAGE_TOKENS,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, DamageModel]:
+    """The damage models of a profile: for rescaled cuts, and with residual means where K = 2.
+
+    Args: see `calibration_trace`; ``folder`` is emptied at the end.
+    """
+    means = profile.compensations().get("means")
+    trace = calibration_trace(
+        loaded,
+        documents,
+        data=data,
+        compensation=means,
+        tokens=tokens,
+        folder=folder,
+        progress=progress,
+    )
+    vocabulary = int(profile.head["vocabulary"])
+    found = {"none": fit_damage(trace, vocabulary=vocabulary)}
+    if means is not None:
+        found["means"] = fit_damage(trace, vocabulary=vocabulary, compensation=means)
+    if folder is not None:
+        _remove(folder)
+    return found
+
+
+def with_damages(
+    loaded: LoadedModel,
+    profile: RoutingProfile,
+    documents: Sequence[EncodedDocument],
+    *,
+    data: Mapping[str, str],
+    tokens: int = DAMAGE_TOKENS,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> RoutingProfile:
+    """The profile with its damages; as it was where there is nothing to drop (K = 1), or 0 tokens.
+
+    Args: see `calibrate_damages`.
+    """
+    if not tokens or loaded.top_k == 1:
+        return profile
+    damages = calibrate_damages(
+        loaded, profile, documents, data=data, tokens=tokens, folder=folder, progress=progress
+    )
+    return replace(profile, damages=damages)
+
+
+def learn_compensation(
+    loaded: LoadedModel,
+    profile: RoutingProfile,
+    documents: Sequence[EncodedDocument],
+    *,
+    data: Mapping[str, str],
+    settings: FitSettings | None = None,
+    healing: HealSettings | None = None,
+    damage_tokens: int = DAMAGE_TOKENS,
+    checkpoint: Path | None = None,
+    progress: Progress | None = None,
+) -> FittedCompensation:
+    """Fit a compensation, and the damages with it in place.
+
+    Decisions are cut by the profile's damages (with residual means where it has them) at taus
+    that leave 55-80% of the experts.
+
+    Args:
+        loaded: the model.
+        profile: of the same model.
+        documents: calibration text.
+        data: ``dataset`` and ``data_hash``.
+        settings: of the fit.
+        healing: also heal some of the model's weights; the damages are then those of the healed
+            model.
+        damage_tokens: of the damage passes.
+        checkpoint: file that a killed fit goes on from; it is there until you remove it.
+        progress: called with what is done, steps done and in all.
+
+    Raises:
+        UsageError: too little text, or a model with one expert per token.
+        VarMoeError: the fit is no better than none, see `fit_compensation`.
+    """
+    check_droppable(loaded.name, loaded.top_k)
+    about = identity(loaded)
+    start = profile.compensations().get("means")
+    vocabulary, top_k = int(profile.head["vocabulary"]), int(about["top_k"])
+
+    def damages(compensation: Compensation | None) -> tuple[DamageModel, RoutingTrace]:
+        with TemporaryDirectory(prefix="var_moe_") as place:
+            trace = calibration_trace(
+                loaded,
+                documents,
+                data=data,
+                compensation=compensation,
+                tokens=damage_tokens,
+                folder=Path(place),
+                progress=progress,
+            )
+        return fit_damage(trace, vocabulary=vocabulary, compensation=compensation), trace
+
+    before, trace = damages(start)
+    sizes = predicted(trace, before)
+    settings = settings or FitSettings()
+    taus = [tau_for(sizes, max(1.0, share * top_k)) for share in KEPT_SHARES]
+    fit = fit_compensation(
+        loaded,
+        documents,
+        damage=before,
+        taus=taus,
+        start=start
+        or Compensation.empty(
+            layers=about["layers"],
+            experts=about["experts"],
+            hidden=experts_shape(loaded.model)["hidden"],
+        ),
+        settings=settings,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+    fitted, healed = fit.compensation, {}
+    if healing is not None:
+        result = heal(
+            loaded,
+            documents,
+            damage=before,
+            taus=taus,
+            looks_taus=fit.taus,
+            compensation=fitted,
+            settings=healing,
+            tokens_per_batch=settings.tokens_per_batch,
+            seed=settings.seed,
+            checkpoint=checkpoint,
+            progress=progress,
+        )
+        fitted, healed = result.compensation, {"heal": result.report, "healed": result.files}
+    after, _ = damages(fitted)
+    head = {
+        **about,
+        **data,
+        "profile_hash": profile.hash,
+        "fit": fit.to_dict(),
+        **healed,
+        "damage_tokens": damage_tokens,
+        "provenance": provenance(),
+    }
+    return FittedCompensation(damage=after, head=head)
+
+
+def _remove(folder: Path) -> None:
+    from shutil import rmtree
+
+    rmtree(folder, ignore_errors=True)

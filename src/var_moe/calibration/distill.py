@@ -1,0 +1,184 @@
+"""Distillation on the model itself: all experts teach what some experts and a stand-in can do.
+
+One session runs the model in two ways. As teacher it executes all pairs, without gradients. As
+student it executes what a policy keeps, with a trainable compensation for the rest; the model's
+own weights stay as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from var_moe.execution.dispatch import ExpertsSession, PairBackend, execute
+from var_moe.routing.base import RoutingPolicy
+from var_moe.routing.compensation import Compensation, LayerCompensation
+from var_moe.routing.decision import TokenBatch
+from var_moe.tracing.loss import scored_targets
+
+_STEP_BYTES = 64 * 2**20  # float32 logits held at once
+
+
+class Trainable(nn.Module):
+    """A compensation whose tensors are parameters.
+
+    Args:
+        start: what its vectors begin with.
+        rank: r; the map begins as zero.
+        scale: (L,) one over the size of each layer's input.
+        seed: draws A.
+    """
+
+    def __init__(self, start: Compensation, *, rank: int, scale: Tensor, seed: int) -> None:
+        super().__init__()
+        self.by_pair, self.experts = start.by_pair, start.experts
+        size = start.layers[0].vectors.shape[1]
+        dice = torch.Generator().manual_seed(seed)
+        self.vectors, self.down = nn.ParameterList(), nn.ParameterList()
+        self.bias, self.up = nn.ParameterList(), nn.ParameterList()
+        for layer, part in enumerate(start.layers):
+            self.vectors.append(nn.Parameter(part.vectors.float().clone()))
+            if rank:
+                down = torch.randn((rank, size), generator=dice) / size**0.5 * scale[layer]
+                self.down.append(nn.Parameter(down))
+                self.bias.append(nn.Parameter(torch.zeros(rank)))
+                self.up.append(nn.Parameter(torch.zeros((size, rank))))
+
+    def compensation(self) -> Compensation:
+        """As it is used: sharing the parameters."""
+        parts = []
+        for layer, vectors in enumerate(self.vectors):
+            low = (self.down[layer], self.bias[layer], self.up[layer]) if len(self.down) else ()
+            parts.append(LayerCompensation(vectors, *low))
+        return Compensation(layers=tuple(parts), by_pair=self.by_pair, experts=self.experts)
+
+    @classmethod
+    def of(cls, fitted: Compensation) -> Trainable:
+        """Go on from a fitted compensation."""
+        one = cls(fitted, rank=fitted.rank, scale=torch.ones(len(fitted.layers)), seed=0)
+        with torch.no_grad():
+            for mine, part in zip(one.by_layer(), fitted.layers, strict=True):
+                known = (tensor for tensor in part.tensors() if tensor is not None)
+                for parameter, value in zip(mine, known, strict=True):
+                    parameter.copy_(value)
+        return one
+
+    def by_layer(self) -> list[list[nn.Parameter]]:
+        """The parameters of each layer."""
+        lists = (self.vectors, self.down, self.bias, self.up)
+        return [[one[layer] for one in lists if len(one)] for layer in range(len(self.vectors))]
+
+    def frozen(self) -> Compensation:
+        """A copy that no longer changes."""
+        now = self.compensation()
+        layers = tuple(part.mapped(lambda t: t.detach().clone()) for part in now.layers)
+        return Compensation(layers=layers, by_pair=self.by_pair, experts=self.experts)
+
+
+class Distillation:
+    """The experts session of both ways.
+
+    Args:
+        backend: who executes the pairs.
+    """
+
+    def __init__(self, backend: PairBackend) -> None:
+        self._backend = backend
+        self._other: ExpertsSession | None = None
+        self._policy: RoutingPolicy | None = None
+        self._compensation: Compensation | None = None
+        self.sizes: list[float] | None = None
+        """Root mean square of each layer's input, noted by the teacher while this is a list."""
+        self.executed = 0
+        """Pairs that the student ran, of counted tokens, over all layers."""
+        self._counted = torch.empty(0, dtype=torch.bool)
+
+    def hand_to(self, other: ExpertsSession | None) -> None:
+        """Let another session run the layers, until None takes them back."""
+        self._other = other
+
+    def as_teacher(self) -> None:
+        """All pairs from now on."""
+        self._policy = self._compensation = None
+
+    def as_student(
+        self, policy: RoutingPolicy, compensation: Compensation | None, batch: TokenBatch
+    ) -> None:
+        """What ``policy`` keeps of the tokens in ``batch`` from now on."""
+        self._policy, self._compensation = policy, compensation
+        self._counted = batch.counted.reshape(-1)
+        policy.begin(batch)
+
+    def experts(
+        self, layer: int, module: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor
+    ) -> Tensor:
+        """One layer."""
+        if self._other is not None:
+            return self._other.experts(layer, module, hidden, index, weight)
+        if self._policy is None:
+            if self.sizes is not None:
+                self.sizes.append(float(hidden.float().square().mean().sqrt()))
+            return execute(module, hidden, index, weight, self._backend)
+        with torch.no_grad():
+            self._policy.see(layer, hidden.detach())
+            routing = self._policy.route(layer, index, weight.detach())
+            runs = (routing.index >= 0)[self._counted.to(index.device)]
+            self.executed += int(runs.sum())
+        if self._compensation is None:
+            return execute(module, hidden, routing.index, routing.weight, self._backend)
+        row, gone = self._compensation.dropped(index, weight, routing.index >= 0)
+        out = execute(module, hidden, routing.index, weight, self._backend)
+        part = self._compensation.layers[layer].to(hidden.device, hidden.dtype)
+        return part.add(out, hidden, row, gone)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Summed KL(teacher || student) of a batch in nats, over its predicted tokens."""
+
+    total: float
+    tokens: int
+
+
+def forward(model: Any, batch: TokenBatch, device: torch.device, **options: Any) -> Tensor:
+    """Logits of a batch. (B, S, V)"""
+    logits: Tensor = model(
+        input_ids=batch.ids.to(device),
+        attention_mask=batch.valid.long().to(device),
+        use_cache=False,
+        **options,
+    ).logits
+    return logits
+
+
+def divergence(
+    student: Tensor, teacher: Tensor, batch: TokenBatch, *, gradient: bool
+) -> tuple[Divergence, Tensor | None]:
+    """KL(teacher || student) at every place that predicts a scored token.
+
+    Args:
+        student, teacher: (B, S, V) logits, detached.
+        batch: the tokens.
+        gradient: whether the gradient of the sum with respect to ``student`` is wanted (the
+            mean's would vanish in float16).
+
+    Returns:
+        The divergence, and the gradient (B, S, V) or None.
+    """
+    flat, wanted = student.reshape(-1, student.shape[-1]), teacher.reshape(-1, teacher.shape[-1])
+    at = scored_targets(batch.counted).to(flat.device) - 1
+    found = torch.zeros_like(flat) if gradient else None
+    total = torch.zeros((), dtype=torch.float64, device=flat.device)
+    step = max(1, _STEP_BYTES // (4 * flat.shape[1]))
+    for start in range(0, len(at), step):
+        rows = at[start : start + step]
+        mine, theirs = flat[rows].float().log_softmax(-1), wanted[rows].float().log_softmax(-1)
+        share = theirs.exp()
+        total += (share * (theirs - mine)).sum().double()
+        if found is not None:
+            found[rows] = (mine.exp() - share).to(found.dtype)
+    result = Divergence(total=float(total), tokens=len(at))
+    return result, None if found is None else found.view_as(student)

@@ -1,0 +1,205 @@
+"""Files of what is fitted with gradients: ``damage.safetensors`` and a compensation's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from var_moe.calibration.healed_files import AdapterLayout, load_healed, save_healed
+from var_moe.errors import UsageError
+from var_moe.models.identity import difference, identity
+from var_moe.routing.compensation import Compensation, LayerCompensation
+from var_moe.routing.damage import DamageModel
+from var_moe.storage import SCHEMA_VERSION, atomic_write, atomic_write_json, read_json
+
+if TYPE_CHECKING:
+    from var_moe.models.loading import LoadedModel
+
+DAMAGE_FILE = "damage.safetensors"
+COMPENSATION_FILE, HEAD_FILE = "compensation.safetensors", "compensation.json"
+FOLDER = "compensation"
+"""Where a profile's folder holds the compensation that was fitted with it."""
+LEARNED = "learned"
+_AGAIN = "make it again with `var-moe {}`"
+_FIT, _PROFILE = _AGAIN.format("fit-compensation"), _AGAIN.format("profile")
+_TENSORS = tuple(f.name for f in fields(DamageModel) if f.name != "compensation")
+_HEAD = ("hash", "by_pair", "model", "tokenizer_hash", "layers", "experts", "top_k")
+_PARTS = tuple(f.name for f in fields(LayerCompensation))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedCompensation:
+    """A compensation, the damages predicted with it in place, and where both come from.
+
+    ``head`` names the model, the text, and how the fit went.
+    """
+
+    damage: DamageModel
+    head: dict[str, Any]
+
+    @property
+    def compensation(self) -> Compensation:
+        """What stands in for dropped experts."""
+        assert self.damage.compensation is not None
+        return self.damage.compensation
+
+
+def save_damages(damages: Mapping[str, DamageModel], path: Path) -> None:
+    """Write damage models by the name of their compensation."""
+    from safetensors.torch import save_file
+
+    tensors, note = {}, {"schema_version": str(SCHEMA_VERSION)}
+    for name, damage in damages.items():
+        note[name] = damage.hash
+        for part, value in damage.tensors().items():
+            tensors[f"{name}.{part}"] = value.contiguous()
+    atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata=note))
+
+
+def load_damages(
+    path: Path, compensations: Mapping[str, Compensation | None]
+) -> dict[str, DamageModel]:
+    """Read what `save_damages` wrote.
+
+    Args:
+        path: the file.
+        compensations: by name, what the damages were fitted with.
+
+    Raises:
+        UsageError: it is missing, damaged or of an earlier version, or does not belong to the
+            compensations; names the file.
+    """
+    tensors, note = _read(path, _PROFILE)
+    if note.get("schema_version") != str(SCHEMA_VERSION):
+        raise UsageError(f"{path}: no damages of schema {SCHEMA_VERSION}; {_PROFILE}")
+    found = {}
+    for name, compensation in compensations.items():
+        if name not in note:
+            continue
+        try:
+            own = {part: tensors[f"{name}.{part}"] for part in _TENSORS}
+        except KeyError as error:
+            raise UsageError(f"{path}: {error.args[0]!r} is missing; make it again") from None
+        found[name] = DamageModel(**own, compensation=compensation)
+        if found[name].hash != note[name]:
+            raise UsageError(
+                f"{path}: its damages {name!r} do not belong to the files beside it; make it again"
+            )
+    return found
+
+
+def save_compensation(folder: Path, damage: DamageModel, *, head: Mapping[str, Any]) -> None:
+    """Write a fitted compensation and its damages; the head comes last.
+
+    Args:
+        folder: made when needed.
+        damage: with its compensation.
+        head: identity of the model and whatever is to be told of the fit; its entry ``healed``
+            names the files of healed weights, where the compensation has them.
+    """
+    from safetensors.torch import save_file
+
+    compensation = damage.compensation
+    assert compensation is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / HEAD_FILE).unlink(missing_ok=True)
+    tensors = {
+        f"layer.{number}.{name}": value.contiguous()
+        for number, part in enumerate(compensation.layers)
+        for name, value in zip(_PARTS, part.tensors(), strict=True)
+        if value is not None
+    }
+    atomic_write(folder / COMPENSATION_FILE, lambda temporary: save_file(tensors, temporary))
+    save_damages({LEARNED: damage}, folder / DAMAGE_FILE)
+    adapter = (head.get("healed") or {}).get("adapter")
+    layout = None if adapter is None else AdapterLayout.from_dict(adapter)
+    save_healed(folder, compensation.healed, layout)
+    about = {
+        "schema_version": SCHEMA_VERSION,
+        "hash": compensation.hash,
+        "by_pair": compensation.by_pair,
+    }
+    atomic_write_json(folder / HEAD_FILE, {**head, **about})
+
+
+def load_compensation(folder: str | Path, loaded: LoadedModel | None = None) -> FittedCompensation:
+    """Read what `save_compensation` wrote.
+
+    Raises:
+        UsageError: no such folder, damaged, or of another model than ``loaded``; names what.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UsageError(
+            f"{folder}: no such compensation folder; make one with `var-moe fit-compensation`"
+        )
+    head = read_json(folder / HEAD_FILE, what="compensation")
+    if not isinstance(head, dict) or head.get("schema_version") != SCHEMA_VERSION:
+        raise UsageError(f"{folder / HEAD_FILE}: no compensation of schema {SCHEMA_VERSION}")
+    missing = [name for name in _HEAD if name not in head]
+    if missing:
+        raise UsageError(f"{folder / HEAD_FILE}: {missing[0]!r} is missing; {_FIT}")
+    tensors, _ = _read(folder / COMPENSATION_FILE, _FIT)
+    try:
+        layers = tuple(_layer(tensors, number) for number in range(head["layers"]))
+        found = Compensation(
+            layers=layers,
+            by_pair=head["by_pair"],
+            experts=head["experts"],
+            healed=load_healed(folder, head.get("healed")),
+        )
+    except KeyError as error:
+        raise UsageError(f"{folder}: {error.args[0]!r} is missing; {_FIT}") from None
+    except TypeError as error:
+        raise UsageError(f"{folder / HEAD_FILE}: damaged ({error}); {_FIT}") from None
+    if found.hash != head["hash"]:
+        raise UsageError(f"{folder}: {COMPENSATION_FILE} does not belong to {HEAD_FILE}; {_FIT}")
+    damages = load_damages(folder / DAMAGE_FILE, {LEARNED: found})
+    if LEARNED not in damages:
+        raise UsageError(f"{folder / DAMAGE_FILE}: holds no damages {LEARNED!r}; {_FIT}")
+    fault = loaded and difference(head, identity(loaded))
+    if loaded is not None and fault:
+        raise UsageError(
+            f"{folder}: compensation of model {head['model']!r} does not fit model "
+            f"{loaded.name!r}: {fault}; fit one with `var-moe fit-compensation`"
+        )
+    return FittedCompensation(damage=damages[LEARNED], head=head)
+
+
+def check_same_model(fitted: FittedCompensation, head: Mapping[str, Any]) -> None:
+    """Refuse a compensation of another model than a profile's ``head`` names.
+
+    Raises:
+        UsageError: names both.
+    """
+    fault = difference(fitted.head, head)
+    if fault:
+        raise UsageError(
+            f"compensation of model {fitted.head['model']!r} does not fit the profile of "
+            f"{head['model']!r}: {fault}"
+        )
+
+
+def _layer(tensors: Mapping[str, Tensor], number: int) -> LayerCompensation:
+    own = {name: tensors.get(f"layer.{number}.{name}") for name in _PARTS}
+    vectors = own.pop("vectors")
+    if vectors is None:
+        raise KeyError(f"layer.{number}.vectors")
+    return LayerCompensation(vectors, **own)
+
+
+def _read(path: Path, again: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise UsageError(f"{path}: missing; {again}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{path}: damaged ({error}); {again}") from None

@@ -1,0 +1,1 @@
+"""Text: documents, splits and encoding; local files, the Hub, the demo."""

@@ -1,0 +1,242 @@
+"""Which column of a table is its text, and what a row of it holds: text, a chat, or token ids."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from var_moe.data.documents import TextColumn
+from var_moe.errors import UsageError
+
+HEAD_ROWS = 1_000  # what a column holds is judged by so many
+NAMED = "name the one that is meant with --text_column (in Python, text_column=)"
+
+_SEPARATOR = "::"
+_CHATS = ("messages", "conversations")
+_ROLES = {"human": "user", "gpt": "assistant"}  # of from/value; other names are kept
+_KNOWN_ROLES = ("user", "assistant", "system", "tool")
+_MOST_IDS = 2**31  # what no vocabulary comes near, and int64 holds
+_EXPECTED = {"text": "a string", "chat": "a chat", "ids": "token ids"}
+_MISSING = object()
+
+
+def exists(dataset: str) -> bool:
+    """Whether a name is a path that is there; what can be none (too long, ~nobody) is not."""
+    try:
+        return Path(dataset).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):
+        return False
+
+
+def split_column(dataset: str) -> tuple[str, str | None]:
+    """A data set's name, and the column that ``name::column`` says holds the text."""
+    name, separator, column = dataset.rpartition(_SEPARATOR)
+    if not separator or exists(dataset):
+        return dataset, None
+    if not name or not column:
+        raise UsageError(f"dataset {dataset!r}: expected a name before and a column after '::'")
+    return name, column
+
+
+def with_column(dataset: str, column: str | None) -> str:
+    """The name that says which column holds the text, in all files as well."""
+    if column is None:
+        return dataset
+    if not column or "," in column or _SEPARATOR in column:
+        raise UsageError(f"text_column = {column!r}: expected a name without ',' and '::'")
+    from var_moe.data.mixture import names_of
+
+    named = [name for name in names_of(dataset) if split_column(name)[1]]
+    if named:
+        raise UsageError(f"dataset {named[0]!r}: it names a column already; leave text_column out")
+    return ",".join(f"{name}{_SEPARATOR}{column}" for name in names_of(dataset))
+
+
+def find_column(
+    names: Sequence[str],
+    head: Sequence[Mapping[str, Any]],
+    where: str,
+    *,
+    asked: str | None = None,
+    hint: str = NAMED,
+) -> TextColumn:
+    """The column that holds the text.
+
+    It is the one asked for; else ``text``; else the chats under ``messages`` or
+    ``conversations``; else the only one that holds chats or running text; else the token ids
+    under ``input_ids``. Short strings such as ids and sources are never taken, unless there is
+    nothing beside them.
+
+    Args:
+        names: all columns.
+        head: the first rows.
+        where: for the message.
+        asked: the column that a user names.
+        hint: what to do, for the message.
+
+    Raises:
+        UsageError: no such column, several that could be meant, or of a kind that is no text.
+    """
+    have = ", ".join(map(str, names)) or "none"
+    if asked is not None and asked not in names:
+        raise UsageError(f"{where}: no column {asked!r}; it has {have}")
+    values = {name: [_plain(row.get(name)) for row in head] for name in names}
+    kinds = {name: _kind_of_all(column) for name, column in values.items()}
+    name = asked or "text"
+    if name not in names:
+        holding = [n for n in names if kinds[n] == "chat" or _is_prose(values[n])]
+        chats = [n for n in _CHATS if n in names and kinds[n] == "chat"]
+        ids = [n for n in ("input_ids",) if n in names and kinds[n] == "ids"]
+        found = chats[:1] or holding or ids or (list(names) if len(names) == 1 else [])
+        if len(found) != 1 or kinds[found[0]] is None:
+            raise UsageError(f"{where}: no column 'text'; it has {have}; {hint}")
+        name = found[0]
+    # Of mixed values, the first is what all are held against.
+    first = next((value for value in values[name] if value not in (None, [])), "")
+    kind = _kind(first)
+    if kind is None:
+        raise UsageError(
+            f"{where}: expected strings in column {name!r} (or chats, or token ids), found "
+            f"{type(first).__name__}"
+        )
+    return TextColumn(name, kind, tuple(other for other in names if other != name))
+
+
+def needed(column: TextColumn) -> list[str]:
+    """The columns to read: token ids come with their mask, where there is one."""
+    mask = [name for name in ("attention_mask",) if name in column.others and column.kind == "ids"]
+    return [column.name, *mask]
+
+
+def row_text(row: Mapping[str, Any], column: TextColumn, where: str) -> str:
+    """A row's text, or its chat or token ids as JSON, always written alike; null is empty.
+
+    Raises:
+        UsageError: the row holds something else; names it by ``where``.
+    """
+    value = _plain(row.get(column.name, _MISSING))
+    if value is None:
+        return ""
+    if _kind(value) != column.kind and not (value == [] and column.kind != "text"):
+        what = _EXPECTED[column.kind]
+        raise UsageError(f"{where}: expected {what} in field {column.name!r}")
+    if column.kind == "ids":
+        text = _ids_text(value, _plain(row.get("attention_mask")), where)
+    elif column.kind == "chat":
+        messages = [_message(message, where) for message in value]
+        text = json.dumps(messages, ensure_ascii=False, sort_keys=True) if messages else ""
+    else:
+        text = value
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # JSON can escape half a character
+        raise UsageError(f"{where}: {column.name!r} holds a lone surrogate") from None
+    return text
+
+
+def table_texts(
+    rows: Any, where: str, asked: str | None = None, *, hint: str = NAMED
+) -> tuple[list[str], TextColumn]:
+    """What the rows of a datasets.Dataset hold, and the column that it is from."""
+    names = rows.column_names
+    known = asked or "text"
+    head = rows.select_columns([known]) if known in names else rows
+    column = find_column(names, list(islice(head, HEAD_ROWS)), where, asked=asked, hint=hint)
+    read = rows.select_columns(needed(column))
+    return [row_text(row, column, f"{where}, row {at}") for at, row in enumerate(read)], column
+
+
+def _ids_text(ids: list[int], mask: list[int] | None, where: str) -> str:
+    wrong = [token for token in ids if not 0 <= token < _MOST_IDS]
+    if wrong:
+        raise UsageError(f"{where}: expected token ids from 0, got {wrong[0]}")
+    if mask is not None:
+        if len(mask) != len(ids):
+            raise UsageError(f"{where}: {len(ids)} token ids, and a mask of {len(mask)}")
+        ids = [token for token, kept in zip(ids, mask, strict=True) if kept]
+    return json.dumps(ids) if ids else ""
+
+
+def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A message as chat templates take it: ``role`` and ``content``."""
+    if "role" in message:  # a parquet file has null for what a message lacks
+        if message.get("content") is None and not message.get("tool_calls"):
+            raise UsageError(f"{where}: a message of {message['role']!r} has no content")
+        given = {k: v for k, v in message.items() if v is not None or k == "content"}
+        return {k: _content(v, where) if k == "content" else v for k, v in given.items()}
+    role = _ROLES.get(message["from"], message["from"])
+    if role not in _KNOWN_ROLES:
+        known = ", ".join([*_ROLES, *_KNOWN_ROLES])
+        raise UsageError(f"{where}: a message from {role!r}; expected one of {known}")
+    return {"role": role, "content": message["value"]}
+
+
+def _content(content: Any, where: str) -> str | None:
+    """A message's content as one string: most templates would print a list as Python does."""
+    if content is None or isinstance(content, str):
+        return content
+    for part in content if isinstance(content, list) else [content]:
+        if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+            what = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise UsageError(f"{where}: a message holds {what!r}; expected text alone")
+    return "\n".join(part["text"] for part in content)
+
+
+def _plain(value: Any) -> Any:
+    """Without tensors and arrays, and with lists alone."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _kind(value: Any) -> str | None:
+    """What a value is: text, a chat, token ids, or nothing of these."""
+    if isinstance(value, str):
+        return "text"
+    if not isinstance(value, list) or not value:
+        return None
+    if all(isinstance(item, Mapping) and _is_message(item) for item in value):
+        return "chat"
+    whole = all(isinstance(item, int) and not isinstance(item, bool) for item in value)
+    return "ids" if whole else None
+
+
+def _kind_of_all(values: Sequence[Any]) -> str | None:
+    """The one kind of a column's values; empty ones are of any."""
+    kinds = {_kind(value) for value in values if value is not None and value != []}
+    return kinds.pop() if len(kinds) == 1 else ("text" if not kinds else None)
+
+
+def _is_message(item: Mapping[str, Any]) -> bool:
+    if isinstance(item.get("role"), str):
+        return "content" in item or "tool_calls" in item
+    return isinstance(item.get("from"), str) and isinstance(item.get("value"), str)
+
+
+def _is_prose(values: Sequence[Any]) -> bool:
+    """Whether strings, nested ones too, are mostly running text, and mostly different.
+
+    Ids, paths and dates have few words; names of sources may have some, and recur.
+    """
+    texts = [text for value in values for text in _strings(value) if text.strip()]
+    wordy = sum(
+        len(text.split(maxsplit=4)) == 5 or (len(text) >= 12 and not text.isascii())
+        for text in texts
+    )
+    different = len(set(texts))
+    recur = 4 * different <= len(texts) or different == 1 < len(texts)
+    return 2 * wordy > len(texts) and not recur
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _strings(item)
+    elif isinstance(value, Collection) and not isinstance(value, bytes):
+        for item in value:
+            yield from _strings(item)

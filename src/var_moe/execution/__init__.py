@@ -1,0 +1,1 @@
+"""Running a model with a policy: the dispatch, the session, the backends."""

@@ -1,1 +1,0 @@
-"""What is fitted with gradients on calibration text: predicted damages, learned compensation."""

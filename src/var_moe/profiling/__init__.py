@@ -1,1 +1,0 @@
-"""Profiling: streaming statistics of a model's routing on calibration text."""

@@ -1,0 +1,162 @@
+"""An exported configuration: what it holds, its files, and whether it fits a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from var_moe.errors import UsageError
+from var_moe.models.identity import difference, identity_of_model
+from var_moe.routing.base import RoutingPolicy
+from var_moe.routing.registry import policy_spec
+from var_moe.serving.parts import hash_of, pack, unpack
+from var_moe.serving.place import HEAD_FILE, PARTS_FILE, locate
+from var_moe.storage import SCHEMA_VERSION, atomic_write, atomic_write_json, provenance, read_json
+
+_AGAIN = "export it again with `var-moe export`"
+_HEAD = ("policy", "settings", "compensation", "parts", "model", "hashes")
+_MODEL = (
+    *("model", "revision", "tokenizer_hash", "layers", "experts", "top_k"),
+    *("routers", "weights", "dtype"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """A policy's settings with all that it was calibrated to.
+
+    Args:
+        head: what ``var_moe.json`` says: policy, settings, compensation, model, hashes.
+        calibration: by the names of `routing.registry.CALIBRATION`.
+    """
+
+    head: Mapping[str, Any]
+    calibration: Mapping[str, Any]
+
+    def policy(self) -> RoutingPolicy:
+        """A fresh policy with empty caches.
+
+        Raises:
+            UsageError: this version knows no such policy, or not with such settings.
+        """
+        spec = policy_spec(self.head["policy"])
+        return spec.make(self.head["settings"], self.calibration)
+
+    def with_settings(self, **changes: Any) -> Exported:
+        """The same with some settings changed, such as ``cache_scope``."""
+        return replace(self, head={**self.head, "settings": {**self.head["settings"], **changes}})
+
+    def check_model(self, model: Any) -> None:
+        """Refuse another model than the one that it was made for.
+
+        Args:
+            model: of transformers, or a `LoadedModel`, whose tokenizer is looked at as well.
+
+        Raises:
+            UsageError: names both models, and in what they differ.
+        """
+        own = self.head["model"]
+        here = identity_of_model(model)
+        # A bare model does not tell its tokenizer; its routers tell its weights.
+        fault = difference(own, {"tokenizer_hash": own["tokenizer_hash"], **here})
+        if fault:
+            raise UsageError(
+                f"configuration exported for model {own['model']!r} does not fit model "
+                f"{here['model']!r}: {fault}; export one for this model with `var-moe export`"
+            )
+
+
+def save_exported(
+    folder: Path,
+    *,
+    policy: str,
+    settings: Mapping[str, Any],
+    compensation: str | None,
+    calibration: Mapping[str, Any],
+    profile: Mapping[str, Any],
+    certificate: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write ``var_moe.safetensors`` and, last, ``var_moe.json``.
+
+    Args:
+        folder: made when needed.
+        policy, settings: of the registry.
+        compensation: name of what stands in for dropped experts; None leaves it to the policy.
+        calibration: what the policy was calibrated to; only what it needs is written.
+        profile: head of the profile that this comes from: model, text, hash.
+        certificate: what is certified of it, kept in the head.
+
+    Returns:
+        The head.
+    """
+    from safetensors.torch import save_file
+
+    spec = policy_spec(policy)
+    wanted = {name: calibration.get(name) for name in (*spec.needs, "compensation")}
+    tensors, parts = pack(wanted)
+    in_place = spec.make(settings, wanted).compensation
+    head = {
+        "schema_version": SCHEMA_VERSION,
+        "policy": policy,
+        "settings": dict(settings),
+        "compensation": compensation,
+        "model": {name: profile.get(name) for name in _MODEL},
+        "text": {name: profile.get(name) for name in ("dataset", "data_hash", "tokens")},
+        "parts": parts,
+        "hashes": {
+            "tensors": hash_of(tensors),
+            "profile": profile["hash"],
+            "compensation": None if in_place is None else in_place.hash,
+        },
+        "certificate": certificate,
+        "provenance": provenance(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / HEAD_FILE).unlink(missing_ok=True)
+    atomic_write(folder / PARTS_FILE, lambda temporary: save_file(tensors, temporary))
+    atomic_write_json(folder / HEAD_FILE, head)
+    return head
+
+
+def load_exported(source: str | Path, model: Any = None) -> Exported:
+    """Read what `save_exported` wrote.
+
+    Args:
+        source: its folder, or a Hub id.
+        model: refuse it where it is not for this model (of transformers, or a `LoadedModel`).
+
+    Raises:
+        UsageError: missing, damaged, of another schema, or for another model; names what.
+    """
+    folder = locate(source)
+    path = folder / HEAD_FILE
+    head = read_json(path, what="exported configuration")
+    if not isinstance(head, dict) or head.get("schema_version") != SCHEMA_VERSION:
+        raise UsageError(f"{path}: no exported configuration of schema {SCHEMA_VERSION}; {_AGAIN}")
+    missing = [name for name in _HEAD if name not in head]
+    if missing:
+        raise UsageError(f"{path}: {missing[0]!r} is missing; {_AGAIN}")
+    found = Exported(head=head, calibration={})
+    if model is not None:
+        found.check_model(model)
+    return Exported(head=head, calibration=_calibration(folder / PARTS_FILE, head))
+
+
+def _calibration(path: Path, head: Mapping[str, Any]) -> dict[str, Any]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise UsageError(f"{path}: missing; {_AGAIN}")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{path}: damaged ({error}); {_AGAIN}") from None
+    if hash_of(tensors) != head["hashes"].get("tensors"):
+        raise UsageError(f"{path}: does not belong to {HEAD_FILE}; {_AGAIN}")
+    try:
+        return unpack(tensors, head["parts"])
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"{path.parent / HEAD_FILE}: damaged ({error}); {_AGAIN}") from None

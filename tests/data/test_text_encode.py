@@ -1,0 +1,161 @@
+"""Documents as token ids: from a split, and from what the documented API takes."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from var_moe.data.text import TextDocument, as_documents, encode
+from var_moe.errors import UsageError
+
+
+@pytest.fixture
+def documents(tiny_texts):
+    return [TextDocument(f"d{i}", "s", text) for i, text in enumerate(tiny_texts)]
+
+
+def ids_of(found):
+    return [document.ids.tolist() for document in found]
+
+
+def test_encode_is_what_the_tokenizer_does_to_each_text(documents, tiny_tokenizer):
+    found = encode(documents, tiny_tokenizer)
+    assert ids_of(found) == [tiny_tokenizer(d.text)["input_ids"] for d in documents]
+    assert [(d.id, d.source) for d in found] == [(d.id, d.source) for d in documents]
+    assert all(d.ids.dtype == np.int64 for d in found)
+    assert encode([], tiny_tokenizer) == []
+
+
+def test_encode_drops_short_documents_and_cuts_long_ones(documents, tiny_tokenizer):
+    short = [TextDocument("empty", "s", ""), *documents[:3]]  # the start token alone
+    assert [d.id for d in encode(short, tiny_tokenizer)] == ["d0", "d1", "d2"]
+    assert len(encode(short, tiny_tokenizer, min_tokens=1)) == 4
+    cut = encode(short, tiny_tokenizer, max_tokens=7)
+    assert ids_of(cut) == [ids[:7] for ids in ids_of(encode(short, tiny_tokenizer))]
+    with pytest.raises(UsageError, match="max_tokens = 0"):
+        encode(short, tiny_tokenizer, max_tokens=0)
+
+
+def test_encode_takes_a_seeded_subset_in_order(documents, tiny_tokenizer):
+    names = [d.id for d in encode(documents, tiny_tokenizer, max_documents=9, seed=5)]
+    assert len(names) == 9
+    assert names == sorted(names, key=lambda name: int(name[1:]))
+    assert names == [d.id for d in encode(documents, tiny_tokenizer, max_documents=9, seed=5)]
+    assert names != [d.id for d in encode(documents, tiny_tokenizer, max_documents=9, seed=6)]
+
+
+# -- as_documents ----------------------------------------------------------------------------
+
+IDS = [[1, 2, 3], [4, 5, 6]]
+
+
+class Rows(list):
+    """As much of a datasets.Dataset as is used."""
+
+    def __init__(self, columns, kinds):
+        super().__init__(
+            dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
+        )
+        self.column_names = list(columns)
+        self.features = {name: type("F", (), {"dtype": kinds[name]})() for name in columns}
+
+    def select_columns(self, names):
+        return [{name: row[name] for name in names} for row in self]
+
+
+def test_texts_and_a_column_of_texts_are_the_same(tiny_texts, tiny_tokenizer):
+    given = ["", *tiny_texts[:3], " "]
+    found = as_documents(given, tiny_tokenizer)
+    assert [d.id for d in found] == ["1", "2", "3"]
+    expected = ids_of(found)
+    assert ids_of(as_documents(np.array(given), tiny_tokenizer)) == expected
+    number = list(range(5))
+    for name in ("text", "body"):
+        rows = Rows({"n": number, name: given}, {"n": "int64", name: "string"})
+        assert ids_of(as_documents(rows, tiny_tokenizer)) == expected
+
+
+def test_a_real_dataset(tiny_texts, tiny_tokenizer):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"n": [1, 2], "body": tiny_texts[:2]})
+    expected = ids_of(as_documents(tiny_texts[:2], tiny_tokenizer))
+    assert ids_of(as_documents(rows, tiny_tokenizer)) == expected
+    assert ids_of(as_documents(rows.to_iterable_dataset(), tiny_tokenizer)) == expected
+    tokens = datasets.Dataset.from_dict({"input_ids": expected})
+    assert ids_of(as_documents(tokens.with_format("torch"), tiny_tokenizer)) == expected
+    with pytest.raises(UsageError, match="expected one split of the data set, of train, test"):
+        as_documents(datasets.DatasetDict(train=rows, test=rows), tiny_tokenizer)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        torch.tensor(IDS),
+        torch.tensor(IDS, dtype=torch.int32),
+        np.array(IDS),
+        IDS,
+        [torch.tensor(row) for row in IDS],
+        [torch.tensor([row]) for row in IDS],
+        (torch.tensor(IDS),),
+        {"input_ids": torch.tensor(IDS)},
+        {"input_ids": IDS},
+        [{"input_ids": row} for row in IDS],
+        [{"input_ids": torch.tensor([row])} for row in IDS],
+        {
+            "input_ids": torch.tensor([[1, 2, 3, 0], [0, 4, 5, 6]]),
+            "attention_mask": torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]]),
+        },
+        {"input_ids": [[1, 2, 3, 0], [4, 5, 6]], "attention_mask": [[1, 1, 1, 0], [1, 1, 1]]},
+        [[7], *IDS, []],  # too short: dropped
+        [*map(np.array, IDS), np.array([])],
+    ],
+)
+def test_token_ids(data, tiny_tokenizer):
+    found = as_documents(data, tiny_tokenizer)
+    assert ids_of(found) == IDS
+    assert all(d.ids.dtype == np.int64 for d in found)
+
+
+def test_one_dimension_is_one_document(tiny_tokenizer):
+    for data in (torch.tensor([1, 2, 3]), np.array([1, 2, 3]), [1, 2, 3]):
+        assert ids_of(as_documents(data, tiny_tokenizer)) == [[1, 2, 3]]
+
+
+def test_a_tokenizers_output(tiny_texts, tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    padded = tokenizer(tiny_texts[:3], padding=True, return_tensors="pt")
+    assert ids_of(as_documents(padded, tiny_tokenizer)) == ids_of(
+        as_documents(tiny_texts[:3], tiny_tokenizer)
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ([], "expected a non-empty list of texts"),
+        ("a text", "expected a non-empty list of texts"),
+        (None, "got NoneType"),
+        (3, "got int"),
+        (torch.tensor(3), "got Tensor of shape"),
+        (torch.zeros(2, 3), "got Tensor of shape (2, 3) and torch.float32"),
+        (torch.zeros((2, 2, 2), dtype=torch.int64), "shape (2, 2, 2)"),
+        (torch.tensor([[1, -100]]), "expected token ids from 0, got -100"),
+        (["a text", 3], "validation_data[1]: expected a text, got int"),
+        ([[1, 2], "a text"], "validation_data[1]: expected a text or token ids, got str"),
+        ([[1, 2], [0.5]], "validation_data[1]: expected a text or token ids, got list"),
+        ([None], "validation_data[0]: expected a text or token ids, got NoneType"),
+        ([{"labels": [1]}], "validation_data[0]: expected a text or token ids"),
+        (["", " "], "none of its 2 documents has 2 tokens"),
+        ([[1], [2]], "none of its 2 documents has 2 tokens"),
+        (Rows({"a": ["x"], "b": ["y"]}, {"a": "string", "b": "string"}), "it has a, b"),
+    ],
+)
+def test_what_is_no_validation_data(data, expected, tiny_tokenizer):
+    with pytest.raises(UsageError) as caught:
+        as_documents(data, tiny_tokenizer)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)

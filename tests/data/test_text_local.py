@@ -1,0 +1,282 @@
+"""Local text: what each kind of file holds, how it is split, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from var_moe.data.local_files import PACK_CHARACTERS, looks_local, packed, read_file
+from var_moe.data.splitting import SHARES, SPLITS, share_of, split_of
+from var_moe.data.text import check_dataset, load_text
+from var_moe.errors import UsageError
+
+
+@pytest.fixture
+def refused():
+    """The one line of a refusal."""
+
+    def run(call, *words, **options):
+        with pytest.raises(UsageError) as caught:
+            call(*words, **options)
+        line = str(caught.value)
+        assert "\n" not in line
+        return line
+
+    return run
+
+
+@pytest.fixture
+def write(tmp_path):
+    def run(name, content):
+        path = tmp_path / name
+        data = content if isinstance(content, bytes) else content.encode()
+        path.write_bytes(data)
+        return path
+
+    return run
+
+
+def texts(path):
+    return [document.text for document in read_file(path)[0]]
+
+
+# -- the hash split --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "split"),
+    # The first 16 digits of `printf a | sha256sum`, over 2^64.
+    [
+        ("m", "calibration"),  # 62c66a7a5dd70c31: 0.3858
+        ("k", "validation"),  # 8254c329a92850f6: 0.5091
+        ("h", "certify"),  # aaa9402664f1a41f: 0.6666
+        ("a", "certify"),  # ca978112ca1bbdca: 0.7913
+        ("g", "test"),  # cd0aa9856147b6c5: 0.8009
+        ("i", "test"),  # de7d1b721a1e0632: 0.8690
+    ],
+)
+def test_split_of_by_hand(text, split):
+    assert split_of(text) == split
+
+
+def test_share_of_some_splits_by_hand():
+    # 25 of 40 points are validation's: k is at 20.4, h at 26.7.
+    assert share_of("k", ("validation", "certify")) == "validation"
+    assert share_of("h", ("validation", "certify")) == "certify"
+    assert share_of("h", ("test",)) == "test"
+
+
+@pytest.mark.parametrize("splits", [SPLITS, ("calibration", "certify"), ("validation", "certify")])
+def test_shares_are_kept(splits):
+    names = [share_of(f"document {i}", splits) for i in range(20_000)]
+    total = sum(SHARES[name] for name in splits)
+    for name in splits:
+        assert names.count(name) / len(names) == pytest.approx(SHARES[name] / total, abs=0.012)
+
+
+# -- .txt ------------------------------------------------------------------------------------
+
+
+def test_one_form_feed_at_the_end_separates_nothing(write):
+    paragraph = "word " * 300
+    documents, independent = read_file(write("x.txt", f"{paragraph}\n\n{paragraph}\f\n"))
+    assert len(documents) == 2
+    assert not independent
+
+
+def test_blank_lines_with_spaces_and_windows_line_ends(write):
+    half = "x" * (PACK_CHARACTERS // 2 + 1)
+    unix = texts(write("a.txt", f"{half}\n \t\n\n  {half}\n"))
+    assert unix == [half, f"  {half}"]
+    assert texts(write("b.txt", f"{half}\r\n \t\r\n\r\n  {half}\r\n")) == unix
+
+
+def test_repeated_documents_are_noted(write):
+    split = load_text(str(write("x.txt", "one\ftwo\fone\fone")), "all")
+    assert split.note == "the whole file; 2 of 4 documents repeat another"
+
+
+def test_a_byte_order_mark_is_no_text(write):
+    assert texts(write("x.txt", "\ufeffone\ftwo")) == ["one", "two"]
+
+
+def test_long_paragraphs_are_cut_at_lines_then_spaces():
+    lines = "\n".join(["a line of text"] * 400)
+    pieces = packed(lines)
+    assert all(len(piece) <= PACK_CHARACTERS for piece in pieces)
+    assert "\n".join(pieces) == lines
+    words = "word " * 1000
+    assert " ".join(packed(words)).split() == words.split()
+    assert max(map(len, packed("x" * 5_000))) == PACK_CHARACTERS
+    assert "".join(packed("x" * 5_000)) == "x" * 5_000
+
+
+def test_packed_text_says_so(write):
+    split = load_text(str(write("x.txt", "one\n\ntwo")), "all")
+    assert not split.independent
+    assert split.note == "the whole file; paragraphs packed, not independent"
+
+
+# -- .jsonl and .parquet ---------------------------------------------------------------------
+
+
+def test_jsonl_rows_may_hold_unicode_line_ends(write):
+    row = json.dumps({"text": "one\u2028two\x85three"}, ensure_ascii=False)
+    assert texts(write("x.jsonl", f"{row}\n{row}\n")) == ["one\u2028two\x85three"] * 2
+
+
+def test_jsonl_null_and_blank_rows_are_dropped_and_ids_keep_their_place(write):
+    path = write("x.jsonl", '{"text": null}\n\n{"text": " "}\n{"text": "b"}\n')
+    assert [d.id for d in read_file(path)[0]] == ["x.jsonl:2"]
+
+
+def test_jsonl_the_only_column_of_running_text_of_all_rows(write):
+    rows = '{"id": 1, "body": null}\n{"id": "x", "body": "a text of five words"}\n'
+    assert texts(write("x.jsonl", rows)) == ["a text of five words"]
+
+
+def test_parquet_types_of_text(tmp_path):
+    for number, kind in enumerate([pa.string(), pa.large_string(), pa.dictionary("int32", "str")]):
+        values = pa.array(["one", None, "two"], pa.string()).cast(kind)
+        pq.write_table(pa.table({"body": values}), tmp_path / f"{number}.parquet")
+        assert texts(tmp_path / f"{number}.parquet") == ["one", "two"]
+
+
+# -- refusals --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("x.txt", b"\xff\xfe\x00", "not UTF-8 text"),
+        ("x.txt", "\n \n", "holds no text"),
+        ("x.txt", "", "holds no text"),
+        ("x.txt", "\f\f", "holds no text"),
+        ("x.jsonl", "", "holds no text"),
+        ("x.jsonl", '{"a": "x", "b": "y"}', "no column 'text'; it has a, b; name the one"),
+        ("x.jsonl", "{}", "no column 'text'; it has none"),
+        ("x.jsonl", '{"text": "x"}\n[1]', "line 2: expected a JSON object"),
+        ("x.jsonl", '{"text": "x"}\n{"text": 3}', "line 2: expected a string in field 'text'"),
+        ("x.jsonl", '{"text": "x"}\n{"txt": "y"}', "line 2: expected a string in field 'text'"),
+        ("x.jsonl", '{"text": "x"}\n{', "line 2: not JSON"),
+        ("x.jsonl", '{"text": "x", "n": ' + "1" * 5_000 + "}", "line 1: not JSON (Exceeds"),
+        ("x.jsonl", '{"text": ' + "[" * 100_000 + "}", "line 1: not JSON"),
+        ("x.jsonl", '[{"text": "x"}]', "line 1: expected a JSON object, one to a line"),
+        ("x.jsonl", '{"input_ids": [1, 1' + "0" * 30 + "]}", "expected token ids from 0, got 10"),
+        ("x.jsonl", '{"text": "\\ud800"}', "line 1: 'text' holds a lone surrogate"),
+        ("x.parquet", "no parquet", "not a readable parquet file"),
+        ("x.csv", "text\nx\n", "expected a file ending in .txt, .jsonl or .parquet"),
+    ],
+)
+def test_files_that_are_refused(refused, write, name, content, expected):
+    path = write(name, content)
+    line = refused(load_text, str(path), "all")
+    assert name in line
+    assert expected in line
+
+
+def test_parquet_without_strings_is_refused(refused, tmp_path):
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"text": [["a"], ["b"]]}), path)
+    assert "expected strings in column 'text' (or chats, or token ids), found list" in refused(
+        load_text, str(path), "all"
+    )
+    pq.write_table(pa.table({"a": ["x"], "b": ["y"], "n": [1]}), path)
+    assert "no column 'text'; it has a, b, n" in refused(load_text, str(path), "all")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "./none.txt",
+        "/none/at/all",
+        "~/none.jsonl",
+        "a/none.parquet",
+        "none.txt",
+        "a/b/c",
+        "~nobody-here/x.txt",
+        "x" * 300 + ".txt",
+    ],
+)
+def test_a_path_that_is_not_there(refused, name):
+    assert looks_local(name)
+    for call in (lambda: load_text(name, "test"), lambda: check_dataset(name)):
+        assert refused(call).startswith(f"{name}: no such file")
+
+
+def test_a_pipe_is_refused_and_not_waited_for(refused, tmp_path):
+    os.mkfifo(tmp_path / "x.jsonl")
+    for call in (load_text, lambda name, _: check_dataset(name)):
+        assert "is no regular file; write the text to a" in refused(
+            call, str(tmp_path / "x.jsonl"), "all"
+        )
+
+
+def test_an_empty_name_is_no_folder(refused):
+    assert "dataset '': expected a name" in refused(check_dataset, "")
+
+
+@pytest.mark.parametrize("name", ["wikitext", "someone/data", "data:config", "a/b:c/d"])
+def test_hub_names_are_no_paths(name):
+    assert not looks_local(name)
+
+
+def test_unknown_splits(refused, write, tmp_path):
+    path = str(write("validation.txt", "a\fb"))
+    assert "split 'train': expected one of calibration" in refused(load_text, path, "train")
+    assert "split 'train': expected one of" in refused(load_text, str(tmp_path), "train")
+    assert "a folder has no split 'all'" in refused(load_text, str(tmp_path), "all")
+    assert "split 'all': dataset 'demo' has calibration" in refused(load_text, "demo", "all")
+
+
+def test_two_files_for_one_split(refused, write, tmp_path):
+    write("test.txt", "a\fb")
+    write("test.jsonl", '{"text": "a"}')
+    assert "test.txt and test.jsonl are both there" in refused(load_text, str(tmp_path), "test")
+
+
+def test_a_file_too_small_for_a_split(refused, write):
+    path = write("x.jsonl", '{"text": "m"}\n')  # falls to calibration, see above
+    line = refused(load_text, str(path), "test")
+    assert "none of its 1 documents falls to split 'test'" in line
+    assert len(load_text(str(path), "calibration").documents) == 1
+
+
+def test_unknown_demo_names_are_refused_early(refused):
+    for call in (lambda: check_dataset("demo-latin"), lambda: load_text("demo-latin", "test")):
+        assert "expected one of demo, demo-postgres" in refused(call)
+
+
+def test_a_package_without_its_text(refused, monkeypatch, tmp_path):
+    monkeypatch.setattr("var_moe.data.sources.DEMO_FOLDER", tmp_path)
+    assert "the package lacks its text, demo/text/test.parquet" in refused(
+        load_text, "demo", "test"
+    )
+
+
+# -- subsets ---------------------------------------------------------------------------------
+
+
+def test_a_subset_is_seeded_nested_and_in_order(write, refused):
+    path = str(write("x.txt", "\f".join(f"text {i:03}" for i in range(100))))
+    whole = load_text(path, "all").documents
+    few, more = (load_text(path, "all", max_documents=n).documents for n in (10, 30))
+    assert len(few) == 10
+    assert set(few) < set(more) < set(whole)
+    assert list(more) == sorted(more, key=whole.index)
+    assert load_text(path, "all", max_documents=10).documents == few
+    assert load_text(path, "all", max_documents=10, seed=1).documents != few
+    assert load_text(path, "all", max_documents=1000).documents == whole
+    assert "max_documents = 0" in refused(load_text, path, "all", max_documents=0)
+
+
+def test_the_hash_is_of_the_documents_in_order(write):
+    one, other = write("a.txt", "x\fy"), write("b.txt", "y\fx")
+    found = load_text(str(one), "all").content_hash
+    assert found == load_text(str(write("c.txt", "x\fy\f")), "all").content_hash
+    assert found != load_text(str(other), "all").content_hash
+    assert found != load_text(str(one), "all", max_documents=1).content_hash
