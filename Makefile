@@ -1,5 +1,6 @@
 # make tune   creates the environment, then tunes VAR on the bundled model
 # make test   the same for lint, types and all tests
+# make wheel  builds the wheel, and tries it alone in a fresh environment
 # make docs   builds the documentation into build/docs
 # make TORCH=gpu tune   with pip's ordinary build of torch (see README, "Install")
 
@@ -16,7 +17,7 @@ INSTALL = $(if $(CONSTRAINT),$(PIP) $(CONSTRAINT) --editable $(1) || { \
 	echo "pip finds no CPU build of torch: installing the ordinary one (may be gigabytes; README, Install)"; \
 	$(PIP) --editable $(1); },$(PIP) --editable $(1))
 
-.PHONY: tune test test-fast lint docs clean
+.PHONY: tune test test-fast lint docs wheel clean
 tune: $(VENV)/.installed
 	@"$(VENV)/bin/var-moe" tune --max-samples 200 --final-samples 400 --output "$(RESULTS)" $(ARGS)
 
@@ -34,6 +35,17 @@ lint: $(VENV)/.installed-dev
 docs: $(VENV)/.installed-dev
 	"$(VENV)/bin/mkdocs" build --strict
 	@echo "the documentation: build/docs/index.html (with search: python -m http.server -d build/docs)"
+
+# What users install: no checkout beside it, no extra, no test tool.
+WHEEL = build/wheel
+wheel: $(VENV)/.installed-dev
+	rm -rf "$(WHEEL)"
+	"$(VENV)/bin/python" -m build --quiet --wheel --outdir "$(WHEEL)" .
+	"$(PYTHON)" -m venv "$(WHEEL)/venv"
+	"$(WHEEL)/venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+		$(CONSTRAINT) "$(WHEEL)"/*.whl
+	cd "$(WHEEL)" && venv/bin/var-moe demo --output demo
+	cd "$(WHEEL)" && venv/bin/var-moe tune --max_samples 20 --final_samples 20 --n_calls 2 --output tuned
 
 $(VENV)/.created:
 	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 found; install one, or: make PYTHON=/path/to/python"; exit 2; }

@@ -6,44 +6,94 @@ Names are imported when first used, so that ``import var_moe`` stays light.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_PUBLIC = {
-    "VARConfig": "var_moe.config",
-    "PRESETS": "var_moe.config",
-    "VarMoeError": "var_moe.errors",
-    "UsageError": "var_moe.errors",
-    "load_model": "var_moe.models.loading",
-    "load_text": "var_moe.data.text",
-    "routed": "var_moe.execution.session",
-    "export": "var_moe.certification.exporting",
-    "load_exported": "var_moe.serving.folder",
-    "RoutingProfile": "var_moe.calibration.profile",
-    "collect_profile": "var_moe.calibration.collect",
-    "RoutingTrace": "var_moe.tracing.trace",
-    "record_trace": "var_moe.tracing.record",
-    "TraceReplay": "var_moe.tracing.replay",
-    "VARPolicy": "var_moe.routing.var",
-    "DamagePolicy": "var_moe.routing.damage",
-    "make_policy": "var_moe.routing.registry",
-    "load_candidate": "var_moe.optimization.candidate",
-    "certify": "var_moe.certification.certify",
-    "perplexity": "var_moe.evaluation.perplexity",
-    "Evaluator": "var_moe.evaluation.compare",
-    "Guard": "var_moe.routing.guard",
-    "calibrate_guard": "var_moe.evaluation.guarding",
-    "tune": "var_moe.optimization.run",
+if TYPE_CHECKING:  # what type checkers and editors see; `_PLACES` is what runs
+    from var_moe.calibration.collect import collect_profile
+    from var_moe.calibration.profile import RoutingProfile
+    from var_moe.certification.certify import certify
+    from var_moe.certification.exporting import export
+    from var_moe.config import PRESETS, VARConfig
+    from var_moe.data.text import load_text
+    from var_moe.errors import UsageError, VarMoeError
+    from var_moe.evaluation.compare import Evaluator
+    from var_moe.evaluation.guarding import calibrate_guard
+    from var_moe.evaluation.perplexity import perplexity
+    from var_moe.execution.session import routed
+    from var_moe.models.loading import load_model
+    from var_moe.optimization.candidate import load_candidate
+    from var_moe.optimization.run import tune
+    from var_moe.routing.damage import DamagePolicy
+    from var_moe.routing.guard import Guard
+    from var_moe.routing.registry import make_policy
+    from var_moe.routing.var import VARPolicy
+    from var_moe.serving.folder import load_exported
+    from var_moe.tracing.record import record_trace
+    from var_moe.tracing.replay import TraceReplay
+    from var_moe.tracing.trace import RoutingTrace
+
+__version__ = "0.1.0"
+__all__ = [
+    "PRESETS",
+    "DamagePolicy",
+    "Evaluator",
+    "Guard",
+    "RoutingProfile",
+    "RoutingTrace",
+    "TraceReplay",
+    "UsageError",
+    "VARConfig",
+    "VARPolicy",
+    "VarMoeError",
+    "calibrate_guard",
+    "certify",
+    "collect_profile",
+    "export",
+    "load_candidate",
+    "load_exported",
+    "load_model",
+    "load_text",
+    "make_policy",
+    "perplexity",
+    "record_trace",
+    "routed",
+    "tune",
+]
+
+_PLACES = {
+    "PRESETS": "config",
+    "DamagePolicy": "routing.damage",
+    "Evaluator": "evaluation.compare",
+    "Guard": "routing.guard",
+    "RoutingProfile": "calibration.profile",
+    "RoutingTrace": "tracing.trace",
+    "TraceReplay": "tracing.replay",
+    "UsageError": "errors",
+    "VARConfig": "config",
+    "VARPolicy": "routing.var",
+    "VarMoeError": "errors",
+    "calibrate_guard": "evaluation.guarding",
+    "certify": "certification.certify",
+    "collect_profile": "calibration.collect",
+    "export": "certification.exporting",
+    "load_candidate": "optimization.candidate",
+    "load_exported": "serving.folder",
+    "load_model": "models.loading",
+    "load_text": "data.text",
+    "make_policy": "routing.registry",
+    "perplexity": "evaluation.perplexity",
+    "record_trace": "tracing.record",
+    "routed": "execution.session",
+    "tune": "optimization.run",
 }
 
-__all__ = sorted(_PUBLIC)
-__version__ = "0.1.0"
+if not TYPE_CHECKING:  # else a misspelt name would pass as Any
 
-
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(_PUBLIC[name]), name)
-    raise AttributeError(f"module 'var_moe' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if name in _PLACES:
+            return getattr(importlib.import_module(f"var_moe.{_PLACES[name]}"), name)
+        raise AttributeError(f"module 'var_moe' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_PUBLIC]
+    return sorted({*globals(), *__all__})

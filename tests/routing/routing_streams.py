@@ -9,11 +9,11 @@ from unittest import mock
 
 import torch
 
+from oracle import Decision, ReferenceRow, ReferenceVAR, RouterChoice, TableEntry
 from var_moe.config import VARConfig
 from var_moe.routing.arrays import NUMPY, TORCH
 from var_moe.routing.decision import Routing, Tier, TokenBatch
 from var_moe.routing.fast_path import RoutingTable
-from var_moe.routing.reference import Decision, ReferenceRow, ReferenceVAR, RouterChoice, TableEntry
 from var_moe.routing.var import VARPolicy
 
 Table = dict[tuple[int, int], TableEntry]

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from routing_streams import Forward, Stream, Table, assert_agrees
 
+from oracle import ReferenceRow, RouterChoice
 from var_moe.config import VARConfig
-from var_moe.routing.reference import ReferenceRow, RouterChoice
 
 GRID = 64
 BESIDE = 1e-5  # shares of at most 8 weights of at most 16 lie further apart

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from traces import made_trace
 
+from oracle import ReferenceRow, ReferenceVAR, RouterChoice, TableEntry
 from var_moe.config import VARConfig
 from var_moe.errors import UsageError
 from var_moe.routing.decision import Tier
@@ -17,7 +18,6 @@ from var_moe.routing.fast_path import RoutingTable
 from var_moe.routing.fixed_k import FixedKPolicy
 from var_moe.routing.native import NativePolicy
 from var_moe.routing.random_skip import RandomSkipPolicy
-from var_moe.routing.reference import ReferenceRow, ReferenceVAR, RouterChoice, TableEntry
 from var_moe.routing.var import VARPolicy
 from var_moe.tracing import policies
 from var_moe.tracing.policies import replay_policy

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from var_moe.routing.reference import RouterChoice
+from oracle import RouterChoice
 from var_moe.tracing.trace import RoutingTrace
 
 OPTIONS = {"dataset": "tiny", "data_hash": "h", "tokens_per_batch": 300, "window": 48}
