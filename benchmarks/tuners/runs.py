@@ -12,7 +12,7 @@ from benchmarks.tuners.setting import run_file
 
 from var_moe.config import VARConfig
 from var_moe.optimization.objective_protocol import documented_score
-from var_moe.optimization.remeasure import remeasure, winner
+from var_moe.optimization.remeasure import best_measured, remeasure
 from var_moe.optimization.results import Evaluation, jsonable
 from var_moe.storage import SCHEMA_VERSION, atomic_write_json
 
@@ -32,7 +32,7 @@ def run(bench: Bench, method: str, seed: int) -> dict[str, Any]:
         at_most=bench.setting.candidates,
         closer=closer(bench, seed) if method == "replay" else None,
     )
-    best = winner(measured)
+    best = best_measured(measured)
     # With nothing that passes, the nearest miss shows what the search would have ended with.
     final = best or min(measured, key=lambda one: one.quality.change.upper)
     suggestions = sum(e.suggestion_seconds for e in result.evaluations)

@@ -19,6 +19,7 @@ def evaluation(number, pace, degradation, *, se=0.001):
         params={"frequency_threshold": number},
         score=pace,
         predicted_speedup=pace,
+        experts_per_token=3 - pace,
         degradation=degradation,
         degradation_se=se,
         feasible=degradation <= BOUND,
@@ -59,7 +60,7 @@ def run(monkeypatch):
         done = room.remeasure(
             None, objective, evaluations, blocks=1, at_most=at_most, closer=closer
         )
-        return tried, room.winner(done)
+        return tried, room.best_measured(done)
 
     return start
 
@@ -114,7 +115,7 @@ def test_the_bound_itself_is_not_below_the_bound(upper, passes):
     )
     assert measured.passed is passes
     assert measured.score == pytest.approx(1.35 if passes else -100 * (1 + upper))
-    assert (room.winner([measured]) is not None) is passes
+    assert (room.best_measured([measured]) is not None) is passes
 
 
 def test_a_lucky_timing_does_not_win():
@@ -129,7 +130,7 @@ def test_a_lucky_timing_does_not_win():
             max_degradation=BOUND,
         )
 
-    assert room.winner([measured(1.6, 1.4), measured(1.5, 1.2)]).name == "1.5"
+    assert room.best_measured([measured(1.6, 1.4), measured(1.5, 1.2)]).name == "1.5"
 
 
 def test_measurements_that_are_left_go_where_the_forecasts_point(run):
@@ -199,4 +200,4 @@ def test_of_equally_many_pairs_the_compensation_that_costs_less_wins(monkeypatch
     assert [one.config.compensation for one in done] == ["none"]
     assert seen == [[({"tau": 1.0, "compensation": "none"}, 0.0)]]
     done = room.remeasure(None, objective, [found[0], found[2], found[1]], blocks=1, at_most=8)
-    assert room.winner(done).config.compensation == "none"
+    assert room.best_measured(done).config.compensation == "none"

@@ -31,7 +31,7 @@ def rich(i, speedup, degradation, *, se=0.001, measured=True, **more):
         degradation=degradation,
         degradation_se=se,
         feasible=feasible,
-        **more,
+        **{"experts_per_token": 3 - speedup, **more},
     )
 
 
@@ -52,9 +52,18 @@ def result_of(evaluations, **more):
     return OptimizationResult(**values)
 
 
-def test_the_best_is_the_highest_feasible_score():
-    evaluations = [rich(0, 1.1, 0.001), rich(1, 1.9, 0.02), rich(2, 1.3, 0.01), failed(3)]
+def test_the_winner_runs_the_fewest_experts_within_the_bound():
+    lucky = rich(0, 1.1, 0.001).replace(score=1.9, speedup=1.9)  # a lucky timing does not win
+    evaluations = [lucky, rich(1, 1.9, 0.02), rich(2, 1.3, 0.01), failed(3)]
     assert best_evaluation(evaluations).params == {"i": 2}
+    # Of two that run equally many, the safer one; of equals the first.
+    evaluations += [rich(4, 1.3, 0.009), rich(5, 1.3, 0.009)]
+    assert best_evaluation(evaluations).params == {"i": 4}
+    evaluations.append(rich(6, 1.3, 0.008, se=0.002))
+    assert best_evaluation(evaluations).params == {"i": 4}
+
+
+def test_without_experts_per_token_the_highest_score_wins():
     assert best_evaluation(scored(1.0, 3.0, 3.0)).params == {"i": 1}  # the earliest of equals
     assert best_evaluation([failed(0), rich(1, 2.0, 0.5)]) is None
 

@@ -19,7 +19,7 @@ from var_moe.evaluation.perplexity import DocumentLosses
 from var_moe.optimization.conclusion import NothingFitsError, conclude
 from var_moe.optimization.front import save_front
 from var_moe.optimization.policy_objective import PolicyObjective
-from var_moe.optimization.remeasure import best_or_nearest, measure, winner
+from var_moe.optimization.remeasure import best_measured, best_or_nearest, measure
 from var_moe.optimization.results import Evaluation, OptimizationResult
 from var_moe.optimization.settings import TuneSettings
 from var_moe.routing.counts import RoutingReport
@@ -109,7 +109,7 @@ def test_a_search_sees_the_worst(objective, robust):
 
 def test_who_wins_is_judged_by_the_worst(measured, robust):
     assert measured.passed is not robust
-    assert (winner([measured]) is None) is robust
+    assert (best_measured([measured]) is None) is robust
     assert best_or_nearest([measured]) is measured
     assert (measured.speed is None) is robust
     row = measured.to_dict()

@@ -25,6 +25,7 @@ from var_moe.certification.units import Unit, UnitScorer
 from var_moe.config import VARConfig
 from var_moe.evaluation.compare import Evaluator
 from var_moe.optimization.preparation import EncodedText
+from var_moe.optimization.selection import Standing, winner
 from var_moe.routing.base import RoutingPolicy
 from var_moe.storage import SCHEMA_VERSION, provenance, sha256_of
 
@@ -145,8 +146,12 @@ def conclusion(
                 nearest=row,
             ),
         }
-    # Where two are equally fast, the safer: the first.
-    best = min(passed, key=lambda verdict: verdict.measured.experts_per_token)
+    # All of them passed, and the order is from the safest: of two equally fast ones the first.
+    best = winner(
+        passed,
+        lambda one: Standing(keeps_bound=True, experts_per_token=one.measured.experts_per_token),
+    )
+    assert best is not None
     claims = _further_claims(work, best, evaluator, units)
     failed = [claim for claim in claims if claim.get("asked") and not claim["holds"]]
     sentence = claim_sentence(

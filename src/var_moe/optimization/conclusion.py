@@ -15,7 +15,7 @@ from var_moe.config import VARConfig
 from var_moe.errors import VarMoeError
 from var_moe.evaluation.apart import Apart
 from var_moe.optimization.candidate import kind_of
-from var_moe.optimization.remeasure import Measured, nearest, winner
+from var_moe.optimization.remeasure import Measured, best_measured, nearest
 from var_moe.optimization.results import OptimizationResult
 from var_moe.optimization.saving import (
     NEAREST_MISS_FILE,
@@ -67,7 +67,7 @@ def conclude(
             ``nearest_miss.json`` in place of ``best_config.json``.
     """
     everything = [*measured, *presets]
-    best = winner(everything)
+    best = best_measured(everything)
     limit = f"{100 * max_degradation:g}%"
     if best is None:
         near = nearest(everything)

@@ -23,7 +23,7 @@ from var_moe.optimization.objective_protocol import check_bound
 from var_moe.optimization.remeasure import Measured
 from var_moe.optimization.results import jsonable
 from var_moe.optimization.search_space import Params
-from var_moe.optimization.selection import Z_95
+from var_moe.optimization.selection import Z_95, Standing, winner
 from var_moe.storage import SCHEMA_VERSION, atomic_write_json, entries_of, provenance, read_json
 
 PARETO_FILE = "pareto.json"
@@ -152,8 +152,7 @@ def answer_from(
     """The best verified point of a finished search for another bound.
 
     Returns:
-        The point with the fewest executed pairs whose 95% upper bound is below the limit, and all
-        points of the front.
+        The point that wins by the rule of `selection.winner`, and all points of the front.
 
     Raises:
         UsageError: the folder has no front, or no verified point keeps the bound; says which
@@ -167,14 +166,20 @@ def answer_from(
     with entries_of(path):
         points: list[dict[str, Any]] = saved.get("points") or []
         verified = [point for point in points if point.get("verified")]
-        kept = [point for point in verified if point["degradation_upper_95"] < max_degradation]
-        if not kept:
+        best = winner(
+            verified,
+            lambda point: Standing(
+                keeps_bound=point["degradation_upper_95"] < max_degradation,
+                experts_per_token=point["experts_per_token"],
+                degradation_upper=point["degradation_upper_95"],
+            ),
+        )
+        if best is None:
             least = min((point["degradation_upper_95"] for point in verified), default=None)
             can = "" if least is None else f"; the safest one keeps {100 * least:.2f}%"
             raise UsageError(
                 f"{path}: no verified configuration keeps {100 * max_degradation:g}%{can}; "
                 "search again with this --max_degradation"
             )
-        best = min(kept, key=lambda point: point["experts_per_token"])
         candidate_from(best["config"], source=str(path))
     return best, points

@@ -72,7 +72,7 @@ class VARObjective(PolicyObjective):
         `best_params` becomes the fastest that keeps the bound then; where none does, the
         default configuration, with ``nearest_miss`` in the result's `extra`.
         """
-        from var_moe.optimization.remeasure import nearest, remeasure, winner
+        from var_moe.optimization.remeasure import best_measured, nearest, remeasure
 
         measured = remeasure(
             self.confirmation,
@@ -84,7 +84,7 @@ class VARObjective(PolicyObjective):
         if not measured:
             return result
         extra = {**result.extra, "remeasured": [one.to_dict() for one in measured]}
-        best = winner(measured)
+        best = best_measured(measured)
         if best is not None:
             extra.pop("nearest_miss", None)
             return result.replace(best_params=best.config, best_score=best.score, extra=extra)

@@ -19,7 +19,14 @@ from var_moe.optimization.objective_protocol import INFEASIBLE_PENALTY, document
 from var_moe.optimization.policy_objective import PolicyObjective
 from var_moe.optimization.results import Evaluation
 from var_moe.optimization.search_space import Params, stand_in_of
-from var_moe.optimization.selection import Z_95, distinct_evaluations, nearest_miss, promise
+from var_moe.optimization.selection import (
+    Z_95,
+    Standing,
+    distinct_evaluations,
+    nearest_miss,
+    promise,
+    winner,
+)
 
 Closer: TypeAlias = Callable[[list[tuple[Params, float]]], Params | None]
 """From points and the upper bounds of their degradation to another point; None ends it."""
@@ -50,6 +57,16 @@ class Measured:
             max_degradation=self.max_degradation,
             speedup=self.speed.speedup.median,
             learned_pct=self.quality.report.learned_pct,
+        )
+
+    @property
+    def standing(self) -> Standing:
+        """What decides whether it wins."""
+        return Standing(
+            keeps_bound=self.passed and self.speed is not None,
+            experts_per_token=self.quality.report.experts_per_token,
+            degradation_upper=self.quality.judged.upper,
+            score=self.score,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -146,7 +163,7 @@ def remeasure(
         if take(chosen):
             fastest = promise(chosen)
     calmest = nearest_miss(waiting)
-    if winner(done) is None and calmest is not None:
+    if best_measured(done) is None and calmest is not None:
         take(calmest)
     while closer is not None and len(done) < at_most:
         uppers = [one.quality.judged.upper for one in done]
@@ -161,18 +178,9 @@ def remeasure(
     return done
 
 
-def winner(measured: Sequence[Measured]) -> Measured | None:
-    """The fastest that keeps the bound; None where none does.
-
-    The fewest executed pairs are the fastest: they are known exactly, and on a disturbed machine
-    the measured speedups of a few blocks would choose the luckiest. Of equal ones, the safest.
-    """
-    passed = [one for one in measured if one.passed and one.speed]
-    return min(
-        passed,
-        key=lambda one: (one.quality.report.experts_per_token, one.quality.judged.upper),
-        default=None,
-    )
+def best_measured(measured: Sequence[Measured]) -> Measured | None:
+    """The one that wins by the rule of `selection.winner`; None where none keeps the bound."""
+    return winner(measured, lambda one: one.standing)
 
 
 def nearest(measured: Sequence[Measured]) -> Measured:
@@ -182,4 +190,4 @@ def nearest(measured: Sequence[Measured]) -> Measured:
 
 def best_or_nearest(measured: Sequence[Measured]) -> Measured:
     """The winner; where nothing keeps the bound, what comes nearest to it."""
-    return winner(measured) or nearest(measured)
+    return best_measured(measured) or nearest(measured)

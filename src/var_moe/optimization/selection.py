@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 from var_moe.optimization.results import Evaluation
 from var_moe.optimization.search_space import point_key
@@ -13,10 +15,75 @@ CONVERGENCE_WINDOW = 10
 CONVERGENCE_GAIN = 0.005
 
 
-def best_evaluation(evaluations: Sequence[Evaluation]) -> Evaluation | None:
-    """The feasible evaluation with the highest score, the earliest of equals; None without any."""
-    eligible = [e for e in evaluations if e.eligible]
-    return max(eligible, key=_score, default=None)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """What decides whether one measured candidate wins over another.
+
+    Args:
+        keeps_bound: whether it may win at all. In a search the degradation itself must be within
+            the bound; measured again, on text that was not searched on, its 95% upper bound.
+        experts_per_token: executed pairs / (layers x tokens); None where it is not known.
+        degradation_upper: 95% upper bound of the degradation; None where it is not known.
+        score: the documented score, or that of a bare callable.
+    """
+
+    keeps_bound: bool
+    experts_per_token: float | None = None
+    degradation_upper: float | None = None
+    score: float | None = None
+
+    @property
+    def promise(self) -> float:
+        """How fast it should be, higher is faster: by its executed pairs, else the score.
+
+        Not by the measured speedup: on a disturbed machine a few timed blocks would choose the
+        luckiest. Executed pairs are known exactly, and are what saves time.
+        """
+        if self.experts_per_token is not None:
+            return -self.experts_per_token
+        if self.score is not None and math.isfinite(self.score):
+            return self.score
+        return -math.inf
+
+    @property
+    def safety(self) -> float:
+        """Higher is safer: minus the upper bound of the degradation."""
+        return 0.0 if self.degradation_upper is None else -self.degradation_upper
+
+
+def winner(rows: Iterable[T], standing: Callable[[T], Standing]) -> T | None:
+    """The one that wins; None where none keeps the bound.
+
+    The one rule of the package, for a search's own best, the last measurement, a front's answer
+    to another bound, and a certificate: of those that keep the bound, the one that runs the
+    fewest experts per token; where these are not known, the one with the highest score. Of
+    equals the one with the smallest upper bound of the degradation, then the first.
+    """
+    ranked = [(row, standing(row)) for row in rows]
+    kept = [(row, one) for row, one in ranked if one.keeps_bound]
+    best = max(kept, key=lambda pair: (pair[1].promise, pair[1].safety), default=None)
+    return None if best is None else best[0]
+
+
+def standing_of(evaluation: Evaluation) -> Standing:
+    """How an evaluation of a search stands; it may win where it is `eligible`."""
+    upper = evaluation.degradation
+    if upper is not None:
+        upper += Z_95 * (evaluation.degradation_se or 0.0)
+    return Standing(
+        keeps_bound=evaluation.eligible,
+        experts_per_token=evaluation.experts_per_token,
+        degradation_upper=upper,
+        score=evaluation.score,
+    )
+
+
+def best_evaluation(evaluations: Iterable[Evaluation]) -> Evaluation | None:
+    """The evaluation that wins by the rule of `winner`."""
+    return winner(evaluations, standing_of)
 
 
 def highest_score(evaluations: Sequence[Evaluation]) -> float:
@@ -49,15 +116,8 @@ def has_converged(
 
 
 def promise(evaluation: Evaluation) -> float:
-    """How fast it should be: by its executed pairs, else as measured, else the score."""
-    if evaluation.experts_per_token is not None:
-        # Not by the speedup that they predict: where an expert costs less than timing it can tell,
-        # that would put more of them first.
-        return -evaluation.experts_per_token
-    for value in (evaluation.predicted_speedup, evaluation.speedup, evaluation.score):
-        if value is not None and math.isfinite(value):
-            return value
-    return -math.inf
+    """How fast it should be, whether or not it keeps the bound: see `Standing.promise`."""
+    return standing_of(evaluation).promise
 
 
 def distinct_evaluations(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
