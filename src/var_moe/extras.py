@@ -31,7 +31,7 @@ class Optional:
 OPTIONAL = {
     "skopt": Optional("scikit-optimize", "skopt", "tune --engine skopt"),
     "kaleido": Optional("kaleido", "figures", "report --figures"),
-    "peft": Optional("peft", "heal", "fit-compensation --heal lora"),
+    "peft": Optional("peft", "adapters", "a model with an adapter beside it"),
     "lm_eval": Optional("lm_eval", "eval", "var-moe lm-eval"),
 }
 """By the name that is imported."""

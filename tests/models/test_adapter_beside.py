@@ -72,7 +72,7 @@ def test_an_adapter_needs_peft(refused, folder, cached_model, monkeypatch, where
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     line = refused(name)
     assert "adapter_config.json says that an adapter belongs to it, which needs peft" in line
-    assert "pip install 'var-moe[heal]'" in line
+    assert "pip install 'var-moe[adapters]'" in line
 
 
 @pytest.mark.parametrize("gone", ["config.json", "model.safetensors"])

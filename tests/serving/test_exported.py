@@ -15,7 +15,6 @@ from var_moe.execution.session import routed
 from var_moe.models.identity import identity
 from var_moe.models.loading import LoadedModel
 from var_moe.routing.fast_path import ResidualMeans, RoutingTable
-from var_moe.routing.healed import Healed
 from var_moe.routing.layer_sensitivity import LayerSensitivity
 from var_moe.routing.registry import make_policy
 from var_moe.serving.folder import load_exported, save_exported
@@ -36,14 +35,6 @@ def calibration():
     tables = tuple(torch.randn((EXPERTS**2 + 1, HIDDEN), generator=dice) for _ in range(LAYERS))
     sizes = {"layers": LAYERS, "experts": EXPERTS, "top_k": 2}
     learned = compensation_of(**sizes, hidden=HIDDEN, rank=2)
-    changes = {
-        "model.norm.weight": (torch.randn(HIDDEN, generator=dice) / 9,),
-        "model.layers.0.mlp.experts.down_proj": (
-            torch.randn((EXPERTS, HIDDEN, 3), generator=dice) / 9,
-            torch.randn((EXPERTS, 3, 96), generator=dice) / 9,
-        ),
-    }
-    learned = replace(learned, healed=Healed(changes))
     return {
         "table": RoutingTable(
             count=torch.full(shape, 100.0, dtype=torch.float64),
@@ -168,6 +159,16 @@ def test_damaged_files_are_said(loaded, tmp_path):
     known = json.loads(head.read_text())
     head.write_text(json.dumps({**known, "schema_version": 99}))
     with pytest.raises(UsageError, match="no exported configuration of schema 1"):
+        load_exported(tmp_path)
+
+
+def test_a_compensation_that_changes_the_models_weights_is_refused(loaded, tmp_path):
+    save(tmp_path, loaded, "damage", {"tau": 0.002}, calibration())
+    path = tmp_path / "var_moe.json"
+    head = json.loads(path.read_text())
+    head["parts"]["compensation"]["healed"] = [{"parameter": "model.norm.weight", "factors": 1}]
+    path.write_text(json.dumps(head))
+    with pytest.raises(UsageError, match=r"changes the model's own weights .* 0\.1 was the last"):
         load_exported(tmp_path)
 
 

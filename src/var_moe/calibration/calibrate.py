@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from var_moe.calibration.fit_compensation import KEPT_SHARES, FitSettings, fit_compensation
 from var_moe.calibration.fit_damage import fit_damage, predicted, tau_for
 from var_moe.calibration.fitted_files import FittedCompensation
-from var_moe.calibration.heal import HealSettings, heal
 from var_moe.calibration.norms import norm_trace
 from var_moe.execution.dispatch import experts_shape
 from var_moe.models.checks import check_droppable
@@ -150,7 +149,6 @@ def learn_compensation(
     *,
     data: Mapping[str, str],
     settings: FitSettings | None = None,
-    healing: HealSettings | None = None,
     damage_tokens: int = DAMAGE_TOKENS,
     checkpoint: Path | None = None,
     progress: Progress | None = None,
@@ -166,8 +164,6 @@ def learn_compensation(
         documents: calibration text.
         data: ``dataset`` and ``data_hash``.
         settings: of the fit.
-        healing: also heal some of the model's weights; the damages are then those of the healed
-            model.
         damage_tokens: of the damage passes.
         checkpoint: file that a killed fit goes on from; it is there until you remove it.
         progress: called with what is done, steps done and in all.
@@ -213,29 +209,12 @@ def learn_compensation(
         checkpoint=checkpoint,
         progress=progress,
     )
-    fitted, healed = fit.compensation, {}
-    if healing is not None:
-        result = heal(
-            loaded,
-            documents,
-            damage=before,
-            taus=taus,
-            looks_taus=fit.taus,
-            compensation=fitted,
-            settings=healing,
-            tokens_per_batch=settings.tokens_per_batch,
-            seed=settings.seed,
-            checkpoint=checkpoint,
-            progress=progress,
-        )
-        fitted, healed = result.compensation, {"heal": result.report, "healed": result.files}
-    after, _ = damages(fitted)
+    after, _ = damages(fit.compensation)
     head = {
         **about,
         **data,
         "profile_hash": profile.hash,
         "fit": fit.to_dict(),
-        **healed,
         "damage_tokens": damage_tokens,
         "provenance": provenance(),
     }

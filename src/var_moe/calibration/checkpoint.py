@@ -19,32 +19,19 @@ class Checkpoint:
     Args:
         path: of the file; None keeps nothing.
         key: what the fit depends on.
-        phase: a fit of several phases keeps one state of each.
     """
 
-    def __init__(self, path: Path | None, *, key: str, phase: str = "fit") -> None:
-        self._path, self._key, self._phase = path, key, phase
+    def __init__(self, path: Path | None, *, key: str) -> None:
+        self._path, self._key = path, key
 
-    def write(self, content: dict[str, Any]) -> None:
-        """Keep the phase's state, beside those of the others."""
-        if self._path is None:
-            return
-        every = {**self._phases(), self._phase: {"key": self._key, **content}}
-        atomic_write(self._path, lambda temporary: torch.save(every, temporary))
-
-    def read(self) -> dict[str, Any] | None:
-        """What `write` was given; None where there is nothing to go on."""
-        found: dict[str, Any] = self._phases().get(self._phase, {})
-        return found if found.get("key") == self._key else None
-
-    def _phases(self) -> dict[str, Any]:
+    def _read(self) -> dict[str, Any] | None:
         if self._path is None or not self._path.is_file():
-            return {}
+            return None
         try:
             content = torch.load(self._path, weights_only=True)
         except Exception:  # a damaged file is as good as none
-            return {}
-        return content if isinstance(content, dict) else {}
+            return None
+        return content if isinstance(content, dict) and content.get("key") == self._key else None
 
     def save(
         self,
@@ -54,20 +41,22 @@ class Checkpoint:
         best: Compensation,
     ) -> None:
         """Write everything that `load` gives back."""
-        self.write(
-            {
-                "trainable": trainable.state_dict(),
-                "optimisers": [one.state_dict() for one in optimisers],
-                "state": dict(state),
-                "best": [list(part.tensors()) for part in best.layers],
-            }
-        )
+        if self._path is None:
+            return
+        content = {
+            "key": self._key,
+            "trainable": trainable.state_dict(),
+            "optimisers": [one.state_dict() for one in optimisers],
+            "state": dict(state),
+            "best": [list(part.tensors()) for part in best.layers],
+        }
+        atomic_write(self._path, lambda temporary: torch.save(content, temporary))
 
     def load(
         self, trainable: Trainable, optimisers: Sequence[Any]
     ) -> tuple[dict[str, Any], Compensation] | None:
         """Fill them, and return the state and the best; None where there is nothing to go on."""
-        content = self.read()
+        content = self._read()
         if content is None:
             return None
         trainable.load_state_dict(content["trainable"])

@@ -55,17 +55,6 @@ class Trainable(nn.Module):
             parts.append(LayerCompensation(vectors, *low))
         return Compensation(layers=tuple(parts), by_pair=self.by_pair, experts=self.experts)
 
-    @classmethod
-    def of(cls, fitted: Compensation) -> Trainable:
-        """Go on from a fitted compensation."""
-        one = cls(fitted, rank=fitted.rank, scale=torch.ones(len(fitted.layers)), seed=0)
-        with torch.no_grad():
-            for mine, part in zip(one.by_layer(), fitted.layers, strict=True):
-                known = (tensor for tensor in part.tensors() if tensor is not None)
-                for parameter, value in zip(mine, known, strict=True):
-                    parameter.copy_(value)
-        return one
-
     def by_layer(self) -> list[list[nn.Parameter]]:
         """The parameters of each layer."""
         lists = (self.vectors, self.down, self.bias, self.up)
@@ -92,9 +81,6 @@ class Distillation:
         self._compensation: Compensation | None = None
         self.sizes: list[float] | None = None
         """Root mean square of each layer's input, noted by the teacher while this is a list."""
-        self.executed = 0
-        """Pairs that the student ran, of counted tokens, over all layers."""
-        self._counted = torch.empty(0, dtype=torch.bool)
 
     def hand_to(self, other: ExpertsSession | None) -> None:
         """Let another session run the layers, until None takes them back."""
@@ -109,7 +95,6 @@ class Distillation:
     ) -> None:
         """What ``policy`` keeps of the tokens in ``batch`` from now on."""
         self._policy, self._compensation = policy, compensation
-        self._counted = batch.counted.reshape(-1)
         policy.begin(batch)
 
     def experts(
@@ -125,8 +110,6 @@ class Distillation:
         with torch.no_grad():
             self._policy.see(layer, hidden.detach())
             routing = self._policy.route(layer, index, weight.detach())
-            runs = (routing.index >= 0)[self._counted.to(index.device)]
-            self.executed += int(runs.sum())
         if self._compensation is None:
             return execute(module, hidden, routing.index, routing.weight, self._backend)
         row, gone = self._compensation.dropped(index, weight, routing.index >= 0)

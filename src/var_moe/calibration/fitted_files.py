@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from var_moe.calibration.healed_files import AdapterLayout, load_healed, save_healed
 from var_moe.errors import UsageError
 from var_moe.models.identity import difference, identity
-from var_moe.routing.compensation import Compensation, LayerCompensation
+from var_moe.routing.compensation import (
+    Compensation,
+    LayerCompensation,
+    check_no_own_weights,
+)
 from var_moe.routing.damage import DamageModel
 from var_moe.storage import SCHEMA_VERSION, atomic_write, atomic_write_json, read_json
 
@@ -98,8 +101,7 @@ def save_compensation(folder: Path, damage: DamageModel, *, head: Mapping[str, A
     Args:
         folder: made when needed.
         damage: with its compensation.
-        head: identity of the model and whatever is to be told of the fit; its entry ``healed``
-            names the files of healed weights, where the compensation has them.
+        head: identity of the model and whatever is to be told of the fit.
     """
     from safetensors.torch import save_file
 
@@ -115,9 +117,6 @@ def save_compensation(folder: Path, damage: DamageModel, *, head: Mapping[str, A
     }
     atomic_write(folder / COMPENSATION_FILE, lambda temporary: save_file(tensors, temporary))
     save_damages({LEARNED: damage}, folder / DAMAGE_FILE)
-    adapter = (head.get("healed") or {}).get("adapter")
-    layout = None if adapter is None else AdapterLayout.from_dict(adapter)
-    save_healed(folder, compensation.healed, layout)
     about = {
         "schema_version": SCHEMA_VERSION,
         "hash": compensation.hash,
@@ -143,15 +142,11 @@ def load_compensation(folder: str | Path, loaded: LoadedModel | None = None) -> 
     missing = [name for name in _HEAD if name not in head]
     if missing:
         raise UsageError(f"{folder / HEAD_FILE}: {missing[0]!r} is missing; {_FIT}")
+    check_no_own_weights(folder, head)
     tensors, _ = _read(folder / COMPENSATION_FILE, _FIT)
     try:
         layers = tuple(_layer(tensors, number) for number in range(head["layers"]))
-        found = Compensation(
-            layers=layers,
-            by_pair=head["by_pair"],
-            experts=head["experts"],
-            healed=load_healed(folder, head.get("healed")),
-        )
+        found = Compensation(layers=layers, by_pair=head["by_pair"], experts=head["experts"])
     except KeyError as error:
         raise UsageError(f"{folder}: {error.args[0]!r} is missing; {_FIT}") from None
     except TypeError as error:

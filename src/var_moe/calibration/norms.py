@@ -19,7 +19,6 @@ from var_moe.evaluation.batching import batches, collate, drawn
 from var_moe.execution.backends.sorted import weighted_sum
 from var_moe.execution.dispatch import PairBackend, attach, detach, pair_backend
 from var_moe.execution.session import routed
-from var_moe.models.healed_weights import healed_weights
 from var_moe.models.identity import identity
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.compensation import Compensation
@@ -124,9 +123,8 @@ def norm_trace(
     total, done = sum(len(document.ids) for document in chosen), 0
     parts = []
     before = attach(loaded.model, session)
-    healed = None if compensation is None else compensation.healed
     try:
-        with torch.no_grad(), healed_weights(loaded.model, healed):
+        with torch.no_grad():
             for rows in batches(chosen, _TOKENS_PER_BATCH, window=loaded.window):
                 batch = collate(rows)
                 session.at = batch.counted.reshape(-1).nonzero().squeeze(1)
@@ -181,7 +179,6 @@ def _rises(
                 total += float(loss_and_gradient(logits, batch.ids, target)[0].double().sum())
         return total
 
-    nowhere = layers  # every layer runs all pairs, on the weights that the compensation goes with
-    unchanged = loss(_OneLayer(nowhere, compensation))
+    unchanged = loss(_OneLayer(layers, compensation))  # no layer has that number: none is cut
     rises = [loss(_OneLayer(layer, compensation)) - unchanged for layer in range(layers)]
     return torch.tensor(rises, dtype=torch.float64)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from var_moe.calibration.heal import HealSettings
+from typing import Any
 
 from var_moe.cli.output import Answer
 from var_moe.config import check_count
@@ -26,10 +23,6 @@ def fit_compensation(
     rank: int | None = None,
     rate: float | None = None,
     damage_tokens: int | None = None,
-    heal: str | None = None,
-    heal_tokens: int | None = None,
-    heal_rate: float | None = None,
-    control: bool = False,
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
@@ -39,8 +32,7 @@ def fit_compensation(
     """Distil the unmodified model into what damage-aware skipping leaves of it.
 
     The model's weights stay as they are. What is fitted lies with the profile, and every later
-    command with that profile uses it. With --heal, so do small changes of some of the weights:
-    they are in place only while a policy runs with this compensation.
+    command with that profile uses it.
 
     Args:
         profile: profile folder of the same model.
@@ -54,12 +46,6 @@ def fit_compensation(
         rank: of the map; by default the largest that costs less than 3% of what it saves.
         rate: highest learning rate of the distillation.
         damage_tokens: of the passes that predict what a cut costs, before and after.
-        heal: also train some of the model's own weights: router, norms (one step), lora (another);
-            several are separated by commas. lora needs peft: pip install 'var-moe[heal]'.
-        heal_tokens: calibration tokens of each step of healing.
-        heal_rate: highest learning rate of healing.
-        control: also train the healed weights on the text itself, without cuts, to show what more
-            training alone would give.
         seed: draws the order of the text and the start.
         device: auto, cpu, cuda, ...
         dtype: auto, float32, bfloat16, float16.
@@ -85,7 +71,6 @@ def fit_compensation(
     from var_moe.models.loading import load_model
     from var_moe.optimization.preparation import tokenised
 
-    healing = _healing(heal, heal_tokens, heal_rate, control)
     known = RoutingProfile.load(profile)
     place = output or profile / FOLDER
     check_output_folder(place)
@@ -108,7 +93,6 @@ def fit_compensation(
             text.documents,
             data={"dataset": dataset, "data_hash": text.data_hash},
             settings=settings,
-            healing=healing,
             damage_tokens=DAMAGE_TOKENS if damage_tokens is None else damage_tokens,
             checkpoint=checkpoint,
             progress=None if quiet else progress,
@@ -123,60 +107,5 @@ def fit_compensation(
         f"rescaled cuts {held['nothing']:.4f}, start {held['start']:.4f}, layer by layer "
         f"{held['regressed']:.4f}, distilled {held['fitted']:.4f}"
     )
-    for line in _healed_lines(fitted.head.get("heal")):
-        print(line)
     print(f"Saved: {place}")
     return Answer(fitted.head)
-
-
-def _healing(
-    parts: str | None, tokens: int | None, rate: float | None, control: bool
-) -> HealSettings | None:
-    """What is asked for.
-
-    Raises:
-        UsageError: an option of healing without --heal, or a wrong one.
-    """
-    from var_moe.errors import UsageError
-
-    further = {"tokens": tokens, "rate": rate}
-    given: dict[str, Any] = {name: value for name, value in further.items() if value is not None}
-    if parts is None:
-        if given or control:
-            raise UsageError("--heal_tokens, --heal_rate and --control belong to --heal")
-        return None
-    from var_moe.calibration.heal import HealSettings
-
-    names = tuple(dict.fromkeys(part.strip() for part in parts.split(",")))
-    return HealSettings(parts=names, control=control, **given)
-
-
-def _healed_lines(report: dict[str, Any] | None) -> list[str]:
-    """What healing came to, a line for each step."""
-    if report is None:
-        return []
-    lines = ["Healing, on held-out calibration text at fixed taus:"]
-    for step in report["steps"]:
-        found = [
-            f"{experts:.2f} experts per token: KL {nats:.4f}, perplexity {change:+.2%}"
-            for experts, nats, change in zip(
-                step["experts_per_token"],
-                step["held_out_divergence_nats"],
-                step["held_out_degradation"],
-                strict=True,
-            )
-        ]
-        uncut = f"all pairs: perplexity {step['held_out_degradation_uncut']:+.2%}"
-        lines.append(f"  {step['name']}: " + "; ".join([*found, uncut]))
-        if not step["kept"]:
-            lines.append(
-                f"  {step['name']}: not kept, as it is no better than without (KL at equal "
-                f"experts per token x {step['relative_divergence_at_equal_experts']:.3f})"
-            )
-    control = report["control"]
-    if control is not None:
-        lines.append(
-            f"  control ({control['steps']} steps on the text itself, no cuts): all pairs: "
-            f"perplexity {control['held_out_degradation_uncut']:+.2%}"
-        )
-    return lines

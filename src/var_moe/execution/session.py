@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -25,7 +25,6 @@ from var_moe.execution.dispatch import (
     pair_backend,
 )
 from var_moe.execution.texts import Texts
-from var_moe.models.healed_weights import healed_weights
 from var_moe.models.loading import LoadedModel
 from var_moe.models.routable import check_given, check_sizes, unwrapped
 from var_moe.routing.base import RoutingPolicy
@@ -123,7 +122,6 @@ class Session:
         self._watch = watch
         self._units = Units(layers, drops_only=policy.drops_only) if watch else None
         self._native = False  # the guard has fallen back to the model's own routing
-        self._own_weights = ExitStack()  # closing it puts the model's own weights back
         self._announced = _Announced()
         self._turn = _Turn()
         self._closed = False
@@ -177,11 +175,6 @@ class Session:
             "copy the model after leaving the block, or save it with save_pretrained"
         )
 
-    def healed(self, weights: AbstractContextManager[None]) -> ExitStack:
-        """Keep healed weights in place until the block ends or the guard falls back."""
-        self._own_weights.enter_context(weights)
-        return self._own_weights
-
     # -- called by the model ---------------------------------------------------------------
 
     def before_forward(self, _model: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
@@ -226,8 +219,6 @@ class Session:
             self._native, self._units = True, None
             if isinstance(self.backend, PackedExperts):
                 self.backend = pair_backend(SORTED)  # which rounds as the unmodified model does
-            with torch.inference_mode(False):
-                self._own_weights.close()
 
     def after_forward(self, _model: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         """The model's forward hook: the output may hold a new KV cache; None after an error."""
@@ -350,7 +341,6 @@ def routed(
             policy or its compensation is another model's, or the guard another policy's; no such
             exported folder.
 
-    Healed weights, where the policy's compensation has them, are in place of the model's own.
     On leaving, also by an exception, the model is what it was before.
     """
     if isinstance(policy, str | Path):
@@ -362,7 +352,6 @@ def routed(
     run_pairs = pair_backend(automatic(model, backend)) if isinstance(backend, str) else backend
     modules = [module for _, module in experts_modules(model)]
     check_sizes(model, policy)
-    healed = None if policy.compensation is None else policy.compensation.healed
     if isinstance(guard, Guard):
         guard.check(policy_facts(policy), layers=len(modules))
     watch = Watch(guard) if isinstance(guard, Guard) else guard
@@ -381,11 +370,7 @@ def routed(
                 one.register_forward_pre_hook(session.before_forward, with_kwargs=True),
                 one.register_forward_hook(session.after_forward, always_call=True),
             ]
-        with (
-            session.healed(healed_weights(model, healed)),
-            closing(session),
-            session.texts.watching(model),
-        ):
+        with closing(session), session.texts.watching(model):
             yield session
             session.end_documents()
     finally:

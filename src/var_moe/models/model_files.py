@@ -12,7 +12,8 @@ from typing import Any, NoReturn
 from var_moe.errors import UsageError
 from var_moe.models.hub import one_line
 
-CONFIG, ADAPTER = "config.json", "adapter_config.json"
+CONFIG = "config.json"
+ADAPTER = "adapter_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model"),
@@ -125,7 +126,7 @@ def check_adapter(label: str, path: Path, *, alone: bool = False) -> None:
     if importlib.util.find_spec("peft") is None:
         raise UsageError(
             f"{label}: {path.name} says that an adapter belongs to it, which needs peft: pip "
-            "install 'var-moe[heal]'; without the adapter, give a copy that lacks this file"
+            "install 'var-moe[adapters]'; without the adapter, give a copy that lacks this file"
         )
 
 

@@ -16,9 +16,11 @@ residual restoration, ResMoE, arXiv:2503.06881); here one stands in for whatever
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +28,6 @@ from torch.nn import functional as F
 
 from var_moe.errors import UsageError
 from var_moe.routing.fast_path import ResidualMeans
-from var_moe.routing.healed import Healed
 
 
 @dataclass(frozen=True)
@@ -87,13 +88,11 @@ class Compensation:
         layers: L parts.
         by_pair: vectors are keyed by ``first * E + dropped`` (else by the dropped expert).
         experts: E.
-        healed: changes of the model's own weights, fitted with it and in place wherever it is.
     """
 
     layers: tuple[LayerCompensation, ...]
     by_pair: bool
     experts: int
-    healed: Healed | None = None
 
     @property
     def rank(self) -> int:
@@ -129,8 +128,6 @@ class Compensation:
         digest = hashlib.sha256(f"{self.by_pair} {self.experts}".encode())
         for tensor in tensors:
             digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-        if self.healed is not None:
-            digest.update(self.healed.hash.encode())
         return digest.hexdigest()
 
     def rows(self, index: Tensor, first: Tensor) -> Tensor:
@@ -183,6 +180,23 @@ class Compensation:
                 f"compensation for (layers, experts, hidden size) = {mine} does not fit a model of "
                 f"{(layers, experts, hidden)}; fit one with `var-moe fit-compensation`"
             )
+
+
+def check_no_own_weights(folder: Path, about: Mapping[str, Any]) -> None:
+    """Refuse a saved compensation that also changes the model's own weights.
+
+    Args:
+        folder: where it lies, for the message.
+        about: its head.
+
+    Raises:
+        UsageError: it was fitted with recovery fine-tuning (``--heal`` of version 0.1).
+    """
+    if about.get("healed"):
+        raise UsageError(
+            f"{folder}: its compensation also changes the model's own weights (--heal), which "
+            "version 0.1 was the last to do; fit one with `var-moe fit-compensation`"
+        )
 
 
 def split_weights(index: Tensor, weight: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:

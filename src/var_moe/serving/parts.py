@@ -14,7 +14,6 @@ from var_moe.errors import UsageError
 from var_moe.routing.compensation import Compensation, LayerCompensation
 from var_moe.routing.damage import DamageModel
 from var_moe.routing.fast_path import ResidualMeans, RoutingTable
-from var_moe.routing.healed import Change, Healed
 from var_moe.routing.layer_sensitivity import LayerSensitivity
 from var_moe.routing.ratios import RatioQuantiles
 
@@ -117,14 +116,10 @@ def _pack_compensation(compensation: Compensation, tensors: Tensors) -> dict[str
         for name, value in zip(_LAYER, layer.tensors(), strict=True):
             if value is not None:
                 tensors[f"compensation.{number}.{name}"] = value
-    healed = [] if compensation.healed is None else list(compensation.healed.changes.items())
-    for number, (_, change) in enumerate(healed):
-        tensors |= {f"healed.{number}.{factor}": part for factor, part in enumerate(change)}
     return {
         "by_pair": compensation.by_pair,
         "experts": compensation.experts,
         "layers": len(compensation.layers),
-        "healed": [{"parameter": name, "factors": len(change)} for name, change in healed],
     }
 
 
@@ -135,18 +130,7 @@ def _unpack_compensation(about: Mapping[str, Any], tensors: Mapping[str, Tensor]
         vectors, *low = _LAYER
         low_rank = [tensors.get(own + name) for name in low]
         layers.append(LayerCompensation(tensors[own + vectors], *low_rank))
-    changes: dict[str, Change] = {}
-    for number, entry in enumerate(about["healed"]):
-        one = tensors[f"healed.{number}.0"]
-        changes[entry["parameter"]] = (
-            (one, tensors[f"healed.{number}.1"]) if entry["factors"] == 2 else (one,)
-        )
-    return Compensation(
-        layers=tuple(layers),
-        by_pair=about["by_pair"],
-        experts=about["experts"],
-        healed=Healed(changes) if changes else None,
-    )
+    return Compensation(layers=tuple(layers), by_pair=about["by_pair"], experts=about["experts"])
 
 
 def _count(tensors: Mapping[str, Tensor], kind: str) -> int:

@@ -129,11 +129,6 @@ def decisions(trace: RoutingTrace, policy: RoutingPolicy) -> Iterator[Decided]:
 def _check_fits(trace: RoutingTrace, policy: RoutingPolicy) -> None:
     """Refuse a policy whose compensation or damage model the trace does not know."""
     compensation, recorded = policy.compensation, trace.head.get("compensation_hash")
-    if compensation is None and trace.head.get("healed"):
-        raise UsageError(
-            "the trace was recorded with healed weights, which a policy without their compensation "
-            "does not run on; record it again without that compensation"
-        )
     if compensation is not None and compensation.hash != recorded:
         raise UsageError(
             "the policy's compensation is not the one that the trace was recorded with; take the "

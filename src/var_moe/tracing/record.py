@@ -14,13 +14,11 @@ from var_moe.errors import UsageError, VarMoeError
 from var_moe.evaluation.batching import Window, batches, collate, drawn
 from var_moe.execution.backends.sorted import weighted_sum
 from var_moe.execution.dispatch import attach, detach, experts_shape, pair_backend
-from var_moe.models.healed_weights import healed_weights
 from var_moe.models.identity import identity
 from var_moe.models.router_hooks import RouterLogits
 from var_moe.routing.compensation import Compensation
 from var_moe.routing.damage import DamageModel
 from var_moe.routing.decision import TokenBatch
-from var_moe.routing.healed import Healed
 from var_moe.routing.ranking import rank_slots, shares
 from var_moe.storage import SCHEMA_VERSION, provenance
 from var_moe.tracing.first_order import DamageProbe
@@ -137,8 +135,7 @@ def record_trace(
         folder: where the trace is written as it grows, so that a killed recording goes on after
             its last whole shard; without, it is kept in memory alone.
         profile: of the same model; its residual means give the damages ``cut_residual``.
-        compensation: of the same model; gives the damages ``cut_compensated``. Where it has healed
-            weights, they are in place: the trace is of the healed model.
+        compensation: of the same model; gives the damages ``cut_compensated``.
         damage: also note each token's loss and first-order damages (see `tracing.damage`), which
             takes a backward pass: about three times the time, and the memory of training on one
             batch without its parameters' gradients.
@@ -192,8 +189,6 @@ def record_trace(
         "compensation_hash": compensation.hash if compensation is not None and damage else None,
         "dtype": loaded.dtype,
     }
-    if compensation is not None and compensation.healed is not None:
-        options["healed"] = compensation.healed.hash
     about = identity(loaded)
     text = ids_hash(chosen)
     writer = Writer(Path(folder), key=key_of({**about, **options, "ids": text})) if folder else None
@@ -210,8 +205,7 @@ def record_trace(
             seed=seed,
         )
         recorder.sampled = seed if labels == "sampled" else None
-    healed = None if compensation is None else compensation.healed
-    parts = _record(loaded, recorder, forwards, writer, progress, healed)
+    parts = _record(loaded, recorder, forwards, writer, progress)
     head = {
         "schema_version": SCHEMA_VERSION,
         **about,
@@ -231,7 +225,6 @@ def _record(
     forwards: list[list[Window]],
     writer: Writer | None,
     progress: Callable[[int, int], None] | None,
-    healed: Healed | None,
 ) -> list[dict[str, Tensor]]:
     """Run the forwards that are not done; returns what no writer took."""
     parts: list[dict[str, Tensor]] = []
@@ -240,11 +233,7 @@ def _record(
     before = attach(loaded.model, recorder)
     try:
         # Off where a caller has it on: what is made in inference mode has no way back.
-        with (
-            recorder.logits,
-            torch.inference_mode(False),
-            healed_weights(loaded.model, healed),
-        ):
+        with recorder.logits, torch.inference_mode(False):
             for number, rows in enumerate(forwards):
                 if number < done or not sizes[number]:
                     continue
