@@ -88,7 +88,7 @@ def test_options_come_from_a_file_and_words_win(options, capsys):
         ["compare", "--policies", "naee", "ser", "--experts", "1.5", "1.25"],
         ["evaluate", "--config", "mine.json", "--preset", "balanced"],
         ["certify", "results/x", "--alpha", "0.1", "--sequential"],
-        ["stability", "a", "b", "--profile", "named/as/a/command"],
+        ["replay", "trace", "--profile", "named/as/a/command"],
         ["replay", "trace", "--grid", "3"],
     ],
 )

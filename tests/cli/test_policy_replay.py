@@ -52,8 +52,6 @@ def test_a_policy_is_searched_by_replay(tuned):
     metadata = read(tuned / "optimization_metadata.json")
     assert metadata["settings"]["policy"] == "top_p"
     assert 256 < metadata["replay"]["forecasts"] < 400
-    rows = read(tuned / "sensitivity.json")["rows"]
-    assert [row["parameter"] for row in rows] == ["p", "compensation"]
     assert all(row["config"]["policy"] == "top_p" for row in metadata["remeasured"])
     assert {path.name for path in tuned.glob("trace*")} == {"trace", "trace_none"}
 
@@ -89,22 +87,7 @@ def test_another_bound_and_its_validation(tuned, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_two_settings_are_compared(common, profile, make_tiny_mixtral, tiny_tokenizer, tmp_path):
-    """SER has two settings where K > 2; a file of an earlier search would be replaced."""
-    model = tmp_path / "model"
-    make_tiny_mixtral(top_k=3).save_pretrained(model)
-    tiny_tokenizer.save_pretrained(model)
-    words = ["tune", "--model", str(model), *common[2:], "--policy", "ser", "--n_calls", "2"]
-    words += ["--max_degradation", BOUND, "--seed", "3", "--output", str(tmp_path), "--quiet"]
-    assert main(words) == 0
-    rows = read(tmp_path / "sensitivity.json")["rows"]
-    assert [row["parameter"] for row in rows] == ["min_experts", "threshold"]
-    assert "share of each setting" in (tmp_path / "optimization_summary.txt").read_text()
-
-
-@pytest.mark.slow
 def test_few_ways_to_decide_end_the_search_early(common, profile, tmp_path):
-    (tmp_path / "sensitivity.json").write_text("{}")
     words = ["tune", *common, *profile, "--policy", "per_layer_k", "--max_degradation", "5"]
     words += ["--compensation", "none"]
     assert main([*words, "--seed", "1", "--output", str(tmp_path), "--quiet"]) == 0
@@ -113,7 +96,6 @@ def test_few_ways_to_decide_end_the_search_early(common, profile, tmp_path):
     assert results["num_evaluations"] == 4
     notes = read(tmp_path / "optimization_metadata.json")["notes"]
     assert any("ended after 4 evaluations" in note for note in notes)
-    assert not (tmp_path / "sensitivity.json").exists()
 
 
 @pytest.mark.slow

@@ -132,7 +132,7 @@ def test_a_closed_stream_leads_nowhere(stream, profiled, monkeypatch):
 
 @pytest.mark.parametrize("name", ["[/x]", "[final", "{1}"])
 def test_a_name_with_brackets_is_no_json(name, capsys):
-    assert main(["stability", name, name]) == 2
+    assert main(["report", name]) == 2
     assert f"error: {name}: no such folder" in capsys.readouterr().err
 
 

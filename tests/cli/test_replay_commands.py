@@ -98,7 +98,6 @@ def test_decisions_alone(common, traced, tmp_path, capsys):
     assert read(tmp_path / "r" / "replay.json")["rows"][0]["predicted_degradation"] is None
     assert main([*words, "--grid", "2"]) == 0
     assert read(tmp_path / "r" / "replay.json")["front"] == []
-    assert set(read(tmp_path / "r" / "sensitivity.json")["variance"]) == {"experts_per_token"}
 
 
 def test_replay_of_configurations(traced, tmp_path, capsys):
@@ -154,7 +153,6 @@ def test_replay_of_a_grid(traced, tmp_path, mode, capsys):
     words += ["--cost", str(tmp_path / "cost.json"), "--max_degradation", "0.5", "--quiet"]
     assert main(words) == 0
     shown = capsys.readouterr().out
-    assert "What matters" in shown
     assert "that no other beats" in shown
     table = pd.read_csv(tmp_path / "replay.csv")
     assert len(table) == 64
@@ -170,12 +168,6 @@ def test_replay_of_a_grid(traced, tmp_path, mode, capsys):
     replay = TraceReplay(RoutingTrace.load(traced), RoutingProfile.load(traced / "profile"))
     one = replay.evaluate(VARConfig.from_dict(front[-1]["config"]))
     assert one.degradation == pytest.approx(changes[-1])
-    sensitivity = read(tmp_path / "sensitivity.json")
-    assert sensitivity["schema_version"] == 1
-    assert [row["parameter"] for row in sensitivity["rows"]] == list(VARConfig().documented())
-    assert set(sensitivity["variance"]) == {"speedup", "experts_per_token", "degradation"}
-    for row in sensitivity["rows"]:
-        assert 0 <= row["degradation_first"] <= row["degradation_total"] + 1e-9 <= 1 + 1e-6
 
 
 @pytest.mark.slow

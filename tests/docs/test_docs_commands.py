@@ -96,12 +96,10 @@ def test_the_check_finds_what_it_should(line: str, right: bool) -> None:
 
 def test_command_lines_are_found_where_they_stand() -> None:
     text = "`var-moe tune\n--seed 1` and `--robust`\n\n```sh\nfor s in 1 2; do var-moe tune \\\n"
-    text += (
-        "  --seed $s; done; var-moe stability results/run_*\n```\n\n```python\nvar-moe no\n```\n"
-    )
+    text += "  --seed $s; done; var-moe report results/*\n```\n\n```python\nvar-moe no\n```\n"
     assert commands("page", text) == [
         ["tune", "--seed", "1"],
-        ["stability", "results/run_*"],
+        ["report", "results/*"],
         ["tune", "--seed", "1"],
     ]
     assert options(text) == ["--robust"]

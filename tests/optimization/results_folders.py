@@ -42,6 +42,7 @@ def write_run(folder, *, seed, score=1.2, tau=0.01, experts=1.3, found=True, **c
     metadata = {
         "schema_version": 1,
         "seed": seed,
+        "search": {},
         "settings": settings,
         "identity": identity,
         "remeasured": [row],
@@ -50,6 +51,7 @@ def write_run(folder, *, seed, score=1.2, tau=0.01, experts=1.3, found=True, **c
     best = score if found else -101.0
     (folder / "optimization_metadata.json").write_text(json.dumps(metadata))
     results = {"schema_version": 1, "best_score": best, "seed": seed}
+    results["best_params"] = config if found else None
     (folder / "optimization_results.json").write_text(json.dumps(results))
     if found:
         (folder / "best_config.json").write_text(json.dumps(config))

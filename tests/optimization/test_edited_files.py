@@ -34,17 +34,6 @@ def write_front(folder, **changes):
     (folder / "pareto.json").write_text(json.dumps(front))
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [{"settings": None}, {"identity": "x"}, {"remeasured": 3}, {"seed": "many"}, {"seed": []}],
-)
-def test_metadata_of_a_run(tmp_path, capsys, changed):
-    runs = [write_run(tmp_path / f"run_{seed}", seed=seed) for seed in (1, 2)]
-    edit(runs[1] / METADATA_FILE, **changed)
-    assert main(["stability", *map(str, runs)]) == 2
-    assert "run_2: not as this version of var_moe writes it" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("changed", [{"settings": 3}, {"profile": "x"}])
 def test_metadata_beside_a_front(tmp_path, capsys, changed):
     folder = write_run(tmp_path / "run", seed=1)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
@@ -14,13 +12,11 @@ from var_moe.evaluation.compare import SpeedSetting
 from var_moe.evaluation.cost import TERMS, CostModel
 from var_moe.optimization.forecast_grid import (
     AXES,
-    forecast_grid,
     grid_values,
     non_dominated,
 )
 from var_moe.optimization.replay_forecast import ReplayForecaster
 from var_moe.optimization.search_space import grid_points
-from var_moe.optimization.sensitivity import sensitivity_result, sobol
 from var_moe.routing.fast_path import RoutingTable
 from var_moe.tracing.replay import TraceReplay
 from var_moe.tracing.trace import RoutingTrace
@@ -114,39 +110,3 @@ def test_front_is_what_no_other_beats():
         if not any((cost < cost[i]) & (gain >= gain[i]) | (cost <= cost[i]) & (gain > gain[i]))
     ]
     assert non_dominated(cost, gain) == by_hand
-
-
-def test_indices_of_a_sum_and_a_product():
-    """x1 + 2 x2 + 3 x1 x3 with each x in {-1, 1}: variances 1, 4 and 9, all independent."""
-    x1, x2, x3, _ = np.meshgrid(*[[-1.0, 1.0]] * 4, indexing="ij")
-    found = sobol(x1 + 2 * x2 + 3 * x1 * x3)
-    assert found.variance == pytest.approx(14)
-    assert found.first == pytest.approx((1 / 14, 4 / 14, 0, 0))
-    assert found.total == pytest.approx((10 / 14, 4 / 14, 9 / 14, 0))
-
-
-def test_indices_of_ishigami():
-    """The usual test function; its indices are known in closed form (a = 7, b = 0.1)."""
-    steps = -np.pi + 2 * np.pi * (np.arange(200) + 0.5) / 200
-    x1, x2, x3 = np.meshgrid(steps, steps, steps, indexing="ij")
-    found = sobol(np.sin(x1) + 7 * np.sin(x2) ** 2 + 0.1 * x3**4 * np.sin(x1))
-    assert found.first == pytest.approx((0.3139, 0.4424, 0.0), abs=2e-3)
-    assert found.total == pytest.approx((0.5576, 0.4424, 0.2437), abs=2e-3)
-
-
-def test_a_constant_has_no_indices_and_nan_is_refused():
-    found = sobol(np.full((3, 3), 1.1))
-    assert found.first == found.total == (0.0, 0.0)
-    with pytest.raises(UsageError, match="not finite"):
-        sobol(np.array([1.0, np.nan]))
-
-
-def test_sensitivity_of_a_grid(replay):
-    values = {**grid_values(n_points=1), "confidence_threshold": (0.5, 0.7, 0.9)}
-    result = sensitivity_result(forecast_grid(replay, values, cost=COST))
-    assert result["schema_version"] == 1
-    rows = {row["parameter"]: row for row in result["rows"]}
-    assert list(rows) == list(AXES)
-    for name, kind in itertools.product(("speedup", "degradation"), ("first", "total")):
-        assert rows["confidence_threshold"][f"{name}_{kind}"] == pytest.approx(1)
-        assert rows["cache_size"][f"{name}_{kind}"] == 0

@@ -70,16 +70,6 @@ def test_policies_have_a_figure_for_each_compensation(alone):
     assert drawn == len(rows)
 
 
-def test_winners_that_are_one_need_no_figure(alone):
-    folder = alone("stability")
-    path = folder / "stability.json"
-    found = json.loads(path.read_text())
-    for run in found["runs"]:
-        run["experts_per_token"] = 1.5
-    path.write_text(json.dumps(found))
-    assert [p.name for p in build_report(folder).pictures] == ["seeds-speeds"]
-
-
 def test_tiers_are_shown_where_there_are_any(change, sample):
     def headings():
         return next(

@@ -25,7 +25,6 @@ from var_moe.cli.output import run
 from var_moe.cli.profile import profile
 from var_moe.cli.replay import replay
 from var_moe.cli.report import report
-from var_moe.cli.stability import stability
 from var_moe.cli.text_column import with_text_column
 from var_moe.cli.trace import trace
 from var_moe.cli.tune import tune
@@ -60,7 +59,7 @@ def build_app() -> App:
         result_action="return_value",
         suppress_keyboard_interrupt=False,  # `main` says what is kept
     )
-    commands = (tune, certify, stability, guard, profile, evaluate, compare, trace, replay)
+    commands = (tune, certify, guard, profile, evaluate, compare, trace, replay)
     for command in (*commands, analyze, report, export, doctor, demo):
         app.command(with_text_column(command), validator=_check_options)
     app.command(

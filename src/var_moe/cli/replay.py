@@ -56,7 +56,7 @@ def replay(
         mode: overrides the mode of VAR's configurations.
         cost: cost model (JSON) for speedups; by default cost_model.json in or beside the
             folder of the trace or the profile.
-        output: folder for replay.json and replay.csv, with --grid also sensitivity.json.
+        output: folder for replay.json and replay.csv.
         max_degradation: bound on the predicted degradation, to mark points of the grid.
         quiet: no progress.
     """
@@ -256,11 +256,10 @@ def _grid(
     max_degradation: float,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    from var_moe.cli.replay_tables import print_front, print_sensitivity
+    from var_moe.cli.replay_tables import print_front
     from var_moe.config import VARConfig
     from var_moe.optimization.forecast_grid import forecast_grid, grid_values
     from var_moe.optimization.results import jsonable
-    from var_moe.optimization.sensitivity import sensitivity_result
     from var_moe.storage import atomic_write_json
 
     values = grid_values(n_points=n_points)
@@ -272,23 +271,18 @@ def _grid(
         config = VARConfig(mode=mode, **found.point(number))
         feasible = row["predicted_degradation"] <= max_degradation
         front.append({"config": config.to_dict(), **row, "feasible": feasible})
-    indices = sensitivity_result(found)
     result: dict[str, Any] = {
         **about,
         "mode": mode,
         "max_degradation": max_degradation,
-        "values": indices["values"],
+        "values": {name: list(known) for name, known in found.values.items()},
         "points": found.size,
         "front": front,
-        "sensitivity": indices["rows"],
     }
     atomic_write_json(output / "replay.json", jsonable(result))
-    atomic_write_json(output / "sensitivity.json", jsonable({**about, **indices}))
     _write_csv({predicted.get(k, k): v for k, v in found.table().items()}, output)
     print_front(front, about["trace"], found.size, mode, max_degradation)
-    print_sensitivity(indices)
-    names = ("replay.json", "replay.csv", "sensitivity.json")
-    print(f"Saved: {', '.join(str(output / name) for name in names)}")
+    print(f"Saved: {output / 'replay.json'}, {output / 'replay.csv'}")
     return result
 
 

@@ -66,24 +66,6 @@ def print_front(
     show(table)
 
 
-def print_sensitivity(result: Mapping[str, Any]) -> None:
-    """Which thresholds explain how much of what differs in the grid."""
-    from rich.table import Table
-
-    names = list(result["variance"])
-    print("What matters: % of the grid's variance by a threshold alone / with its interactions")
-    table = Table()
-    table.add_column("threshold")
-    for name in names:
-        table.add_column(name.replace("_", " "), justify="right")
-    for row in result["rows"]:
-        shares = [
-            f"{100 * row[f'{name}_first']:.1f} / {100 * row[f'{name}_total']:.1f}" for name in names
-        ]
-        table.add_row(row["parameter"], *shares)
-    show(table)
-
-
 def _where(trace: Mapping[str, Any]) -> str:
     return f"{trace['model']} on {trace['dataset']}, {trace['tokens']:,} tokens"
 

@@ -24,7 +24,7 @@ def report(
     measured: what a command did not save is left out.
 
     Args:
-        results: folder of tune, certify, evaluate, compare, stability, analyze or profile.
+        results: folder of tune, certify, evaluate, compare, analyze or profile.
         output: the page's file; report.html in the folder by default.
         figures: also each figure as a file, in these formats: png, svg, pdf; into the folder
             figures beside the page.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -12,7 +12,6 @@ from var_moe.cli.answer import answer
 from var_moe.cli.compensation import parse_compensation
 from var_moe.cli.output import Answer
 from var_moe.cli.searched import DEFAULT_BOUND
-from var_moe.cli.seeds import parse_seeds, run_seeds
 from var_moe.cli.validate import validate as run_validation
 from var_moe.errors import UsageError
 
@@ -36,7 +35,6 @@ def tune(
     from_: Annotated[Path | None, Parameter(name="--from")] = None,
     seed: int | None = None,
     seeds: str | None = None,
-    repeats: int | None = None,
     robust: bool = False,
     mode: Literal["verified", "plain"] | None = None,
     policy: str | None = None,
@@ -75,9 +73,8 @@ def tune(
         from_: answer --max_degradation from the front that an earlier search left in this folder,
             without a model.
         seed: of the search; by default a fresh one, which is recorded.
-        seeds: as 1,2,3: one search for each, into --output/run_1 and so on, and stability.json
-            with what they agree on.
-        repeats: the same with so many fresh seeds, which are recorded.
+        seeds: as 1,2,3: one search for each, into --output/run_1 and so on, and one table of
+            their winners (stability.json).
         robust: hold the bound against the worst of several data sets.
         mode: verified (default) asks the router and lets table and cache only license a cut.
         policy: damage (default) cuts what is predicted to cost least; var has the six thresholds,
@@ -103,8 +100,8 @@ def tune(
     from var_moe.models.loading import check_name, load_model
     from var_moe.storage import read_json
 
-    if (validate is not None or from_ is not None) and (seeds or repeats is not None):
-        raise UsageError("--seeds and --repeats belong to a search, not to --validate or --from")
+    if seeds is not None and (validate is not None or from_ is not None):
+        raise UsageError("--seeds belongs to a search, not to --validate or --from")
     if validate is not None:
         if policy is not None:
             raise UsageError("--policy does not belong to --validate: the configuration names it")
@@ -129,11 +126,14 @@ def tune(
         return answer(from_, max_degradation, output)
     from var_moe.calibration.collect import DEFAULT_TOKENS
     from var_moe.data.text import check_dataset
+    from var_moe.optimization.seeds import STABILITY_FILE, parse_seeds, seeds_table, tune_seeds
     from var_moe.optimization.settings import DEFAULT_SAMPLES, TuneSettings
 
     # Everything that can be wrong is looked at before the model is loaded.
     model, dataset, output = model or "demo", dataset or "demo", output or DEFAULT_OUTPUT
-    asked = parse_seeds(seeds, repeats, seed)
+    if seeds is not None and seed is not None:
+        raise UsageError("--seeds and --seed do not belong together: give one of them")
+    several = parse_seeds(seeds) if seeds is not None else ()
     stand_in, place = parse_compensation(compensation)
     check_name(model)
     check_dataset(dataset)
@@ -171,16 +171,17 @@ def tune(
 
     with StageProgress() as progress:
         loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        if asked is not None:
-            return run_seeds(loaded, settings, asked, progress=progress, quiet=quiet)
+        shown: dict[str, Any] = {"verbose": not quiet}
+        if not quiet:
+            shown |= {"progress": progress, "say": progress.say}
+        if several:
+            report = tune_seeds(loaded, settings, several, **shown)
+            show(seeds_table(report))
+            print(f"Saved: {output / STABILITY_FILE}")
+            make_report(output)
+            return Answer(report)
         try:
-            outcome = run_tune(
-                loaded,
-                settings,
-                progress=None if quiet else progress,
-                say=(lambda _line: None) if quiet else progress.say,
-                verbose=not quiet,
-            )
+            outcome = run_tune(loaded, settings, **shown)
         except NothingFitsError as error:
             show(*error.parts[1:])  # the first part is the error's own line
             make_report(output)

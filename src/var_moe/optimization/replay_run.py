@@ -19,13 +19,7 @@ from var_moe.optimization.replay_forecast import make_forecaster
 from var_moe.optimization.replay_pool import pool_points
 from var_moe.optimization.replay_search import Forecasts, ReplayPlan, replay_search
 from var_moe.optimization.results import OptimizationResult
-from var_moe.optimization.search_space import Params, SearchSpace, dimensions, is_config_space
-from var_moe.optimization.sensitivity import sensitivity_result
-from var_moe.storage import atomic_write_json
-
-SENSITIVITY_FILE = "sensitivity.json"
-GRID_POINTS = 5
-"""Values per setting of the grid that tells which of them matter."""
+from var_moe.optimization.search_space import Params, SearchSpace, dimensions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +31,6 @@ class ReplaySearch:
     forecaster: TraceForecaster
     plan: ReplayPlan
     forecast_count: int
-    # Setting -> total index for the degradation; empty where there is nothing to compare.
-    sensitivity: Mapping[str, float]
 
 
 def search_by_replay(
@@ -76,15 +68,9 @@ def search_by_replay(
     )
     objective.stop_early = True
     forecasts = Forecasts(forecaster)
-    sensitivity: dict[str, float] = {}
     points: list[Params] | None = None
-    (folder / SENSITIVITY_FILE).unlink(missing_ok=True)  # an earlier search's
-    if n_points is not None or _has_alternatives(space):
-        grid = forecaster.grid(space, n_points or GRID_POINTS, progress)
-        if _has_alternatives(space):
-            sensitivity = _save_sensitivity(grid, folder)
-        if n_points is not None:
-            points = _learn_grid(forecasts, grid, space)
+    if n_points is not None:
+        points = _learn_grid(forecasts, forecaster.grid(space, n_points, progress), space)
     if points is None and isinstance(forecaster, PolicyForecaster):
         # Before the search, whose own display could not stand beside that of the forecasts.
         pool = pool_points(space, seed=0)
@@ -116,20 +102,7 @@ def search_by_replay(
         forecaster=forecaster,
         plan=plan,
         forecast_count=len(forecasts),
-        sensitivity=sensitivity,
     )
-
-
-def _has_alternatives(space: SearchSpace) -> bool:
-    """Whether it makes sense to ask which of several settings matter."""
-    return is_config_space(space) or sum(d.free for d in dimensions(space)) > 1
-
-
-def _save_sensitivity(grid: ForecastGrid, folder: Path) -> dict[str, float]:
-    """Write which settings matter."""
-    indices = sensitivity_result(grid)
-    atomic_write_json(folder / SENSITIVITY_FILE, indices)
-    return {row["parameter"]: row["degradation_total"] for row in indices["rows"]}
 
 
 def _learn_grid(forecasts: Forecasts, grid: ForecastGrid, space: SearchSpace) -> list[Params]:
@@ -144,16 +117,6 @@ def _learn_grid(forecasts: Forecasts, grid: ForecastGrid, space: SearchSpace) ->
 def _forecast(grid: ForecastGrid, number: int) -> Forecast:
     row = grid.row(number)
     return Forecast(**{field.name: row[field.name] for field in fields(Forecast)})
-
-
-def sensitivity_note(search: ReplaySearch) -> str:
-    """Which settings matter, in one line."""
-    shares = sorted(search.sensitivity.items(), key=lambda item: -item[1])
-    told = ", ".join(f"{name} {100 * share:.1f}%" for name, share in shares if share >= 0.0005)
-    return (
-        "share of each setting in the variance of the forecast degradation over the search "
-        f"space (total Sobol index of a full grid): {told or 'none'}; others below 0.1%"
-    )
 
 
 def verify_front(
@@ -183,7 +146,6 @@ def replay_metadata(search: ReplaySearch) -> dict[str, Any]:
         "forecasts": search.forecast_count,
         "traced_tokens": trace.tokens,
         "cost_model_error_relative": cost.error,
-        "sensitivity_of_degradation": dict(search.sensitivity),
     }
 
 
@@ -192,6 +154,5 @@ __all__ = [
     "replay_metadata",
     "save_front",
     "search_by_replay",
-    "sensitivity_note",
     "verify_front",
 ]

@@ -26,12 +26,10 @@ from var_moe.optimization.random_points import random_search
 from var_moe.optimization.ready import Ready, prepare
 from var_moe.optimization.remeasure import Measured, best_or_nearest, measure, remeasure
 from var_moe.optimization.replay_run import (
-    SENSITIVITY_FILE,
     ReplaySearch,
     replay_metadata,
     save_front,
     search_by_replay,
-    sensitivity_note,
     verify_front,
 )
 from var_moe.optimization.results import OptimizationResult
@@ -97,9 +95,7 @@ def _tune(
         )
     evaluator, final, objective = ready.evaluator, ready.final, ready.objective
     result, replayed = _found(ready, settings, progress=progress, verbose=verbose)
-    stale = [PARETO_FILE] if replayed is not None else [PARETO_FILE, SENSITIVITY_FILE]
-    for name in stale:  # an earlier search's
-        (settings.output / name).unlink(missing_ok=True)
+    (settings.output / PARETO_FILE).unlink(missing_ok=True)  # an earlier search's
     settings = replace(settings, n_calls=result.extra["total"])
     measured: list[Measured] = []
     presets: list[Measured] = []
@@ -138,7 +134,6 @@ def _tune(
     notes = [
         *([] if settings.policy else [*profile_notes(ready.profile, ready.space), FASTER]),
         *search_notes(result, ready.validation.independent),
-        *([sensitivity_note(replayed)] if replayed and replayed.sensitivity else []),
         *final.timing_notes(),
     ]
     metadata = {

@@ -273,21 +273,20 @@ def _of_certificate(results: Results) -> Headline:
 
 def _of_seeds(results: Results) -> Headline:
     found = results.get("stability")
-    search = found["search"]
-    score = found["best_score"]
-    sentence = f"{len(found['seeds'])} seeds: fewer than two found a configuration."
-    if score is not None:
-        sentence = (
-            f"{len(found['seeds'])} seeds score {factor(score['min'])} to {factor(score['max'])} "
-            f"(mean {factor(score['mean'])}), a spread of {100 * score['spread_relative']:.1f}%, "
-            f"at {found['experts_per_token']['min']:.2f} to "
-            f"{found['experts_per_token']['max']:.2f} experts per token."
+    experts, speed = found["spread"]["experts_per_token"], found["spread"]["speedup"]
+    runs, kept = found["runs"], [run for run in found["runs"] if run["found"]]
+    sentence = f"{len(kept)} of {len(runs)} seeds kept the bound"
+    if experts is not None:
+        sentence += (
+            f", with {experts['min']:.3f} to {experts['max']:.3f} experts per token (a spread of "
+            f"{100 * experts['spread_relative']:.1f}%) at {factor(speed['min'])} to "
+            f"{factor(speed['max'])} ({100 * speed['spread_relative']:.1f}%, which is partly the "
+            "machine's timing)"
         )
-    met = found["criterion"]["met"]
     return Headline(
-        title=f"Stability: {search['model']} on {search['dataset']}",
+        title=f"Seeds: {found['model']} on {found['dataset']}",
         question="Does the answer depend on the seed of the search?",
-        answers=(Answer(sentence=sentence, tone=GOOD if met else BAD),),
+        answers=(Answer(sentence=f"{sentence}.", tone=GOOD if kept == runs else BAD),),
     )
 
 
