@@ -121,7 +121,9 @@ def _row(seed: int, place: Path) -> dict[str, Any]:
     metadata = read_json(place / METADATA_FILE, what="metadata of a search")
     with entries_of(place):
         rows = [row for row in metadata["remeasured"] if row["passed"]]
-        best = next((row for row in rows if row["config"] == results["best_params"]), {})
+        best: dict[str, Any] = next(
+            (row for row in rows if row["config"] == results["best_params"]), {}
+        )
         # With --robust the worst data set is judged.
         figures = {n: best.get(f"worst_{n}", best[n]) for n in ("config", *_FIGURES) if best}
     return {"seed": seed, "folder": str(place), "found": bool(best), **figures}
