@@ -36,7 +36,7 @@ from var_moe.execution.dispatch import experts_modules
 from var_moe.execution.session import routed
 from var_moe.models.loading import load_model
 from var_moe.routing.base import RoutingPolicy
-from var_moe.routing.decision import Routing, TokenBatch
+from var_moe.routing.decision import ForwardContext, Routing
 from var_moe.routing.native import NativePolicy
 from var_moe.routing.random_skip import RandomSkipPolicy
 from var_moe.routing.var import VARPolicy
@@ -46,8 +46,8 @@ from var_moe.storage import atomic_write_json, provenance
 class DropOnePair(NativePolicy):
     """Keep-all but for one pair per layer, so that compaction can't be skipped."""
 
-    def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
-        routing = super().route(layer, index, weight)
+    def route(self, context: ForwardContext, layer: int, index: Tensor, weight: Tensor) -> Routing:
+        routing = super().route(context, layer, index, weight)
         index = index.clone()
         index[0, -1] = -1
         return Routing(index=index, weight=weight, tier=routing.tier)
@@ -60,14 +60,14 @@ class Timed(RoutingPolicy):
         self.inner, self.clock = inner, clock
         self.context_window = inner.context_window
 
-    def begin(self, batch: TokenBatch) -> None:
+    def begin(self, context: ForwardContext) -> None:
         start = time.perf_counter()
-        self.inner.begin(batch)
+        self.inner.begin(context)
         self.clock["policy: context cache"] += time.perf_counter() - start
 
-    def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
+    def route(self, context: ForwardContext, layer: int, index: Tensor, weight: Tensor) -> Routing:
         start = time.perf_counter()
-        routing = self.inner.route(layer, index, weight)
+        routing = self.inner.route(context, layer, index, weight)
         self.clock["policy: decisions"] += time.perf_counter() - start
         return routing
 

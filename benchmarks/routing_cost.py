@@ -26,7 +26,7 @@ from torch import Tensor
 
 from var_moe.config import VARConfig
 from var_moe.execution.dispatch import execute, pair_backend
-from var_moe.routing.decision import TokenBatch
+from var_moe.routing.decision import ForwardContext
 from var_moe.routing.fast_path import ResidualMeans, RoutingTable
 from var_moe.routing.ranking import leading_count
 from var_moe.routing.var import VARPolicy
@@ -110,14 +110,14 @@ def measure(tokens: int, experts: int, top_k: int, rounds: int) -> dict[str, Any
     index, weight = router(tokens, experts, top_k, dice)
     # Token ids with a heavy tail, as in text.
     ids = (torch.rand((tokens,), generator=dice).pow(3) * VOCABULARY).long()
-    batch = TokenBatch.of(ids.view(-1, min(SEQUENCE, tokens)))
+    context = ForwardContext.of(ids.view(-1, min(SEQUENCE, tokens)))
     policy = var_policy(experts, top_k, dice)
     backends = {name: pair_backend(name) for name in (*OWN, "grouped_mm", "eager")}
     original = type(module).forward.__wrapped__
 
     def decide() -> None:
-        policy.begin(batch)
-        policy.route(0, index, weight)
+        policy.begin(context)
+        policy.route(context, 0, index, weight)
 
     arms: dict[str, Callable[[], object]] = {
         "transformers eager": lambda: original(module, hidden, index, weight),
@@ -133,7 +133,7 @@ def measure(tokens: int, experts: int, top_k: int, rounds: int) -> dict[str, Any
             arms[f"{name} {share:.0%}"] = run
     with torch.inference_mode():
         seconds = interleaved(arms, rounds)
-        begin = interleaved({"begin": lambda: policy.begin(batch)}, rounds)["begin"]
+        begin = interleaved({"begin": lambda: policy.begin(context)}, rounds)["begin"]
 
     def ratio(over: str, under: str) -> float:
         return float(np.median(seconds[over] / seconds[under]))

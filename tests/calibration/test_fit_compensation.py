@@ -16,7 +16,7 @@ from var_moe.errors import UsageError, VarMoeError
 from var_moe.execution.session import routed
 from var_moe.routing.compensation import Compensation
 from var_moe.routing.damage import DamagePolicy
-from var_moe.routing.decision import TokenBatch
+from var_moe.routing.decision import ForwardContext
 
 QUICK = FitSettings(rank=4, regress_tokens=0, tokens=3000, tokens_per_batch=400, rate=1e-2)
 
@@ -272,7 +272,7 @@ def test_a_trainable_begins_as_its_start():
 
 
 def test_divergence_by_hand_and_its_gradient():
-    batch = TokenBatch.of(
+    batch = ForwardContext.of(
         torch.tensor([[1, 2, 3], [4, 5, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
     )
     dice = torch.Generator().manual_seed(0)
@@ -294,7 +294,7 @@ def test_small_gradients_survive_float16():
     ids = torch.ones((8, 128), dtype=torch.int64)
     teacher = torch.randn((8, 128, 2000), generator=torch.Generator().manual_seed(0))
     student = teacher + 0.01 * teacher.flip(-1)
-    batch = TokenBatch.of(ids)
+    batch = ForwardContext.of(ids)
     exact = divergence(student, teacher, batch, gradient=True)[1]
     half = divergence(student.half(), teacher.half(), batch, gradient=True)[1]
     assert half.dtype == torch.float16

@@ -12,7 +12,7 @@ from damages import compensation_of, damage_model
 from var_moe.calibration.fit_damage import fit_damage, predicted, tau_for
 from var_moe.errors import UsageError
 from var_moe.routing.damage import DamagePolicy
-from var_moe.routing.decision import TokenBatch
+from var_moe.routing.decision import ForwardContext
 from var_moe.tracing.trace import RoutingTrace
 
 LAYERS, EXPERTS, VOCABULARY, HIDDEN = 2, 6, 40, 12
@@ -103,8 +103,9 @@ def test_tau_leaves_the_experts_asked_for(top_k):
     sizes = damage.layer(0, ids.device).log_damage(index, share, ids)[None]
     for wanted in torch.linspace(1, top_k, 7).tolist():
         policy = DamagePolicy(tau_for(sizes, wanted), damage=damage)
-        policy.begin(TokenBatch.of(ids[None]))
-        kept = (policy.route(0, index, weight).index >= 0).sum() / 3000
+        kept = (
+            policy.route(ForwardContext.of(ids[None]), 0, index, weight).index >= 0
+        ).sum() / 3000
         assert float(kept) == pytest.approx(wanted, abs=0.005)
 
 

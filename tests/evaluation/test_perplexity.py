@@ -127,8 +127,8 @@ def test_a_policy_is_told_as_many_ids_before_a_window_as_it_looks_at(model):
     class Long(NativePolicy):
         context_window = 30
 
-        def begin(self, batch):
-            self.prefix = batch.prefix
+        def begin(self, context):
+            self.prefix = context.prefix
 
     policy = Long()
     with routed(model, policy) as session:

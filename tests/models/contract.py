@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from var_moe.execution.dispatch import OWN_BACKENDS, experts_modules
-from var_moe.routing.decision import Routing
+from var_moe.routing.decision import ForwardContext, Routing
 from var_moe.routing.native import NativePolicy
 
 
@@ -25,8 +25,8 @@ class DropLastPair(NativePolicy):
     def __init__(self, layer: int) -> None:
         self.layer = layer
 
-    def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
-        routing = super().route(layer, index, weight)
+    def route(self, context: ForwardContext, layer: int, index: Tensor, weight: Tensor) -> Routing:
+        routing = super().route(context, layer, index, weight)
         if layer != self.layer:
             return routing
         index = index.clone()
@@ -40,10 +40,10 @@ class Failing(NativePolicy):
     def __init__(self, layer: int = 1) -> None:
         self.layer = layer
 
-    def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
+    def route(self, context: ForwardContext, layer: int, index: Tensor, weight: Tensor) -> Routing:
         if layer == self.layer:
             raise RuntimeError("policy failed")
-        return super().route(layer, index, weight)
+        return super().route(context, layer, index, weight)
 
 
 def logits(model: Any, ids: Tensor, backend: str | None = None) -> Tensor:

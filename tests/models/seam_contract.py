@@ -34,7 +34,7 @@ from var_moe.evaluation.perplexity import document_losses
 from var_moe.execution.dispatch import experts_modules
 from var_moe.execution.session import routed
 from var_moe.models.loading import LoadedModel
-from var_moe.routing.decision import Routing, Tier
+from var_moe.routing.decision import ForwardContext, Routing, Tier
 from var_moe.routing.fast_path import ResidualMeans, RoutingTable
 from var_moe.routing.native import NativePolicy
 from var_moe.routing.ranking import leading_count
@@ -103,8 +103,8 @@ class Recording(VARPolicy):
         super().reset()
         self.decided = []
 
-    def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
-        routing = super().route(layer, index, weight)
+    def route(self, context: ForwardContext, layer: int, index: Tensor, weight: Tensor) -> Routing:
+        routing = super().route(context, layer, index, weight)
         self.decided.append((layer, routing))
         return routing
 

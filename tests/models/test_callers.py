@@ -18,7 +18,7 @@ from var_moe.execution.backends import packed as packed_experts
 from var_moe.execution.dispatch import experts_modules
 from var_moe.execution.session import routed
 from var_moe.routing.base import RoutingPolicy
-from var_moe.routing.decision import Routing, TokenBatch
+from var_moe.routing.decision import ForwardContext, Routing
 from var_moe.routing.fast_path import RoutingTable
 from var_moe.routing.native import NativePolicy
 from var_moe.routing.top_p import TopPPolicy
@@ -87,13 +87,13 @@ def test_threads_announce_their_own_tokens(model):
     class Seen(NativePolicy):
         documents: tuple[tuple[int, ...], ...] = ()
 
-        def begin(self, batch: TokenBatch) -> None:
-            self.documents += (batch.document,)
+        def begin(self, context: ForwardContext) -> None:
+            self.documents += (context.document,)
 
     policy, ids = Seen(), prompt(3)
-    told = TokenBatch.of(ids)
+    told = ForwardContext.of(ids)
     with routed(model, policy) as session, torch.inference_mode():
-        session.announce(TokenBatch(ids, told.valid, told.counted, document=(77,)))
+        session.announce(ForwardContext(ids, told.valid, told.counted, document=(77,)))
         other = threading.Thread(target=lambda: logits(model, ids))
         other.start()
         other.join()
@@ -108,9 +108,9 @@ def test_leaving_waits_for_what_another_thread_generates(model):
     expected = answer(model, 7)
 
     class Slow(NativePolicy):
-        def begin(self, batch: TokenBatch) -> None:
+        def begin(self, context: ForwardContext) -> None:
             started.set()
-            super().begin(batch)
+            super().begin(context)
 
     worker = threading.Thread(target=lambda: answers.append(answer(model, 7)))
     with routed(model, Slow(), backend="grouped_mm") as session:
@@ -127,7 +127,7 @@ def test_a_forward_after_the_block_was_left_is_refused(model):
     entered, leaving, errors = threading.Event(), threading.Event(), []
 
     class Waiting(NativePolicy):
-        def begin(self, batch: TokenBatch) -> None:
+        def begin(self, context: ForwardContext) -> None:
             entered.set()
             assert leaving.wait(60)
 
@@ -154,11 +154,13 @@ def test_a_failing_forward_lets_the_next_thread_in(model):
     class FailingOnce(NativePolicy):
         failed = False
 
-        def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
+        def route(
+            self, context: ForwardContext, layer: int, index: Tensor, weight: Tensor
+        ) -> Routing:
             if not self.failed:
                 self.failed = True
                 raise RuntimeError("policy failed")
-            return super().route(layer, index, weight)
+            return super().route(context, layer, index, weight)
 
     with routed(model, FailingOnce()), ThreadPoolExecutor(1) as pool:
         with pytest.raises(RuntimeError, match="policy failed"):
@@ -173,11 +175,13 @@ def test_a_thread_that_ends_in_its_forward_lets_the_next_one_in(model):
     class Ending(NativePolicy):
         ended = False
 
-        def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
+        def route(
+            self, context: ForwardContext, layer: int, index: Tensor, weight: Tensor
+        ) -> Routing:
             if not self.ended:
                 self.ended = True
                 raise SystemExit
-            return super().route(layer, index, weight)
+            return super().route(context, layer, index, weight)
 
     with routed(model, Ending()), ThreadPoolExecutor(1) as pool:
         ending = threading.Thread(target=lambda: logits(model, prompt(2)))
@@ -219,10 +223,12 @@ def test_another_thread_may_not_run_a_part_of_the_model_meanwhile(model):
     entered, done = threading.Event(), threading.Event()
 
     class Waiting(NativePolicy):
-        def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
+        def route(
+            self, context: ForwardContext, layer: int, index: Tensor, weight: Tensor
+        ) -> Routing:
             entered.set()
             assert done.wait(60)
-            return super().route(layer, index, weight)
+            return super().route(context, layer, index, weight)
 
     with routed(model, Waiting()), ThreadPoolExecutor(1) as pool:
         running = pool.submit(logits, model, prompt(4))

@@ -152,8 +152,8 @@ class Noting(DamagePolicy):
         super().__init__(tau, damage=damage)
         self.decided = []
 
-    def route(self, layer, index, weight):
-        self.decided.append(super().route(layer, index, weight))
+    def route(self, context, layer, index, weight):
+        self.decided.append(super().route(context, layer, index, weight))
         return self.decided[-1]
 
 

@@ -74,12 +74,13 @@ def test_layers_on_disk_change_nothing(spread, make_tiny_mixtral, ids, make) -> 
 def test_state_follows_the_layers_device(ids) -> None:
     """Layers on two devices: each gets its own copy of what it needs (meta stands for a GPU)."""
     policy = var_policy()
-    from var_moe.routing.decision import TokenBatch
+    from var_moe.routing.decision import ForwardContext
 
-    policy.begin(TokenBatch.of(ids))
+    context = ForwardContext.of(ids)
+    policy.begin(context)
     index = torch.randint(0, EXPERTS, (ids.numel(), 2))
-    here = policy.route(0, index, torch.rand((ids.numel(), 2)))
-    there = policy.route(1, index.to("meta"), torch.rand((ids.numel(), 2), device="meta"))
+    here = policy.route(context, 0, index, torch.rand((ids.numel(), 2)))
+    there = policy.route(context, 1, index.to("meta"), torch.rand((ids.numel(), 2), device="meta"))
     assert here.index.device.type == here.tier.device.type == "cpu"
     assert there.residual is not None
     for tensor in (there.index, there.weight, there.tier, there.residual.row):

@@ -16,7 +16,7 @@ from var_moe.errors import UsageError
 from var_moe.execution.dispatch import experts_modules
 from var_moe.execution.session import routed
 from var_moe.models.loading import load_model
-from var_moe.routing.decision import Routing, Tier, TokenBatch
+from var_moe.routing.decision import ForwardContext, Routing, Tier
 from var_moe.routing.fast_path import RoutingTable
 from var_moe.routing.var import VARPolicy
 
@@ -31,7 +31,7 @@ Row = dict[int, list[tuple[int, tuple[int, ...], tuple[float, ...]]]]
 class Decided:
     """A forward's tokens and what was decided for them, layer by layer."""
 
-    batch: TokenBatch
+    batch: ForwardContext
     layers: dict[int, Routing] = field(default_factory=dict)
 
 
@@ -40,12 +40,12 @@ class Recorder(VARPolicy):
 
     forwards: list[Decided]
 
-    def begin(self, batch: TokenBatch) -> None:
-        super().begin(batch)
-        self.forwards.append(Decided(batch))
+    def begin(self, context: ForwardContext) -> None:
+        super().begin(context)
+        self.forwards.append(Decided(context))
 
-    def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
-        routing = super().route(layer, index, weight)
+    def route(self, context: ForwardContext, layer: int, index: Tensor, weight: Tensor) -> Routing:
+        routing = super().route(context, layer, index, weight)
         self.forwards[-1].layers[layer] = routing
         return routing
 
@@ -239,9 +239,9 @@ def test_beams_keep_their_contexts_and_leave_nothing_in_the_cache(model: Any) ->
             model(input_ids=filling, use_cache=False)
             expected.forwards = []
             ids = torch.tensor([text])
-            looks = TokenBatch.of(ids)
+            looks = ForwardContext.of(ids)
             session.announce(
-                TokenBatch(ids, looks.valid, looks.counted, document=(5,), inserting=False)
+                ForwardContext(ids, looks.valid, looks.counted, document=(5,), inserting=False)
             )
             model(input_ids=ids, use_cache=False)
         theirs = expected.rows()[0]

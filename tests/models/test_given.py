@@ -18,7 +18,7 @@ from var_moe.config import VARConfig
 from var_moe.errors import UsageError
 from var_moe.execution.session import routed
 from var_moe.routing.damage import DamagePolicy
-from var_moe.routing.decision import TokenBatch
+from var_moe.routing.decision import ForwardContext
 from var_moe.routing.fixed_k import FixedKPolicy
 from var_moe.routing.guard import Guard
 from var_moe.routing.layer_sensitivity import LayerSensitivity
@@ -135,7 +135,7 @@ def test_packed_rows_are_refused_where_earlier_tokens_count(model, ids):
         model(ids[:1], position_ids=packed)
     with routed(model, var(model)) as session:
         model(ids[:1], position_ids=torch.arange(9)[None])
-        batch = TokenBatch.of(ids[:1])
+        batch = ForwardContext.of(ids[:1])
         session.announce(batch)  # whoever says what the tokens are is believed
         model(ids[:1], position_ids=packed)
         # Left padding: transformers' own positions begin anew after it.

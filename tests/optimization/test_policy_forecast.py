@@ -111,8 +111,8 @@ def test_a_trace_without_damages_is_refused(trace):
 class Unscaled(FixedKPolicy):
     """Keeps the router's weights as they are: no damage is recorded of that."""
 
-    def route(self, layer, index, weight):
-        routing = super().route(layer, index, weight)
+    def route(self, context, layer, index, weight):
+        routing = super().route(context, layer, index, weight)
         return type(routing)(index=routing.index, weight=weight, tier=routing.tier)
 
 

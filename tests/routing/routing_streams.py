@@ -12,7 +12,7 @@ import torch
 from oracle import Decision, ReferenceRow, ReferenceVAR, RouterChoice, TableEntry
 from var_moe.config import VARConfig
 from var_moe.routing.arrays import NUMPY, TORCH
-from var_moe.routing.decision import Routing, Tier, TokenBatch
+from var_moe.routing.decision import ForwardContext, Routing, Tier
 from var_moe.routing.fast_path import RoutingTable
 from var_moe.routing.var import VARPolicy
 
@@ -55,12 +55,12 @@ def dense_table(table: Table, layers: int, vocabulary: int, leading: int) -> Rou
     return RoutingTable(count=count, entropy=entropy, index=index, weight=weight)
 
 
-def token_batch(rows: Sequence[ReferenceRow], prefix_ids: int) -> TokenBatch:
+def context_of(rows: Sequence[ReferenceRow], prefix_ids: int) -> ForwardContext:
     """The rows as tensors, with at most the last ``prefix_ids`` ids of each prefix."""
     prefixes = [list(row.prefix)[max(len(row.prefix) - prefix_ids, 0) :] for row in rows]
     longest = max(len(prefix) for prefix in prefixes)
     padded = [[-1] * (longest - len(prefix)) + prefix for prefix in prefixes]
-    return TokenBatch(
+    return ForwardContext(
         ids=torch.tensor([list(row.ids) for row in rows]),
         valid=torch.tensor([list(row.valid) for row in rows]),
         counted=torch.tensor([list(row.counted) for row in rows]),
@@ -113,11 +113,12 @@ def _tiers(stream: Stream, libraries: str) -> list[str]:
     tiers = []
     in_turn = itertools.cycle(LIBRARIES[libraries])
     for number, (forward, ops) in enumerate(zip(stream.forwards, in_turn, strict=False)):
-        policy.begin(token_batch(forward.rows, prefix_ids))
+        context = context_of(forward.rows, prefix_ids)
+        policy.begin(context)
         expected = oracle.forward(forward.rows, forward.router)
         for layer, router in forward.router.items():
             with mock.patch("var_moe.routing.var.operations", return_value=ops):
-                decided = executed(policy.route(layer, *choices(router)))
+                decided = executed(policy.route(context, layer, *choices(router)))
             for token, (got, wanted) in enumerate(zip(decided, expected[layer], strict=True)):
                 if wanted is None:
                     continue

@@ -16,7 +16,7 @@ from damages import damage_model
 from var_moe.errors import UsageError
 from var_moe.routing.compensation import Compensation
 from var_moe.routing.damage import TAU_HIGH, TAU_LOW, DamageModel, DamagePolicy
-from var_moe.routing.decision import Routing, TokenBatch
+from var_moe.routing.decision import ForwardContext, Routing
 from var_moe.routing.registry import make_policy
 
 LAYERS, EXPERTS, VOCABULARY, HIDDEN = 2, 10, 6, 4
@@ -158,9 +158,9 @@ def test_against_plain_python(case, near, seed, looks, layer) -> None:
     sizes = oracle(damage, layer, rows[0], ids[0], hints[0], 1.0)[1]
     tau = math.exp(sizes[near[0] % len(sizes)] + near[1]) if sizes else 1.0
     policy = DamagePolicy(tau, damage=damage)
-    policy.begin(TokenBatch.of(torch.tensor([ids])))
+    context = ForwardContext.of(torch.tensor([ids]))
     policy.see(layer, hidden)
-    routing = policy.route(layer, index, weight)
+    routing = policy.route(context, layer, index, weight)
     for row, token, hint, got in zip(rows, ids, hints, routing.index.tolist(), strict=True):
         expected, sizes = oracle(damage, layer, row, token, hint, tau)
         assume(all(abs(size - math.log(tau)) > 1e-3 for size in sizes))
@@ -174,8 +174,8 @@ def test_no_deeper_cut_past_one_that_is_too_much() -> None:
     damage = zeros(experts=3, top_k=3)
     damage.base[0] = torch.tensor([-5.0, -1.0])
     policy = DamagePolicy(math.exp(-3.0), damage=damage)
-    policy.begin(TokenBatch.of(torch.tensor([[0]])))
-    routing = policy.route(0, torch.tensor([[0, 1, 2]]), torch.tensor([[0.5, 0.3, 0.2]]))
+    context = ForwardContext.of(torch.tensor([[0]]))
+    routing = policy.route(context, 0, torch.tensor([[0, 1, 2]]), torch.tensor([[0.5, 0.3, 0.2]]))
     assert routing.index.tolist() == [[0, 1, 2]]
 
 
@@ -186,8 +186,8 @@ def routed(tau: float, *, top_k: int, dtype: torch.dtype = torch.float32) -> tup
     index = torch.rand((300, EXPERTS), generator=dice).argsort(dim=1)[:, :top_k]
     weight = (4 * torch.rand((300, top_k), generator=dice)).exp().to(dtype)
     policy = DamagePolicy(tau, damage=damage)
-    policy.begin(TokenBatch.of(torch.randint(0, VOCABULARY, (3, 100), generator=dice)))
-    return weight, policy.route(0, index, weight)
+    context = ForwardContext.of(torch.randint(0, VOCABULARY, (3, 100), generator=dice))
+    return weight, policy.route(context, 0, index, weight)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3, 8])
@@ -219,24 +219,22 @@ def test_a_hint_does_not_outlive_its_layer() -> None:
     """What was seen in the forward before counts no more."""
     damage = damage_model(layers=1, experts=EXPERTS, top_k=2, vocabulary=VOCABULARY, hidden=HIDDEN)
     index, weight = torch.tensor([[1, 2]]), torch.tensor([[0.75, 0.25]])
-    batch = TokenBatch.of(torch.tensor([[0]]))
-    tau = math.exp(only(damage).log_damage(index, weight, batch.ids[0])) * 1.01
+    context = ForwardContext.of(torch.tensor([[0]]))
+    tau = math.exp(only(damage).log_damage(index, weight, context.ids[0])) * 1.01
     policy = DamagePolicy(tau, damage=damage)
-    policy.begin(batch)
     policy.see_hint(torch.tensor([50.0]))
-    assert policy.route(0, index, weight).index.tolist() == [[1, 2]]
-    policy.begin(batch)
-    assert policy.route(0, index, weight).index.tolist() == [[1, -1]]
+    assert policy.route(context, 0, index, weight).index.tolist() == [[1, 2]]
+    assert policy.route(context, 0, index, weight).index.tolist() == [[1, -1]]
 
 
 def test_another_models_damages_are_refused() -> None:
     damage = damage_model(layers=1, experts=EXPERTS, top_k=2, vocabulary=VOCABULARY)
     policy = make_policy("damage", {"tau": 0.1}, {"damage": damage})
-    policy.begin(TokenBatch.of(torch.tensor([[0]])))
+    context = ForwardContext.of(torch.tensor([[0]]))
     with pytest.raises(UsageError, match="calibrated for K = 2, the model has K = 3"):
-        policy.route(0, torch.tensor([[0, 1, 2]]), torch.ones((1, 3)))
+        policy.route(context, 0, torch.tensor([[0, 1, 2]]), torch.ones((1, 3)))
     with pytest.raises(UsageError, match="calibrated for 1 MoE layers, the model has a layer 1"):
-        policy.route(1, torch.tensor([[0, 1]]), torch.ones((1, 2)))
+        policy.route(context, 1, torch.tensor([[0, 1]]), torch.ones((1, 2)))
 
 
 @pytest.mark.parametrize("tau", [-1e-9, math.nan, True, "much"])

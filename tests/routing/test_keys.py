@@ -8,13 +8,13 @@ import random
 import pytest
 import torch
 
-from var_moe.routing.decision import TokenBatch
+from var_moe.routing.decision import ForwardContext
 from var_moe.routing.keys import context_keys, stream_keys
 
 
 def padded_batch(
     rows: list[list[int]], *, left: bool, pad: int = 0, prefixes: list[list[int]] | None = None
-) -> TokenBatch:
+) -> ForwardContext:
     width = max(map(len, rows))
     gaps = [width - len(row) for row in rows]
     pairs = list(zip(rows, gaps, strict=True))
@@ -29,7 +29,7 @@ def padded_batch(
         longest = max(map(len, prefixes))
         prefix = torch.tensor([[-1] * (longest - len(p)) + p for p in prefixes])
     mask = torch.tensor(valid)
-    return TokenBatch(
+    return ForwardContext(
         ids=torch.tensor(ids),
         valid=mask,
         counted=mask,
@@ -38,7 +38,7 @@ def padded_batch(
     )
 
 
-def keys_of(batch: TokenBatch, window: int) -> list[int]:
+def keys_of(batch: ForwardContext, window: int) -> list[int]:
     """Keys of the real tokens, row-major."""
     return context_keys(batch, window)[batch.valid].tolist()
 
@@ -62,7 +62,7 @@ def test_keys_are_equal_exactly_when_contexts_are(window: int, left: bool) -> No
 
 def test_all_short_contexts_have_keys_of_their_own() -> None:
     ids = torch.tensor(list(itertools.product(range(30), repeat=3)))
-    keys = context_keys(TokenBatch.of(ids), 3)
+    keys = context_keys(ForwardContext.of(ids), 3)
     assert [keys[:, length].unique().numel() for length in range(3)] == [30, 30**2, 30**3]
     assert keys.unique().numel() == 30 + 30**2 + 30**3
 
@@ -114,7 +114,7 @@ def test_a_window_longer_than_the_text_is_the_text() -> None:
 
 
 def test_keys_use_all_64_bits() -> None:
-    keys = context_keys(TokenBatch.of(torch.arange(4096).reshape(1, -1)), 2)[0]
+    keys = context_keys(ForwardContext.of(torch.arange(4096).reshape(1, -1)), 2)[0]
     for bit in range(64):
         share = ((keys >> bit) & 1).double().mean().item()
         assert 0.4 < share < 0.6, f"bit {bit} is set in {share:.0%} of the keys"

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from var_moe.errors import UsageError
+from var_moe.routing.decision import ForwardContext
 from var_moe.routing.naee import NAEEPolicy
 from var_moe.routing.ratios import RatioQuantiles, calibrate_ratios
 
+CONTEXT = ForwardContext.of(torch.zeros((1, 1), dtype=torch.int64))  # no ids are looked at
 INDEX = torch.tensor([[9, 3, 12, 0, 5, 7, 1, 30]])
 WEIGHT = torch.tensor([[2.0, 8.0, 4.0, 1.0, 8.0, 3.0, 4.0, 0.5]])
 
@@ -23,7 +25,7 @@ def test_two_experts() -> None:
     assert policy.beta == (0.5, 0.25)
     index = torch.tensor([[4, 7], [4, 7], [7, 4]])
     weight = torch.tensor([[0.75, 0.25], [0.5, 0.25], [0.25, 1.0]])
-    first, second = (policy.route(layer, index, weight) for layer in (0, 1))
+    first, second = (policy.route(CONTEXT, layer, index, weight) for layer in (0, 1))
     # 0.25 < 0.375: skipped; 0.25 is not below 0.25; 0.25 < 0.5 in the other slot: skipped.
     assert first.index.tolist() == [[4, -1], [4, 7], [-1, 4]]
     assert (first.weight[0, 0], first.weight[2, 1]) == (1.0, 1.25)
@@ -32,17 +34,17 @@ def test_two_experts() -> None:
 
 
 def test_eight_experts_in_any_order() -> None:
-    routing = NAEEPolicy(0.5, ratios=ratios(8)).route(0, INDEX, WEIGHT)
+    routing = NAEEPolicy(0.5, ratios=ratios(8)).route(CONTEXT, 0, INDEX, WEIGHT)
     assert routing.index.tolist() == [[-1, 3, 12, -1, 5, -1, 1, -1]]
     expected = torch.tensor([8.0, 4.0, 8.0, 4.0]) * 30.5 / 24
     torch.testing.assert_close(routing.weight[0, [1, 2, 4, 6]], expected)
 
 
 def test_the_knob_goes_from_everything_to_the_first() -> None:
-    everything = NAEEPolicy(0.0, ratios=ratios(8)).route(0, INDEX, WEIGHT)
+    everything = NAEEPolicy(0.0, ratios=ratios(8)).route(CONTEXT, 0, INDEX, WEIGHT)
     assert torch.equal(everything.index, INDEX)
     assert torch.equal(everything.weight, WEIGHT)
-    least = NAEEPolicy(1.0, ratios=ratios(8)).route(0, INDEX, WEIGHT)
+    least = NAEEPolicy(1.0, ratios=ratios(8)).route(CONTEXT, 0, INDEX, WEIGHT)
     assert least.index.tolist() == [[-1, 3, -1, -1, 5, -1, -1, -1]]  # those two are equal
 
 
@@ -54,16 +56,16 @@ def test_calibration_text_loses_that_share_in_every_layer(share: float) -> None:
     calibrated = calibrate_ratios((layer, index, weight) for layer, weight in enumerate(weights))
     policy = NAEEPolicy(share, ratios=calibrated)
     for layer, weight in enumerate(weights):
-        skipped = (policy.route(layer, index, weight).index < 0).sum().item() / (1000 * 7)
+        skipped = (policy.route(CONTEXT, layer, index, weight).index < 0).sum().item() / (1000 * 7)
         assert skipped == pytest.approx(share, abs=0.01)
 
 
 def test_another_models_calibration_is_refused() -> None:
     policy = NAEEPolicy(0.5, ratios=ratios(8))
     with pytest.raises(UsageError, match="NAEEPolicy: calibrated for K = 8, the model has K = 2"):
-        policy.route(0, INDEX[:, :2], WEIGHT[:, :2])
+        policy.route(CONTEXT, 0, INDEX[:, :2], WEIGHT[:, :2])
     with pytest.raises(UsageError, match="calibrated for 2 MoE layers, the model has a layer 2"):
-        policy.route(2, INDEX, WEIGHT)
+        policy.route(CONTEXT, 2, INDEX, WEIGHT)
 
 
 def test_a_quantile_is_a_share() -> None:

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from var_moe.errors import UsageError
+from var_moe.routing.decision import ForwardContext
 from var_moe.routing.layer_sensitivity import LayerSensitivity
 from var_moe.routing.per_layer_k import PerLayerKPolicy
 
+CONTEXT = ForwardContext.of(torch.zeros((1, 1), dtype=torch.int64))  # no ids are looked at
 TWO_LAYERS = LayerSensitivity(measure="made up", loss=((3.0, 1.0, 0.0), (1.0, 0.5, 0.0)))
 
 
@@ -30,7 +32,7 @@ def test_thirds_lose_no_expert_to_rounding(layers: int) -> None:
 def test_each_layer_runs_its_own_number() -> None:
     policy = PerLayerKPolicy(1.5, sensitivity=TWO_LAYERS)
     index, weight = torch.tensor([[9, 2, 5]]), torch.tensor([[0.25, 0.5, 0.25]])
-    first, second = (policy.route(layer, index, weight) for layer in (0, 1))
+    first, second = (policy.route(CONTEXT, layer, index, weight) for layer in (0, 1))
     assert first.index.tolist() == [[-1, 2, 5]]  # of the equal experts the lower id
     torch.testing.assert_close(first.weight[0, 1:], torch.tensor([2 / 3, 1 / 3]))
     assert second.index.tolist() == [[-1, 2, -1]]
@@ -41,9 +43,9 @@ def test_eight_experts_in_any_order() -> None:
     one_layer = LayerSensitivity(measure="made up", loss=((0.0,) * 8,))
     index = torch.tensor([[9, 3, 12, 0, 5, 7, 1, 30]])
     weight = torch.tensor([[2.0, 8.0, 4.0, 1.0, 8.0, 3.0, 4.0, 0.5]])
-    routing = PerLayerKPolicy(3, sensitivity=one_layer).route(0, index, weight)
+    routing = PerLayerKPolicy(3, sensitivity=one_layer).route(CONTEXT, 0, index, weight)
     assert routing.index.tolist() == [[-1, 3, -1, -1, 5, -1, 1, -1]]
-    everything = PerLayerKPolicy(8, sensitivity=one_layer).route(0, index, weight)
+    everything = PerLayerKPolicy(8, sensitivity=one_layer).route(CONTEXT, 0, index, weight)
     assert torch.equal(everything.index, index)
     assert torch.equal(everything.weight, weight)
 
@@ -57,6 +59,6 @@ def test_a_budget_outside_the_model_is_refused(budget: float) -> None:
 def test_another_models_sensitivity_is_refused() -> None:
     policy = PerLayerKPolicy(1.5, sensitivity=TWO_LAYERS)
     with pytest.raises(UsageError, match="PerLayerKPolicy: calibrated for K = 3"):
-        policy.route(0, torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.5]]))
+        policy.route(CONTEXT, 0, torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.5]]))
     with pytest.raises(UsageError, match="calibrated for 2 MoE layers"):
-        policy.route(2, torch.tensor([[0, 1, 2]]), torch.ones(1, 3))
+        policy.route(CONTEXT, 2, torch.tensor([[0, 1, 2]]), torch.ones(1, 3))

@@ -15,7 +15,7 @@ from var_moe.errors import UsageError
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.counts import TierCounts
 from var_moe.routing.damage import DamagePolicy
-from var_moe.routing.decision import Routing, Tier, TokenBatch
+from var_moe.routing.decision import ForwardContext, Routing, Tier
 from var_moe.routing.fast_path import RoutingTable
 from var_moe.routing.fixed_k import FixedKPolicy
 from var_moe.routing.layer_sensitivity import LayerSensitivity
@@ -33,7 +33,7 @@ BATCH, LENGTH, FORWARDS = 3, 9, 4
 TOKENS = BATCH * LENGTH
 HIDDEN = 4  # of the layers' inputs
 
-Stream = list[tuple[TokenBatch, list[tuple[Tensor, Tensor]]]]
+Stream = list[tuple[ForwardContext, list[tuple[Tensor, Tensor]]]]
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def stream(top_k: int, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> 
             index = score.argsort(dim=1)[:, :top_k]
             weight = (torch.rand((TOKENS, top_k), generator=dice) * 6).exp() / 500
             router.append((index, weight.to(dtype)))
-        forwards.append((TokenBatch.of(ids, mask), router))
+        forwards.append((ForwardContext.of(ids, mask), router))
     return forwards
 
 
@@ -155,12 +155,12 @@ def seen(index: Tensor, weight: Tensor) -> Tensor:
 
 def run(policy: RoutingPolicy, forwards: Stream) -> list[list[Routing]]:
     decisions = []
-    for batch, router in forwards:
-        policy.begin(batch)
+    for context, router in forwards:
+        policy.begin(context)
         layers = []
         for layer, (index, weight) in enumerate(router):
             policy.see(layer, seen(index, weight))
-            layers.append(policy.route(layer, index, weight))
+            layers.append(policy.route(context, layer, index, weight))
         decisions.append(layers)
     return decisions
 
@@ -315,11 +315,15 @@ def test_a_token_is_decided_by_its_own_choice_alone(stateless: Case, top_k: int)
     policy = stateless.make(top_k)
     shuffled = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(2))
     for layer, (index, weight) in enumerate(stream(top_k)[0][1]):
-        whole = policy.route(layer, index, weight)
-        moved = policy.route(layer, index[shuffled], weight[shuffled])
+        context = ForwardContext.of(index[:, :1])
+        whole = policy.route(context, layer, index, weight)
+        moved = policy.route(context, layer, index[shuffled], weight[shuffled])
         assert_equal(moved, at(whole, shuffled))
         for token in torch.arange(TOKENS).split(1):
-            assert_equal(policy.route(layer, index[token], weight[token]), at(whole, token))
+            alone = policy.route(
+                ForwardContext.of(index[token, :1]), layer, index[token], weight[token]
+            )
+            assert_equal(alone, at(whole, token))
 
 
 def test_the_order_of_slots_decides_nothing(stateless: Case, top_k: int) -> None:
@@ -328,8 +332,9 @@ def test_the_order_of_slots_decides_nothing(stateless: Case, top_k: int) -> None
     slots = torch.randperm(top_k, generator=torch.Generator().manual_seed(5))
     for layer, (index, weight) in enumerate(stream(top_k)[0][1]):
         coarse = (weight * 4).ceil() / 4
-        left = policy.route(layer, index, coarse)
-        right = policy.route(layer, index[:, slots], coarse[:, slots])
+        context = ForwardContext.of(index[:, :1])
+        left = policy.route(context, layer, index, coarse)
+        right = policy.route(context, layer, index[:, slots], coarse[:, slots])
         assert torch.equal(left.index[:, slots], right.index)
         torch.testing.assert_close(left.weight[:, slots], right.weight)
 
@@ -355,7 +360,9 @@ def test_impossible_settings_are_refused(make: Callable[[], RoutingPolicy], mess
 @pytest.mark.parametrize(("share", "executed"), [(0.0, 2.0), (0.5, 1.5), (1.0, 1.0)])
 def test_random_skip_cuts_its_share(share: float, executed: float) -> None:
     index = torch.tensor([[4, 7]]).expand(4000, 2)
-    routing = RandomSkipPolicy(share).route(0, index, torch.tensor([[0.25, 0.75]]).expand(4000, 2))
+    weight = torch.tensor([[0.25, 0.75]]).expand(4000, 2)
+    context = ForwardContext.of(index[:, :1])
+    routing = RandomSkipPolicy(share).route(context, 0, index, weight)
     assert (routing.index >= 0).sum().item() / 4000 == pytest.approx(executed, abs=0.03)
     assert (routing.index[:, 1] == 7).all()  # the first expert always runs
 
@@ -363,7 +370,7 @@ def test_random_skip_cuts_its_share(share: float, executed: float) -> None:
 def test_fixed_k_runs_the_heaviest() -> None:
     index = torch.tensor([[4, 7, 1, 0]])
     weight = torch.tensor([[0.125, 0.25, 0.25, 0.375]])
-    routing = FixedKPolicy(2).route(0, index, weight)
+    routing = FixedKPolicy(2).route(ForwardContext.of(index[:, :1]), 0, index, weight)
     assert routing.index.tolist() == [[-1, -1, 1, 0]]
     torch.testing.assert_close(routing.weight[0, 2:], torch.tensor([0.4, 0.6]))
 
@@ -381,13 +388,13 @@ def test_no_decision_waits_for_the_device(name: str, top_k: int) -> None:
     The control is left out: there are no dice on such a device.
     """
     policy = POLICIES[name].make(top_k)
-    for batch, router in stream(top_k):
-        policy.begin(batch)  # the ids stay on the host, as the cache's walk needs them
+    for context, router in stream(top_k):
+        policy.begin(context)  # the ids stay on the host, as the cache's walk needs them
         counts = TierCounts(LAYERS, drops_only=policy.drops_only)
         for layer, (index, weight) in enumerate(router):
             policy.see(layer, seen(index, weight).to("meta"))
             index, weight = index.to("meta"), weight.to("meta")
-            routing = policy.route(layer, index, weight)
-            counts.add(layer, routing, batch.counted.reshape(-1), index, weight)
+            routing = policy.route(context, layer, index, weight)
+            counts.add(layer, routing, context.counted.reshape(-1), index, weight)
             counts._count(layer)
             assert routing.index.device.type == "meta"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from var_moe.routing.decision import ForwardContext
 from var_moe.routing.top_p import TopPPolicy
 
+CONTEXT = ForwardContext.of(torch.zeros((1, 1), dtype=torch.int64))  # no ids are looked at
 INDEX = torch.tensor([[9, 3, 12, 0, 5, 7, 1, 30]])
 WEIGHT = torch.tensor([[2.0, 8.0, 4.0, 1.0, 8.0, 3.0, 4.0, 0.5]])
 
@@ -14,11 +16,11 @@ WEIGHT = torch.tensor([[2.0, 8.0, 4.0, 1.0, 8.0, 3.0, 4.0, 0.5]])
 def test_two_experts() -> None:
     index = torch.tensor([[4, 7], [7, 4], [7, 4]])
     weight = torch.tensor([[0.625, 0.375], [0.25, 0.75], [0.5, 0.5]])
-    three_quarters = TopPPolicy(0.75).route(0, index, weight)
+    three_quarters = TopPPolicy(0.75).route(CONTEXT, 0, index, weight)
     assert three_quarters.index.tolist() == [[4, 7], [-1, 4], [7, 4]]
     assert three_quarters.weight[1, 1] == 1.0
     # Of two equal experts the one with the lower id reaches a half.
-    half = TopPPolicy(0.5).route(0, index, weight)
+    half = TopPPolicy(0.5).route(CONTEXT, 0, index, weight)
     assert half.index.tolist() == [[4, -1], [-1, 4], [-1, 4]]
 
 
@@ -36,7 +38,7 @@ def test_two_experts() -> None:
 def test_eight_experts_in_any_order(
     p: float, kept: float, executed: list[int], scale: float
 ) -> None:
-    routing = TopPPolicy(p).route(0, INDEX, WEIGHT * scale)
+    routing = TopPPolicy(p).route(CONTEXT, 0, INDEX, WEIGHT * scale)
     assert routing.index.tolist() == [executed]
     runs = routing.index >= 0
     torch.testing.assert_close(routing.weight[runs], (WEIGHT * scale * 30.5 / kept)[runs])
@@ -44,4 +46,4 @@ def test_eight_experts_in_any_order(
 
 def test_all_of_the_mass_is_all_experts() -> None:
     index, weight = torch.tensor([[4, 7]]), torch.tensor([[1.0, 1e-9]])
-    assert TopPPolicy(1.0).route(0, index, weight).index.tolist() == [[4, 7]]
+    assert TopPPolicy(1.0).route(CONTEXT, 0, index, weight).index.tolist() == [[4, 7]]

@@ -8,7 +8,7 @@ import torch
 from damages import damage_model
 from var_moe.routing.compensation import Compensation, LayerCompensation, split_weights
 from var_moe.routing.damage import DamagePolicy
-from var_moe.routing.decision import TokenBatch
+from var_moe.routing.decision import ForwardContext
 from var_moe.routing.keeping import kept_pairs
 from var_moe.routing.ranking import rank_slots, shares
 
@@ -36,9 +36,8 @@ def test_a_decision_is_that_of_the_formula(seed: int, dtype: torch.dtype) -> Non
         layers=2, experts=EXPERTS, top_k=2, vocabulary=VOCABULARY, hidden=HIDDEN, seed=seed
     )
     policy = DamagePolicy(10 ** (seed - 4), damage=damage)
-    policy.begin(TokenBatch.of(ids))
     policy.see(1, hidden)
-    found = policy.route(1, index, weight)
+    found = policy.route(ForwardContext.of(ids), 1, index, weight)
 
     part = damage.layer(1, index.device)
     rank = rank_slots(index, weight)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from var_moe.routing.decision import TokenBatch
+from var_moe.routing.decision import ForwardContext
 from var_moe.routing.keeping import all_pairs
 from var_moe.routing.units import Units
 
@@ -16,7 +16,7 @@ def forward(units: Units, documents: tuple[int, ...], counted=None, **more) -> l
     """A forward of three tokens a row; returns the documents that have ended before it."""
     ids = torch.zeros((len(documents), 3), dtype=torch.int64)
     counts = torch.ones(ids.shape, dtype=torch.bool) if counted is None else counted
-    batch = TokenBatch(ids=ids, valid=counts, counted=counts, document=documents, **more)
+    batch = ForwardContext(ids=ids, valid=counts, counted=counts, document=documents, **more)
     ended = units.begin(batch)
     index = torch.tensor([[0, 1]] * ids.numel())
     weight = torch.full(index.shape, 0.5)

@@ -10,7 +10,7 @@ from routing_streams import Table, dense_table
 
 from var_moe.config import VARConfig
 from var_moe.errors import UsageError
-from var_moe.routing.decision import Routing, Tier, TokenBatch
+from var_moe.routing.decision import ForwardContext, Routing, Tier
 from var_moe.routing.fast_path import ResidualMeans
 from var_moe.routing.var import VARPolicy
 
@@ -38,10 +38,11 @@ def known(*experts: tuple[int, float], token: int = 0) -> Table:
 
 
 def route(var: VARPolicy, ids: list[int], choices: list[Choice]) -> Routing:
-    var.begin(TokenBatch.of(torch.tensor([ids])))
+    context = ForwardContext.of(torch.tensor([ids]))
+    var.begin(context)
     index = torch.tensor([experts for experts, _ in choices])
     weight = torch.tensor([weights for _, weights in choices])
-    return var.route(0, index, weight)
+    return var.route(context, 0, index, weight)
 
 
 def rows(routing: Routing) -> list[tuple[int, list[int], list[float]]]:

@@ -169,15 +169,15 @@ class Shadow(NativePolicy):
     def __init__(self, policy, layers):
         self.policy, self.kept = policy, [[] for _ in range(layers)]
 
-    def begin(self, batch):
-        self.counted = batch.counted.reshape(-1)
-        self.policy.begin(batch)
+    def begin(self, context):
+        self.counted = context.counted.reshape(-1)
+        self.policy.begin(context)
 
     def see(self, layer, hidden):
         self.policy.see(layer, hidden)
 
-    def route(self, layer, index, weight):
-        routing = self.policy.route(layer, index, weight)
+    def route(self, context, layer, index, weight):
+        routing = self.policy.route(context, layer, index, weight)
         self.kept[layer].append((routing.index[self.counted] >= 0).sum(1))
         return all_pairs(index, weight)
 
@@ -186,9 +186,9 @@ def test_hints_are_what_the_policy_sees(traced, loaded, documents, looking):
     seen = [[] for _ in range(LAYERS)]
 
     class Spy(DamagePolicy):
-        def begin(self, batch):
-            super().begin(batch)
-            self.counted = batch.counted.reshape(-1)
+        def begin(self, context):
+            super().begin(context)
+            self.counted = context.counted.reshape(-1)
 
         def see(self, layer, hidden):
             super().see(layer, hidden)

@@ -70,22 +70,22 @@ def test_hand_sums(trace, policy, damages):
 
 def test_unknown_where_a_decision_is_of_another_sort(recorded, trace):
     class Unscaled(FixedKPolicy):
-        def route(self, layer, index, weight):
-            routing = super().route(layer, index, weight)
+        def route(self, context, layer, index, weight):
+            routing = super().route(context, layer, index, weight)
             return type(routing)(index=routing.index, weight=weight, tier=routing.tier)
 
     class Last(NativePolicy):
-        def route(self, layer, index, weight):
+        def route(self, context, layer, index, weight):
             index = index.clone()
             index[:, :-1] = -1
             weight = torch.ones_like(weight)
-            return type(super().route(layer, index, weight))(
+            return type(super().route(context, layer, index, weight))(
                 index=index, weight=weight, tier=torch.full_like(index[:, 0], 2).to(torch.uint8)
             )
 
     class Nothing(NativePolicy):
-        def route(self, layer, index, weight):
-            return super().route(layer, torch.full_like(index, -1), weight)
+        def route(self, context, layer, index, weight):
+            return super().route(context, layer, torch.full_like(index, -1), weight)
 
     for policy in (Unscaled(1), Last(), Nothing()):
         found = evaluate_policy(trace, policy)

@@ -34,14 +34,14 @@ class Native(NativePolicy):
     def __init__(self, layers):
         self.seen = [[] for _ in range(layers)]
 
-    def begin(self, batch):
-        self.counted = batch.counted.reshape(-1)
+    def begin(self, context):
+        self.counted = context.counted.reshape(-1)
 
-    def route(self, layer, index, weight):
+    def route(self, context, layer, index, weight):
         rank = rank_slots(index, weight)
         pair = (index.gather(1, rank)[self.counted], weight.gather(1, rank)[self.counted])
         self.seen[layer].append(pair)
-        return super().route(layer, index, weight)
+        return super().route(context, layer, index, weight)
 
 
 def test_decisions_and_losses_are_those_of_scoring(recorded, loaded, documents):

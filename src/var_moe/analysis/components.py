@@ -22,7 +22,7 @@ from var_moe.execution.dispatch import PairBackend, experts_modules, pair_backen
 from var_moe.execution.session import automatic, routed
 from var_moe.models.router_hooks import router_modules
 from var_moe.routing.base import RoutingPolicy
-from var_moe.routing.decision import Routing, TokenBatch
+from var_moe.routing.decision import ForwardContext, Routing
 
 COMPONENTS = (
     *("attention", "router", "policy", "compaction", "experts", "combine", "head", "other"),
@@ -47,9 +47,9 @@ class TimedPolicy(RoutingPolicy):
     def drops_only(self) -> bool:
         return self._inner.drops_only
 
-    def begin(self, batch: TokenBatch) -> None:
+    def begin(self, context: ForwardContext) -> None:
         self._profiler.enter("policy")
-        self._inner.begin(batch)
+        self._inner.begin(context)
         self._profiler.leave()
 
     def see(self, layer: int, hidden: Tensor) -> None:
@@ -57,9 +57,9 @@ class TimedPolicy(RoutingPolicy):
         self._inner.see(layer, hidden)
         self._profiler.leave()
 
-    def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
+    def route(self, context: ForwardContext, layer: int, index: Tensor, weight: Tensor) -> Routing:
         self._profiler.enter(f"policy{_LAYER}{layer}")
-        routing = self._inner.route(layer, index, weight)
+        routing = self._inner.route(context, layer, index, weight)
         self._profiler.leave()
         return routing
 

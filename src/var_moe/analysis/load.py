@@ -14,7 +14,7 @@ from var_moe.evaluation.throughput import backend_arm
 from var_moe.execution.session import routed
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.counts import RoutingReport
-from var_moe.routing.decision import Routing, TokenBatch
+from var_moe.routing.decision import ForwardContext, Routing
 
 
 class Loaded(RoutingPolicy):
@@ -29,14 +29,14 @@ class Loaded(RoutingPolicy):
     def drops_only(self) -> bool:
         return self._inner.drops_only
 
-    def begin(self, batch: TokenBatch) -> None:
-        self._inner.begin(batch)
+    def begin(self, context: ForwardContext) -> None:
+        self._inner.begin(context)
 
     def see(self, layer: int, hidden: Tensor) -> None:
         self._inner.see(layer, hidden)
 
-    def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
-        routing = self._inner.route(layer, index, weight)
+    def route(self, context: ForwardContext, layer: int, index: Tensor, weight: Tensor) -> Routing:
+        routing = self._inner.route(context, layer, index, weight)
         counts = torch.bincount(routing.index.reshape(-1) + 1, minlength=self._experts + 1)
         self.pairs[layer] += counts[1 : self._experts + 1].cpu()
         return routing

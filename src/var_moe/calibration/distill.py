@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from var_moe.execution.dispatch import ExpertsSession, PairBackend, execute
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.compensation import Compensation, LayerCompensation
-from var_moe.routing.decision import TokenBatch
+from var_moe.routing.decision import ForwardContext
 from var_moe.tracing.loss import scored_targets
 
 _STEP_BYTES = 64 * 2**20  # float32 logits held at once
@@ -78,6 +78,7 @@ class Distillation:
         self._backend = backend
         self._other: ExpertsSession | None = None
         self._policy: RoutingPolicy | None = None
+        self._context: ForwardContext | None = None
         self._compensation: Compensation | None = None
         self.sizes: list[float] | None = None
         """Root mean square of each layer's input, noted by the teacher while this is a list."""
@@ -91,11 +92,11 @@ class Distillation:
         self._policy = self._compensation = None
 
     def as_student(
-        self, policy: RoutingPolicy, compensation: Compensation | None, batch: TokenBatch
+        self, policy: RoutingPolicy, compensation: Compensation | None, context: ForwardContext
     ) -> None:
-        """What ``policy`` keeps of the tokens in ``batch`` from now on."""
-        self._policy, self._compensation = policy, compensation
-        policy.begin(batch)
+        """What ``policy`` keeps of the tokens in ``context`` from now on."""
+        self._policy, self._compensation, self._context = policy, compensation, context
+        policy.begin(context)
 
     def experts(
         self, layer: int, module: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor
@@ -107,9 +108,10 @@ class Distillation:
             if self.sizes is not None:
                 self.sizes.append(float(hidden.float().square().mean().sqrt()))
             return execute(module, hidden, index, weight, self._backend)
+        assert self._context is not None
         with torch.no_grad():
             self._policy.see(layer, hidden.detach())
-            routing = self._policy.route(layer, index, weight.detach())
+            routing = self._policy.route(self._context, layer, index, weight.detach())
         if self._compensation is None:
             return execute(module, hidden, routing.index, routing.weight, self._backend)
         row, gone = self._compensation.dropped(index, weight, routing.index >= 0)
@@ -126,7 +128,7 @@ class Divergence:
     tokens: int
 
 
-def forward(model: Any, batch: TokenBatch, device: torch.device, **options: Any) -> Tensor:
+def forward(model: Any, batch: ForwardContext, device: torch.device, **options: Any) -> Tensor:
     """Logits of a batch. (B, S, V)"""
     logits: Tensor = model(
         input_ids=batch.ids.to(device),
@@ -138,7 +140,7 @@ def forward(model: Any, batch: TokenBatch, device: torch.device, **options: Any)
 
 
 def divergence(
-    student: Tensor, teacher: Tensor, batch: TokenBatch, *, gradient: bool
+    student: Tensor, teacher: Tensor, batch: ForwardContext, *, gradient: bool
 ) -> tuple[Divergence, Tensor | None]:
     """KL(teacher || student) at every place that predicts a scored token.
 

@@ -34,7 +34,7 @@ from var_moe.storage import sha256_of
 if TYPE_CHECKING:
     from var_moe.data.documents import EncodedDocument
     from var_moe.models.loading import LoadedModel
-    from var_moe.routing.decision import TokenBatch
+    from var_moe.routing.decision import ForwardContext
 
 log = logging.getLogger(__name__)
 
@@ -311,7 +311,7 @@ class _Fit:
         model = (identity(self.loaded), self.loaded.dtype, self.loaded.window)
         return sha256_of([str(about), str(model), *self.material.identity()])
 
-    def _step(self, trainable: Trainable, optimiser: Any, batch: TokenBatch) -> None:
+    def _step(self, trainable: Trainable, optimiser: Any, batch: ForwardContext) -> None:
         """One descent at a tau of its own."""
         state, dice = self.state, np.random.default_rng([self.settings.seed, 7, self.state.steps])
         for group in optimiser.param_groups:
@@ -334,12 +334,12 @@ class _Fit:
         state.steps += 1
         state.tokens += int(batch.counted.sum())
 
-    def _teacher(self, batch: TokenBatch) -> Tensor:
+    def _teacher(self, batch: ForwardContext) -> Tensor:
         self.session.as_teacher()
         with torch.no_grad():
             return forward(self.loaded.model, batch, self.device)
 
-    def _look(self, held: list[TokenBatch], compensation: Compensation | None) -> float:
+    def _look(self, held: list[ForwardContext], compensation: Compensation | None) -> float:
         """Held-out divergence, nats per token, over the fixed taus."""
         total, tokens = 0.0, 0
         with torch.no_grad():
@@ -353,7 +353,7 @@ class _Fit:
                     total, tokens = total + found.total, tokens + found.tokens
         return total / max(tokens, 1)
 
-    def _input_scale(self, batch: TokenBatch) -> Tensor:
+    def _input_scale(self, batch: ForwardContext) -> Tensor:
         """One over the root mean square of each layer's input. (L,)"""
         self.session.sizes = []
         self._teacher(batch)

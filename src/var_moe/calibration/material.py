@@ -13,7 +13,7 @@ from var_moe.evaluation.batching import batches, collate
 
 if TYPE_CHECKING:
     from var_moe.data.documents import EncodedDocument
-    from var_moe.routing.decision import TokenBatch
+    from var_moe.routing.decision import ForwardContext
 
 _HELD_OUT, _HELD_OUT_TOKENS = 0.1, 8_000
 _WARM = 0.1
@@ -44,14 +44,14 @@ class Material:
         order = np.random.default_rng(check_seed(seed)).permutation(len(documents))
         self.held_out, self.text = split([documents[i] for i in order])
 
-    def held_out_batches(self) -> list[TokenBatch]:
+    def held_out_batches(self) -> list[ForwardContext]:
         """The held-out documents, always in one order."""
         rows = batches(self.held_out, self._size, window=self._window)
         return [collate(one) for one in rows]
 
     def batches(
         self, part: int, done: Callable[[], tuple[int, int]], wanted: int
-    ) -> Iterator[TokenBatch]:
+    ) -> Iterator[ForwardContext]:
         """Batches of the text, pass after pass in another order, until ``wanted`` tokens.
 
         Args:

@@ -22,7 +22,7 @@ from var_moe.execution.session import routed
 from var_moe.models.identity import identity
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.compensation import Compensation
-from var_moe.routing.decision import Routing
+from var_moe.routing.decision import ForwardContext, Routing
 from var_moe.routing.keeping import all_pairs, kept_pairs, leading_slots
 from var_moe.routing.ranking import rank_slots, shares
 from var_moe.tracing.loss import loss_and_gradient, scored_targets
@@ -44,7 +44,7 @@ class _OneLayer(RoutingPolicy):
     def __init__(self, layer: int, compensation: Compensation | None) -> None:
         self._layer, self.compensation = layer, compensation
 
-    def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
+    def route(self, context: ForwardContext, layer: int, index: Tensor, weight: Tensor) -> Routing:
         if layer != self._layer:
             return all_pairs(index, weight)
         return kept_pairs(index, weight, leading_slots(index, weight, 1))

@@ -16,7 +16,7 @@ from var_moe.calibration.distill import Trainable
 from var_moe.execution.backends.sorted import weighted_sum
 from var_moe.execution.dispatch import PairBackend
 from var_moe.routing.base import RoutingPolicy
-from var_moe.routing.decision import TokenBatch
+from var_moe.routing.decision import ForwardContext
 
 _STEP_TOKENS = 1024
 
@@ -36,35 +36,39 @@ class Regression:
             torch.optim.Adam(parameters, lr=rate) for parameters in trainable.by_layer()
         ]
         self._policy: RoutingPolicy | None = None
+        self._context: ForwardContext | None = None
         self._counted = torch.empty(0, dtype=torch.int64)
         self._dice = torch.Generator()
 
-    def begin(self, policy: RoutingPolicy, batch: TokenBatch, *, share: float, seed: int) -> None:
+    def begin(
+        self, policy: RoutingPolicy, context: ForwardContext, *, share: float, seed: int
+    ) -> None:
         """The forward that starts.
 
         Args:
             policy: what it drops is what is fitted.
-            batch: its tokens.
+            context: its tokens.
             share: of the highest learning rate.
             seed: draws the tokens of each step.
         """
-        self._policy = policy
-        self._counted = batch.counted.reshape(-1).nonzero().squeeze(1)
+        self._policy, self._context = policy, context
+        self._counted = context.counted.reshape(-1).nonzero().squeeze(1)
         self._dice = torch.Generator().manual_seed(seed)
         for optimiser in self._optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = self._rate * share
-        policy.begin(batch)
+        policy.begin(context)
 
     def experts(
         self, layer: int, module: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor
     ) -> Tensor:
         """One layer: the full output, and some steps of descent on what is dropped."""
         assert self._policy is not None
+        assert self._context is not None
         with torch.no_grad():
             outputs = self._backend(module, hidden, index)
             self._policy.see(layer, hidden)
-            routing = self._policy.route(layer, index, weight)
+            routing = self._policy.route(self._context, layer, index, weight)
             kept = routing.index >= 0
             rows, dropped = self._trainable.compensation().dropped(index, weight, kept)
             gone = weight.masked_fill(kept, 0).float()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from var_moe.config import check_seed
 from var_moe.errors import UsageError
-from var_moe.routing.decision import TokenBatch
+from var_moe.routing.decision import ForwardContext
 
 if TYPE_CHECKING:
     from var_moe.data.documents import EncodedDocument
@@ -99,8 +99,8 @@ def _by_length(
         yield rows
 
 
-def collate(rows: Sequence[Window]) -> TokenBatch:
-    """Pad on the right; ids, masks, documents and prefixes as one TokenBatch."""
+def collate(rows: Sequence[Window]) -> ForwardContext:
+    """Pad on the right; ids, masks, documents and prefixes as one ForwardContext."""
     width = max(len(row.ids) for row in rows)
     ids = torch.zeros((len(rows), width), dtype=torch.int64)
     valid = torch.zeros((len(rows), width), dtype=torch.bool)
@@ -114,7 +114,7 @@ def collate(rows: Sequence[Window]) -> TokenBatch:
         counted[number, row.overlap : size] = True
         if len(row.prefix):
             prefix[number, -len(row.prefix) :] = torch.from_numpy(row.prefix)
-    return TokenBatch(
+    return ForwardContext(
         ids=ids,
         valid=valid,
         counted=counted,

@@ -30,7 +30,7 @@ from var_moe.models.routable import check_given, check_sizes, unwrapped
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.compensation import LayerCompensation
 from var_moe.routing.counts import RoutingReport, TierCounts
-from var_moe.routing.decision import Residual, Routing, TokenBatch
+from var_moe.routing.decision import ForwardContext, Residual, Routing
 from var_moe.routing.guard import Guard, policy_facts
 from var_moe.routing.keeping import all_pairs
 from var_moe.routing.units import Sums, Units
@@ -97,7 +97,7 @@ class _Turn:
 class _Announced(threading.local):
     """The next forward's tokens as this thread has announced them."""
 
-    batch: TokenBatch | None = None
+    batch: ForwardContext | None = None
 
 
 class Session:
@@ -126,10 +126,11 @@ class Session:
         self._turn = _Turn()
         self._closed = False
         self._counted: Tensor = torch.empty(0, dtype=torch.bool)
+        self._context = ForwardContext.of(torch.empty((0, 0), dtype=torch.int64))
         self._next_layer = layers  # of the running forward; past the last where none runs
         self.texts = Texts(policy.context_window)
 
-    def announce(self, batch: TokenBatch) -> None:
+    def announce(self, batch: ForwardContext) -> None:
         """Describe the next forward's tokens, where ids and mask alone do not tell.
 
         Needed for windows of a longer document (prefix, overlap) and documents over rows.
@@ -206,6 +207,7 @@ class Session:
         if self._units is not None:
             self._judge(self._units.begin(batch))
         self._counted = batch.counted.reshape(-1)
+        self._context = batch
         if not self._native:
             self.policy.begin(batch)
         self._next_layer = 0
@@ -254,7 +256,7 @@ class Session:
             self._counts.add(layer, routing, self._counted, index, weight)
             return execute(module, hidden, index, weight, self.backend)
         self.policy.see(layer, hidden)
-        routing = self.policy.route(layer, index, weight)
+        routing = self.policy.route(self._context, layer, index, weight)
         self._counts.add(layer, routing, self._counted, index, weight)
         if self._units is not None:
             self._units.add(layer, routing, index, weight, self._counted)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from var_moe.errors import UsageError
-from var_moe.routing.decision import TokenBatch
+from var_moe.routing.decision import ForwardContext
 
 _FIRST_DOCUMENT = 2**40  # numbers of generated texts, far from those of scored documents
 
@@ -75,7 +75,7 @@ class Texts:
         self._threads: set[int] = set()  # that generate
         self._ended = threading.Condition()
         # Before and in a forward that may make its own KV cache.
-        self._unbound: tuple[_Text, TokenBatch] | None = None
+        self._unbound: tuple[_Text, ForwardContext] | None = None
 
     def forget(self) -> None:
         """Forget all texts: a KV cache filled before can then not be continued."""
@@ -83,7 +83,7 @@ class Texts:
 
     def batch(
         self, ids: Tensor, mask: Any | None, cache: Any | None, positions: Tensor | None = None
-    ) -> TokenBatch:
+    ) -> ForwardContext:
         """Describe a forward's tokens.
 
         Args:
@@ -117,7 +117,7 @@ class Texts:
                 "the policy looks at earlier tokens, and would look past a text's start; give each "
                 "text a row of its own, with padding and an attention_mask"
             )
-        batch = TokenBatch.of(ids, None if mask is None else mask[:, -length:])
+        batch = ForwardContext.of(ids, None if mask is None else mask[:, -length:])
         past = 0 if cache is None else int(cache.get_seq_length())
         text = self._continued(cache, past, batch, step) if past else self._new(ids)
         if cache is None:
@@ -144,7 +144,7 @@ class Texts:
         if unbound is not None and hasattr(cache, "get_seq_length"):
             self._texts[cache] = self._after(*unbound)
 
-    def _after(self, text: _Text, batch: TokenBatch) -> _Text:
+    def _after(self, text: _Text, batch: ForwardContext) -> _Text:
         """A text with a forward's tokens added to it."""
         recent = text.recent
 
@@ -158,7 +158,7 @@ class Texts:
         numbers = tuple(next(self._numbers) for _ in range(ids.shape[0]))
         return _Text(0, numbers, lambda: ids.new_full((ids.shape[0], self._before), -1))
 
-    def _continued(self, cache: Any, past: int, batch: TokenBatch, step: _Step | None) -> _Text:
+    def _continued(self, cache: Any, past: int, batch: ForwardContext, step: _Step | None) -> _Text:
         """The text in a KV cache with ``past`` tokens."""
         known = self._texts.get(cache)
         held = 0 if known is None else known.length

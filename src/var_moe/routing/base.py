@@ -11,7 +11,7 @@ from torch import Tensor
 
 from var_moe.errors import UsageError
 from var_moe.routing.compensation import Compensation
-from var_moe.routing.decision import Routing, TokenBatch
+from var_moe.routing.decision import ForwardContext, Routing
 
 Dial = Callable[[float], dict[str, Any]]
 """From a strength in [0, 1] to settings of `RoutingPolicy.build`, with ever fewer pairs."""
@@ -20,8 +20,9 @@ Dial = Callable[[float], dict[str, Any]]
 class RoutingPolicy(ABC):
     """Decides, per layer and token, which of the router's pairs are executed.
 
-    A policy sees a forward as ``begin(batch)`` once, then ``route(layer, ...)`` for each MoE
-    layer in order. It looks at no future token and changes neither the model nor its inputs.
+    In each forward, ``begin(context)`` is called once, then ``route(context, layer, ...)`` for each
+    MoE layer in order. A policy looks at no future token and changes neither the model nor its
+    inputs; the context holds the forward's facts, and is not kept.
     """
 
     context_window: int = 0
@@ -42,17 +43,18 @@ class RoutingPolicy(ABC):
     is tuned by replay."""
 
     @abstractmethod
-    def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
+    def route(self, context: ForwardContext, layer: int, index: Tensor, weight: Tensor) -> Routing:
         """Decide one layer.
 
         Args:
+            context: the forward's tokens, the same for all its layers.
             layer: number of the MoE layer, 0..L-1 (dense layers are not counted).
             index: (T, K) expert ids from the router, in any slot order.
             weight: (T, K) the router's weights for them.
         """
 
-    def begin(self, batch: TokenBatch) -> None:  # noqa: B027 - optional by design
-        """See the tokens of the forward that starts, once for all layers."""
+    def begin(self, context: ForwardContext) -> None:  # noqa: B027 - optional by design
+        """A forward starts: what the policy remembers of earlier ones (a cache) moves on."""
 
     def see(self, layer: int, hidden: Tensor) -> None:  # noqa: B027 - optional by design
         """See the layer's input (T, D), just before its `route`."""

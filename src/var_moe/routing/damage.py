@@ -24,7 +24,7 @@ from var_moe.errors import UsageError
 from var_moe.routing.arrays import NUMPY, Array, Operations, operations
 from var_moe.routing.base import Dial, RoutingPolicy
 from var_moe.routing.compensation import Compensation
-from var_moe.routing.decision import Routing, Tier, TokenBatch
+from var_moe.routing.decision import ForwardContext, Routing, Tier
 from var_moe.routing.keeping import all_pairs, kept_pairs
 from var_moe.routing.ranking import rank_slots, shares
 from var_moe.routing.shapes import check_calibrated
@@ -173,7 +173,6 @@ class DamagePolicy(RoutingPolicy):
         self.compensation = damage.compensation
         self._parts: dict[tuple[int, torch.device], LayerDamage] = {}
         self._tables: dict[tuple[int, torch.device, bool], dict[str, Array]] = {}
-        self._ids = torch.empty(0, dtype=torch.int64)
         self._hint: Tensor | None = None
 
     @property
@@ -205,10 +204,6 @@ class DamagePolicy(RoutingPolicy):
             )
         return super().compensated(compensation)
 
-    def begin(self, batch: TokenBatch) -> None:
-        self._ids = batch.ids.reshape(-1)
-        self._hint = None
-
     def see(self, layer: int, hidden: Tensor) -> None:
         self._hint = self._part(layer, hidden.device).hint(hidden)
 
@@ -222,30 +217,32 @@ class DamagePolicy(RoutingPolicy):
             part = self._parts[layer, device] = self.damage.layer(layer, device)
         return part
 
-    def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
+    def route(self, context: ForwardContext, layer: int, index: Tensor, weight: Tensor) -> Routing:
         check_calibrated(self, layer, index, layers=self.damage.layers, top_k=self.damage.top_k)
         if self.tau == 0 or index.shape[1] == 1:
             return all_pairs(index, weight)
-        if self._ids.device != index.device:
-            self._ids = self._ids.to(index.device)
+        hint, self._hint = self._hint, None
+        ids = context.ids_on(index.device)
         if index.shape[1] == 2:
-            return self._one_of_two(layer, index, weight)
+            return self._one_of_two(layer, index, weight, ids, hint)
         part = self._part(layer, index.device)
         rank = rank_slots(index, weight)  # (T, K)
         mass = shares(weight.gather(1, rank).float())
-        damage = part.log_damage(index.gather(1, rank), mass, self._ids, self._hint)
+        damage = part.log_damage(index.gather(1, rank), mass, ids, hint)
         too_much = damage >= log(self.tau)  # (T, K - 1), k = 1..K-1
         # An expert runs if some cut that leaves it out, or leaves out less, is too much.
         runs = too_much.flip(1).cumsum(dim=1).flip(1) > 0
         needed = torch.cat((torch.ones_like(runs[:, :1]), runs), dim=1)
         return kept_pairs(index, weight, torch.empty_like(needed).scatter_(1, rank, needed))
 
-    def _one_of_two(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
+    def _one_of_two(
+        self, layer: int, index: Tensor, weight: Tensor, ids: Tensor, hint: Tensor | None
+    ) -> Routing:
         """The same for K = 2 in few operations, which is what counts in generation."""
         full = weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
         ops = operations(full)
         part = self._columns(layer, index.device, ops)
-        ids, slots, heavy = (ops.of_tensor(t) for t in (self._ids, index, full))
+        tokens, slots, heavy = (ops.of_tensor(t) for t in (ids, index, full))
         swapped = rank_slots(slots, heavy, ops)[:, 0] == 1  # the first expert is in slot 1
         total = heavy.sum(1)
         light = ops.where(swapped, heavy[:, 0], heavy[:, 1])
@@ -254,9 +251,9 @@ class DamagePolicy(RoutingPolicy):
         dropped = ops.where(swapped, slots[:, 0], slots[:, 1])
         size = ops.library.log(ops.at_least(mass, _LEAST_MASS))
         damage = part["base"] + size * (part["slope"] + size * part["curve"])
-        rest = part["token"][ids]
-        if self._hint is not None:
-            rest = rest + ops.of_tensor(self._hint)
+        rest = part["token"][tokens]
+        if hint is not None:
+            rest = rest + ops.of_tensor(hint)
         damage = damage + part["pair"][first * self.damage.experts + dropped] + rest
         cut = damage < log(self.tau)
         drop = ops.stack(cut & swapped, cut & ~swapped)

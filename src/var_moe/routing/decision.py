@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 import torch
@@ -44,8 +44,8 @@ class Routing:
 
 
 @dataclass(frozen=True)
-class TokenBatch:
-    """The tokens of one forward, row-major over (batch, sequence).
+class ForwardContext:
+    """The tokens of one forward, row-major over (batch, sequence): the same for all layers.
 
     ``prefix`` holds, for a row that continues a document, the ids just before it (-1 where
     there are none), so that context keys span the document. A token that is ``valid`` but not
@@ -61,6 +61,24 @@ class TokenBatch:
     document: tuple[int, ...]  # (B,) document number per row
     prefix: Tensor | None = None  # (B, P) int64
     inserting: bool = True
+    _copies: dict[tuple[str, torch.device], Tensor] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
+
+    def ids_on(self, device: torch.device) -> Tensor:
+        """(T,) the ids on a layer's device: a model may be spread over several."""
+        return self._on("ids", self.ids, device)
+
+    def counted_on(self, device: torch.device) -> Tensor:
+        """(T,) ``counted`` on a layer's device."""
+        return self._on("counted", self.counted, device)
+
+    def _on(self, name: str, values: Tensor, device: torch.device) -> Tensor:
+        """``values``, flat, brought to each device once."""
+        found = self._copies.get((name, device))
+        if found is None:
+            found = self._copies[name, device] = values.reshape(-1).to(device)
+        return found
 
     @property
     def stays(self) -> Tensor:
@@ -68,7 +86,7 @@ class TokenBatch:
         return self.counted if self.inserting else torch.zeros_like(self.counted)
 
     @classmethod
-    def of(cls, ids: Tensor, attention_mask: Tensor | None = None) -> TokenBatch:
+    def of(cls, ids: Tensor, attention_mask: Tensor | None = None) -> ForwardContext:
         """Each row a document of its own; padding from ``attention_mask``."""
         if attention_mask is None:
             valid = torch.ones_like(ids, dtype=torch.bool)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from var_moe.config import check_number
 from var_moe.routing.base import Dial, RoutingPolicy
-from var_moe.routing.decision import Routing
+from var_moe.routing.decision import ForwardContext, Routing
 from var_moe.routing.keeping import all_pairs, kept_pairs, leading_slots
 from var_moe.routing.ranking import leading_count
 
@@ -37,7 +37,7 @@ class FixedKPolicy(RoutingPolicy):
     def dials(cls, top_k: int) -> dict[str, Dial]:
         return {"": lambda strength: {"k": top_k - round(strength * (top_k - 1))}}
 
-    def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
+    def route(self, context: ForwardContext, layer: int, index: Tensor, weight: Tensor) -> Routing:
         if self.k >= index.shape[1]:
             return all_pairs(index, weight)
         return kept_pairs(index, weight, leading_slots(index, weight, self.k))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from var_moe.routing.arrays import NUMPY, TORCH, Array, Operations
-from var_moe.routing.decision import TokenBatch
+from var_moe.routing.decision import ForwardContext
 
 # Odd 64-bit constants of SplitMix64 (Steele, Lea, Flood 2014), as signed integers: int64
 # multiplication wraps in both libraries, which is what a hash wants.
@@ -27,7 +27,7 @@ _FEW = 16  # tokens up to which plain numbers cost less than calls of numpy
 _WORD = 2**64 - 1
 
 
-def context_keys(batch: TokenBatch, window: int) -> Tensor:
+def context_keys(context: ForwardContext, window: int) -> Tensor:
     """Hash each token's last ``window`` ids, itself included, and how many they are.
 
     Each id is hashed with its distance from the token, the sum of these once more (Zobrist's
@@ -35,14 +35,14 @@ def context_keys(batch: TokenBatch, window: int) -> Tensor:
     there are fewer ids; padding and other documents take no part. Returns (B, S) int64 on the
     ids' device; values at padding positions mean nothing.
     """
-    if batch.ids.device.type == "cpu" and batch.size <= _FEW:
-        return _few(batch, window)
-    ops = NUMPY if batch.ids.device.type == "cpu" else TORCH
-    ids, valid = ops.of_tensor(batch.ids), ops.of_tensor(batch.valid)
+    if context.ids.device.type == "cpu" and context.size <= _FEW:
+        return _few(context, window)
+    ops = NUMPY if context.ids.device.type == "cpu" else TORCH
+    ids, valid = ops.of_tensor(context.ids), ops.of_tensor(context.valid)
     prefix_length = 0
-    if batch.prefix is not None and batch.prefix.shape[1] > 0:
-        prefix_length = batch.prefix.shape[1]
-        prefix = ops.of_tensor(batch.prefix.to(batch.ids.device))
+    if context.prefix is not None and context.prefix.shape[1] > 0:
+        prefix_length = context.prefix.shape[1]
+        prefix = ops.of_tensor(context.prefix.to(context.ids.device))
         ids = ops.library.concatenate((prefix, ids), axis=1)
         valid = ops.library.concatenate((prefix >= 0, valid), axis=1)
     # Padding can stand anywhere (left of a row that has a prefix, it stands in the middle): put
@@ -57,11 +57,13 @@ def context_keys(batch: TokenBatch, window: int) -> Tensor:
     return ops.to_tensor(key[:, prefix_length:])
 
 
-def _few(batch: TokenBatch, window: int) -> Tensor:
+def _few(context: ForwardContext, window: int) -> Tensor:
     """`context_keys` in plain numbers: the same values, for a step of generation."""
-    before = [[]] * len(batch.ids) if batch.prefix is None else batch.prefix.tolist()
+    before = [[]] * len(context.ids) if context.prefix is None else context.prefix.tolist()
     keys = []
-    for row, valid, prefix in zip(batch.ids.tolist(), batch.valid.tolist(), before, strict=True):
+    for row, valid, prefix in zip(
+        context.ids.tolist(), context.valid.tolist(), before, strict=True
+    ):
         text = [token for token in prefix if token >= 0]
         found = []
         for token, real in zip(row, valid, strict=True):
@@ -69,7 +71,7 @@ def _few(batch: TokenBatch, window: int) -> Tensor:
                 text.append(token)
             found.append(_key(text[-window:]))
         keys.append(found)
-    return torch.tensor(keys, dtype=torch.int64).view(batch.ids.shape)
+    return torch.tensor(keys, dtype=torch.int64).view(context.ids.shape)
 
 
 def _key(context: list[int]) -> int:

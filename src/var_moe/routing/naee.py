@@ -14,7 +14,7 @@ from torch import Tensor
 
 from var_moe.config import check_number
 from var_moe.routing.base import Dial, RoutingPolicy
-from var_moe.routing.decision import Routing
+from var_moe.routing.decision import ForwardContext, Routing
 from var_moe.routing.keeping import kept_pairs
 from var_moe.routing.ratios import RatioQuantiles
 from var_moe.routing.shapes import check_calibrated
@@ -56,7 +56,7 @@ class NAEEPolicy(RoutingPolicy):
     def dials(cls, top_k: int) -> dict[str, Dial]:
         return {"": lambda strength: {"quantile": strength}}
 
-    def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
+    def route(self, context: ForwardContext, layer: int, index: Tensor, weight: Tensor) -> Routing:
         check_calibrated(self, layer, index, layers=self.ratios.layers, top_k=self.ratios.top_k)
         full = weight.float()
         # beta <= 1: the first expert always runs.

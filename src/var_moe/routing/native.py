@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from var_moe.routing.base import RoutingPolicy
-from var_moe.routing.decision import Routing
+from var_moe.routing.decision import ForwardContext, Routing
 from var_moe.routing.keeping import all_pairs
 
 
@@ -14,5 +14,5 @@ class NativePolicy(RoutingPolicy):
 
     cuts_only = True
 
-    def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
+    def route(self, context: ForwardContext, layer: int, index: Tensor, weight: Tensor) -> Routing:
         return all_pairs(index, weight)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from var_moe.routing.base import RoutingPolicy
-from var_moe.routing.decision import Routing, TokenBatch
+from var_moe.routing.decision import ForwardContext, Routing
 from var_moe.routing.keeping import all_pairs, kept_pairs, leading_slots
 
 
@@ -21,8 +21,8 @@ class Overhead(RoutingPolicy):
         self._policy, self._count = policy, count
         self.context_window, self.compensation = policy.context_window, policy.compensation
 
-    def begin(self, batch: TokenBatch) -> None:
-        self._policy.begin(batch)
+    def begin(self, context: ForwardContext) -> None:
+        self._policy.begin(context)
 
     def see(self, layer: int, hidden: Tensor) -> None:
         self._policy.see(layer, hidden)
@@ -30,8 +30,8 @@ class Overhead(RoutingPolicy):
     def reset(self) -> None:
         self._policy.reset()
 
-    def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
-        self._policy.route(layer, index, weight)
+    def route(self, context: ForwardContext, layer: int, index: Tensor, weight: Tensor) -> Routing:
+        self._policy.route(context, layer, index, weight)
         if self._count >= index.shape[1]:
             return all_pairs(index, weight)
         return kept_pairs(index, weight, leading_slots(index, weight, self._count))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from var_moe.config import check_number
 from var_moe.routing.base import Dial, RoutingPolicy
-from var_moe.routing.decision import Routing
+from var_moe.routing.decision import ForwardContext, Routing
 from var_moe.routing.keeping import all_pairs, kept_pairs, leading_slots
 from var_moe.routing.layer_sensitivity import LayerSensitivity, allocate_experts
 from var_moe.routing.shapes import check_calibrated
@@ -60,7 +60,7 @@ class PerLayerKPolicy(RoutingPolicy):
     def dials(cls, top_k: int) -> dict[str, Dial]:
         return {"": lambda strength: {"experts_per_token": top_k - strength * (top_k - 1)}}
 
-    def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
+    def route(self, context: ForwardContext, layer: int, index: Tensor, weight: Tensor) -> Routing:
         own = self.sensitivity
         check_calibrated(self, layer, index, layers=own.layers, top_k=own.top_k)
         k = self.k[layer]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from var_moe.config import check_number
 from var_moe.routing.base import Dial, RoutingPolicy
-from var_moe.routing.decision import Routing
+from var_moe.routing.decision import ForwardContext, Routing
 from var_moe.routing.keeping import kept_pairs, leading_slots
 from var_moe.routing.ranking import leading_count
 
@@ -47,7 +47,7 @@ class RandomSkipPolicy(RoutingPolicy):
     def reset(self) -> None:
         self._generators.clear()
 
-    def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
+    def route(self, context: ForwardContext, layer: int, index: Tensor, weight: Tensor) -> Routing:
         device = index.device
         if device not in self._generators:
             self._generators[device] = torch.Generator(device).manual_seed(self.seed)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from var_moe.config import check_number
 from var_moe.routing.base import Dial, RoutingPolicy
-from var_moe.routing.decision import Routing
+from var_moe.routing.decision import ForwardContext, Routing
 from var_moe.routing.keeping import all_pairs, kept_pairs, leading_slots
 from var_moe.routing.ranking import leading_count
 
@@ -52,7 +52,7 @@ class SERPolicy(RoutingPolicy):
     def dials(cls, top_k: int) -> dict[str, Dial]:
         return {"": lambda strength: {"min_experts": 1, "threshold": strength}}
 
-    def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
+    def route(self, context: ForwardContext, layer: int, index: Tensor, weight: Tensor) -> Routing:
         if self.threshold == 0 or self.min_experts >= index.shape[1]:
             return all_pairs(index, weight)
         full = weight.float()

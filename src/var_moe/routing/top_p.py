@@ -14,7 +14,7 @@ from torch import Tensor
 
 from var_moe.config import check_number
 from var_moe.routing.base import Dial, RoutingPolicy
-from var_moe.routing.decision import Routing
+from var_moe.routing.decision import ForwardContext, Routing
 from var_moe.routing.keeping import all_pairs, kept_pairs
 from var_moe.routing.ranking import rank_slots
 
@@ -48,7 +48,7 @@ class TopPPolicy(RoutingPolicy):
     def dials(cls, top_k: int) -> dict[str, Dial]:
         return {"": lambda strength: {"p": 1 - strength * (1 - 1 / top_k)}}
 
-    def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
+    def route(self, context: ForwardContext, layer: int, index: Tensor, weight: Tensor) -> Routing:
         if self.p == 1:
             # Not left to the sums: a last weight may vanish in them.
             return all_pairs(index, weight)

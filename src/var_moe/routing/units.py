@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from var_moe.routing.decision import Routing, TokenBatch
+from var_moe.routing.decision import ForwardContext, Routing
 from var_moe.routing.departure import COLUMNS, summed
 
 Sums = NDArray[np.float64]
@@ -35,29 +35,29 @@ class Units:
         self._drops_only = drops_only
         self._open: dict[int, Sums] = {}
         self._running: list[Tensor | None] = [None] * layers  # (B, 13) of the running forward
-        self._batch: TokenBatch | None = None
+        self._context: ForwardContext | None = None
         self._newest = _GIVEN - 1
 
-    def begin(self, batch: TokenBatch) -> list[Sums]:
+    def begin(self, context: ForwardContext) -> list[Sums]:
         """Start a forward; returns the units that have ended (waits for the device)."""
         self._collect()
-        going_on = {number for number in batch.document if number >= 0}
+        going_on = {number for number in context.document if number >= 0}
         ended = self._close([number for number in self._open if number not in going_on])
-        self._batch = batch
+        self._context = context
         return ended
 
     def add(
         self, layer: int, routing: Routing, index: Tensor, weight: Tensor, counted: Tensor
     ) -> None:
         """See a layer's decisions; the arguments of `departure.summed`."""
-        assert self._batch is not None
+        assert self._context is not None
         self._running[layer] = summed(
             routing,
             index,
             weight,
             counted.to(index.device),
             drops_only=self._drops_only,
-            rows=len(self._batch.ids),
+            rows=len(self._context.ids),
         )
 
     def end(self) -> list[Sums]:
@@ -71,20 +71,20 @@ class Units:
 
     def _collect(self) -> None:
         """Add the last forward's rows to their documents."""
-        batch, self._batch = self._batch, None
+        context, self._context = self._context, None
         running, self._running = self._running, [None] * self._layers
         # Beams are drafts of one text: none of them is a document.
-        if batch is None or not batch.inserting:
+        if context is None or not context.inserting:
             return
         rows = [
-            np.zeros((len(batch.document), COLUMNS))
+            np.zeros((len(context.document), COLUMNS))
             if part is None
             else part.double().cpu().numpy()
             for part in running
         ]
         by_row = np.stack(rows, axis=1)  # (B, L, 13)
         newest = self._newest
-        for row, number in enumerate(batch.document):
+        for row, number in enumerate(context.document):
             if number in self._open:
                 self._open[number] += by_row[row]
             elif number <= self._newest and number >= _GIVEN:

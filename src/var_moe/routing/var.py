@@ -16,7 +16,7 @@ from var_moe.routing.arrays import NUMPY, Array, Operations, operations
 from var_moe.routing.base import Dial, RoutingPolicy
 from var_moe.routing.clock import Clock, TokenClock
 from var_moe.routing.context_cache import ContextCache, Hits
-from var_moe.routing.decision import Residual, Routing, Tier, TokenBatch
+from var_moe.routing.decision import ForwardContext, Residual, Routing, Tier
 from var_moe.routing.fast_path import ResidualMeans, RoutingTable
 from var_moe.routing.keys import context_keys
 from var_moe.routing.ranking import leading_count, rank_slots, rescaled, shares
@@ -80,7 +80,6 @@ class VARPolicy(RoutingPolicy):
         self._eligible = table.eligible(config.frequency_threshold, config.entropy_threshold)
         self._any_eligible = self._eligible.any(dim=1).tolist()
         self._layers: dict[tuple[int, Place], _Layer] = {}
-        self._ids: dict[Place, Array] = {}  # (T,) this forward's ids
 
     @property
     def made_for(self) -> Mapping[str, int]:
@@ -135,22 +134,13 @@ class VARPolicy(RoutingPolicy):
     def reset(self) -> None:
         self.cache.clear()
 
-    def begin(self, batch: TokenBatch) -> None:
-        ids = batch.ids.reshape(-1)
-        self._ids = {(ids.device, False): ids}
-        keys = context_keys(batch, self.config.context_window_size)
+    def begin(self, context: ForwardContext) -> None:
+        keys = context_keys(context, self.config.context_window_size)
         documents = None
         if self.config.cache_scope == "document":
             # Rows without a number are documents of their own, and end with the forward.
-            documents = [n if n >= 0 else -1 - row for row, n in enumerate(batch.document)]
-        self.cache.begin(keys, batch.valid, batch.stays, documents)
-
-    def _at(self, place: Place) -> Array:
-        """The forward's token ids, as a layer needs them; a model may be spread over devices."""
-        if place not in self._ids:
-            ids = next(iter(self._ids.values())).to(place[0])
-            self._ids[place] = ids.numpy() if place[1] else ids
-        return self._ids[place]
+            documents = [n if n >= 0 else -1 - row for row, n in enumerate(context.document)]
+        self.cache.begin(keys, context.valid, context.stays, documents)
 
     def _part(self, layer: int, place: Place) -> _Layer:
         """The layer's part of the profile, brought to its place when first needed there."""
@@ -173,10 +163,10 @@ class VARPolicy(RoutingPolicy):
             )
         return part
 
-    def route(self, layer: int, index: Tensor, weight: Tensor) -> Routing:
+    def route(self, context: ForwardContext, layer: int, index: Tensor, weight: Tensor) -> Routing:
         ops = operations(weight)
         place = (index.device, ops is NUMPY)
-        part, ids = self._part(layer, place), self._at(place)
+        part, ids = self._part(layer, place), ops.of_tensor(context.ids_on(index.device))
         # A weight sum of zero divides to NaN, which is not confident: no warning is wanted.
         with np.errstate(invalid="ignore"):
             return self._decide(ops, layer, part, ids, ops.of_tensor(index), ops.of_tensor(weight))

@@ -15,7 +15,7 @@ from var_moe.evaluation.batching import Window, collate
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.counts import RoutingReport, TierCounts
 from var_moe.routing.damage import DamagePolicy
-from var_moe.routing.decision import Routing, TokenBatch
+from var_moe.routing.decision import ForwardContext, Routing
 from var_moe.routing.ranking import rescaled
 from var_moe.tracing.decisions import predicted_degradation
 
@@ -113,15 +113,15 @@ def decisions(trace: RoutingTrace, policy: RoutingPolicy) -> Iterator[Decided]:
     # Of this policy's damage model, as has been checked; another one's would mislead it.
     hint = trace.hint if _looks(policy) else None
     policy.reset()
-    for batch, position in _chunks(trace, policy.ids_before):
-        policy.begin(batch)
-        counted = batch.counted.reshape(-1)
+    for context, position in _chunks(trace, policy.ids_before):
+        policy.begin(context)
+        counted = context.counted.reshape(-1)
         for layer in range(trace.layers):
             index = trace.index[layer][position].long()
             weight = trace.weight[layer][position].float()
             if hint is not None and isinstance(policy, DamagePolicy):
                 policy.see_hint(hint[layer][position])
-            routing = policy.route(layer, index, weight)
+            routing = policy.route(context, layer, index, weight)
             yield Decided(layer, index, weight, routing, position, counted)
     policy.reset()
 
@@ -219,7 +219,7 @@ def _near(one: Tensor, other: Tensor) -> Tensor:
     return (one - other).abs() <= _TOLERANCE
 
 
-def _chunks(trace: RoutingTrace, prefix: int) -> Iterator[tuple[TokenBatch, Tensor]]:
+def _chunks(trace: RoutingTrace, prefix: int) -> Iterator[tuple[ForwardContext, Tensor]]:
     """The documents as padded rows, and the token at each place of the flattened rows. (B * S,)
 
     A document is one row, or several that follow each other where it is very long; at padding
@@ -248,7 +248,7 @@ def _rows(trace: RoutingTrace, prefix: int) -> Iterator[tuple[Window, int]]:
             yield Window(document=number, ids=part, prefix=before, overlap=0), at
 
 
-def _chunk(rows: list[Window], first: list[int]) -> tuple[TokenBatch, Tensor]:
+def _chunk(rows: list[Window], first: list[int]) -> tuple[ForwardContext, Tensor]:
     batch = collate(rows)
     place = torch.arange(batch.ids.shape[1]) + torch.tensor(first)[:, None]
     return batch, torch.where(batch.valid, place, first[0]).reshape(-1)

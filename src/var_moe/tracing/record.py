@@ -18,7 +18,7 @@ from var_moe.models.identity import identity
 from var_moe.models.router_hooks import RouterLogits
 from var_moe.routing.compensation import Compensation
 from var_moe.routing.damage import DamageModel
-from var_moe.routing.decision import TokenBatch
+from var_moe.routing.decision import ForwardContext
 from var_moe.routing.ranking import rank_slots, shares
 from var_moe.storage import SCHEMA_VERSION, provenance
 from var_moe.tracing.first_order import DamageProbe
@@ -54,9 +54,9 @@ class _Recorder:
         self._at = torch.empty(0, dtype=torch.int64)
         self._rows: list[dict[str, Tensor]] = []
 
-    def begin(self, batch: TokenBatch) -> None:
+    def begin(self, context: ForwardContext) -> None:
         """The tokens of the forward that starts."""
-        self._at = batch.counted.reshape(-1).nonzero().squeeze(1)
+        self._at = context.counted.reshape(-1).nonzero().squeeze(1)
         self._rows = []
 
     def experts(
@@ -273,7 +273,7 @@ def _forward(
 
 
 def _with_damage(
-    loaded: LoadedModel, recorder: _Recorder, probe: DamageProbe, batch: TokenBatch, number: int
+    loaded: LoadedModel, recorder: _Recorder, probe: DamageProbe, batch: ForwardContext, number: int
 ) -> dict[str, Tensor]:
     probe.begin(number)
     target = scored_targets(batch.counted)
@@ -303,7 +303,7 @@ def _dice(seed: int | None, number: int) -> torch.Generator | None:
     return None if seed is None else torch.Generator().manual_seed(seed * 1_000_003 + number)
 
 
-def _run(loaded: LoadedModel, batch: TokenBatch, **options: Any) -> Tensor:
+def _run(loaded: LoadedModel, batch: ForwardContext, **options: Any) -> Tensor:
     logits: Tensor = loaded.model(
         input_ids=batch.ids.to(loaded.device),
         attention_mask=batch.valid.long().to(loaded.device),
