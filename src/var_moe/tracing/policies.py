@@ -20,8 +20,7 @@ from var_moe.routing.ranking import rescaled
 from var_moe.tracing.decisions import predicted_degradation
 
 if TYPE_CHECKING:
-    from var_moe.calibration.profile import RoutingProfile
-    from var_moe.tracing.trace import RoutingTrace
+    from var_moe.tracing.trace import ProfileView, RoutingTrace
 
 _TOKENS_PER_CHUNK = 16_384  # padded
 _TOLERANCE = 1e-5  # of weights that sum to one, in float32
@@ -54,14 +53,14 @@ class PolicyReplay:
 
 
 def replay_policy(
-    trace: RoutingTrace, policy: RoutingPolicy, profile: RoutingProfile | None = None
+    trace: RoutingTrace, policy: RoutingPolicy, profile: ProfileView | None = None
 ) -> RoutingReport:
     """What ``policy`` decides, from empty caches; see `evaluate_policy`."""
     return evaluate_policy(trace, policy, profile).report
 
 
 def evaluate_policy(
-    trace: RoutingTrace, policy: RoutingPolicy, profile: RoutingProfile | None = None
+    trace: RoutingTrace, policy: RoutingPolicy, profile: ProfileView | None = None
 ) -> PolicyReplay:
     """What ``policy`` decides, from empty caches, if that does not change later layers' inputs.
 

@@ -24,10 +24,9 @@ from var_moe.storage import SCHEMA_VERSION, provenance
 from var_moe.tracing.first_order import DamageProbe
 from var_moe.tracing.loss import loss_and_gradient, scored_targets
 from var_moe.tracing.shards import Writer, joined, key_of
-from var_moe.tracing.trace import RoutingTrace
+from var_moe.tracing.trace import ProfileView, RoutingTrace
 
 if TYPE_CHECKING:
-    from var_moe.calibration.profile import RoutingProfile
     from var_moe.data.documents import EncodedDocument
     from var_moe.models.loading import LoadedModel
 
@@ -111,7 +110,7 @@ def record_trace(
     dataset: str,
     data_hash: str,
     folder: str | Path | None = None,
-    profile: RoutingProfile | None = None,
+    profile: ProfileView | None = None,
     compensation: Compensation | None = None,
     damage: bool = True,
     labels: str = "text",

@@ -32,8 +32,7 @@ from var_moe.tracing.slots import Hits, layer_hits
 from var_moe.tracing.stays import Bools, Recency, Stays
 
 if TYPE_CHECKING:
-    from var_moe.calibration.profile import RoutingProfile
-    from var_moe.tracing.trace import RoutingTrace
+    from var_moe.tracing.trace import ProfileView, RoutingTrace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +103,7 @@ class TraceReplay:
 
     profile_hash: str | None = None
 
-    def __init__(self, trace: RoutingTrace, profile: RoutingProfile) -> None:
+    def __init__(self, trace: RoutingTrace, profile: ProfileView) -> None:
         trace.check_profile(profile)
         self._prepare(trace, profile.table())
         self.profile_hash = profile.hash

@@ -9,21 +9,43 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from var_moe.errors import UsageError
 from var_moe.models.identity import check_fits, difference
+from var_moe.routing.fast_path import ResidualMeans, RoutingTable
 from var_moe.tracing.shards import HEAD_FILE, Writer, read_head, read_shards
 
 if TYPE_CHECKING:
-    from var_moe.calibration.profile import RoutingProfile
     from var_moe.models.loading import LoadedModel
 
 DAMAGE = ("cut", "cut_residual", "cut_compensated", "next", "foreign")
 """Names of the changes whose first-order damage a trace can hold; see `tracing.damage`."""
+
+
+class ProfileView(Protocol):
+    """What traces need of a `RoutingProfile`, whose room lies above this one."""
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """Model, text and sizes."""
+
+    @property
+    def hash(self) -> str:
+        """Identity of its content."""
+
+    @property
+    def residuals(self) -> ResidualMeans:
+        """Mean outputs of dropped experts."""
+
+    def table(self) -> RoutingTable:
+        """Counts and entropies per (layer, token id)."""
+
+    def check_loaded(self, loaded: LoadedModel) -> None:
+        """Refuse another model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +106,7 @@ class RoutingTrace:
         """
         check_fits("trace", self.head, loaded)
 
-    def check_profile(self, profile: RoutingProfile) -> None:
+    def check_profile(self, profile: ProfileView) -> None:
         """Refuse a profile of another model, or another than damages were recorded with.
 
         Raises:
