@@ -316,3 +316,21 @@ def test_a_model_of_ones_own_needs_its_tokenizer(tiny_model_folder, given):
         LoadedModel.of(*parts)
     with pytest.raises(UsageError, match="got LoadedModel, expected a transformers model"):
         LoadedModel.of(loaded, loaded.tokenizer)
+
+
+def test_a_text_is_continued(make_tiny_mixtral, tiny_tokenizer):
+    loaded = LoadedModel.of(make_tiny_mixtral(), tiny_tokenizer, name="tiny")
+    prompt = "the router sends a token"
+    ids = tiny_tokenizer(prompt, return_tensors="pt").input_ids
+    made = loaded.model.generate(ids, max_new_tokens=5, do_sample=False)
+    expected = tiny_tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+    assert loaded.generate(prompt, max_new_tokens=5, do_sample=False) == expected
+    whole = loaded.generate(prompt, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+    assert whole == expected
+
+
+@pytest.mark.parametrize("prompt", ["", None, [1, 2]])
+def test_what_is_no_text_is_not_continued(make_tiny_mixtral, tiny_tokenizer, prompt):
+    loaded = LoadedModel.of(make_tiny_mixtral(), tiny_tokenizer, name="tiny")
+    with pytest.raises(UsageError, match="expected a text that is not empty"):
+        loaded.generate(prompt)

@@ -50,6 +50,30 @@ class LoadedModel:
         """The dtype of the weights, e.g. ``float32``."""
         return str(next(self.model.parameters()).dtype).removeprefix("torch.")
 
+    def generate(self, prompt: str, **options: Any) -> str:
+        """Continue a text.
+
+        Args:
+            prompt: text to go on from.
+            options: of transformers' ``generate``, such as ``max_new_tokens=40``.
+
+        Returns:
+            The new text alone, without special tokens.
+
+        Raises:
+            UsageError: the prompt is no text, or an empty one.
+        """
+        if not isinstance(prompt, str) or not prompt:
+            raise UsageError(
+                f"generate: got {prompt!r:.80}, expected a text that is not empty; for token ids "
+                "call the transformers model, .model.generate(ids)"
+            )
+        inputs = self.tokenizer(prompt, return_tensors="pt").to(self.device)
+        ids = inputs["input_ids"]
+        made = self.model.generate(ids, attention_mask=inputs["attention_mask"], **options)
+        sequences = made if hasattr(made, "shape") else made.sequences
+        return str(self.tokenizer.decode(sequences[0, ids.shape[1] :], skip_special_tokens=True))
+
     @classmethod
     def of(
         cls, model: Any, tokenizer: Any, *, name: str | None = None, revision: str | None = None
