@@ -28,10 +28,17 @@ from torch import Tensor
 
 from var_moe.calibration.profile import RoutingProfile
 from var_moe.config import VARConfig
-from var_moe.data.text import encode, load_text
-from var_moe.evaluation.compare import Evaluator
-from var_moe.evaluation.decode import BATCH_SIZES, DecodeSetting, Decoding
-from var_moe.evaluation.throughput import backend_arm, policy_arm, time_arms
+from var_moe.data.encoding import encode
+from var_moe.data.text import load_text
+from var_moe.evaluation.evaluator import Evaluator
+from var_moe.evaluation.throughput import (
+    BATCH_SIZES,
+    DecodeSetting,
+    Decoding,
+    backend_arm,
+    policy_arm,
+    time_arms,
+)
 from var_moe.execution.dispatch import experts_modules
 from var_moe.execution.session import routed
 from var_moe.models.loading import load_model

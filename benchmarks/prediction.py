@@ -32,8 +32,8 @@ from var_moe.calibration.profile import RoutingProfile
 from var_moe.config import VARConfig
 from var_moe.errors import UsageError
 from var_moe.evaluation.batching import full_batches
-from var_moe.evaluation.compare import Evaluator, SpeedSetting
 from var_moe.evaluation.cost import CostModel, FitTiming
+from var_moe.evaluation.evaluator import Evaluator, SpeedSetting
 from var_moe.evaluation.throughput import ArmGroup, Ratio, backend_arm, policy_arm, time_groups
 from var_moe.models.loading import load_model
 from var_moe.optimization.candidate import Candidate, PolicySettings, kind_of

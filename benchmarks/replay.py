@@ -28,8 +28,8 @@ from var_moe.calibration.profile import RoutingProfile
 from var_moe.config import SEARCH_SPACE, VARConfig
 from var_moe.errors import UsageError
 from var_moe.evaluation.batching import drawn
-from var_moe.evaluation.compare import Evaluator
 from var_moe.evaluation.cost import CostModel, fit_cost_model
+from var_moe.evaluation.evaluator import Evaluator
 from var_moe.models.loading import LoadedModel, load_model
 from var_moe.optimization.objective import VARObjective
 from var_moe.optimization.preparation import EncodedText, read_text, sample_documents

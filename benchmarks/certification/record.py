@@ -55,7 +55,7 @@ def record(path: Path, *, profile_folder: Path, documents: int, model: str = "de
     """
     from var_moe.calibration.profile import RoutingProfile
     from var_moe.data.documents import page_of
-    from var_moe.evaluation.compare import Evaluator
+    from var_moe.evaluation.evaluator import Evaluator
     from var_moe.models.loading import load_model
     from var_moe.optimization.preparation import read_text
     from var_moe.routing.registry import make_policy

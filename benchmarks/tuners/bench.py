@@ -13,8 +13,8 @@ from benchmarks.tuners.memo import Memo, MemoEvaluator, PredictedObjective
 from benchmarks.tuners.setting import SETUP_FILE, Setting
 
 from var_moe.errors import UsageError, VarMoeError
-from var_moe.evaluation.compare import Evaluator
 from var_moe.evaluation.cost import CostModel, fit_cost_model
+from var_moe.evaluation.evaluator import Evaluator
 from var_moe.models.loading import load_model
 from var_moe.optimization.objective import VARObjective
 from var_moe.optimization.preparation import halves, obtain_profile, read_text, sample_documents

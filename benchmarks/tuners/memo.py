@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from var_moe.config import VARConfig
-from var_moe.evaluation.compare import Evaluator, Quality, Speed
 from var_moe.evaluation.cost import CostModel
-from var_moe.evaluation.paired import Degradation
+from var_moe.evaluation.evaluator import Evaluator, Quality, Speed
+from var_moe.evaluation.perplexity import Degradation
 from var_moe.evaluation.throughput import Ratio
 from var_moe.optimization.journal import open_log, read_lines
 from var_moe.optimization.objective import VARObjective

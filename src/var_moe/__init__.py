@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; `_PLACES` is what runs
     from var_moe.config import PRESETS, VARConfig
     from var_moe.data.text import load_text
     from var_moe.errors import UsageError, VarMoeError
-    from var_moe.evaluation.compare import Evaluator
+    from var_moe.evaluation.evaluator import Evaluator
     from var_moe.evaluation.guarding import calibrate_guard
     from var_moe.evaluation.perplexity import perplexity
     from var_moe.execution.session import routed
@@ -63,7 +63,7 @@ __all__ = [
 _PLACES = {
     "PRESETS": "config",
     "DamagePolicy": "routing.damage",
-    "Evaluator": "evaluation.compare",
+    "Evaluator": "evaluation.evaluator",
     "Guard": "routing.guard",
     "RoutingProfile": "calibration.profile",
     "RoutingTrace": "tracing.trace",

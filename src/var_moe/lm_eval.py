@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from var_moe.calibration.fitted_files import load_compensation
-from var_moe.data.token_ids import check_ids
+from var_moe.data.encoding import check_ids
 from var_moe.errors import UsageError
 from var_moe.execution.session import Session, routed
 from var_moe.extras import require

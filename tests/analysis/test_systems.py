@@ -12,7 +12,7 @@ import torch
 from var_moe.analysis.load import run_policy
 from var_moe.analysis.systems import AnalysisSettings
 from var_moe.errors import UsageError
-from var_moe.evaluation.compare import SpeedSetting
+from var_moe.evaluation.evaluator import SpeedSetting
 from var_moe.routing.fixed_k import FixedKPolicy
 
 SMALL = AnalysisSettings(

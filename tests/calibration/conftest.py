@@ -6,7 +6,8 @@ import pytest
 
 from var_moe.calibration.calibrate import calibration_trace
 from var_moe.calibration.fit_damage import fit_damage, predicted, tau_for
-from var_moe.data.text import TextDocument, encode
+from var_moe.data.documents import TextDocument
+from var_moe.data.encoding import encode
 from var_moe.models.loading import LoadedModel
 
 DATA = {"dataset": "tiny", "data_hash": "h"}

@@ -13,7 +13,8 @@ import torch
 from var_moe.calibration import collect
 from var_moe.calibration.collect import collect_profile
 from var_moe.calibration.profile import RoutingProfile
-from var_moe.data.text import TextDocument, encode
+from var_moe.data.documents import TextDocument
+from var_moe.data.encoding import encode
 from var_moe.errors import UsageError
 from var_moe.models.loading import LoadedModel
 from var_moe.routing.registry import policy_names, policy_spec

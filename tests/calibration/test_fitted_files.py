@@ -24,7 +24,8 @@ from var_moe.calibration.fitted_files import (
     save_damages,
 )
 from var_moe.calibration.profile import RoutingProfile
-from var_moe.data.text import TextDocument, encode
+from var_moe.data.documents import TextDocument
+from var_moe.data.encoding import encode
 from var_moe.errors import UsageError
 from var_moe.models.identity import identity
 from var_moe.models.loading import LoadedModel

@@ -70,7 +70,6 @@ def made_up(monkeypatch):
 
     Attributes of what is returned can be changed by the test.
     """
-    from var_moe.evaluation import compare
     from var_moe.evaluation.perplexity import DocumentLosses
     from var_moe.routing.counts import RoutingReport
 
@@ -92,6 +91,8 @@ def made_up(monkeypatch):
         nll = base.nll + np.array(change) * base.tokens
         return DocumentLosses(nll=nll, tokens=base.tokens), report
 
-    monkeypatch.setattr(compare.Evaluator, "losses", losses)
-    monkeypatch.setattr(compare, "fastest_backend", lambda *_, **__: ("eager", {"eager": 1.0}))
+    monkeypatch.setattr("var_moe.evaluation.evaluator.Evaluator.losses", losses)
+    monkeypatch.setattr(
+        "var_moe.evaluation.evaluator.fastest_backend", lambda *_, **__: ("eager", {"eager": 1.0})
+    )
     return world

@@ -18,8 +18,7 @@ from var_moe.certification.statistics import (
     with_worst,
 )
 from var_moe.errors import UsageError
-from var_moe.evaluation.paired import degradation
-from var_moe.evaluation.perplexity import DocumentLosses
+from var_moe.evaluation.perplexity import DocumentLosses, degradation
 
 
 def test_what_a_document_lost_beyond_its_allowance():

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from var_moe.calibration.collect import collect_profile
-from var_moe.certification.units import UnitScorer, pages
+from var_moe.certification.units import UnitScorer
 from var_moe.config import VARConfig
-from var_moe.data.documents import EncodedDocument, page_of
-from var_moe.evaluation.compare import Evaluator, SpeedSetting
+from var_moe.data.documents import EncodedDocument, page_of, shuffled_pages
+from var_moe.evaluation.evaluator import Evaluator, SpeedSetting
 from var_moe.models.loading import LoadedModel
 from var_moe.routing.top_p import TopPPolicy
 from var_moe.routing.var import VARPolicy
@@ -56,17 +56,17 @@ def test_sections_of_a_page(document, page):
 
 
 def test_a_unit_holds_all_sections_of_its_page(sections):
-    found = pages(sections, seed=0)
+    found = shuffled_pages(sections, seed=0)
     assert len(found) == 16
     assert all(len({page_of(one.id) for one in unit}) == 1 for unit in found)
     assert sorted(one.id for unit in found for one in unit) == sorted(one.id for one in sections)
     order = [page_of(unit[0].id) for unit in found]
-    assert order == [page_of(unit[0].id) for unit in pages(sections, seed=0)]
-    assert order != [page_of(unit[0].id) for unit in pages(sections, seed=1)]
+    assert order == [page_of(unit[0].id) for unit in shuffled_pages(sections, seed=0)]
+    assert order != [page_of(unit[0].id) for unit in shuffled_pages(sections, seed=1)]
 
 
 def test_the_unmodified_model_changes_nothing(evaluator, sections):
-    found = UnitScorer(evaluator, pages(sections, seed=0), chunk_units=5).all(None)
+    found = UnitScorer(evaluator, shuffled_pages(sections, seed=0), chunk_units=5).all(None)
     assert (found.change == 0).all()
     assert found.tokens.sum() == sum(len(one.ids) - 1 for one in sections)
     assert (found.experts_per_token, found.learned_pct) == (2.0, 100.0)
@@ -84,7 +84,7 @@ def test_chunks_are_as_the_whole(evaluator, sections, loaded):
         mode="plain",
         cache_scope="document",
     )
-    units = pages(sections, seed=0)
+    units = shuffled_pages(sections, seed=0)
     for policy in (VARPolicy(config, profile.table()), TopPPolicy(0.7)):
         found = UnitScorer(evaluator, units, chunk_units=3).all(policy)
         whole, report = evaluator.losses(policy)
@@ -111,7 +111,7 @@ def test_a_shared_cache_would_couple_documents(evaluator, sections, loaded):
     config = VARConfig(
         frequency_threshold=10**6, confidence_threshold=0.6, context_window_size=2, mode="plain"
     )
-    units = pages(sections, seed=0)
+    units = shuffled_pages(sections, seed=0)
     policy = VARPolicy(config, profile.table())
     found = UnitScorer(evaluator, units, chunk_units=3).all(policy)
     assert found.executed != sum(evaluator.losses(policy)[1].executed_pairs)

@@ -276,7 +276,7 @@ def test_a_speedup_is_claimed_by_its_lower_bound(
 ):
     from var_moe.certification.certify import NotCertifiedError, certify
     from var_moe.certification.settings import CertifySettings
-    from var_moe.evaluation.compare import SpeedSetting
+    from var_moe.evaluation.evaluator import SpeedSetting
     from var_moe.models.loading import load_model
 
     settings = CertifySettings(

@@ -11,7 +11,7 @@ from var_moe import RoutingProfile
 from var_moe.certification import certify as certification
 from var_moe.cli import main
 from var_moe.evaluation import guarding
-from var_moe.evaluation.compare import Evaluator
+from var_moe.evaluation.evaluator import Evaluator
 from var_moe.models.loading import load_model
 from var_moe.optimization import preparation
 from var_moe.optimization.preparation import read_text

@@ -8,9 +8,9 @@ import pytest
 
 from var_moe.analysis import systems
 from var_moe.cli import main
-from var_moe.evaluation import compare, sweep
-from var_moe.evaluation.compare import Evaluator
-from var_moe.evaluation.decode import Decoding
+from var_moe.evaluation import sweep
+from var_moe.evaluation.evaluator import Evaluator
+from var_moe.evaluation.throughput import Decoding
 from var_moe.optimization import preparation
 
 KEEPS = "keeps what was measured, without "
@@ -19,8 +19,10 @@ KEEPS = "keeps what was measured, without "
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """The baseline's backend is not searched for, and a timed block is small."""
-    monkeypatch.setattr(compare, "fastest_backend", lambda *_, **__: ("eager", {"eager": 1.0}))
-    monkeypatch.setattr(compare.SpeedSetting, "__init__", small_setting)
+    monkeypatch.setattr(
+        "var_moe.evaluation.evaluator.fastest_backend", lambda *_, **__: ("eager", {"eager": 1.0})
+    )
+    monkeypatch.setattr("var_moe.evaluation.evaluator.SpeedSetting.__init__", small_setting)
 
 
 def small_setting(self, *_args, **_options):

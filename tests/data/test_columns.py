@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from var_moe.data.text import as_documents, encode, load_text
+from var_moe.data.encoding import as_documents, encode
+from var_moe.data.text import load_text
 from var_moe.errors import UsageError
 
 PROSE = ["the router sends a token to an expert", "an index over the values of a table"]

@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from var_moe.data.mixture import in_turn, names_of
-from var_moe.data.text import check_dataset, encode, load_text
+from var_moe.data.documents import in_turn
+from var_moe.data.encoding import encode
+from var_moe.data.text import check_dataset, load_text, names_of
 from var_moe.errors import UsageError
 
 

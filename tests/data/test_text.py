@@ -9,21 +9,23 @@ import pandas as pd
 import pytest
 
 from var_moe import hub
-from var_moe.data.sources import articles, read_file, split_of
-from var_moe.data.text import SPLITS, encode, load_text, require_documents
+from var_moe.data.documents import SPLITS, require_documents, share_of
+from var_moe.data.encoding import encode
+from var_moe.data.readers import articles, read_file
+from var_moe.data.text import load_text
 from var_moe.errors import UsageError
 
 
 def test_hash_split_is_the_same_everywhere():
     # int(sha256("a")[:8 bytes], big endian) / 2^64 = 0.7913...: after 0.40 and 0.25 -> certify
-    assert split_of("a") == "certify"
-    assert [split_of(word) for word in ("b", "c", "d", "e")] == [
+    assert share_of("a", SPLITS) == "certify"
+    assert [share_of(word, SPLITS) for word in ("b", "c", "d", "e")] == [
         "calibration",
         "calibration",
         "calibration",
         "calibration",
     ]
-    names = [split_of(f"document {i}") for i in range(20_000)]
+    names = [share_of(f"document {i}", SPLITS) for i in range(20_000)]
     shares = {name: names.count(name) / 20_000 for name in SPLITS}
     assert shares == pytest.approx(
         {"calibration": 0.4, "validation": 0.25, "certify": 0.15, "test": 0.2}, abs=0.015
@@ -78,7 +80,9 @@ def test_no_text_column_is_named(tmp_path):
 def test_a_folder_names_its_splits(tmp_path):
     (tmp_path / "validation.txt").write_text("a\fb")
     assert len(load_text(str(tmp_path), "validation").documents) == 2
-    with pytest.raises(UsageError, match=r"expected one of test\.txt, test\.jsonl, test\.parquet"):
+    with pytest.raises(
+        UsageError, match=r"expected one of test\.txt, test\.jsonl, test\.json, test\.parquet"
+    ):
         load_text(str(tmp_path), "test")
 
 

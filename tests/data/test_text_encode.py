@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from var_moe.data.text import TextDocument, as_documents, encode
+from var_moe.data.documents import TextDocument
+from var_moe.data.encoding import as_documents, encode
 from var_moe.errors import UsageError
 
 

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from var_moe.data import hub_data
-from var_moe.data.splitting import SPLITS, share_of
+from var_moe.data.documents import SPLITS, share_of
+from var_moe.data.readers import hub_name
 from var_moe.data.text import check_dataset, load_text
 from var_moe.errors import UsageError
 
@@ -218,5 +218,5 @@ def test_a_cached_data_set_is_read_without_a_network(cached_data, monkeypatch):
 
 
 def test_parse():
-    assert hub_data.parse("a/b") == ("a/b", None)
-    assert hub_data.parse("a/b:c") == ("a/b", "c")
+    assert hub_name("a/b") == ("a/b", None)
+    assert hub_name("a/b:c") == ("a/b", "c")

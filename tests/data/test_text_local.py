@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from var_moe.data.local_files import PACK_CHARACTERS, looks_local, packed, read_file
-from var_moe.data.splitting import SHARES, SPLITS, share_of, split_of
+from var_moe.data.documents import SHARES, SPLITS, share_of
+from var_moe.data.readers import PACK_CHARACTERS, looks_local, packed, read_file
 from var_moe.data.text import check_dataset, load_text
 from var_moe.errors import UsageError
 
@@ -60,7 +60,7 @@ def texts(path):
     ],
 )
 def test_split_of_by_hand(text, split):
-    assert split_of(text) == split
+    assert share_of(text, SPLITS) == split
 
 
 def test_share_of_some_splits_by_hand():
@@ -139,6 +139,23 @@ def test_jsonl_the_only_column_of_running_text_of_all_rows(write):
     assert texts(write("x.jsonl", rows)) == ["a text of five words"]
 
 
+def test_json_holds_one_list_or_one_row_to_a_line(write):
+    assert texts(write("a.json", '\n[{"text": "one"},\n {"text": "two"}]\n')) == ["one", "two"]
+    assert texts(write("b.json", '{"text": "one"}\n{"text": "two"}\n')) == ["one", "two"]
+
+
+def test_rows_beyond_the_head_are_read_too(write, tmp_path):
+    rows = [{"id": number, "text": f"text {number}"} for number in range(2_500)]
+    path = write("x.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    wanted = [row["text"] for row in rows]
+    assert texts(path) == texts(tmp_path / "x.parquet") == wanted
+    with path.open("a") as file:
+        file.write("no JSON")
+    with pytest.raises(UsageError, match="line 2501: not JSON"):
+        read_file(path)
+
+
 def test_parquet_types_of_text(tmp_path):
     for number, kind in enumerate([pa.string(), pa.large_string(), pa.dictionary("int32", "str")]):
         values = pa.array(["one", None, "two"], pa.string()).cast(kind)
@@ -168,8 +185,11 @@ def test_parquet_types_of_text(tmp_path):
         ("x.jsonl", '[{"text": "x"}]', "line 1: expected a JSON object, one to a line"),
         ("x.jsonl", '{"input_ids": [1, 1' + "0" * 30 + "]}", "expected token ids from 0, got 10"),
         ("x.jsonl", '{"text": "\\ud800"}', "line 1: 'text' holds a lone surrogate"),
+        ("x.json", '[{"text": "x"}, 3]', "row 1: expected a JSON object"),
+        ("x.json", '[{"text": "x"}', "x.json: not JSON"),
+        ("x.json", '{"text": "x"}\n3', "line 2: expected a JSON object"),
         ("x.parquet", "no parquet", "not a readable parquet file"),
-        ("x.csv", "text\nx\n", "expected a file ending in .txt, .jsonl or .parquet"),
+        ("x.csv", "text\nx\n", "expected a file ending in .txt, .jsonl, .json or .parquet"),
     ],
 )
 def test_files_that_are_refused(refused, write, name, content, expected):
@@ -252,7 +272,7 @@ def test_unknown_demo_names_are_refused_early(refused):
 
 
 def test_a_package_without_its_text(refused, monkeypatch, tmp_path):
-    monkeypatch.setattr("var_moe.data.sources.DEMO_FOLDER", tmp_path)
+    monkeypatch.setattr("var_moe.data.text.DEMO_FOLDER", tmp_path)
     assert "the package lacks its text, demo/text/test.parquet" in refused(
         load_text, "demo", "test"
     )

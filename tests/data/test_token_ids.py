@@ -8,8 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from var_moe.data.text import as_documents
-from var_moe.data.token_ids import check_documents, check_ids
+from var_moe.data.encoding import as_documents, check_documents, check_ids
 from var_moe.errors import UsageError
 from var_moe.models.loading import LoadedModel
 from var_moe.optimization.objective import create_objective_function

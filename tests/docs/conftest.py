@@ -48,12 +48,12 @@ def standing_in(places: tuple[Path, Path]) -> Iterator[pytest.MonkeyPatch]:
 
     Timings are of batches of a moment. Not a fixture of the session: other tests mean the demo.
     """
-    from var_moe.evaluation.compare import SpeedSetting
+    from var_moe.evaluation.evaluator import SpeedSetting
 
     model, text = places
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("var_moe.models.loading.DEMO_FOLDER", model)
-        patch.setattr("var_moe.data.sources.DEMO_FOLDER", text)
+        patch.setattr("var_moe.data.text.DEMO_FOLDER", text)
         patch.setattr(
             SpeedSetting.__init__,
             "__kwdefaults__",

@@ -10,7 +10,7 @@ import pytest
 
 from var_moe.data.documents import EncodedDocument
 from var_moe.evaluation.batching import batches
-from var_moe.evaluation.compare import Evaluator, SpeedSetting
+from var_moe.evaluation.evaluator import Evaluator, SpeedSetting
 from var_moe.models.loading import LoadedModel
 from var_moe.routing.fixed_k import FixedKPolicy
 from var_moe.routing.native import NativePolicy

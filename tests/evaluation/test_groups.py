@@ -9,11 +9,15 @@ import pytest
 
 from var_moe.data.documents import EncodedDocument
 from var_moe.errors import UsageError
-from var_moe.evaluation.apart import measure_apart
-from var_moe.evaluation.compare import Evaluator, SpeedSetting
-from var_moe.evaluation.groups import any_over, datasets_of, groups_of, worst_of
-from var_moe.evaluation.paired import degradation
-from var_moe.evaluation.perplexity import DocumentLosses
+from var_moe.evaluation.evaluator import Evaluator, SpeedSetting, measure_apart
+from var_moe.evaluation.perplexity import (
+    DocumentLosses,
+    any_over,
+    datasets_of,
+    degradation,
+    groups_of,
+    worst_of,
+)
 from var_moe.models.loading import LoadedModel
 from var_moe.routing.fixed_k import FixedKPolicy
 from var_moe.routing.top_p import TopPPolicy

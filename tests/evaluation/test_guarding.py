@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from var_moe.config import VARConfig
-from var_moe.data.documents import EncodedDocument
+from var_moe.data.documents import EncodedDocument, one_per_page
 from var_moe.errors import UsageError
-from var_moe.evaluation.guarding import calibrate_guard, one_per_page, play
+from var_moe.evaluation.guarding import calibrate_guard, play
 from var_moe.execution.session import routed
 from var_moe.models.loading import LoadedModel, load_model
 from var_moe.routing.compensation import Compensation, LayerCompensation

@@ -9,8 +9,7 @@ import pytest
 from scipy import stats
 
 from var_moe.errors import UsageError
-from var_moe.evaluation.paired import degradation
-from var_moe.evaluation.perplexity import DocumentLosses
+from var_moe.evaluation.perplexity import DocumentLosses, degradation
 
 
 def losses(nll, tokens):

@@ -7,12 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from var_moe.evaluation.sequential import (
-    LEAST_DOCUMENTS,
-    anytime_p_values,
-    is_over,
-    lower_boundary,
-)
+from var_moe.evaluation.sequential import LEAST_DOCUMENTS, anytime_p_values, is_over, lower_boundary
 
 
 def test_the_boundary_by_hand() -> None:

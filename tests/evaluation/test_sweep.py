@@ -8,9 +8,10 @@ import pytest
 
 from var_moe.calibration.calibrate import with_damages
 from var_moe.calibration.collect import collect_profile
-from var_moe.data.text import TextDocument, encode
+from var_moe.data.documents import TextDocument
+from var_moe.data.encoding import encode
 from var_moe.errors import UsageError
-from var_moe.evaluation.compare import Evaluator, SpeedSetting
+from var_moe.evaluation.evaluator import Evaluator, SpeedSetting
 from var_moe.evaluation.sweep import check_targets, control_at, require_policies, sweep, timed
 from var_moe.models.loading import LoadedModel
 from var_moe.routing.registry import policy_names, policy_spec

@@ -10,7 +10,7 @@ import torch
 
 from var_moe.data.documents import EncodedDocument
 from var_moe.evaluation import throughput
-from var_moe.evaluation.compare import Evaluator, SpeedSetting
+from var_moe.evaluation.evaluator import Evaluator, SpeedSetting
 from var_moe.evaluation.throughput import Timings, backend_arm, time_arms, usable_backends
 from var_moe.models.loading import LoadedModel
 from var_moe.routing.fixed_k import FixedKPolicy

@@ -29,7 +29,8 @@ from torch import Tensor
 
 from var_moe.calibration.collect import collect_profile
 from var_moe.config import VARConfig
-from var_moe.data.text import TextDocument, encode
+from var_moe.data.documents import TextDocument
+from var_moe.data.encoding import encode
 from var_moe.evaluation.perplexity import document_losses
 from var_moe.execution.dispatch import experts_modules
 from var_moe.execution.session import routed

@@ -20,7 +20,8 @@ from var_moe.calibration.collect import collect_profile
 from var_moe.calibration.fit_compensation import FitSettings, fit_compensation
 from var_moe.calibration.fit_damage import fit_damage, predicted, tau_for
 from var_moe.config import VARConfig
-from var_moe.data.text import TextDocument, encode
+from var_moe.data.documents import TextDocument
+from var_moe.data.encoding import encode
 from var_moe.errors import UsageError
 from var_moe.execution.dispatch import experts_shape
 from var_moe.execution.session import routed

@@ -8,8 +8,8 @@ import torch
 
 from var_moe.config import SEARCH_SPACE, VARConfig
 from var_moe.errors import UsageError
-from var_moe.evaluation.compare import SpeedSetting
 from var_moe.evaluation.cost import TERMS, CostModel
+from var_moe.evaluation.evaluator import SpeedSetting
 from var_moe.optimization.forecast_grid import (
     AXES,
     grid_values,

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from var_moe.errors import UsageError
-from var_moe.evaluation.compare import SpeedSetting
 from var_moe.evaluation.cost import TERMS, CostModel
+from var_moe.evaluation.evaluator import SpeedSetting
 from var_moe.optimization.policy_forecast import STAGE, PolicyForecaster
 from var_moe.optimization.settings import TuneSettings
 from var_moe.routing import registry

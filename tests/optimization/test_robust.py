@@ -12,10 +12,8 @@ import pytest
 from var_moe.config import VARConfig
 from var_moe.data.documents import EncodedDocument
 from var_moe.errors import UsageError
-from var_moe.evaluation.compare import Quality
-from var_moe.evaluation.groups import datasets_of, worst_of
-from var_moe.evaluation.paired import degradation
-from var_moe.evaluation.perplexity import DocumentLosses
+from var_moe.evaluation.evaluator import Quality
+from var_moe.evaluation.perplexity import DocumentLosses, datasets_of, degradation, worst_of
 from var_moe.optimization.conclusion import NothingFitsError, conclude
 from var_moe.optimization.front import save_front
 from var_moe.optimization.policy_objective import PolicyObjective

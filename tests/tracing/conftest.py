@@ -6,7 +6,8 @@ import pytest
 from traces import OPTIONS
 
 from var_moe.calibration.collect import collect_profile
-from var_moe.data.text import TextDocument, encode
+from var_moe.data.documents import TextDocument
+from var_moe.data.encoding import encode
 from var_moe.models.loading import LoadedModel
 from var_moe.tracing.record import record_trace
 

@@ -16,8 +16,8 @@ from scipy.optimize import brentq
 
 from var_moe.config import check_number
 from var_moe.errors import UsageError
-from var_moe.evaluation.compare import SpeedSetting
 from var_moe.evaluation.cost import TERMS, CostModel, Work
+from var_moe.evaluation.evaluator import SpeedSetting
 from var_moe.routing.counts import RoutingReport
 from var_moe.routing.ranking import leading_count
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from var_moe.analysis.systems import AnalysisSettings, analyse
 from var_moe.config import VARConfig
-from var_moe.data.text import as_documents, require_documents
-from var_moe.data.token_ids import check_documents
-from var_moe.evaluation.compare import Evaluator, Progress, SpeedSetting
+from var_moe.data.documents import require_documents
+from var_moe.data.encoding import as_documents, check_documents
+from var_moe.evaluation.evaluator import Evaluator, Progress, SpeedSetting
 from var_moe.models.loading import LoadedModel
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def profile_full_pipeline(
     Args:
         model: a transformers MoE causal language model.
         tokenizer: its tokenizer.
-        texts: what `var_moe.data.text.as_documents` takes: texts, or token ids.
+        texts: what `var_moe.data.encoding.as_documents` takes: texts, or token ids.
         config: a `VARConfig` or `PolicySettings`; by default the balanced preset.
         profile: routing statistics of other text. Without one, half of the texts are profiled
             and speed is measured on the other half.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from var_moe.evaluation.batching import full_batches
-from var_moe.evaluation.compare import Evaluator
+from var_moe.evaluation.evaluator import Evaluator
 from var_moe.evaluation.throughput import backend_arm, fastest_backend, policy_arm, time_arms
 from var_moe.routing.base import RoutingPolicy
 

@@ -18,8 +18,8 @@ from var_moe.analysis.roofline import roofline
 from var_moe.analysis.scaling import BATCH_SIZES, SEQUENCES, measure_scaling
 from var_moe.analysis.work import shapes_of
 from var_moe.config import VARConfig, check_number
-from var_moe.evaluation.compare import Evaluator, Progress, Speed
 from var_moe.evaluation.cost import CostModel, fit_cost_model
+from var_moe.evaluation.evaluator import Evaluator, Progress, Speed
 from var_moe.execution.session import automatic
 from var_moe.growing import GrowingResult
 from var_moe.optimization.candidate import Candidate, kind_of, policy_of

@@ -17,11 +17,11 @@ from var_moe.certification.statistics import (
     excess,
 )
 from var_moe.certification.units import Measured, Unit
-from var_moe.evaluation.groups import LEAST, Groups, datasets_of, groups_of
+from var_moe.evaluation.perplexity import LEAST, Groups, datasets_of, groups_of
 from var_moe.routing.base import RoutingPolicy
 
 if TYPE_CHECKING:
-    from var_moe.evaluation.compare import Evaluator
+    from var_moe.evaluation.evaluator import Evaluator
 
 WHOLE = ""
 """Name of all text, where data sets are not judged apart."""

@@ -25,10 +25,11 @@ from var_moe.certification.settings import CertifySettings
 from var_moe.certification.speedup import blocks_needed
 from var_moe.certification.statement import ONE_TEXT
 from var_moe.certification.testing import LEARNED, QUALITY, SPEEDUP, split_alpha
-from var_moe.certification.units import Unit, UnitScorer, pages
+from var_moe.certification.units import Unit, UnitScorer
+from var_moe.data.documents import shuffled_pages
 from var_moe.errors import UsageError, VarMoeError
-from var_moe.evaluation.compare import Evaluator, Progress
-from var_moe.evaluation.groups import Groups
+from var_moe.evaluation.evaluator import Evaluator, Progress
+from var_moe.evaluation.perplexity import Groups
 from var_moe.models.checks import check_droppable
 from var_moe.optimization.candidate import PolicySettings
 from var_moe.optimization.judgement import check_robust
@@ -210,7 +211,7 @@ def _order(
 ) -> list[dict[str, Any]]:
     if not settings.ordered:
         return [{"name": one.name} for one in named]
-    units = pages(ordering, seed=settings.seed)
+    units = shuffled_pages(ordering, seed=settings.seed)
     judged = _judged(units, settings, "ordering candidates")
     return order_candidates(
         UnitScorer(evaluator, units, judged=judged),
@@ -251,7 +252,7 @@ def _finish(work: Work, text: EncodedText, ledger: Ledger, objections: list[str]
     """Open the certify part for a frozen study, test, write."""
     settings = work.settings
     documents = sample_documents(text.documents, settings.max_samples, settings.seed)
-    units = pages(documents, seed=settings.seed)
+    units = shuffled_pages(documents, seed=settings.seed)
     judged = _judged(units, settings, "certifying")
     there = {row["name"]: units_there(row, len(units), judged) for row in work.rows}
     chances = {

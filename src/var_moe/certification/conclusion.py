@@ -23,7 +23,7 @@ from var_moe.certification.statement import (
 from var_moe.certification.testing import LEARNED, QUALITY, SPEEDUP
 from var_moe.certification.units import Unit, UnitScorer
 from var_moe.config import VARConfig
-from var_moe.evaluation.compare import Evaluator
+from var_moe.evaluation.evaluator import Evaluator
 from var_moe.optimization.preparation import EncodedText
 from var_moe.optimization.selection import Standing, winner
 from var_moe.routing.base import RoutingPolicy

@@ -13,7 +13,7 @@ from var_moe.certification.candidates import Named
 from var_moe.certification.power import POWER, Pilot
 from var_moe.certification.statistics import degradation_interval, excess
 from var_moe.certification.units import Measured, UnitScorer
-from var_moe.evaluation.groups import Groups
+from var_moe.evaluation.perplexity import Groups
 from var_moe.routing.base import RoutingPolicy
 
 LEAST_POWER = 0.5

@@ -8,7 +8,7 @@ from typing import Any
 
 from var_moe.config import check_count, check_seed
 from var_moe.errors import UsageError
-from var_moe.evaluation.compare import SpeedSetting
+from var_moe.evaluation.evaluator import SpeedSetting
 from var_moe.optimization.objective_protocol import check_bound
 
 AT_MOST_CANDIDATES = 10

@@ -9,32 +9,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from var_moe.config import check_seed
-from var_moe.data.documents import by_page
-from var_moe.evaluation.groups import Groups
-from var_moe.evaluation.perplexity import DocumentLosses
+from var_moe.evaluation.perplexity import DocumentLosses, Groups
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.decision import Tier
 
 if TYPE_CHECKING:
     from var_moe.data.documents import EncodedDocument
-    from var_moe.evaluation.compare import Evaluator
+    from var_moe.evaluation.evaluator import Evaluator
 
 Unit = Sequence["EncodedDocument"]
 """The documents of one page: what is drawn independently of the rest."""
 
 CHUNK_UNITS = 16
 """Units that are scored together: how often a sequential certificate looks."""
-
-
-def pages(documents: Sequence[EncodedDocument], *, seed: int) -> list[Unit]:
-    """The documents, by page, in a random order that the seed draws.
-
-    Sections of one page share its subject: as units of their own they would be counted as more
-    evidence than they are. A document that is no section is a page by itself.
-    """
-    groups = by_page(documents)
-    return [groups[i] for i in np.random.default_rng(check_seed(seed)).permutation(len(groups))]
 
 
 @dataclass(frozen=True, kw_only=True)

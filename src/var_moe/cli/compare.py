@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from var_moe.cli.subject import Ready
-    from var_moe.evaluation.compare import Progress
+    from var_moe.evaluation.evaluator import Progress
     from var_moe.evaluation.sweep import Point
     from var_moe.growing import GrowingResult
 
@@ -112,8 +112,7 @@ def compare(
     from var_moe.cli.progress import StageProgress
     from var_moe.cli.report import make_report
     from var_moe.cli.tables import print_policies
-    from var_moe.evaluation.again import measure_again
-    from var_moe.evaluation.sweep import CONTROL, check_targets, require_policies
+    from var_moe.evaluation.sweep import CONTROL, check_targets, measure_again, require_policies
     from var_moe.growing import GrowingResult
     from var_moe.models.checks import check_droppable
 
@@ -294,7 +293,7 @@ def _earlier(
         raise UsageError("--policies and --experts do not belong to --from: its rows say both")
     if folder.resolve() == output.resolve():
         raise UsageError(f"--output {output}: would overwrite --from; name another folder")
-    from var_moe.evaluation.again import earlier_comparison
+    from var_moe.evaluation.sweep import earlier_comparison
 
     return earlier_comparison(folder)
 

@@ -91,7 +91,7 @@ def _profile(loaded: LoadedModel, output: Path, progress: StageProgress | None) 
 def _search(
     loaded: LoadedModel, output: Path, progress: StageProgress, *, quiet: bool
 ) -> TuneOutcome:
-    from var_moe.evaluation.compare import SpeedSetting
+    from var_moe.evaluation.evaluator import SpeedSetting
     from var_moe.optimization.preparation import PROFILE_FOLDER
     from var_moe.optimization.run import tune
     from var_moe.optimization.settings import TuneSettings

@@ -15,7 +15,7 @@ from var_moe.errors import UsageError
 
 if TYPE_CHECKING:
     from var_moe.cli.subject import Ready
-    from var_moe.evaluation.compare import Progress
+    from var_moe.evaluation.evaluator import Progress
     from var_moe.growing import GrowingResult
     from var_moe.optimization.candidate import Candidate, PolicySettings
     from var_moe.routing.base import RoutingPolicy
@@ -238,8 +238,8 @@ def _measure(
     progress: Progress | None,
 ) -> dict[str, Any]:
     """A row for the unmodified model and one for each policy; kept as soon as parts are known."""
-    from var_moe.evaluation.apart import measure_apart
-    from var_moe.evaluation.decode import BATCH_SIZES, DecodeSetting, Decoding
+    from var_moe.evaluation.evaluator import measure_apart
+    from var_moe.evaluation.throughput import BATCH_SIZES, DecodeSetting, Decoding
     from var_moe.optimization.candidate import kind_of
 
     evaluator = ready.evaluator

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from var_moe.data.documents import EncodedDocument
-    from var_moe.evaluation.compare import Progress
+    from var_moe.evaluation.evaluator import Progress
     from var_moe.models.loading import LoadedModel
     from var_moe.routing.base import RoutingPolicy
     from var_moe.routing.guard import Guard
@@ -87,7 +87,8 @@ def guard(
     if not quiet:
         print(f"loading model {model} ...", file=sys.stderr, flush=True)
     from var_moe.cli.progress import StageProgress
-    from var_moe.evaluation.guarding import calibrate_guard, one_per_page
+    from var_moe.data.documents import one_per_page
+    from var_moe.evaluation.guarding import calibrate_guard
     from var_moe.growing import GrowingResult
     from var_moe.models.loading import load_model
     from var_moe.optimization.preparation import halves, tokenised

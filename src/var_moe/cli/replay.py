@@ -13,8 +13,8 @@ from var_moe.errors import UsageError
 
 if TYPE_CHECKING:
     from var_moe.calibration.profile import RoutingProfile
-    from var_moe.evaluation.compare import Progress
     from var_moe.evaluation.cost import CostModel
+    from var_moe.evaluation.evaluator import Progress
     from var_moe.optimization.candidate import Candidate
     from var_moe.tracing.policies import PolicyReplay
     from var_moe.tracing.replay import Replay, TraceReplay

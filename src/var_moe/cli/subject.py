@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from var_moe.calibration.fitted_files import FittedCompensation
     from var_moe.calibration.profile import RoutingProfile
     from var_moe.data.documents import TextSplit
-    from var_moe.evaluation.compare import Evaluator, Progress
+    from var_moe.evaluation.evaluator import Evaluator, Progress
     from var_moe.models.loading import LoadedModel
     from var_moe.optimization.preparation import EncodedText
 
@@ -77,8 +77,9 @@ class Subject:
             UsageError: something is missing, or does not fit the model.
         """
         from var_moe.calibration.fitted_files import load_compensation
-        from var_moe.data.text import load_text, require_documents
-        from var_moe.evaluation.compare import Evaluator
+        from var_moe.data.documents import require_documents
+        from var_moe.data.text import load_text
+        from var_moe.evaluation.evaluator import Evaluator
         from var_moe.models.loading import load_model
         from var_moe.optimization.preparation import sample_documents, tokenised
 

@@ -18,7 +18,7 @@ _HELP = (
 def with_text_column(command: Callable[..., Any]) -> Callable[..., Any]:
     """The command with a parameter ``text_column`` after its ``dataset``; others as they are.
 
-    The command itself sees it in the data set's name (`evaluation.columns.with_column`), so that
+    The command itself sees it in the data set's name (`data.text.with_column`), so that
     all that it reads and writes agrees on it.
     """
     signature = inspect.signature(command)
@@ -28,7 +28,7 @@ def with_text_column(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def run(*words: Any, text_column: str | None = None, **options: Any) -> Any:
         if text_column is not None:
-            from var_moe.data.columns import with_column
+            from var_moe.data.text import with_column
             from var_moe.errors import UsageError
 
             if not options.get("dataset"):

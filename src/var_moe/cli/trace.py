@@ -132,8 +132,8 @@ def _fit_cost(
     quiet: bool,
 ) -> None:
     """The cost model of this machine and model, VAR's own work included."""
-    from var_moe.evaluation.compare import Evaluator
     from var_moe.evaluation.cost import fit_cost_model
+    from var_moe.evaluation.evaluator import Evaluator
     from var_moe.optimization.objective import VARObjective
     from var_moe.optimization.replay_forecast import COST_FILE
     from var_moe.storage import atomic_write_json

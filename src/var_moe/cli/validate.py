@@ -30,8 +30,7 @@ def validate(
     quiet: bool,
 ) -> Answer:
     """Check, measure, print; for the arguments see `cli.tune.tune`."""
-    from var_moe.data.mixture import names_of
-    from var_moe.data.text import check_dataset
+    from var_moe.data.text import check_dataset, names_of
     from var_moe.models.loading import check_name
     from var_moe.optimization.candidate import load_candidate
     from var_moe.optimization.judgement import check_robust

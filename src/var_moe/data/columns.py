@@ -1,58 +1,24 @@
-"""Which column of a table is its text, and what a row of it holds: text, a chat, or token ids."""
+"""Which column of a table holds the text, and its rows: texts, chats or token ids."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from var_moe.data.documents import TextColumn
 from var_moe.errors import UsageError
 
-HEAD_ROWS = 1_000  # what a column holds is judged by so many
+HEAD_ROWS = 1_000  # rows that decide what a column holds
 NAMED = "name the one that is meant with --text_column (in Python, text_column=)"
 
-_SEPARATOR = "::"
 _CHATS = ("messages", "conversations")
 _ROLES = {"human": "user", "gpt": "assistant"}  # of from/value; other names are kept
 _KNOWN_ROLES = ("user", "assistant", "system", "tool")
-_MOST_IDS = 2**31  # what no vocabulary comes near, and int64 holds
+_MOST_IDS = 2**31  # far above any vocabulary, and within int64
 _EXPECTED = {"text": "a string", "chat": "a chat", "ids": "token ids"}
 _MISSING = object()
-
-
-def exists(dataset: str) -> bool:
-    """Whether a name is a path that is there; what can be none (too long, ~nobody) is not."""
-    try:
-        return Path(dataset).expanduser().exists()
-    except (OSError, RuntimeError, ValueError):
-        return False
-
-
-def split_column(dataset: str) -> tuple[str, str | None]:
-    """A data set's name, and the column that ``name::column`` says holds the text."""
-    name, separator, column = dataset.rpartition(_SEPARATOR)
-    if not separator or exists(dataset):
-        return dataset, None
-    if not name or not column:
-        raise UsageError(f"dataset {dataset!r}: expected a name before and a column after '::'")
-    return name, column
-
-
-def with_column(dataset: str, column: str | None) -> str:
-    """The name that says which column holds the text, in all files as well."""
-    if column is None:
-        return dataset
-    if not column or "," in column or _SEPARATOR in column:
-        raise UsageError(f"text_column = {column!r}: expected a name without ',' and '::'")
-    from var_moe.data.mixture import names_of
-
-    named = [name for name in names_of(dataset) if split_column(name)[1]]
-    if named:
-        raise UsageError(f"dataset {named[0]!r}: it names a column already; leave text_column out")
-    return ",".join(f"{name}{_SEPARATOR}{column}" for name in names_of(dataset))
 
 
 def find_column(
@@ -67,15 +33,15 @@ def find_column(
 
     It is the one asked for; else ``text``; else the chats under ``messages`` or
     ``conversations``; else the only one that holds chats or running text; else the token ids
-    under ``input_ids``. Short strings such as ids and sources are never taken, unless there is
-    nothing beside them.
+    under ``input_ids``. Short strings such as ids and sources are taken only from a table of one
+    column.
 
     Args:
         names: all columns.
         head: the first rows.
-        where: for the message.
-        asked: the column that a user names.
-        hint: what to do, for the message.
+        where: the table's name, for messages.
+        asked: the column that the user names.
+        hint: what the user can do, for messages.
 
     Raises:
         UsageError: no such column, several that could be meant, or of a kind that is no text.
@@ -90,10 +56,10 @@ def find_column(
         holding = [n for n in names if kinds[n] == "chat" or _is_prose(values[n])]
         chats = [n for n in _CHATS if n in names and kinds[n] == "chat"]
         ids = [n for n in ("input_ids",) if n in names and kinds[n] == "ids"]
-        found = chats[:1] or holding or ids or (list(names) if len(names) == 1 else [])
-        if len(found) != 1 or kinds[found[0]] is None:
+        fitting = chats[:1] or holding or ids or (list(names) if len(names) == 1 else [])
+        if len(fitting) != 1 or kinds[fitting[0]] is None:
             raise UsageError(f"{where}: no column 'text'; it has {have}; {hint}")
-        name = found[0]
+        name = fitting[0]
     # Of mixed values, the first is what all are held against.
     first = next((value for value in values[name] if value not in (None, [])), "")
     kind = _kind(first)
@@ -112,7 +78,7 @@ def needed(column: TextColumn) -> list[str]:
 
 
 def row_text(row: Mapping[str, Any], column: TextColumn, where: str) -> str:
-    """A row's text, or its chat or token ids as JSON, always written alike; null is empty.
+    """A row's text, or its chat or token ids as canonical JSON; null gives the empty text.
 
     Raises:
         UsageError: the row holds something else; names it by ``where``.
@@ -140,7 +106,7 @@ def row_text(row: Mapping[str, Any], column: TextColumn, where: str) -> str:
 def table_texts(
     rows: Any, where: str, asked: str | None = None, *, hint: str = NAMED
 ) -> tuple[list[str], TextColumn]:
-    """What the rows of a datasets.Dataset hold, and the column that it is from."""
+    """The texts of a datasets.Dataset, and the column that holds them."""
     names = rows.column_names
     known = asked or "text"
     head = rows.select_columns([known]) if known in names else rows
@@ -186,14 +152,14 @@ def _content(content: Any, where: str) -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    """Without tensors and arrays, and with lists alone."""
+    """Tensors, arrays and tuples as lists."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     return list(value) if isinstance(value, tuple) else value
 
 
 def _kind(value: Any) -> str | None:
-    """What a value is: text, a chat, token ids, or nothing of these."""
+    """``text``, ``chat`` or ``ids``; None for anything else."""
     if isinstance(value, str):
         return "text"
     if not isinstance(value, list) or not value:
@@ -205,7 +171,7 @@ def _kind(value: Any) -> str | None:
 
 
 def _kind_of_all(values: Sequence[Any]) -> str | None:
-    """The one kind of a column's values; empty ones are of any."""
+    """The one kind of a column's values, empty ones aside; None where they differ."""
     kinds = {_kind(value) for value in values if value is not None and value != []}
     return kinds.pop() if len(kinds) == 1 else ("text" if not kinds else None)
 
@@ -217,9 +183,9 @@ def _is_message(item: Mapping[str, Any]) -> bool:
 
 
 def _is_prose(values: Sequence[Any]) -> bool:
-    """Whether strings, nested ones too, are mostly running text, and mostly different.
+    """Whether most strings, nested ones too, are running text, and few of them recur.
 
-    Ids, paths and dates have few words; names of sources may have some, and recur.
+    Ids, paths and dates have few words; names of sources may have more, but recur.
     """
     texts = [text for value in values for text in _strings(value) if text.strip()]
     wordy = sum(

@@ -1,54 +1,37 @@
-"""Text as documents, the unit of independence: loading a split, and tokenising it."""
+"""Loading the text that a data set's name stands for: the demo, files, the Hub, or several."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from var_moe.config import check_count, check_seed
-from var_moe.data.columns import with_column
-from var_moe.data.documents import (
-    EncodedDocument,
-    TextDocument,
-    TextSplit,
-)
-from var_moe.data.splitting import SPLITS
+from var_moe.data.documents import SPLITS, TextDocument, TextSplit, in_turn, random_subset
+from var_moe.data.readers import check_hub, check_local, exists, hub_split, local_split, looks_local
 from var_moe.errors import UsageError
-from var_moe.models.hub import one_line
 
-__all__ = [
-    "SPLITS",
-    "EncodedDocument",
-    "TextDocument",
-    "TextSplit",
-    "as_documents",
-    "check_dataset",
-    "encode",
-    "load_text",
-    "require_documents",
-]
+DEMO_FOLDER = Path(__file__).resolve().parents[1] / "demo" / "text"
+DEMO_NAMES = ("demo", "demo-postgres", "demo-python", "demo-wordnet", "demo-kjv")
 
-MIN_TOKENS = 2  # the first token of a document has no loss
+_SEPARATOR = "::"
 
 
 def check_dataset(dataset: str) -> None:
-    """Refuse an unknown, missing or unreachable data set in a moment, reading nothing.
+    """Refuse an unknown, missing or unreachable data set at once, reading nothing.
 
-    For a command to call first: loading the model before the text would hide a refusal for
-    seconds.
+    Commands call it first: loading the model before the text would delay a refusal by seconds.
 
     Raises:
         UsageError: as `load_text`, as far as it shows without reading.
     """
-    from var_moe.data.sources import check
-
-    check(dataset)
+    for one in names_of(dataset):
+        name, column = split_column(one)
+        if _is_demo(name):
+            _check_demo(name, column)
+        elif looks_local(name):
+            check_local(name)
+        else:
+            check_hub(name)
 
 
 def load_text(
@@ -63,9 +46,9 @@ def load_text(
 
     Args:
         dataset: ``demo``, ``demo-postgres``, ``demo-python``, ``demo-wordnet``, ``demo-kjv``;
-            ``wikitext``; another Hub data set as ``name[:config]``; a .txt, .jsonl or .parquet
-            file; a folder with files named after the splits; or several of these as ``a,b,c``.
-            ``name::column`` names the column of a table that holds the text.
+            ``wikitext``; another Hub data set as ``name[:config]``; a .txt, .jsonl, .json or
+            .parquet file; a folder with files named after the splits; or several of these as
+            ``a,b,c``. ``name::column`` names the column of a table that holds the text.
         split: ``calibration``, ``validation``, ``certify`` or ``test``; ``all`` for the whole
             of a file or a Hub data set; for a Hub data set also one of its own by name.
         text_column: the same as ``name::column``, for every data set of the name.
@@ -76,152 +59,151 @@ def load_text(
     Raises:
         UsageError: it is missing, out of reach, of another form, or empty.
     """
-    from var_moe.data.sources import load
-
     dataset = with_column(os.fspath(dataset), text_column)
-    found = load(dataset, split)
-    if not found.documents:
+    names = names_of(dataset)
+    text = _load_one(dataset, split) if len(names) == 1 else _load_mixture(dataset, names, split)
+    if not text.documents:
         raise UsageError(f"{dataset}: no text in split {split!r}; expected non-empty documents")
-    return replace(found, documents=tuple(_subset(found.documents, max_documents, seed)))
+    return replace(text, documents=tuple(random_subset(text.documents, max_documents, seed)))
 
 
-def encode(
-    documents: TextSplit | Sequence[TextDocument],
-    tokenizer: Any,
-    *,
-    max_documents: int | None = None,
-    seed: int | None = 0,
-    min_tokens: int = MIN_TOKENS,
-    max_tokens: int | None = None,
-) -> list[EncodedDocument]:
-    """Tokenise documents as the tokenizer does a text of its own, special tokens included.
+# -- names -----------------------------------------------------------------------------------
 
-    Chats are rendered with the tokenizer's chat template; token ids are taken as they are.
 
-    Args:
-        documents: a split, or documents.
-        tokenizer: a transformers tokenizer.
-        max_documents: take a random subset of so many, as `load_text` does, before tokenising.
-        seed: draws the subset.
-        min_tokens: shorter documents are dropped; one token alone has no loss.
-        max_tokens: longer documents are cut to their first ``max_tokens``; None keeps all.
+def names_of(dataset: str) -> tuple[str, ...]:
+    """The data sets that a name stands for: itself, or those between its commas.
+
+    A file or folder that exists by the whole name is one, commas or not.
 
     Raises:
-        UsageError: ``max_documents`` or ``max_tokens`` is below 1; or there are chats, and no
-            chat template that takes them.
+        UsageError: a name is empty or occurs twice.
     """
-    chosen = documents.documents if isinstance(documents, TextSplit) else documents
-    chosen = _subset(chosen, max_documents, seed)
-    check_count("max_tokens", max_tokens)
-    ids = _token_ids(chosen, tokenizer)
-    return [
-        EncodedDocument(
-            document.id,
-            document.source,
-            np.asarray(row[:max_tokens], dtype=np.int64),
-            document.dataset,
-        )
-        for document, row in zip(chosen, ids, strict=True)
-        if len(row) >= min_tokens
-    ]
+    if not dataset.strip():
+        raise UsageError(f"dataset {dataset!r}: expected a name")
+    name, column = split_column(dataset)
+    whole = "," not in (column or "") and exists(name)
+    if "," not in dataset or whole:
+        return (dataset,)
+    names = tuple(name.strip() for name in dataset.split(","))
+    if not all(names):
+        raise UsageError(f"dataset {dataset!r}: expected a name before and after each comma")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UsageError(f"dataset {dataset!r}: {twice!r} is given twice")
+    return names
 
 
-def _token_ids(documents: Sequence[TextDocument], tokenizer: Any) -> list[list[int]]:
-    """Each document's ids, by what its column holds."""
-    found: list[list[int]] = [[]] * len(documents)
-    kinds = [document.column.kind if document.column else "text" for document in documents]
-    for kind in ("text", "chat"):
-        places = [at for at, other in enumerate(kinds) if other == kind]
-        if places:
-            texts = [documents[at].text for at in places]
-            if kind == "chat":
-                texts = [rendered(documents[at], tokenizer) for at in places]
-            # A chat template writes the special tokens itself.
-            special = {} if kind == "text" else {"add_special_tokens": False}
-            rows = tokenizer(texts, return_attention_mask=False, verbose=False, **special)
-            for at, row in zip(places, rows["input_ids"], strict=True):
-                found[at] = row
-    for at, kind in enumerate(kinds):
-        if kind == "ids":
-            found[at] = json.loads(documents[at].text)
-    return found
+def split_column(dataset: str) -> tuple[str, str | None]:
+    """``name::column`` as the data set's name and the column that holds its text."""
+    name, separator, column = dataset.rpartition(_SEPARATOR)
+    if not separator or exists(dataset):
+        return dataset, None
+    if not name or not column:
+        raise UsageError(f"dataset {dataset!r}: expected a name before and a column after '::'")
+    return name, column
 
 
-def rendered(document: TextDocument, tokenizer: Any) -> str:
-    """A chat as text, by the tokenizer's chat template.
-
-    Raises:
-        UsageError: there is no template, or it does not take the chat.
-    """
-    column = document.column
-    where = " ".join(filter(None, [document.dataset, f"document {document.id}"]))
-    if column and not getattr(tokenizer, "chat_template", None):
-        others = ", ".join(column.others) or "no other"
-        raise UsageError(
-            f"{where}: column {column.name!r} holds chats, and the tokenizer has no chat template; "
-            f"--text_column names another column; beside it there is {others}"
-        )
-    try:
-        return str(tokenizer.apply_chat_template(json.loads(document.text), tokenize=False))
-    except Exception as error:  # whatever a template raises
-        raise UsageError(
-            f"{where}: the tokenizer's chat template does not take it ({one_line(error)})"
-        ) from None
+def with_column(dataset: str, column: str | None) -> str:
+    """The name with ``::column`` after each of its data sets, as result files record it."""
+    if column is None:
+        return dataset
+    if not column or "," in column or _SEPARATOR in column:
+        raise UsageError(f"text_column = {column!r}: expected a name without ',' and '::'")
+    names = names_of(dataset)
+    named = [name for name in names if split_column(name)[1]]
+    if named:
+        raise UsageError(f"dataset {named[0]!r}: it names a column already; leave text_column out")
+    return ",".join(f"{name}{_SEPARATOR}{column}" for name in names)
 
 
-def _subset(
-    documents: Sequence[TextDocument], at_most: int | None, seed: int | None
-) -> Sequence[TextDocument]:
-    if at_most is None:
-        return documents
-    check_count("max_documents", at_most)
-    if at_most >= len(documents):
-        return documents
-    drawn = np.random.default_rng(check_seed(seed)).permutation(len(documents))[:at_most]
-    return [documents[i] for i in sorted(drawn)]
+# -- one data set, or several ----------------------------------------------------------------
 
 
-def as_documents(data: Any, tokenizer: Any) -> list[EncodedDocument]:
-    """Documents from what the documented API takes; what is shorter than two tokens is dropped.
-
-    Args:
-        data: a list of texts; a datasets.Dataset with a column of texts (or ``input_ids``); or
-            token ids without padding: a 2-D tensor or array, whose rows are documents, a list
-            of such, of 1-D ones, or of a tokenizer's outputs, or a single 1-D one. Where a
-            tokenizer's output has an ``attention_mask``, padding is left out by it.
-        tokenizer: used for texts.
-
-    Raises:
-        UsageError: it is none of these, or nothing in it has two tokens.
-    """
-    from var_moe.data.given import given_rows, given_table
-
-    texts = given_table(data)
-    rows = texts if texts is not None else given_rows(data)
-    if texts is None and isinstance(rows[0], str):
-        texts = [TextDocument(str(i), "given", row) for i, row in enumerate(rows)]
-    if texts is not None:
-        documents = encode([text for text in texts if text.text.strip()], tokenizer)
+def _load_one(dataset: str, split: str) -> TextSplit:
+    name, column = split_column(dataset)
+    if _is_demo(name):
+        _check_demo(name, column)
+        return _demo_split(name, split)
+    if looks_local(name):
+        if split not in (*SPLITS, "all"):
+            raise UsageError(f"split {split!r}: expected one of {', '.join(SPLITS)} (or all)")
+        text = local_split(name, split, column)
     else:
-        documents = [
-            EncodedDocument(str(i), "given", ids)
-            for i, ids in enumerate(rows)
-            if len(ids) >= MIN_TOKENS
-        ]
-    if not documents:
-        raise UsageError(
-            f"validation_data: none of its {len(rows)} documents has {MIN_TOKENS} tokens or more"
-        )
-    return documents
+        text = hub_split(name, split, column)
+    taken = text.documents[0].column if text.documents else None
+    again = len(text.documents) - len({document.text for document in text.documents})
+    repeated = f"{again} of {len(text.documents)} documents repeat another" if again else ""
+    note = "; ".join(filter(None, [text.note, taken.note if taken else "", repeated]))
+    return replace(text, dataset=dataset, note=note)
 
 
-def require_documents(documents: Sequence[Any], needed: int, step: str) -> None:
-    """Refuse too little text.
+def _load_mixture(dataset: str, names: tuple[str, ...], split: str) -> TextSplit:
+    """A split of several data sets, interleaved; each document's data set is noted.
+
+    A text that an earlier data set has as well counts there alone.
 
     Raises:
-        UsageError: names the number of documents, the number needed, and what for.
+        UsageError: a data set has no text in this split, or none that the others lack.
     """
-    if len(documents) < needed:
-        raise UsageError(
-            f"too few documents for {step}: {len(documents)}, at least {needed} needed"
+    seen: set[str] = set()
+    parts = []
+    for name in names:
+        text = _load_one(name, split)
+        # With the data set's name before the id: two folders may number their rows alike.
+        own = tuple(
+            replace(document, id=f"{name}/{document.id}", dataset=name)
+            for document in text.documents
+            if document.text not in seen
         )
+        if not own:
+            why = "no text that the others lack" if text.documents else "no text"
+            raise UsageError(f"dataset {dataset!r}: {name!r} has {why} in split {split!r}")
+        seen.update(document.text for document in own)
+        shared = len(text.documents) - len(own)
+        note = f"{text.note}; {shared} documents are of the others" if shared else text.note
+        parts.append(replace(text, documents=own, note=note))
+    return TextSplit(
+        dataset=dataset,
+        split=split,
+        documents=tuple(in_turn([part.documents for part in parts])),
+        independent=all(part.independent for part in parts),
+        note=f"{len(parts)} data sets",
+        parts=tuple(parts),
+    )
+
+
+# -- the demo --------------------------------------------------------------------------------
+
+
+def _is_demo(dataset: str) -> bool:
+    """Demo names come before paths (such a folder is ./demo), misspelt ones too."""
+    written = dataset.startswith("demo-") and "/" not in dataset and not looks_local(dataset)
+    return dataset in DEMO_NAMES or written
+
+
+def _check_demo(dataset: str, column: str | None) -> None:
+    if dataset not in DEMO_NAMES:
+        raise UsageError(f"dataset {dataset!r}: expected one of {', '.join(DEMO_NAMES)}")
+    if column is not None:
+        raise UsageError(f"dataset {dataset!r} has no columns; leave out {column!r}")
+
+
+def _demo_split(dataset: str, split: str) -> TextSplit:
+    """A split of the bundled text: all of it, or one source."""
+    if split not in SPLITS:
+        raise UsageError(f"split {split!r}: dataset {dataset!r} has {', '.join(SPLITS)}")
+    import pyarrow.parquet as pq
+
+    source = dataset.removeprefix("demo").removeprefix("-")
+    path = DEMO_FOLDER / ("kjv.parquet" if source == "kjv" else f"{split}.parquet")
+    if not path.is_file():
+        raise UsageError(
+            f"dataset {dataset!r}: the package lacks its text, demo/text/{path.name}; "
+            "install it again"
+        )
+    rows = pq.read_table(path).to_pylist()
+    if source:
+        column, wanted = ("split", split) if source == "kjv" else ("source", source)
+        rows = [row for row in rows if row[column] == wanted]
+    documents = tuple(TextDocument(row["id"], row["source"], row["text"]) for row in rows)
+    return TextSplit(dataset=dataset, split=split, documents=documents, note="bundled demo")

@@ -20,7 +20,7 @@ from scipy.optimize import nnls
 
 from var_moe.errors import UsageError
 from var_moe.evaluation.batching import full_batches
-from var_moe.evaluation.compare import Evaluator, SpeedSetting
+from var_moe.evaluation.evaluator import Evaluator, SpeedSetting
 from var_moe.evaluation.throughput import ArmGroup, Timings, backend_arm, policy_arm, time_groups
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.counts import RoutingReport

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from var_moe.config import check_seed
-from var_moe.data.documents import by_page, check_encoded
+from var_moe.data.documents import check_encoded
 from var_moe.evaluation.batching import Window, collate, windows
-from var_moe.evaluation.compare import Progress
+from var_moe.evaluation.evaluator import Progress
 from var_moe.execution.session import Session, routed
 from var_moe.models.identity import identity
 from var_moe.routing.base import RoutingPolicy
@@ -34,15 +34,6 @@ if TYPE_CHECKING:
 
 DEFAULT_ALPHA = 0.01
 _TOKENS_PER_BATCH = 4096
-
-
-def one_per_page(documents: Sequence[EncodedDocument], seed: int = 0) -> list[EncodedDocument]:
-    """One section of each page, drawn at random, in random order.
-
-    Sections of one page are alike, so that they are no independent units.
-    """
-    order = np.random.default_rng(check_seed(seed)).permutation(len(documents))
-    return [sections[0] for sections in by_page([documents[position] for position in order])]
 
 
 def calibrate_guard(
@@ -67,7 +58,8 @@ def calibrate_guard(
     Args:
         loaded: the model.
         policy: as it will serve.
-        documents: at least `guard.LEAST_UNITS`; see `one_per_page`.
+        documents: at least `guard.LEAST_UNITS`; see
+            `var_moe.data.documents.one_per_page`.
         alpha: probability of an alarm, ever, on documents like these.
         action: see `Guard`.
         tolerance: see `Guard`.

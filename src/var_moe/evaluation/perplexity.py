@@ -1,25 +1,37 @@
-"""Perplexity: summed loss per document, in float64; never a mean of batch means."""
+"""Perplexity: summed loss per document, and the paired comparison of two such scorings.
+
+Losses are summed in float64; a mean of batch means is never taken. Documents are the units of
+every comparison, never tokens.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy import stats
 from torch import Tensor
 
 from var_moe.data.documents import check_encoded
 from var_moe.errors import UsageError, VarMoeError
 from var_moe.evaluation.batching import Window, batches, collate
+from var_moe.evaluation.sequential import FUTILE_ALPHA, is_over
 
 if TYPE_CHECKING:
     from var_moe.data.documents import EncodedDocument
     from var_moe.execution.session import Session
 
+CONFIDENCE = 0.95
+LEAST = 2  # documents that a comparison needs
 _LOGITS_BYTES = 256 * 2**20  # float32 logits held at once
+
+Groups = Mapping[str, NDArray[np.int64]]
+"""Positions of documents by the name of their data set or source."""
 
 
 @dataclass(frozen=True)
@@ -121,3 +133,168 @@ def perplexity(
 ) -> float:
     """Perplexity of ``model`` on ``documents``; see `document_losses` for the arguments."""
     return document_losses(model, documents, window=window, **options).perplexity
+
+
+# -- paired comparison -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Degradation:
+    """PPL(VAR) / PPL(baseline) - 1 on the same tokens, with its uncertainty over documents."""
+
+    value: float
+    standard_error: float
+    upper: float  # one-sided 95% upper bound
+    documents: int
+    tokens: int
+    baseline_perplexity: float
+    perplexity: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """For result files."""
+        return {
+            "degradation": self.value,
+            "degradation_standard_error": self.standard_error,
+            "degradation_upper_95": self.upper,
+            "documents": self.documents,
+            "scored_tokens": self.tokens,
+            "baseline_perplexity": self.baseline_perplexity,
+            "perplexity": self.perplexity,
+        }
+
+
+def both_scored(
+    baseline: DocumentLosses, other: DocumentLosses
+) -> tuple[DocumentLosses, DocumentLosses]:
+    """Both, with the documents left out that ``other`` has not scored to the end."""
+    whole = baseline.tokens == other.tokens
+    first, second = (
+        DocumentLosses(nll=np.where(whole, one.nll, 0.0), tokens=np.where(whole, one.tokens, 0))
+        for one in (baseline, other)
+    )
+    return first, second
+
+
+def degradation(baseline: DocumentLosses, other: DocumentLosses) -> Degradation:
+    """Relative perplexity change, a ratio estimator over documents.
+
+    With ``d_i`` the change of document i's summed loss and ``T_i`` its scored tokens, the log
+    ratio is ``r = sum d / sum T`` and its standard error ``sqrt(n / (n - 1) * sum (d_i - r
+    T_i)^2) / sum T`` (Cochran 1977, ratio estimation). The upper bound takes the t
+    distribution with n - 1 degrees of freedom.
+
+    Raises:
+        UsageError: the two were not scored on the same tokens, or on fewer than two documents.
+    """
+    if not np.array_equal(baseline.tokens, other.tokens):
+        raise UsageError("the two losses are of different tokens: they can't be compared")
+    scored = baseline.tokens > 0
+    size = baseline.tokens[scored].astype(float)
+    change = (other.nll - baseline.nll)[scored]
+    n = len(change)
+    if n < 2:
+        raise UsageError(f"{n} scored document(s): a comparison needs at least 2 documents")
+    ratio = change.sum() / size.sum()
+    rest = change - ratio * size
+    error = math.sqrt(n / (n - 1) * float(rest @ rest)) / size.sum()
+    bound = ratio + float(stats.t.ppf(CONFIDENCE, n - 1)) * error
+    return Degradation(
+        value=math.expm1(ratio),
+        standard_error=math.exp(ratio) * error,
+        upper=math.expm1(bound),
+        documents=n,
+        tokens=int(size.sum()),
+        baseline_perplexity=baseline.perplexity,
+        perplexity=other.perplexity,
+    )
+
+
+# -- several data sets -----------------------------------------------------------------------
+
+
+def datasets_of(documents: Sequence[EncodedDocument]) -> dict[str, NDArray[np.int64]]:
+    """The documents of each data set, by name; empty where the text is of one alone."""
+    return _by([document.dataset for document in documents])
+
+
+def groups_of(documents: Sequence[EncodedDocument]) -> dict[str, NDArray[np.int64]]:
+    """Those of each data set; where there is one alone, those of each of its sources.
+
+    Empty where there is but one source, too.
+    """
+    return datasets_of(documents) or _by([document.source for document in documents])
+
+
+def _by(names: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+    found: dict[str, list[int]] = {}
+    for at, name in enumerate(names):
+        found.setdefault(name, []).append(at)
+    if len(found) < 2:
+        return {}
+    return {name: np.array(positions, dtype=np.int64) for name, positions in found.items()}
+
+
+def losses_of(losses: DocumentLosses, at: NDArray[np.int64]) -> DocumentLosses:
+    """The losses of some of the documents."""
+    return DocumentLosses(nll=losses.nll[at], tokens=losses.tokens[at])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worst:
+    """The data set whose degradation has the highest upper bound: all others are below it."""
+
+    dataset: str
+    change: Degradation
+
+    def to_dict(self) -> dict[str, Any]:
+        """For result files."""
+        return {
+            "worst_dataset": self.dataset,
+            "worst_degradation": self.change.value,
+            "worst_degradation_standard_error": self.change.standard_error,
+            "worst_degradation_upper_95": self.change.upper,
+            "worst_documents": self.change.documents,
+        }
+
+
+def worst_of(
+    baseline: DocumentLosses, other: DocumentLosses, groups: Groups, *, partial: bool = False
+) -> Worst:
+    """The worst of several data sets.
+
+    Args:
+        baseline, other: losses of all documents.
+        groups: at least one.
+        partial: the scoring ended early, so that a data set may lack documents; it is left out.
+
+    Raises:
+        UsageError: a data set has too few documents to be judged.
+    """
+    found = []
+    for name, at in groups.items():
+        scored = int(np.count_nonzero(baseline.tokens[at] > 0))
+        if scored < LEAST:
+            if partial:
+                continue
+            raise UsageError(
+                f"too few documents of {name!r} to judge it: {scored}, at least {LEAST} needed"
+            )
+        change = degradation(losses_of(baseline, at), losses_of(other, at))
+        found.append(Worst(dataset=name, change=change))
+    return max(found, key=lambda one: one.change.upper)
+
+
+def any_over(baseline: DocumentLosses, other: DocumentLosses, groups: Groups, limit: float) -> bool:
+    """Whether the documents so far show that the degradation of a group is above a limit.
+
+    Args:
+        baseline, other: losses of all documents, without tokens where they are not scored yet.
+        groups: judged apart; without any, all documents are judged together.
+        limit: on PPL / PPL - 1.
+    """
+    parts = list(groups.values()) or [np.arange(len(baseline.tokens))]
+    change, tokens = other.nll - baseline.nll, baseline.tokens
+    return any(
+        is_over(change[own], tokens[own], limit, alpha=FUTILE_ALPHA / len(parts))
+        for own in (at[tokens[at] > 0] for at in parts)
+    )

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from var_moe.config import check_number
 from var_moe.errors import UsageError
-from var_moe.evaluation.compare import Evaluator, Progress, Quality, Speed
+from var_moe.evaluation.evaluator import Evaluator, Progress, Quality, Speed
 from var_moe.routing.base import Dial
 from var_moe.routing.registry import PolicySpec, policy_spec
+from var_moe.storage import read_json
 
 CONTROL = "random_skip"
 SHARES = (0.875, 0.75, 0.625)
@@ -19,6 +21,9 @@ SHARES = (0.875, 0.75, 0.625)
 CLOSE = 0.01  # relative distance from the wanted experts per token at which turning stops
 REACHED = 0.04  # relative distance above which a policy has no point there
 _TURNS = 8
+
+COMPARISON_FILE = "comparison.json"
+_NEEDED = ("policy", "dial", "compensation", "target_experts_per_token", "settings")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,3 +239,61 @@ def require_policies(names: Sequence[str]) -> tuple[str, ...]:
         if not policy_spec(name).dials(2):
             raise UsageError(f"policy {name!r} has nothing to turn: leave it out of --policies")
     return tuple(dict.fromkeys(names))
+
+
+# -- an earlier comparison, on other text ----------------------------------------------------
+
+
+def earlier_comparison(folder: Path) -> dict[str, Any]:
+    """What `compare` saved in a folder.
+
+    Raises:
+        UsageError: there is none, or its rows lack what measuring again needs.
+    """
+    path = folder / COMPARISON_FILE
+    if not path.is_file():
+        raise UsageError(
+            f"{folder}: no {COMPARISON_FILE} there; expected the --output of `var-moe compare`"
+        )
+    found: dict[str, Any] = read_json(path)
+    rows = found.get("rows")
+    if not rows or any(name not in row for row in rows for name in _NEEDED):
+        raise UsageError(
+            f"{path}: its rows lack one of {', '.join(_NEEDED)}; make it again with "
+            "`var-moe compare`"
+        )
+    return found
+
+
+def measure_again(
+    evaluator: Evaluator,
+    rows: Sequence[Mapping[str, Any]],
+    calibration: Callable[[str | None], Mapping[str, Any]],
+    *,
+    progress: Progress | None = None,
+) -> Iterator[Point]:
+    """Score the rows of an earlier comparison, each with its own settings.
+
+    Args:
+        evaluator: the text that is judged on.
+        rows: of ``comparison.json``.
+        calibration: what policies may ask for, by the name of a compensation.
+        progress: called with what is done, points done and in all.
+
+    Yields:
+        Points, in the order of the rows.
+    """
+    for done, row in enumerate(rows):
+        if progress:
+            progress(str(row.get("name", row["policy"])), done, len(rows))
+        yield scored_point(
+            evaluator,
+            calibration(row["compensation"]),
+            policy=row["policy"],
+            dial=row["dial"],
+            target=row["target_experts_per_token"],
+            compensation=row["compensation"],
+            settings=row["settings"],
+        )
+    if progress:
+        progress("policies", len(rows), len(rows))

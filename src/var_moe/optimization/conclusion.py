@@ -13,7 +13,7 @@ import numpy as np
 from var_moe.calibration.profile import RoutingProfile
 from var_moe.config import VARConfig
 from var_moe.errors import VarMoeError
-from var_moe.evaluation.apart import Apart
+from var_moe.evaluation.evaluator import Apart
 from var_moe.optimization.candidate import kind_of
 from var_moe.optimization.remeasure import Measured, best_measured, nearest
 from var_moe.optimization.results import OptimizationResult

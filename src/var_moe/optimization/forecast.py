@@ -10,8 +10,8 @@ from var_moe.optimization.objective_protocol import LEARNED_TARGET_PCT
 from var_moe.optimization.search_space import Params, SearchSpace
 
 if TYPE_CHECKING:
-    from var_moe.evaluation.compare import Progress
     from var_moe.evaluation.cost import CostModel
+    from var_moe.evaluation.evaluator import Progress
     from var_moe.optimization.forecast_grid import ForecastGrid
     from var_moe.tracing.trace import RoutingTrace
 

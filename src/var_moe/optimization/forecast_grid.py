@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from var_moe.config import DOCUMENTED_FIELDS, VARConfig
 from var_moe.errors import UsageError
-from var_moe.evaluation.compare import Progress
 from var_moe.evaluation.cost import CostModel
+from var_moe.evaluation.evaluator import Progress
 from var_moe.optimization.search_space import (
     SEARCH_SPACE,
     Params,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from var_moe.data.mixture import names_of
+from var_moe.data.text import names_of
 from var_moe.errors import UsageError
 
 

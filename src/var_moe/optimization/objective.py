@@ -9,8 +9,8 @@ from typing import Any
 from var_moe.calibration.profile import RoutingProfile
 from var_moe.config import DOCUMENTED_FIELDS, VARConfig, check_count, check_number, check_seed
 from var_moe.errors import UsageError
-from var_moe.evaluation.compare import Evaluator, SpeedSetting
 from var_moe.evaluation.cost import CostModel
+from var_moe.evaluation.evaluator import Evaluator, SpeedSetting
 from var_moe.models.checks import check_droppable
 from var_moe.optimization.objective_protocol import check_bound
 from var_moe.optimization.policy_objective import SEARCH_BLOCKS, PeerObjective, PolicyObjective
@@ -174,8 +174,8 @@ def create_objective_function(
     import numpy as np
 
     from var_moe.calibration.collect import collect_profile
-    from var_moe.data.text import as_documents, require_documents
-    from var_moe.data.token_ids import check_documents
+    from var_moe.data.documents import require_documents
+    from var_moe.data.encoding import as_documents, check_documents
     from var_moe.models.loading import LoadedModel
 
     bound = check_bound(max_quality_degradation)

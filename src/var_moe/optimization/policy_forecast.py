@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from var_moe.errors import UsageError
-from var_moe.evaluation.compare import Progress
 from var_moe.evaluation.cost import CostModel
+from var_moe.evaluation.evaluator import Progress
 from var_moe.optimization.forecast import Forecast
 from var_moe.optimization.forecast_grid import ForecastGrid
 from var_moe.optimization.search_space import (

@@ -10,8 +10,8 @@ from typing import Any
 
 from var_moe.calibration.profile import RoutingProfile
 from var_moe.errors import UsageError
-from var_moe.evaluation.compare import Evaluator, Speed
 from var_moe.evaluation.cost import CostModel
+from var_moe.evaluation.evaluator import Evaluator, Speed
 from var_moe.optimization.candidate import Candidate, PolicySettings
 from var_moe.optimization.forecast import TraceForecaster
 from var_moe.optimization.objective_protocol import check_bound, documented_score

@@ -13,10 +13,9 @@ from var_moe.calibration.calibrate import with_damages
 from var_moe.calibration.collect import DEFAULT_TOKENS, collect_profile
 from var_moe.calibration.profile import HEAD_FILE, RoutingProfile
 from var_moe.config import check_seed
-from var_moe.data.documents import by_page, ids_hash
-from var_moe.data.mixture import in_turn
+from var_moe.data.documents import by_page, ids_hash, in_turn
 from var_moe.errors import UsageError
-from var_moe.evaluation.compare import Progress
+from var_moe.evaluation.evaluator import Progress
 from var_moe.models.identity import difference, identity
 
 if TYPE_CHECKING:
@@ -64,8 +63,7 @@ def read_text(dataset: str, split: str, loaded: LoadedModel) -> EncodedText:
 
 def tokenised(text: TextSplit, loaded: LoadedModel) -> EncodedText:
     """A split that was loaded before the model, so that a wrong one was refused before it."""
-    from var_moe.data.text import encode
-    from var_moe.data.token_ids import check_documents
+    from var_moe.data.encoding import check_documents, encode
 
     documents = encode(text, loaded.tokenizer)
     where = f"{text.dataset} ({text.split})"

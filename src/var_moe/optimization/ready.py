@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from var_moe.calibration.fitted_files import load_compensation
 from var_moe.calibration.profile import RoutingProfile
-from var_moe.evaluation.compare import Evaluator, Progress
+from var_moe.evaluation.evaluator import Evaluator, Progress
 from var_moe.models.checks import check_droppable
 from var_moe.optimization.objective import make_objective
 from var_moe.optimization.policy_objective import PolicyObjective
@@ -52,7 +52,7 @@ def prepare(
     Raises:
         UsageError: bad input, too little text, a model with one expert per token.
     """
-    from var_moe.data.text import require_documents
+    from var_moe.data.documents import require_documents
 
     check_droppable(loaded.name, loaded.top_k)
     validation = read_text(settings.dataset, "validation", loaded)

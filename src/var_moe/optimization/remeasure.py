@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from var_moe.evaluation.compare import Evaluator, Quality, Speed
+from var_moe.evaluation.evaluator import Evaluator, Quality, Speed
 from var_moe.optimization.candidate import Candidate
 from var_moe.optimization.objective_protocol import INFEASIBLE_PENALTY, documented_score
 from var_moe.optimization.policy_objective import PolicyObjective

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from var_moe.config import VARConfig
 from var_moe.errors import UsageError
-from var_moe.evaluation.compare import Progress
 from var_moe.evaluation.cost import CostModel, fit_cost_model
+from var_moe.evaluation.evaluator import Progress
 from var_moe.optimization.forecast import Forecast, TraceForecaster
 from var_moe.optimization.forecast_grid import ForecastGrid, forecast_grid, grid_values
 from var_moe.optimization.policy_objective import PolicyObjective, StandIn

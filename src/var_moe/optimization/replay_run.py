@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from var_moe.evaluation.compare import Evaluator, Progress
+from var_moe.evaluation.evaluator import Evaluator, Progress
 from var_moe.optimization.forecast import Forecast, TraceForecaster
 from var_moe.optimization.forecast_grid import ForecastGrid
 from var_moe.optimization.front import FrontPoint, feasible_front, save_front, to_verify

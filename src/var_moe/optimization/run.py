@@ -7,9 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from var_moe.config import PRESETS, VARConfig
-from var_moe.evaluation.apart import measure_apart
-from var_moe.evaluation.compare import Evaluator, Progress
-from var_moe.evaluation.groups import datasets_of
+from var_moe.evaluation.evaluator import Evaluator, Progress, measure_apart
+from var_moe.evaluation.perplexity import datasets_of
 from var_moe.optimization.bayesian import bayesian_optimization
 from var_moe.optimization.conclusion import (
     TuneOutcome,

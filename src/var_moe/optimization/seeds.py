@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from var_moe.config import check_seed
 from var_moe.errors import UsageError, VarMoeError
-from var_moe.evaluation.compare import Progress
+from var_moe.evaluation.evaluator import Progress
 from var_moe.optimization.conclusion import NothingFitsError
 from var_moe.optimization.ready import prepare
 from var_moe.optimization.replay_forecast import COST_FILE

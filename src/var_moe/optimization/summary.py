@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from var_moe.evaluation.apart import Apart
+from var_moe.evaluation.evaluator import Apart
 from var_moe.optimization.candidate import kind_of
 from var_moe.optimization.criteria import success_criteria
 from var_moe.optimization.remeasure import Measured
@@ -75,7 +75,7 @@ def figures_table(title: str, *headings: str) -> Any:
 
 
 def apart_table(rows: Sequence[Mapping[str, Any]], *, title: str) -> Any:
-    """One row per data set, from what `evaluation.apart.Apart.to_dict` gives."""
+    """One row per data set, from what `evaluation.evaluator.Apart.to_dict` gives."""
     table = figures_table(
         title,
         *("data set", "documents", "PPL baseline", "PPL", "change (95% upper)"),

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 from var_moe.calibration.fitted_files import load_compensation
 from var_moe.calibration.profile import RoutingProfile
 from var_moe.errors import UsageError
-from var_moe.evaluation.apart import measure_apart
-from var_moe.evaluation.compare import Evaluator, Progress, Speed, SpeedSetting
+from var_moe.evaluation.evaluator import Evaluator, Progress, Speed, SpeedSetting, measure_apart
 from var_moe.growing import GrowingResult
 from var_moe.optimization.candidate import PolicySettings, in_mode, load_candidate
 from var_moe.optimization.criteria import success_criteria
@@ -123,7 +122,7 @@ def validate(
     Raises:
         UsageError: a file is missing or wrong, or the profile is not the search's.
     """
-    from var_moe.data.text import require_documents
+    from var_moe.data.documents import require_documents
 
     bound = check_bound(max_degradation)
     if runs < 3:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -12,9 +13,20 @@ import torch
 from torch import Tensor
 
 from var_moe.evaluation.batching import full_batches
-from var_moe.evaluation.groups import Worst, any_over, datasets_of, worst_of
-from var_moe.evaluation.paired import Degradation, both_scored, degradation
-from var_moe.evaluation.perplexity import DocumentLosses, document_losses
+from var_moe.evaluation.perplexity import (
+    LEAST,
+    Degradation,
+    DocumentLosses,
+    Worst,
+    any_over,
+    both_scored,
+    datasets_of,
+    degradation,
+    document_losses,
+    groups_of,
+    losses_of,
+    worst_of,
+)
 from var_moe.evaluation.throughput import (
     Ratio,
     Timings,
@@ -333,8 +345,6 @@ class _Recorded:
         self._last: RoutingReport | None = None
 
     def arm(self) -> Any:
-        from contextlib import contextmanager
-
         @contextmanager
         def run() -> Any:
             with self._make() as session:
@@ -349,6 +359,38 @@ class _Recorded:
         return self._last
 
 
-def keep_all() -> RoutingPolicy:
-    """The control that executes every pair through our path."""
-    return NativePolicy()
+@dataclass(frozen=True, kw_only=True)
+class Apart:
+    """A policy's quality on one data set, or source, of a text."""
+
+    dataset: str
+    quality: Quality
+
+    def to_dict(self) -> dict[str, Any]:
+        """For result files."""
+        return {"dataset": self.dataset, **self.quality.to_dict()}
+
+
+def measure_apart(evaluator: Evaluator, policy: RoutingPolicy, *, what: str = "") -> list[Apart]:
+    """A policy on each data set of the evaluator's text, or on each source of a single one.
+
+    Each is scored in a pass of its own, from empty caches: what it would show as the whole text.
+    One of fewer than two documents is left out.
+
+    Args:
+        evaluator: of the whole text; its baseline losses count.
+        policy: what is measured.
+        what: shown before the data set's name as it is scored.
+
+    Returns:
+        In the order in which they first occur; empty where there is nothing to tell apart.
+    """
+    found = []
+    for name, at in groups_of(evaluator.documents).items():
+        if len(at) < LEAST:
+            continue
+        part = evaluator.with_documents([evaluator.documents[i] for i in at])
+        part.baseline_losses = losses_of(evaluator.baseline_losses, at)
+        label = f"{what}: {name}" if what else name
+        found.append(Apart(dataset=name, quality=part.quality(policy, what=label)))
+    return found
