@@ -20,7 +20,6 @@ from var_moe.calibration.fitted_files import (
     FittedCompensation,
     load_compensation,
     load_damages,
-    save_compensation,
     save_damages,
 )
 from var_moe.calibration.profile import RoutingProfile
@@ -67,7 +66,7 @@ def learned(loaded, *, rank=2, seed=0, **head):
 
 
 def save(folder, fitted):
-    save_compensation(folder, fitted.damage, head=fitted.head)
+    fitted.save(folder)
     return folder
 
 

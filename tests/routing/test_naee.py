@@ -8,7 +8,7 @@ import torch
 from var_moe.errors import UsageError
 from var_moe.routing.decision import ForwardContext
 from var_moe.routing.naee import NAEEPolicy
-from var_moe.routing.ratios import RatioQuantiles, calibrate_ratios
+from var_moe.routing.ratios import RatioQuantiles
 
 CONTEXT = ForwardContext.of(torch.zeros((1, 1), dtype=torch.int64))  # no ids are looked at
 INDEX = torch.tensor([[9, 3, 12, 0, 5, 7, 1, 30]])
@@ -53,7 +53,11 @@ def test_calibration_text_loses_that_share_in_every_layer(share: float) -> None:
     dice = torch.Generator().manual_seed(4)
     index = torch.arange(8).expand(1000, 8)
     weights = [(torch.randn((1000, 8), generator=dice) * spread).exp() for spread in (1.0, 3.0)]
-    calibrated = calibrate_ratios((layer, index, weight) for layer, weight in enumerate(weights))
+    rows = []
+    for weight in weights:
+        later = (weight / weight.amax(1, keepdim=True)).sort(1).values[:, :-1].reshape(-1)
+        rows.append(tuple(later.quantile(torch.linspace(0, 1, 201)).tolist()))
+    calibrated = RatioQuantiles(top_k=8, tokens=1000, quantiles=tuple(rows))
     policy = NAEEPolicy(share, ratios=calibrated)
     for layer, weight in enumerate(weights):
         skipped = (policy.route(CONTEXT, layer, index, weight).index < 0).sum().item() / (1000 * 7)

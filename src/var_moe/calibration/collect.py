@@ -10,59 +10,53 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from var_moe.calibration.peers import PeerStatistics
-from var_moe.calibration.profile import RoutingProfile, profile_hash
-from var_moe.calibration.residuals import ResidualFit
-from var_moe.calibration.statistics import RoutingStatistics
+from var_moe.calibration.profile import PeerCalibration, RoutingProfile, profile_hash
+from var_moe.calibration.statistics import (
+    OutputChange,
+    RatioHistogram,
+    ResidualSums,
+    RoutingStatistics,
+    RunningSums,
+)
 from var_moe.data.documents import ids_hash
 from var_moe.errors import UsageError, VarMoeError
-from var_moe.evaluation.batching import Window, batches, collate, drawn
-from var_moe.execution.backends.sorted import weighted_sum as weighted
-from var_moe.execution.dispatch import attach, detach, experts_modules, pair_backend
+from var_moe.evaluation.batching import batches, collate, drawn
+from var_moe.execution.backends.sorted import weighted_sum
+from var_moe.execution.dispatch import attach, detach, experts_shape, pair_backend
 from var_moe.models.identity import identity
 from var_moe.models.router_hooks import RouterLogits
+from var_moe.routing.decision import ForwardContext
 from var_moe.routing.ranking import leading_count, rank_slots, routing_mass, shares
 from var_moe.storage import SCHEMA_VERSION, atomic_write, provenance, sha256_of
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from var_moe.data.documents import EncodedDocument
     from var_moe.models.loading import LoadedModel
 
 DEFAULT_TOKENS = 400_000
 """Calibration size unless told otherwise: `frequency_threshold` counts in a text of this size."""
-_CHECKPOINT_FORMAT = 2
+_CHECKPOINT_FORMAT = 3
 _CHECKPOINT_EVERY = 10  # forwards: some seconds of work
 
 
 class _Collector:
     """The experts session of profiling: runs all pairs and takes notes."""
 
-    def __init__(self, layers: int, experts: int, backend: str) -> None:
-        self.layers, self.experts_count = layers, experts
-        self.statistics = RoutingStatistics(layers=layers, experts=experts)
-        self.residuals: ResidualFit | None = None
-        self.peers = PeerStatistics()
-        self.top_k = 0
+    def __init__(self, ids: np.ndarray, *, shape: dict[str, int], top_k: int, backend: str) -> None:
+        layers, experts = shape["layers"], shape["experts"]
+        self.lead = leading_count(top_k)
+        self.statistics = RoutingStatistics(ids, layers=layers, experts=experts)
+        self.residuals = ResidualSums(**shape, top_k=top_k)
+        self.ratios = RatioHistogram(layers=layers, top_k=top_k)
+        self.changes = OutputChange(layers=layers, top_k=top_k)
         self.logits: RouterLogits | None = None
         self._backend = pair_backend(backend)
-        self._rows = torch.empty(0, dtype=torch.int64)
-        self._counted = torch.empty(0, dtype=torch.int64)
+        self._rows = self._counted = torch.empty(0, dtype=torch.int64)
 
-    def begin(self, ids: Tensor, counted: Tensor) -> None:
-        """The tokens of the forward that starts: (B, S) ids and which of them count."""
-        self._counted = counted.reshape(-1).nonzero().squeeze(1)
-        self._rows = self.statistics.rows(ids.reshape(-1)[self._counted])
-        self.statistics.tokens += self._counted.shape[0]
-
-    def prepare(self, top_k: int, hidden_size: int) -> ResidualFit:
-        """Allocate what depends on the router's K."""
-        self.top_k = top_k
-        self.residuals = ResidualFit(
-            layers=self.layers, experts=self.experts_count, top_k=top_k, hidden_size=hidden_size
-        )
-        return self.residuals
+    def begin(self, context: ForwardContext) -> None:
+        """The forward that starts."""
+        self._counted = context.counted.reshape(-1).nonzero().squeeze(1)
+        self._rows = self.statistics.rows(context.ids.reshape(-1)[self._counted])
 
     def experts(
         self, layer: int, module: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor
@@ -72,21 +66,50 @@ class _Collector:
         at = self._counted.to(index.device)
         rank = rank_slots(index[at], weight[at])
         ranked_index, ranked_weight = index[at].gather(1, rank), weight[at].gather(1, rank)
-        lead = leading_count(index.shape[1])
+        ranked = outputs[at].gather(1, rank[:, :, None].expand(-1, -1, outputs.shape[2]))
         assert self.logits is not None
         self.statistics.add(
             layer,
             self._rows,
             entropy=self.logits.entropy(layer, index, weight)[at],
-            confidence=routing_mass(ranked_weight[:, :lead], ranked_weight),
+            confidence=routing_mass(ranked_weight[:, : self.lead], ranked_weight),
             index=ranked_index,
             mass=shares(ranked_weight),
         )
-        fit = self.residuals or self.prepare(index.shape[1], hidden.shape[1])
-        ranked_outputs = outputs[at].gather(1, rank[:, :, None].expand(-1, -1, outputs.shape[2]))
-        fit.add(layer, outputs=ranked_outputs, weight=ranked_weight, index=ranked_index, lead=lead)
-        self.peers.add(layer, ranked_index, ranked_weight, ranked_outputs)
-        return weighted(outputs, weight, hidden.dtype)
+        self.residuals.add(
+            layer, outputs=ranked, weight=ranked_weight, index=ranked_index, lead=self.lead
+        )
+        self.ratios.add(layer, ranked_weight)
+        self.changes.add(layer, ranked, ranked_weight)
+        return weighted_sum(outputs, weight, hidden.dtype)
+
+    def _parts(self) -> tuple[RunningSums, ...]:
+        return self.statistics, self.residuals, self.ratios, self.changes
+
+    def save(self, path: Path, key: str, done: int) -> None:
+        """Write a checkpoint after ``done`` forwards."""
+        from safetensors.torch import save_file
+
+        state: dict[str, Tensor] = {}
+        for part in self._parts():
+            state |= part.state_dict()
+        note = {"key": key, "done": str(done)}
+        atomic_write(path, lambda temporary: save_file(state, temporary, metadata=note))
+
+    def resume(self, path: Path | None, key: str) -> int:
+        """Load a checkpoint of the same text and model; returns the forwards already done."""
+        from safetensors import safe_open
+
+        if path is None or not path.is_file():
+            return 0
+        with safe_open(path, framework="pt") as file:
+            note = file.metadata() or {}
+            if note.get("key") != key:
+                return 0
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        for part in self._parts():
+            part.load_state_dict(state)
+        return int(note["done"])
 
 
 def collect_profile(
@@ -126,144 +149,62 @@ def collect_profile(
     chosen = list(drawn(documents, max_tokens, seed).values())
     if not chosen:
         raise UsageError(f"dataset {dataset!r}: no calibration text to profile; expected documents")
-    model = loaded.model
-    modules = experts_modules(model)
-    experts = int(getattr(modules[0][1], "num_experts", 0)) if modules else 0
-    collector = _Collector(len(modules), experts, backend)
-    about = identity(loaded)
-    weights = sha256_of([str(about)])
-    total = sum(len(document.ids) for document in chosen)
+    model, about = loaded.model, identity(loaded)
+    ids = np.concatenate([document.ids for document in chosen])
+    collector = _Collector(ids, shape=experts_shape(model), top_k=loaded.top_k, backend=backend)
     size = window or loaded.window
-    text = ids_hash(chosen)
-    key = f"{_CHECKPOINT_FORMAT}:{text}:{weights}:{tokens_per_batch}:{size}"
-    done = _resume(collector, checkpoint, key)
+    key = f"{_CHECKPOINT_FORMAT}:{ids_hash(chosen)}:{sha256_of([str(about)])}"
+    key += f":{tokens_per_batch}:{size}"
+    done = collector.resume(checkpoint, key)
     before = attach(model, collector)
     try:
-        with RouterLogits(model, len(modules)) as collector.logits, torch.inference_mode():
-            for number, batch in enumerate(batches(chosen, tokens_per_batch, window=size)):
-                if number < done:
+        with RouterLogits(model, about["layers"]) as collector.logits, torch.inference_mode():
+            for number, rows in enumerate(batches(chosen, tokens_per_batch, window=size), start=1):
+                if number <= done:
                     continue
-                _forward(model, collector, batch, loaded.device)
+                context = collate(rows)
+                collector.begin(context)
+                model(
+                    input_ids=context.ids.to(loaded.device),
+                    attention_mask=context.valid.long().to(loaded.device),
+                    use_cache=False,
+                    logits_to_keep=1,
+                )
                 if progress:
-                    progress(collector.statistics.tokens, total)
-                if checkpoint and (number + 1) % _CHECKPOINT_EVERY == 0:
-                    _save_state(collector, checkpoint, key, number + 1)
+                    progress(collector.statistics.tokens, len(ids))
+                if checkpoint and number % _CHECKPOINT_EVERY == 0:
+                    collector.save(checkpoint, key, number)
     finally:
         detach(model, before)
-    if not torch.isfinite(collector.statistics.entropy.mean).all():
+    if not torch.isfinite(collector.statistics.sums["entropy_mean"]).all():
         raise VarMoeError(f"model {loaded.name!r} gives non-finite router logits; try float32")
-    head = {
-        **about,
+    source = {
         "dataset": dataset,
         "data_hash": data_hash,
         "ids_hash": ids_hash(documents),
         "tokens_asked": max_tokens,
     }
-    profile = _finish(loaded, collector, head)
+    profile = _profile(loaded, collector, {**about, **source})
     if checkpoint:
         checkpoint.unlink(missing_ok=True)
     return profile
 
 
-def _forward(model: Any, collector: _Collector, batch: list[Window], device: Any) -> None:
-    tokens = collate(batch)
-    collector.begin(tokens.ids, tokens.counted)
-    model(
-        input_ids=tokens.ids.to(device),
-        attention_mask=tokens.valid.long().to(device),
-        use_cache=False,
-        logits_to_keep=1,
-    )
-
-
-def _save_state(collector: _Collector, path: Path, key: str, done: int) -> None:
-    from safetensors.torch import save_file
-
-    state = collector.statistics.state_dict() | collector.peers.state_dict()
-    if collector.residuals is not None:
-        state |= collector.residuals.state_dict()
-        state["top_k"] = torch.tensor(collector.top_k)
-    note = {"key": key, "done": str(done)}
-    atomic_write(path, lambda temporary: save_file(state, temporary, metadata=note))
-
-
-def _resume(collector: _Collector, path: Path | None, key: str) -> int:
-    """Load a checkpoint of the same text and model; returns the forwards already done."""
-    if path is None or not path.is_file():
-        return 0
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        note = file.metadata() or {}
-        if note.get("key") != key:
-            return 0
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    collector.statistics.load_state_dict(state)
-    collector.peers.load_state_dict(state)
-    if "residual_moment" in state:
-        fit = collector.prepare(int(state["top_k"]), state["residual_moment"].shape[2])
-        fit.load_state_dict(state)
-    return int(note["done"])
-
-
-def _finish(loaded: LoadedModel, collector: _Collector, source: dict[str, Any]) -> RoutingProfile:
-    statistics = collector.statistics
-    assert collector.residuals is not None
-    residuals = collector.residuals.means()
-    frame = _frame(statistics, leading_count(collector.top_k), loaded.tokenizer)
+def _profile(loaded: LoadedModel, collector: _Collector, source: dict[str, Any]) -> RoutingProfile:
+    tokens, residuals = collector.statistics.tokens, collector.residuals.means()
+    frame = collector.statistics.frame(loaded.tokenizer, leading=collector.lead)
     vocabulary = max(int(loaded.model.config.get_text_config().vocab_size), len(loaded.tokenizer))
     head: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         **source,
-        "tokens": statistics.tokens,
-        "layers": collector.layers,
-        "experts": collector.experts_count,
-        "top_k": collector.top_k,
-        "leading": leading_count(collector.top_k),
+        "tokens": tokens,
+        "leading": collector.lead,
         "vocabulary": vocabulary,
-        "entropy_max_nats": float(np.log(collector.experts_count)),
+        "entropy_max_nats": float(np.log(source["experts"])),
         "provenance": provenance(),
     }
     head["hash"] = profile_hash(frame, residuals, head)
-    peers = collector.peers.calibration()
+    peers = PeerCalibration(
+        ratios=collector.ratios.quantiles(tokens), sensitivity=collector.changes.sensitivity(tokens)
+    )
     return RoutingProfile(stats=frame, residuals=residuals, head=head, peers=peers)
-
-
-def _frame(statistics: RoutingStatistics, leading: int, tokenizer: Any) -> pd.DataFrame:
-    """One row per (layer, token id seen), ordered by layer and token id."""
-    import pandas as pd
-
-    ids = np.array(statistics.token_ids, dtype=np.int64)
-    order = np.argsort(ids)
-    strings = np.array(tokenizer.convert_ids_to_tokens(ids[order].tolist()), dtype=object)
-    parts = []
-    for layer in range(statistics.layers):
-        pick = torch.from_numpy(order)
-        count = statistics.count[layer][pick]
-        spread = count.clamp(min=1)
-        first = statistics.first[layer][pick]
-        mass = statistics.mass[layer][pick]
-        top = mass.argsort(dim=1, descending=True, stable=True)[:, :leading]
-        parts.append(
-            pd.DataFrame(
-                {
-                    "layer": np.int32(layer),
-                    "token_id": ids[order],
-                    "token_str": strings,
-                    "frequency": count.long().numpy(),
-                    "mean_entropy": statistics.entropy.mean[layer][pick].numpy(),
-                    "std_entropy": (statistics.entropy.m2[layer][pick] / spread).sqrt().numpy(),
-                    "min_entropy": statistics.min_entropy[layer][pick].numpy(),
-                    "max_entropy": statistics.max_entropy[layer][pick].numpy(),
-                    "mean_confidence": statistics.confidence.mean[layer][pick].numpy(),
-                    "std_confidence": (statistics.confidence.m2[layer][pick] / spread)
-                    .sqrt()
-                    .numpy(),
-                    "routing_consistency": (first.max(dim=1).values / spread).numpy(),
-                    "top_expert": first.argmax(dim=1).numpy(),
-                    "leading_experts": list(top.numpy()),
-                    "leading_weights": list((mass.gather(1, top) / spread[:, None]).numpy()),
-                }
-            )
-        )
-    return pd.concat(parts, ignore_index=True)

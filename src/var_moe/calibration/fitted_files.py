@@ -27,8 +27,8 @@ COMPENSATION_FILE, HEAD_FILE = "compensation.safetensors", "compensation.json"
 FOLDER = "compensation"
 """Where a profile's folder holds the compensation that was fitted with it."""
 LEARNED = "learned"
-_AGAIN = "make it again with `var-moe {}`"
-_FIT, _PROFILE = _AGAIN.format("fit-compensation"), _AGAIN.format("profile")
+_FIT = "make it again with `var-moe fit-compensation`"
+_PROFILE = "make it again with `var-moe profile`"
 _TENSORS = tuple(f.name for f in fields(DamageModel) if f.name != "compensation")
 _HEAD = ("hash", "by_pair", "model", "tokenizer_hash", "layers", "experts", "top_k")
 _PARTS = tuple(f.name for f in fields(LayerCompensation))
@@ -49,6 +49,41 @@ class FittedCompensation:
         """What stands in for dropped experts."""
         assert self.damage.compensation is not None
         return self.damage.compensation
+
+    def save(self, folder: Path) -> None:
+        """Write the folder, which is made when needed; the head comes last."""
+        from safetensors.torch import save_file
+
+        compensation = self.compensation
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / HEAD_FILE).unlink(missing_ok=True)
+        tensors = {
+            f"layer.{number}.{name}": value.contiguous()
+            for number, part in enumerate(compensation.layers)
+            for name, value in zip(_PARTS, part.tensors(), strict=True)
+            if value is not None
+        }
+        atomic_write(folder / COMPENSATION_FILE, lambda temporary: save_file(tensors, temporary))
+        save_damages({LEARNED: self.damage}, folder / DAMAGE_FILE)
+        about = {
+            "schema_version": SCHEMA_VERSION,
+            "hash": compensation.hash,
+            "by_pair": compensation.by_pair,
+        }
+        atomic_write_json(folder / HEAD_FILE, {**self.head, **about})
+
+    def check_same_model(self, head: Mapping[str, Any]) -> None:
+        """Refuse a compensation of another model than a profile's ``head`` names.
+
+        Raises:
+            UsageError: names both.
+        """
+        fault = difference(self.head, head)
+        if fault:
+            raise UsageError(
+                f"compensation of model {self.head['model']!r} does not fit the profile of "
+                f"{head['model']!r}: {fault}"
+            )
 
 
 def save_damages(damages: Mapping[str, DamageModel], path: Path) -> None:
@@ -79,54 +114,22 @@ def load_damages(
     tensors, note = _read(path, _PROFILE)
     if note.get("schema_version") != str(SCHEMA_VERSION):
         raise UsageError(f"{path}: no damages of schema {SCHEMA_VERSION}; {_PROFILE}")
-    found = {}
-    for name, compensation in compensations.items():
-        if name not in note:
-            continue
+    damages = {}
+    for name in (one for one in compensations if one in note):
         try:
             own = {part: tensors[f"{name}.{part}"] for part in _TENSORS}
         except KeyError as error:
             raise UsageError(f"{path}: {error.args[0]!r} is missing; make it again") from None
-        found[name] = DamageModel(**own, compensation=compensation)
-        if found[name].hash != note[name]:
+        damages[name] = DamageModel(**own, compensation=compensations[name])
+        if damages[name].hash != note[name]:
             raise UsageError(
                 f"{path}: its damages {name!r} do not belong to the files beside it; make it again"
             )
-    return found
-
-
-def save_compensation(folder: Path, damage: DamageModel, *, head: Mapping[str, Any]) -> None:
-    """Write a fitted compensation and its damages; the head comes last.
-
-    Args:
-        folder: made when needed.
-        damage: with its compensation.
-        head: identity of the model and whatever is to be told of the fit.
-    """
-    from safetensors.torch import save_file
-
-    compensation = damage.compensation
-    assert compensation is not None
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / HEAD_FILE).unlink(missing_ok=True)
-    tensors = {
-        f"layer.{number}.{name}": value.contiguous()
-        for number, part in enumerate(compensation.layers)
-        for name, value in zip(_PARTS, part.tensors(), strict=True)
-        if value is not None
-    }
-    atomic_write(folder / COMPENSATION_FILE, lambda temporary: save_file(tensors, temporary))
-    save_damages({LEARNED: damage}, folder / DAMAGE_FILE)
-    about = {
-        "schema_version": SCHEMA_VERSION,
-        "hash": compensation.hash,
-        "by_pair": compensation.by_pair,
-    }
-    atomic_write_json(folder / HEAD_FILE, {**head, **about})
+    return damages
 
 
 def load_compensation(folder: str | Path, loaded: LoadedModel | None = None) -> FittedCompensation:
-    """Read what `save_compensation` wrote.
+    """Read what `FittedCompensation.save` wrote.
 
     Raises:
         UsageError: no such folder, damaged, or of another model than ``loaded``; names what.
@@ -146,14 +149,14 @@ def load_compensation(folder: str | Path, loaded: LoadedModel | None = None) -> 
     tensors, _ = _read(folder / COMPENSATION_FILE, _FIT)
     try:
         layers = tuple(_layer(tensors, number) for number in range(head["layers"]))
-        found = Compensation(layers=layers, by_pair=head["by_pair"], experts=head["experts"])
     except KeyError as error:
         raise UsageError(f"{folder}: {error.args[0]!r} is missing; {_FIT}") from None
     except TypeError as error:
         raise UsageError(f"{folder / HEAD_FILE}: damaged ({error}); {_FIT}") from None
-    if found.hash != head["hash"]:
+    compensation = Compensation(layers=layers, by_pair=head["by_pair"], experts=head["experts"])
+    if compensation.hash != head["hash"]:
         raise UsageError(f"{folder}: {COMPENSATION_FILE} does not belong to {HEAD_FILE}; {_FIT}")
-    damages = load_damages(folder / DAMAGE_FILE, {LEARNED: found})
+    damages = load_damages(folder / DAMAGE_FILE, {LEARNED: compensation})
     if LEARNED not in damages:
         raise UsageError(f"{folder / DAMAGE_FILE}: holds no damages {LEARNED!r}; {_FIT}")
     fault = loaded and difference(head, identity(loaded))
@@ -165,26 +168,9 @@ def load_compensation(folder: str | Path, loaded: LoadedModel | None = None) -> 
     return FittedCompensation(damage=damages[LEARNED], head=head)
 
 
-def check_same_model(fitted: FittedCompensation, head: Mapping[str, Any]) -> None:
-    """Refuse a compensation of another model than a profile's ``head`` names.
-
-    Raises:
-        UsageError: names both.
-    """
-    fault = difference(fitted.head, head)
-    if fault:
-        raise UsageError(
-            f"compensation of model {fitted.head['model']!r} does not fit the profile of "
-            f"{head['model']!r}: {fault}"
-        )
-
-
 def _layer(tensors: Mapping[str, Tensor], number: int) -> LayerCompensation:
-    own = {name: tensors.get(f"layer.{number}.{name}") for name in _PARTS}
-    vectors = own.pop("vectors")
-    if vectors is None:
-        raise KeyError(f"layer.{number}.vectors")
-    return LayerCompensation(vectors, **own)
+    vectors, *low_rank = (f"layer.{number}.{name}" for name in _PARTS)
+    return LayerCompensation(tensors[vectors], *(tensors.get(name) for name in low_rank))
 
 
 def _read(path: Path, again: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -194,7 +180,7 @@ def _read(path: Path, again: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UsageError(f"{path}: missing; {again}")
     try:
         with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise UsageError(f"{path}: damaged ({error}); {again}") from None

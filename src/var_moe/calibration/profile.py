@@ -16,25 +16,19 @@ from var_moe.calibration.fitted_files import (
     FOLDER,
     LEARNED,
     FittedCompensation,
-    check_same_model,
     load_compensation,
     load_damages,
-    save_compensation,
     save_damages,
 )
-from var_moe.calibration.peers import PeerCalibration
 from var_moe.errors import UsageError
 from var_moe.models.identity import check_fits
 from var_moe.routing.compensation import Compensation
 from var_moe.routing.damage import DamageModel
 from var_moe.routing.fast_path import ResidualMeans, RoutingTable
-from var_moe.storage import (
-    SCHEMA_VERSION,
-    atomic_write,
-    atomic_write_json,
-    read_json,
-    sha256_of,
-)
+from var_moe.routing.layer_sensitivity import LayerSensitivity
+from var_moe.routing.ratios import RatioQuantiles
+from var_moe.routing.shapes import check_keys
+from var_moe.storage import SCHEMA_VERSION, atomic_write, atomic_write_json, read_json, sha256_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,6 +40,27 @@ RESIDUALS_FILE = "residuals.safetensors"
 PEERS_FILE = "peers.json"
 HEAD_FILE = "profile.json"
 _KEPT = "own weights"  # how kept experts were weighted when the residual means were fitted
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerCalibration:
+    """Inputs of the policies `naee` and `per_layer_k`, of one model on one text."""
+
+    ratios: RatioQuantiles
+    sensitivity: LayerSensitivity
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a file."""
+        return {"ratios": self.ratios.to_dict(), "sensitivity": self.sensitivity.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PeerCalibration:
+        """Read what `to_dict` gave; a missing or unknown key is a UsageError."""
+        check_keys(cls, values)
+        return cls(
+            ratios=RatioQuantiles.from_dict(values["ratios"]),
+            sensitivity=LayerSensitivity.from_dict(values["sensitivity"]),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,29 +126,30 @@ class RoutingProfile:
             UsageError: there is no such compensation.
         """
         peers = self.peers
-        found = {
+        given = {
             "table": self.table(),
             "residuals": self.residuals,
             "ratios": peers and peers.ratios,
             "sensitivity": peers and peers.sensitivity,
-            "damage": self._damage(compensation),
+            "damage": self._damages().get(compensation or self.best_compensation()),
         }
         if compensation is not None:
-            found["compensation"] = self.compensation(compensation)
-        return found
+            given["compensation"] = self.compensation(compensation)
+        return given
 
     def best_compensation(self) -> str:
         """Name of the best compensation that damages were fitted with."""
-        return self._best() or "none"
+        known = self._damages()
+        return next((name for name in reversed(self.compensations()) if name in known), "none")
 
     def compensations(self) -> dict[str, Compensation | None]:
         """What can stand in for dropped experts here, by name, from the plainest to the best."""
-        found: dict[str, Compensation | None] = {"none": None}
+        known: dict[str, Compensation | None] = {"none": None}
         if self.residuals.by_pair:
-            found["means"] = Compensation.of_residual_means(self.residuals)
+            known["means"] = Compensation.of_residual_means(self.residuals)
         if self.learned is not None:
-            found[LEARNED] = self.learned.compensation
-        return found
+            known[LEARNED] = self.learned.compensation
+        return known
 
     def compensation(self, name: str) -> Compensation | None:
         """The compensation of that name.
@@ -141,21 +157,13 @@ class RoutingProfile:
         Raises:
             UsageError: there is none; says what makes it.
         """
-        found = self.compensations()
-        check_compensation(name, found)
-        return found[name]
-
-    def _damage(self, name: str | None) -> DamageModel | None:
-        chosen = self._best() if name is None else name
-        return None if chosen is None else self._damages().get(chosen)
+        known = self.compensations()
+        check_compensation(name, known)
+        return known[name]
 
     def _damages(self) -> dict[str, DamageModel]:
         learned = {LEARNED: self.learned.damage} if self.learned is not None else {}
         return {**self.damages, **learned}
-
-    def _best(self) -> str | None:
-        known = self._damages()
-        return next((name for name in reversed(self.compensations()) if name in known), None)
 
     def with_compensation(self, fitted: FittedCompensation) -> RoutingProfile:
         """The same profile with another learned compensation.
@@ -163,7 +171,7 @@ class RoutingProfile:
         Raises:
             UsageError: it is another model's.
         """
-        check_same_model(fitted, self.head)
+        fitted.check_same_model(self.head)
         return replace(self, learned=fitted)
 
     def check_loaded(self, loaded: LoadedModel) -> None:
@@ -194,7 +202,7 @@ class RoutingProfile:
         if self.damages:
             save_damages(self.damages, folder / DAMAGE_FILE)
         if self.learned is not None:
-            save_compensation(folder / FOLDER, self.learned.damage, head=self.learned.head)
+            self.learned.save(folder / FOLDER)
         atomic_write_json(folder / HEAD_FILE, self.head)
 
     @classmethod
@@ -243,17 +251,17 @@ class RoutingProfile:
 
     def _with_fitted(self, folder: Path) -> RoutingProfile:
         """The same with the damages and the compensation that lie in its folder."""
-        found = self
+        profile = self
         if (folder / DAMAGE_FILE).is_file():
             damages = load_damages(folder / DAMAGE_FILE, self.compensations())
-            found = replace(found, damages=damages)
+            profile = replace(profile, damages=damages)
         if (folder / FOLDER).is_dir():
             fitted = load_compensation(folder / FOLDER)
             try:
-                found = found.with_compensation(fitted)
+                profile = profile.with_compensation(fitted)
             except UsageError as error:
                 raise UsageError(f"{folder / FOLDER}: {error}; remove it") from None
-        return found
+        return profile
 
 
 def check_compensation(name: str, possible: Collection[str]) -> None:

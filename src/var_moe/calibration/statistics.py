@@ -1,100 +1,81 @@
-"""Streaming statistics per (layer, token id), merged batch by batch in float64."""
+"""Running sums of a profile's pass over calibration text.
+
+One class for each part: statistics per (layer, token id), residual means, and what the policies
+`naee` (ratios of weights) and `per_layer_k` (changes of outputs) need.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from var_moe.routing.fast_path import ResidualMeans
+from var_moe.routing.layer_sensitivity import LayerSensitivity
+from var_moe.routing.ratios import RatioQuantiles
 
-@dataclass
-class _Moments:
-    """Count, mean and summed squared deviation per cell (Chan, Golub, LeVeque 1979)."""
+if TYPE_CHECKING:
+    import pandas as pd
+    from numpy.typing import NDArray
 
-    mean: Tensor  # (L, R)
-    m2: Tensor  # (L, R)
-
-    @classmethod
-    def zeros(cls, layers: int, rows: int) -> _Moments:
-        return cls(*(torch.zeros((layers, rows), dtype=torch.float64) for _ in range(2)))
-
-    def merge(self, layer: int, rows: Tensor, old: Tensor, new: Tensor, value: Tensor) -> None:
-        """Add ``value`` (T,) of cells ``rows`` (T,); ``old``/``new`` (R,) counts before/of it."""
-        size = old.shape[0]
-        total = torch.zeros(size, dtype=torch.float64).index_add_(0, rows, value)
-        batch_mean = total / new.clamp(min=1)
-        squares = (value - batch_mean[rows]).square()
-        batch_m2 = torch.zeros(size, dtype=torch.float64).index_add_(0, rows, squares)
-        count = (old + new).clamp(min=1)
-        delta = batch_mean - self.mean[layer]
-        seen = new > 0
-        self.mean[layer] += torch.where(seen, delta * new / count, 0.0)
-        self.m2[layer] += torch.where(seen, batch_m2 + delta.square() * old * new / count, 0.0)
-
-    def grow(self, rows: int) -> None:
-        self.mean, self.m2 = _grown(self.mean, rows), _grown(self.m2, rows)
+BUDGET_BYTES = 256 * 2**20
+"""Residual means that need more are keyed by the first expert alone."""
+SHRINK_TOKENS = 20.0
+"""Residual means are shrunk as if so many tokens of mean weight had shown no residual."""
+RATIO_BINS = 16384
+"""Bins for ratios of weights, even in their fourth root, as a sure router's ratios crowd near
+zero: a quantile is right to within 4 / RATIO_BINS."""
+RATIO_LEVELS = 201
+"""Quantiles that are kept: every half percent, both ends included."""
 
 
-def _grown(values: Tensor, rows: int, fill: float = 0.0) -> Tensor:
-    shape = list(values.shape)
-    shape[1] = rows - shape[1]
-    return torch.cat((values, values.new_full(shape, fill)), dim=1)
+class RunningSums:
+    """Tensors that grow by addition; a checkpoint holds them by name."""
+
+    sums: dict[str, Tensor]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The sums, for a checkpoint."""
+        return dict(self.sums)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a checkpoint."""
+        self.sums = {name: state[name].clone() for name in self.sums}
 
 
-class RoutingStatistics:
-    """Statistics of router decisions, one row per token id seen; memory follows the vocabulary.
+class RoutingStatistics(RunningSums):
+    """Statistics of router decisions, one row per (layer, token id), in float64.
 
-    Per (layer, token id): occurrences; mean, deviation, minimum and maximum of the router
-    entropy (nats); mean and deviation of the confidence; how often each expert came first and
-    the summed routing mass of each expert among those chosen.
+    Means and variances are merged batch by batch (Chan, Golub, LeVeque 1979).
+
+    Args:
+        ids: all token ids of the text, in any order.
+        layers: L.
+        experts: E.
     """
 
-    def __init__(self, *, layers: int, experts: int) -> None:
+    def __init__(self, ids: NDArray[np.int64], *, layers: int, experts: int) -> None:
+        self.token_ids = np.unique(ids)  # (R,)
         self.layers, self.experts = layers, experts
-        self.tokens = 0
-        self._row_of = np.full(0, -1, dtype=np.int64)
-        self.token_ids: list[int] = []
-        self._allocate(256)
+        shape = (layers, len(self.token_ids))
+        per_token = ("count", "entropy_mean", "entropy_m2", "confidence_mean", "confidence_m2")
+        self.sums = {name: torch.zeros(shape, dtype=torch.float64) for name in per_token}
+        self.sums["min_entropy"] = torch.full(shape, torch.inf, dtype=torch.float64)
+        self.sums["max_entropy"] = torch.full(shape, -torch.inf, dtype=torch.float64)
+        for name in ("first", "mass"):  # how often each expert came first, its routing mass
+            self.sums[name] = torch.zeros((*shape, experts), dtype=torch.float64)
 
-    def _allocate(self, rows: int) -> None:
-        shape = (self.layers, rows)
-        self._rows = rows
-        self.count = torch.zeros(shape, dtype=torch.float64)
-        self.entropy = _Moments.zeros(*shape)
-        self.confidence = _Moments.zeros(*shape)
-        self.min_entropy = torch.full(shape, torch.inf, dtype=torch.float64)
-        self.max_entropy = torch.full(shape, -torch.inf, dtype=torch.float64)
-        self.first = torch.zeros((*shape, self.experts), dtype=torch.float64)
-        self.mass = torch.zeros((*shape, self.experts), dtype=torch.float64)
+    @property
+    def tokens(self) -> int:
+        """Tokens that were added."""
+        return int(self.sums["count"][0].sum())
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Row numbers of token ids, new ones appended. (T,) int64"""
-        wanted = ids.cpu().numpy()
-        top = int(wanted.max(initial=-1)) + 1
-        if top > self._row_of.shape[0]:
-            more = np.full(max(top, 2 * self._row_of.shape[0]), -1, dtype=np.int64)
-            more[: self._row_of.shape[0]] = self._row_of
-            self._row_of = more
-        distinct = np.unique(wanted)
-        unseen = distinct[self._row_of[distinct] < 0]
-        if unseen.size:
-            start = len(self.token_ids)
-            self._row_of[unseen] = np.arange(start, start + unseen.size)
-            self.token_ids.extend(int(i) for i in unseen)
-            if len(self.token_ids) > self._rows:
-                self._grow(max(2 * self._rows, len(self.token_ids)))
-        return torch.from_numpy(self._row_of[wanted])
-
-    def _grow(self, rows: int) -> None:
-        self._rows = rows
-        for name in ("count", "first", "mass"):
-            setattr(self, name, _grown(getattr(self, name), rows))
-        self.min_entropy = _grown(self.min_entropy, rows, torch.inf)
-        self.max_entropy = _grown(self.max_entropy, rows, -torch.inf)
-        self.entropy.grow(rows)
-        self.confidence.grow(rows)
+        """Rows of token ids (T,). (T,)"""
+        return torch.from_numpy(np.searchsorted(self.token_ids, ids.cpu().numpy()))
 
     def add(
         self,
@@ -118,49 +99,200 @@ class RoutingStatistics:
         """
         entropy, confidence = entropy.double().cpu(), confidence.double().cpu()
         index, mass = index.cpu(), mass.double().cpu()
-        ones = torch.ones_like(entropy)
-        new = torch.zeros(self._rows, dtype=torch.float64).index_add_(0, rows, ones)
-        self.entropy.merge(layer, rows, self.count[layer], new, entropy)
-        self.confidence.merge(layer, rows, self.count[layer], new, confidence)
-        self.min_entropy[layer].scatter_reduce_(0, rows, entropy, "amin")
-        self.max_entropy[layer].scatter_reduce_(0, rows, entropy, "amax")
-        self.count[layer] += new
+        new = self._summed(rows, torch.ones_like(entropy))
+        self._merge("entropy", layer, rows, new, entropy)
+        self._merge("confidence", layer, rows, new, confidence)
+        sums = {name: value[layer] for name, value in self.sums.items()}
+        sums["min_entropy"].scatter_reduce_(0, rows, entropy, "amin")
+        sums["max_entropy"].scatter_reduce_(0, rows, entropy, "amax")
+        sums["count"] += new
         cell = rows[:, None] * self.experts + index  # (T, K)
-        self.first[layer].view(-1).index_add_(0, cell[:, 0], ones)
-        self.mass[layer].view(-1).index_add_(0, cell.reshape(-1), mass.reshape(-1))
+        sums["first"].view(-1).index_add_(0, cell[:, 0], torch.ones_like(entropy))
+        sums["mass"].view(-1).index_add_(0, cell.reshape(-1), mass.reshape(-1))
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Everything, as tensors: for checkpoints."""
-        seen = len(self.token_ids)
-        state = {
-            "tokens": torch.tensor(self.tokens),
-            "token_ids": torch.tensor(self.token_ids, dtype=torch.int64),
+    def _summed(self, rows: Tensor, value: Tensor) -> Tensor:
+        """Sum of ``value`` (T,) by row. (R,)"""
+        empty = torch.zeros(len(self.token_ids), dtype=torch.float64)
+        return empty.index_add_(0, rows, value)
+
+    def _merge(self, name: str, layer: int, rows: Tensor, new: Tensor, value: Tensor) -> None:
+        """Merge a batch's ``value`` (T,), of which each row has ``new`` (R,), into mean and m2."""
+        old = self.sums["count"][layer]
+        mean, m2 = self.sums[f"{name}_mean"][layer], self.sums[f"{name}_m2"][layer]
+        batch_mean = self._summed(rows, value) / new.clamp(min=1)
+        batch_m2 = self._summed(rows, (value - batch_mean[rows]).square())
+        count, delta = (old + new).clamp(min=1), batch_mean - mean
+        mean += torch.where(new > 0, delta * new / count, 0.0)
+        m2 += torch.where(new > 0, batch_m2 + delta.square() * old * new / count, 0.0)
+
+    def frame(self, tokenizer: Any, *, leading: int) -> pd.DataFrame:
+        """The columns of ``routing_stats.parquet``, ordered by layer and token id.
+
+        Args:
+            tokenizer: writes the token ids.
+            leading: number of leading experts.
+        """
+        import pandas as pd
+
+        strings = tokenizer.convert_ids_to_tokens(self.token_ids.tolist())
+        parts = []
+        for layer in range(self.layers):
+            sums = {name: value[layer] for name, value in self.sums.items()}
+            count, first, mass = sums["count"].clamp(min=1), sums["first"], sums["mass"]
+            top = mass.argsort(dim=1, descending=True, stable=True)[:, :leading]
+            columns = {
+                "layer": np.int32(layer),
+                "token_id": self.token_ids,
+                "token_str": np.array(strings, dtype=object),
+                "frequency": sums["count"].long().numpy(),
+                "mean_entropy": sums["entropy_mean"].numpy(),
+                "std_entropy": (sums["entropy_m2"] / count).sqrt().numpy(),
+                "min_entropy": sums["min_entropy"].numpy(),
+                "max_entropy": sums["max_entropy"].numpy(),
+                "mean_confidence": sums["confidence_mean"].numpy(),
+                "std_confidence": (sums["confidence_m2"] / count).sqrt().numpy(),
+                "routing_consistency": (first.max(dim=1).values / count).numpy(),
+                "top_expert": first.argmax(dim=1).numpy(),
+                "leading_experts": list(top.numpy()),
+                "leading_weights": list((mass.gather(1, top) / count[:, None]).numpy()),
+            }
+            parts.append(pd.DataFrame(columns))
+        return pd.concat(parts, ignore_index=True)
+
+
+def means_by_pair(top_k: int) -> bool:
+    """Whether residual means can be keyed by pair: only where one expert of two is dropped."""
+    return top_k == 2
+
+
+class ResidualSums(RunningSums):
+    """Least-squares fit of the residual means: what a dropped expert would have added.
+
+    With ``d`` the weighted outputs of the dropped experts and ``m`` their summed weight, a cell's
+    vector is ``r = sum(m d) / (sum(m^2) + shrink)``, the least-squares answer to ``d = m r``
+    shrunk towards zero where little was seen. It fits better than the mean of ``d / m``, as most
+    cut decisions drop little weight. Kept experts are not rescaled where a mean stands in: that
+    would let the first expert's own deviation from its mean stand in for the dropped expert's.
+    """
+
+    def __init__(self, *, layers: int, experts: int, top_k: int, hidden: int) -> None:
+        self.experts, self.top_k = experts, top_k
+        pairs = layers * experts**2 * hidden * 4
+        self.by_pair = means_by_pair(top_k) and pairs <= BUDGET_BYTES
+        rows = experts**2 if self.by_pair else experts
+        self.sums = {
+            "residual_moment": torch.zeros((layers, rows, hidden)),
+            "residual_square": torch.zeros((layers, rows), dtype=torch.float64),
+            "residual_count": torch.zeros((layers, rows), dtype=torch.float64),
         }
-        for name, value in self._tensors().items():
-            state[name] = value[:, :seen].contiguous()
-        return state
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from a checkpoint."""
-        ids = state["token_ids"]
-        self._allocate(max(256, ids.shape[0]))
-        # In one go: rows are numbered in the order of being seen.
-        self.token_ids = ids.tolist()
-        self._row_of = np.full(max(self.token_ids, default=-1) + 1, -1, dtype=np.int64)
-        self._row_of[ids.numpy()] = np.arange(ids.shape[0])
-        self.tokens = int(state["tokens"])
-        for name, value in self._tensors().items():
-            value[:, : ids.shape[0]] = state[name]
+    def add(self, layer: int, *, outputs: Tensor, weight: Tensor, index: Tensor, lead: int) -> None:
+        """Add one layer of one forward; slots are in rank order.
 
-    def _tensors(self) -> dict[str, Tensor]:
-        return {
-            "count": self.count,
-            "min_entropy": self.min_entropy,
-            "max_entropy": self.max_entropy,
-            "first": self.first,
-            "mass": self.mass,
-            "entropy_mean": self.entropy.mean,
-            "entropy_m2": self.entropy.m2,
-            "confidence_mean": self.confidence.mean,
-            "confidence_m2": self.confidence.m2,
-        }
+        Args:
+            layer: MoE layer number.
+            outputs: (T, K, D) unweighted outputs of every pair.
+            weight: (T, K) router weights.
+            index: (T, K) experts.
+            lead: how many of the K experts lead.
+        """
+        if lead == self.top_k:
+            return
+        moment, square, count = (value[layer] for value in self.sums.values())
+        weight, outputs = weight.float(), outputs.float()
+        difference = torch.einsum("tkd,tk->td", outputs[:, lead:], weight[:, lead:]).cpu()
+        dropped = weight[:, lead:].sum(dim=1).cpu()
+        first = index[:, 0].cpu()
+        key = first * self.experts + index[:, -1].cpu() if self.by_pair else first
+        moment.index_add_(0, key, difference * dropped[:, None])
+        square.index_add_(0, key, dropped.double().square())
+        count.index_add_(0, key, torch.ones_like(dropped, dtype=torch.float64))
+
+    def means(self) -> ResidualMeans:
+        """The fitted table."""
+        moment, square, count = self.sums.values()
+        mean_square = square.sum(1) / count.sum(1).clamp(min=1)  # (L,)
+        shrink = (SHRINK_TOKENS * mean_square).clamp(min=1e-12)[:, None]
+        table = moment / (square + shrink)[:, :, None].float()
+        zero = torch.zeros((1, table.shape[2]))
+        return ResidualMeans(
+            table=tuple(torch.cat((layer, zero)) for layer in table),
+            by_pair=self.by_pair,
+            experts=self.experts,
+        )
+
+
+class RatioHistogram(RunningSums):
+    """Histogram, per layer, of ``w_j / w_1`` over the experts after the first."""
+
+    def __init__(self, *, layers: int, top_k: int) -> None:
+        self.top_k = top_k
+        self.sums = {"ratio_counts": torch.zeros((layers, RATIO_BINS), dtype=torch.float64)}
+
+    def add(self, layer: int, weight: Tensor) -> None:
+        """Add one layer of one forward: router weights (T, K) by rank."""
+        first, later = weight[:, :1].float(), weight[:, 1:].float()
+        ratio = torch.where(first > 0, later / first, 1.0)  # where all are zero, all are equal
+        bins = (ratio.sqrt().sqrt() * RATIO_BINS).long().clamp(0, RATIO_BINS - 1)
+        self.sums["ratio_counts"][layer] += bins.reshape(-1).bincount(minlength=RATIO_BINS).cpu()
+
+    def quantiles(self, tokens: int) -> RatioQuantiles:
+        """The quantiles of ``tokens`` tokens.
+
+        The ends are 0 and 1 whatever was seen: at quantile 0 nothing is skipped on any text, at 1
+        everything that does not tie with the first.
+        """
+        rows = tuple(self._layer_quantiles(counts) for counts in self.sums["ratio_counts"])
+        return RatioQuantiles(top_k=self.top_k, tokens=tokens, quantiles=rows)
+
+    @staticmethod
+    def _layer_quantiles(counts: Tensor) -> tuple[float, ...]:
+        reached = counts.cumsum(dim=0)
+        levels = torch.linspace(0, 1, RATIO_LEVELS, dtype=torch.float64)
+        if reached[-1] == 0:  # K = 1: there is nothing after the first expert
+            return tuple(levels.tolist())
+        wanted = levels[1:-1] * reached[-1]
+        bins = torch.searchsorted(reached, wanted)  # the bin in which each level is reached
+        inside = 1 - (reached[bins] - wanted) / counts[bins]
+        return (0.0, *((bins + inside) / RATIO_BINS).pow(4).tolist(), 1.0)
+
+
+def rescaled_change(outputs: Tensor, weight: Tensor) -> Tensor:
+    """Change of a layer's output by running the first k experts alone, rescaled, k = 1..K.
+
+    Args:
+        outputs: (T, K, D) unweighted outputs by rank.
+        weight: (T, K) float32 router weights by rank.
+
+    Returns:
+        (T, K, D) float32, each row minus the output of all K.
+    """
+    parts = (outputs.float() * weight[:, :, None]).cumsum(dim=1)
+    kept = weight.cumsum(dim=1)
+    scale = kept[:, -1:] / torch.where(kept == 0, 1.0, kept)
+    return parts * scale[:, :, None] - parts[:, -1:]
+
+
+class OutputChange(RunningSums):
+    """Root mean square, over tokens, of how much a layer's output changes with fewer experts.
+
+    It is the Frobenius norm that LExI (arXiv:2509.02753) takes, on calibration text instead of
+    random inputs, see `rescaled_change`.
+    """
+
+    def __init__(self, *, layers: int, top_k: int) -> None:
+        self.sums = {"output_change": torch.zeros((layers, top_k), dtype=torch.float64)}
+
+    def add(self, layer: int, outputs: Tensor, weight: Tensor) -> None:
+        """Add one layer of one forward: (T, K, D) outputs and (T, K) weights by rank."""
+        change = rescaled_change(outputs, weight.float()).double().square().sum(dim=2).sum(dim=0)
+        change[-1] = 0.0  # all K experts: no change, whatever the rounding
+        self.sums["output_change"][layer] += change.cpu()
+
+    def sensitivity(self, tokens: int) -> LayerSensitivity:
+        """The root mean squares over ``tokens``."""
+        rows = (self.sums["output_change"] / tokens).sqrt().tolist()
+        return LayerSensitivity(
+            measure="root mean square change of the layer's output",
+            loss=tuple(tuple(row) for row in rows),
+        )

@@ -65,7 +65,7 @@ def fit_compensation(
         print(f"loading model {model} ...", file=sys.stderr, flush=True)
     from var_moe.calibration.calibrate import DAMAGE_TOKENS, learn_compensation
     from var_moe.calibration.fit_compensation import FitSettings
-    from var_moe.calibration.fitted_files import FOLDER, save_compensation
+    from var_moe.calibration.fitted_files import FOLDER
     from var_moe.calibration.profile import RoutingProfile
     from var_moe.cli.progress import StageProgress
     from var_moe.models.loading import load_model
@@ -97,7 +97,7 @@ def fit_compensation(
             checkpoint=checkpoint,
             progress=None if quiet else progress,
         )
-    save_compensation(place, fitted.damage, head=fitted.head)
+    fitted.save(place)
     checkpoint.unlink(missing_ok=True)
     fit, held = fitted.head["fit"], fitted.head["fit"]["held_out_divergence_nats"]
     print(

@@ -143,12 +143,12 @@ class Subject:
         """Refuse a compensation that there can't be, before a profile is made for it."""
         from var_moe.calibration.fitted_files import FOLDER
         from var_moe.calibration.profile import check_compensation
-        from var_moe.calibration.residuals import may_tell_pairs
+        from var_moe.calibration.statistics import means_by_pair
         from var_moe.optimization.preparation import PROFILE_FOLDER
 
         own = self.output / PROFILE_FOLDER / FOLDER
         possible = list(known.compensations()) if known else ["none"]
-        if known is None and may_tell_pairs(top_k):
+        if known is None and means_by_pair(top_k):
             possible.append("means")
         if self.compensation is not None or (known is None and own.is_dir()):
             possible.append("learned")

@@ -44,13 +44,3 @@ def check_keys(kind: type[Any], values: Mapping[str, Any]) -> None:
     wrong = sorted(set(values) ^ {f.name for f in fields(kind)})
     if wrong:
         raise UsageError(f"{kind.__name__}: {wrong[0]!r} is missing or unknown")
-
-
-def same_tokens(what: str, tokens: Mapping[int, int], *, layers: int) -> int:
-    """The number of tokens that every layer has seen; UsageError where they differ or are 0."""
-    seen = {tokens.get(layer, 0) for layer in range(layers)}
-    if len(seen) != 1 or seen == {0}:
-        raise UsageError(
-            f"{what}: expected the same tokens in every layer from 0 on, got {dict(tokens)}"
-        )
-    return seen.pop()
