@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from var_moe.analysis.load import run_policy
+from var_moe.analysis.components import run_policy
 from var_moe.analysis.systems import adds_residual, objective_of
 from var_moe.calibration.profile import RoutingProfile
 from var_moe.config import VARConfig

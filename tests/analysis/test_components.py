@@ -7,13 +7,12 @@ import torch
 
 from var_moe.analysis.components import (
     COMPONENTS,
-    _where,
+    ComponentTimings,
     attention_modules,
     profile_components,
-    timed_backend,
+    run_policy,
 )
-from var_moe.analysis.spans import GPUProfiler
-from var_moe.execution.session import routed
+from var_moe.analysis.profiler import Span
 from var_moe.routing.fixed_k import FixedKPolicy
 from var_moe.routing.native import NativePolicy
 
@@ -67,20 +66,48 @@ def test_the_model_is_left_as_it_was(model, batches):
     assert hooks == []
 
 
-@pytest.mark.parametrize("backend", ["sorted", "grouped_mm", "eager"])
-def test_a_timed_backend_computes_the_same(model, batches, backend):
-    with torch.inference_mode(), routed(model, FixedKPolicy(1), backend=backend):
-        expected = model(batches[0]).logits
-    timed = timed_backend(backend, GPUProfiler("cpu"))
-    with torch.inference_mode(), routed(model, FixedKPolicy(1), backend=timed):
-        assert torch.equal(model(batches[0]).logits, expected)
+def span(name, start, end, inner=(), operators=()):
+    return Span(
+        name=name, ms=end - start, start=start, end=end, inner=list(inner), operators=operators
+    )
 
 
-def test_where_a_stretch_belongs():
-    assert _where("forward") == ("other", None)
-    assert _where("forward/policy") == ("policy", None)
-    assert _where("forward/combine@2/compaction/experts") == ("experts", 2)
-    assert _where("forward/head") == ("head", None)
+@pytest.mark.parametrize("wall", [True, False])
+def test_where_the_time_of_a_forward_belongs(wall):
+    """A forward of 100 ms: attention 20, and experts of which 5 are the policy's."""
+    experts = span(
+        "experts@3",
+        30,
+        90,
+        inner=[span("policy", 31, 36)],
+        operators=[
+            span("aten::sort", 37, 41),
+            span("aten::mm", 43, 60),
+            span("aten::silu", 60, 62),
+            span("aten::mm", 64, 80),
+            span("aten::sum", 81, 88),
+        ],
+    )
+    forward = span("forward", 0, 100, inner=[span("attention@3", 5, 25), experts])
+    found = ComponentTimings()
+    found.add(forward, is_routed=True, wall=wall)
+    parts = {name: values for name, (values,) in found.by_component.items()}
+    expected = {"attention": 20, "policy": 5, "other": 20}
+    # On CPU what lies between operators is time as well.
+    expected |= {"compaction": 7, "experts": 37} if wall else {"compaction": 4, "experts": 35}
+    expected["combine"] = 55 - expected["compaction"] - expected["experts"]
+    assert {name: ms for name, ms in parts.items() if ms} == expected
+    assert found.by_layer["experts"] == {3: [expected["experts"]]}
+    baseline = ComponentTimings()
+    baseline.add(forward, is_routed=False, wall=wall)
+    assert baseline.by_component["experts"] == [55]
+
+
+def test_pairs_are_counted_by_expert(model):
+    ids = [torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(1))]
+    ran = run_policy(model, ids, FixedKPolicy(1), backend="auto", layers=3, experts=8)
+    assert ran.report.executed_pairs == (32, 32, 32)
+    assert 1 <= ran.imbalance <= 8
 
 
 def test_attention_is_found_once_per_layer(model):

@@ -5,58 +5,49 @@ from __future__ import annotations
 import pytest
 import torch
 
-from var_moe.analysis.machine import Machine, measure_machine
-from var_moe.analysis.roofline import bound, roofline
-from var_moe.analysis.work import Shapes, forward_work, shapes_of
-
-SHAPES = Shapes(
-    total_parameters=1000,
-    dense=((10, 5), (20, 5)),
-    other_parameters=7,
-    embedding=100,
-    expert_elements=30,
-    expert_rows=16,
-    layers=2,
-    experts=4,
-    top_k=2,
-    attention_layers=2,
-    attention_width=6,
-    bytes_per_element=4,
+from var_moe.analysis.roofline import (
+    ForwardWork,
+    Machine,
+    active_parameters,
+    bound,
+    count_work,
+    measure_machine,
+    roofline_arm,
 )
+from var_moe.routing.fixed_k import FixedKPolicy
+
+HIDDEN, WIDE, VOCABULARY, LAYERS, EXPERTS = 64, 96, 300, 3, 8
+EXPERT = 3 * HIDDEN * WIDE
 
 
-def test_a_tiny_mixtral_by_hand(make_tiny_mixtral):
-    model = make_tiny_mixtral()
-    found = shapes_of(model, top_k=2)
-    hidden, wide, vocabulary = 64, 96, 300
-    expert = 3 * hidden * wide
-    attention = 2 * hidden * 64 + 2 * hidden * 32  # q and o; k and v with half the heads
-    router = 8 * hidden
-    assert found.expert_elements == expert
-    assert found.expert_rows == (hidden + 2 * wide) + (wide + hidden)
-    assert found.dense_elements == 3 * (attention + router) + vocabulary * hidden
-    assert found.embedding == vocabulary * hidden
-    assert found.other_parameters == 7 * hidden  # norms
-    assert found.attention_width == 64
-    assert (found.layers, found.experts, found.attention_layers) == (3, 8, 3)
-    assert found.total_parameters == sum(p.numel() for p in model.parameters())
-    # All experts are all parameters.
-    assert found.active_parameters(8) == found.total_parameters
-    assert found.active_parameters(1) == found.total_parameters - 3 * 7 * expert
+@pytest.fixture(scope="module")
+def model(make_tiny_mixtral):
+    return make_tiny_mixtral()
 
 
-def test_work_by_hand():
-    work = forward_work(SHAPES, batch_size=2, sequence=10, experts_per_token=1.5)
-    pairs = 2 * 20 * 1.5
+@pytest.mark.parametrize(("policy", "kept"), [(None, 2), (FixedKPolicy(1), 1)])
+def test_a_tiny_mixtral_by_hand(model, policy, kept):
+    batch, sequence = 2, 10
+    ids = torch.arange(batch * sequence).reshape(batch, sequence)
+    tokens = batch * sequence
+    work = count_work(model, ids, policy)
+    # q and o; k and v with half the heads; the router; the head.
+    dense = LAYERS * (2 * HIDDEN * 64 + 2 * HIDDEN * 32 + 8 * HIDDEN) + VOCABULARY * HIDDEN
     assert work.flops == {
-        "experts": 2 * pairs * 30,
-        "attention": 4 * 20 * 5 * 6 * 2,
-        "dense": 2 * 20 * 150,
+        "experts": 2 * LAYERS * tokens * kept * EXPERT,
+        "attention": 2 * 2 * LAYERS * batch * sequence**2 * 64,  # scores and sums
+        "dense": 2 * tokens * dense,
     }
-    run = 2 * 4 * (1 - 0.75**30)
-    elements = 150 + run * 30 + 20 * 40 + pairs * 16 + 4 * 20 * 6 * 2
-    assert work.bytes_moved == pytest.approx(4 * elements)
-    assert work.intensity == pytest.approx(work.total_flops / (4 * elements))
+    # At the least every matrix once, and of the experts one.
+    assert work.bytes_moved > 4 * (dense + LAYERS * EXPERT)
+    assert work.bytes_moved < 4 * (dense + LAYERS * EXPERTS * EXPERT) + 10**6
+    assert work.intensity == pytest.approx(work.total_flops / work.bytes_moved)
+
+
+def test_active_parameters_by_hand(model):
+    total = sum(p.numel() for p in model.parameters())
+    assert active_parameters(model, 8) == total
+    assert active_parameters(model, 1) == total - LAYERS * 7 * EXPERT
 
 
 @pytest.mark.parametrize(
@@ -67,22 +58,16 @@ def test_which_roof_holds(intensity, compute, memory, expected):
     assert bound(intensity, 4.0, of_compute=compute, of_memory=memory) == expected
 
 
-def test_achieved_figures_by_hand():
+def test_achieved_figures_by_hand(model):
     machine = Machine(flops_per_second=1e6, bytes_per_second=1e5)
-    found = roofline(
-        SHAPES,
-        machine,
-        batch_size=2,
-        sequence=10,
-        arms={"baseline": {"seconds": 0.5, "experts_per_token": 2.0, "peak_bytes": 123}},
-    )
-    flops = 2 * 80 * 30 + 4800 + 6000
-    row = found["baseline"]
-    assert row["achieved_flops_per_second"] == pytest.approx(flops / 0.5)
-    assert row["share_of_gemm"] == pytest.approx(flops / 0.5 / 1e6)
+    work = ForwardWork(flops={"experts": 3000, "attention": 400, "dense": 600}, bytes_moved=500)
+    row = roofline_arm(model, machine, work, seconds=0.5, experts_per_token=2.0, peak_bytes=123)
+    assert row["achieved_flops_per_second"] == 8000
+    assert row["share_of_gemm"] == pytest.approx(0.008)
+    assert row["share_of_copy"] == pytest.approx(0.01)
+    assert row["arithmetic_intensity_flops_per_byte"] == 8
     assert row["peak_memory_bytes"] == 123
-    assert found["machine"]["ridge_flops_per_byte"] == 10
-    assert found["active_parameters"] == 150 + 7 + 100 + 2 * 2 * 30
+    assert machine.ridge == 10
 
 
 def test_the_machine_reaches_something():

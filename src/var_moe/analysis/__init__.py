@@ -9,7 +9,7 @@ import importlib
 from typing import Any
 
 _PUBLIC = {
-    "GPUProfiler": "spans",
+    "GPUProfiler": "profiler",
     "PerformanceModel": "performance",
     "TierDistribution": "performance",
     "profile_full_pipeline": "pipeline",

@@ -1,46 +1,53 @@
 """Where the time of a forward goes: attention, router, policy, compaction, experts, head.
 
-The model's parts are timed by forward hooks; what happens inside our seam by a policy and a
-backend that wrap the ones in use. Nothing of it is there when nothing is being profiled.
+The model's parts are marked by forward hooks, our decisions by a policy that wraps the one in use.
+Within a routed experts module, the first and the last matrix product tell compaction, experts and
+combination apart, whatever backend runs them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from var_moe.analysis.spans import SEPARATOR, GPUProfiler, summary
+from var_moe.analysis.profiler import PeakMemory, Span, mark, recorded, summary
 from var_moe.errors import UsageError
 from var_moe.evaluation.throughput import backend_arm
-from var_moe.execution.backends.sorted import SortedExperts
-from var_moe.execution.dispatch import PairBackend, experts_modules, pair_backend
-from var_moe.execution.session import automatic, routed
+from var_moe.execution.dispatch import experts_modules
+from var_moe.execution.session import routed
 from var_moe.models.router_hooks import router_modules
 from var_moe.routing.base import RoutingPolicy
+from var_moe.routing.counts import RoutingReport
 from var_moe.routing.decision import ForwardContext, Routing
 
 COMPONENTS = (
     *("attention", "router", "policy", "compaction", "experts", "combine", "head", "other"),
 )
 """``policy``: our decision, cache included; ``compaction``: gathering and sorting pairs;
-``experts``: their matrix products (in the unmodified model, the whole experts module);
-``combine``: the weighted sum, what stands in for dropped experts, and counting; ``other``: norms,
-embedding, residual adds, dense layers."""
+``experts``: from the first of their matrix products to the last (in the unmodified model, the
+whole experts module); ``combine``: the weighted sum, what stands in for dropped experts, and
+counting; ``other``: norms, embedding, residual adds, dense layers."""
 
-_FORWARD, _SEAM = "forward", "combine"
 _LAYER = "@"
+_PRODUCT = re.compile("mm|linear|matmul|einsum")
 
 
-class TimedPolicy(RoutingPolicy):
-    """Another policy, timed. ``profiler`` gets its time as ``policy``."""
+class WatchedPolicy(RoutingPolicy):
+    """Another policy, whose decisions are marked for a profiler.
 
-    def __init__(self, inner: RoutingPolicy, profiler: GPUProfiler) -> None:
-        self._inner, self._profiler = inner, profiler
+    Args:
+        inner: the other.
+        pairs: (L, E) zeros, where the executed pairs are to be counted by expert.
+    """
+
+    def __init__(self, inner: RoutingPolicy, pairs: Tensor | None = None) -> None:
+        self._inner, self._pairs = inner, pairs
         self.context_window, self.compensation = inner.context_window, inner.compensation
 
     @property
@@ -48,45 +55,69 @@ class TimedPolicy(RoutingPolicy):
         return self._inner.drops_only
 
     def begin(self, context: ForwardContext) -> None:
-        self._profiler.enter("policy")
-        self._inner.begin(context)
-        self._profiler.leave()
+        with mark("policy"):
+            self._inner.begin(context)
 
     def see(self, layer: int, hidden: Tensor) -> None:
-        self._profiler.enter(f"policy{_LAYER}{layer}")
-        self._inner.see(layer, hidden)
-        self._profiler.leave()
+        with mark("policy"):
+            self._inner.see(layer, hidden)
 
     def route(self, context: ForwardContext, layer: int, index: Tensor, weight: Tensor) -> Routing:
-        self._profiler.enter(f"policy{_LAYER}{layer}")
-        routing = self._inner.route(context, layer, index, weight)
-        self._profiler.leave()
+        with mark("policy"):
+            routing = self._inner.route(context, layer, index, weight)
+        if self._pairs is not None:
+            experts = self._pairs.shape[1]
+            counts = torch.bincount(routing.index.reshape(-1) + 1, minlength=experts + 1)
+            self._pairs[layer] += counts[1 : experts + 1].cpu()
         return routing
 
     def reset(self) -> None:
         self._inner.reset()
 
 
-def timed_backend(name: str, profiler: GPUProfiler) -> PairBackend:
-    """The backend of that name; its products are ``experts``, the rest of it ``compaction``."""
-    backend: Any = pair_backend(name)
-    own = isinstance(backend, SortedExperts)
-    backend.products = _timed(backend.products, "experts", profiler)
-    if not own:
-        return _timed(backend, "compaction", profiler)
-    backend.gathered = _timed(backend.gathered, "compaction", profiler)
-    found: PairBackend = backend
-    return found
+@dataclass(frozen=True, kw_only=True)
+class Ran:
+    """What a policy decided and ran.
+
+    ``imbalance`` is the busiest expert's pairs over the mean of its layer, in the worst layer.
+    """
+
+    report: RoutingReport
+    imbalance: float
+    memory: dict[str, Any]
 
 
-def _timed(call: Callable[..., Any], name: str, profiler: GPUProfiler) -> Callable[..., Any]:
-    def timed(*args: Any) -> Any:
-        profiler.enter(name)
-        out = call(*args)
-        profiler.leave()
-        return out
+def run_policy(
+    model: Any,
+    batches: Sequence[Tensor],
+    policy: RoutingPolicy,
+    *,
+    backend: str,
+    layers: int,
+    experts: int,
+) -> Ran:
+    """One pass over the batches, from empty caches."""
+    device = next(model.parameters()).device
+    pairs = torch.zeros((layers, experts), dtype=torch.float64)
+    watched = WatchedPolicy(policy, pairs)
+    memory = PeakMemory(device)
+    with torch.inference_mode(), routed(model, watched, backend=backend) as session:
+        session.reset()
+        for ids in batches:
+            model(input_ids=ids.to(device), use_cache=False)
+        report = session.report()
+    busiest = pairs.amax(dim=1) / pairs.mean(dim=1).clamp(min=1)
+    return Ran(report=report, imbalance=float(busiest.max()), memory=memory.to_dict())
 
-    return timed
+
+def run_baseline(model: Any, batches: Sequence[Tensor], *, backend: str) -> dict[str, Any]:
+    """Peak memory of the unmodified model on the batches."""
+    device = next(model.parameters()).device
+    memory = PeakMemory(device)
+    with torch.inference_mode(), backend_arm(model, backend)():
+        for ids in batches:
+            model(input_ids=ids.to(device), use_cache=False)
+    return memory.to_dict()
 
 
 def attention_modules(model: Any) -> list[tuple[int, str, nn.Module]]:
@@ -105,51 +136,38 @@ def attention_modules(model: Any) -> list[tuple[int, str, nn.Module]]:
     return found
 
 
-def _parts(model: Any, *, seam: bool) -> list[tuple[str, nn.Module]]:
-    """(stretch, module) of everything that a hook times."""
-    layers = {name: layer for layer, name, _ in attention_modules(model)}
-    parts = [(f"attention{_LAYER}{layers[name]}", m) for _, name, m in attention_modules(model)]
-    blocks = [(_layer_number(name, at), m) for at, (name, m) in enumerate(experts_modules(model))]
-    # Inside the seam, what its own marks do not cover is the sum over the pairs.
-    parts += [(f"{_SEAM if seam else 'experts'}{_LAYER}{layer}", m) for layer, m in blocks]
+@contextmanager
+def marked(model: Any) -> Iterator[None]:
+    """Mark the model's parts in every forward until the block ends."""
+    parts = [(f"attention{_LAYER}{at}", module) for at, _, module in attention_modules(model)]
+    experts = experts_modules(model)
+    layers = [_layer_number(name, at) for at, (name, _) in enumerate(experts)]
+    parts += [(f"experts{_LAYER}{at}", m) for at, (_, m) in zip(layers, experts, strict=True)]
     try:
         routers = router_modules(model)
     except UsageError:
         routers = []  # then their time is part of ``other``
-    parts += [
-        (f"router{_LAYER}{layer}", m) for (layer, _), (_, m) in zip(blocks, routers, strict=False)
-    ]
+    parts += [(f"router{_LAYER}{at}", m) for at, (_, m) in zip(layers, routers, strict=False)]
     head = model.get_output_embeddings()
-    return parts if head is None else [*parts, ("head", head)]
+    parts += [] if head is None else [("head", head)]
+    open_marks: list[Any] = []
 
+    def before(name: str) -> Any:
+        def enter(*_: Any) -> None:
+            open_marks.append(mark(name))
+            open_marks[-1].__enter__()
 
-def _layer_number(name: str, fallback: int) -> int:
-    """The decoder layer that a module's name stands for."""
-    return next((int(word) for word in name.split(".") if word.isdigit()), fallback)
+        return enter
 
+    def after(*_: Any) -> None:
+        open_marks.pop().__exit__(None, None, None)
 
-@contextmanager
-def watched(model: Any, profiler: GPUProfiler, *, seam: bool) -> Iterator[None]:
-    """Time the model's forwards and their parts until the block ends.
-
-    Args:
-        model: the model.
-        profiler: gets the stretches.
-        seam: whether the experts go through our seam, with a `timed_backend`.
-    """
     handles = []
-    for stretch, module in [(_FORWARD, model), *_parts(model, seam=seam)]:
-
-        def before(*_: Any, stretch: str = stretch) -> None:
-            profiler.enter(stretch)
-
-        def after(*_: Any) -> None:
-            profiler.leave()
-
-        # The forward's own hooks stand outside those of a routed model.
-        first = module is model
-        handles.append(module.register_forward_pre_hook(before, prepend=first))
-        handles.append(module.register_forward_hook(after))
+    for name, module in parts:
+        handles += [
+            module.register_forward_pre_hook(before(name)),
+            module.register_forward_hook(after),
+        ]
     try:
         yield
     finally:
@@ -157,13 +175,51 @@ def watched(model: Any, profiler: GPUProfiler, *, seam: bool) -> Iterator[None]:
             handle.remove()
 
 
-@dataclass(frozen=True, kw_only=True)
+def _layer_number(name: str, fallback: int) -> int:
+    """The decoder layer that a module's name stands for."""
+    return next((int(word) for word in name.split(".") if word.isdigit()), fallback)
+
+
 class ComponentTimings:
     """Milliseconds of each forward, as a whole and by component and layer."""
 
-    forwards: tuple[float, ...]
-    by_component: dict[str, tuple[float, ...]]  # one figure per forward
-    by_layer: dict[str, dict[int, tuple[float, ...]]]
+    def __init__(self) -> None:
+        self.forwards: list[float] = []
+        self.by_component: dict[str, list[float]] = {name: [] for name in COMPONENTS}
+        self.by_layer: dict[str, dict[int, list[float]]] = {}
+
+    def add(self, forward: Span, *, is_routed: bool, wall: bool) -> None:
+        """Add one forward; the parts sum to it.
+
+        Args:
+            forward: its span.
+            is_routed: whether the experts ran by one of our backends.
+            wall: whether times are wall time, as on CPU.
+        """
+        for values in self.by_component.values():
+            values.append(0.0)
+        self.forwards.append(forward.ms)
+
+        def put(name: str, layer: str, ms: float) -> None:
+            self.by_component[name][-1] += ms
+            if layer:
+                row = self.by_layer.setdefault(name, {}).setdefault(int(layer), [])
+                row += [0.0] * (len(self.forwards) - len(row))
+                row[-1] += ms
+
+        def walk(span: Span) -> None:
+            name, _, layer = span.name.partition(_LAYER)
+            left = span.own_ms
+            if is_routed and name == "experts":
+                for part, ms in _experts_parts(span, wall=wall).items():
+                    put(part, layer, ms)
+                    left -= ms
+                name = "combine"
+            put(name if name in COMPONENTS else "other", layer, left)
+            for inner in span.inner:
+                walk(inner)
+
+        walk(forward)
 
     def share(self, name: str) -> float:
         """A component's share of all the time."""
@@ -184,6 +240,25 @@ class ComponentTimings:
         }
 
 
+def _experts_parts(span: Span, *, wall: bool) -> dict[str, float]:
+    """Milliseconds of compaction and of the experts in a routed experts module, by its products.
+
+    The policy's are not among them: it has spans of its own, and runs first.
+    """
+    at = [number for number, one in enumerate(span.operators) if _PRODUCT.search(one.name)]
+    if not at:
+        return {}
+    before, products = span.operators[: at[0]], span.operators[at[0] : at[-1] + 1]
+    if not wall:
+        sums = [sum(one.ms for one in some) for some in (before, products)]
+        return {"compaction": sums[0], "experts": sums[1]}
+    decided = max([span.start, *(one.end for one in span.inner)])
+    return {
+        "compaction": max(products[0].start - decided, 0.0),
+        "experts": products[-1].end - products[0].start,
+    }
+
+
 def profile_components(
     model: Any,
     batches: Sequence[Tensor],
@@ -202,55 +277,19 @@ def profile_components(
         rounds: passes over the batches that are timed, after a warm-up.
     """
     device = next(model.parameters()).device
-    profiler = GPUProfiler(device)
-    with ExitStack() as stack:
-        session: Any = None
-        if policy is None:
-            stack.enter_context(backend_arm(model, backend)())
-        else:
-            timed = timed_backend(automatic(model, backend), profiler)
-            arm = routed(model, TimedPolicy(policy, profiler), backend=timed)
-            session = stack.enter_context(arm)
-        stack.enter_context(watched(model, profiler, seam=policy is not None))
-        stack.enter_context(torch.inference_mode())
+    found = ComponentTimings()
+    if policy is None:
+        arm: Any = backend_arm(model, backend)()
+    else:
+        arm = routed(model, WatchedPolicy(policy), backend=backend)
+    with arm as session, marked(model), torch.inference_mode():
         for number in range(-1, rounds):
             if session is not None:
                 session.reset()
             for ids in batches[:1] if number < 0 else batches:
-                model(input_ids=ids.to(device), use_cache=False)
-            if number < 0:
-                profiler.reset()
-        return _by_component(profiler)
-
-
-def _by_component(profiler: GPUProfiler) -> ComponentTimings:
-    """Own times, summed over what each forward ran of a component."""
-    forwards = profiler.runs()[_FORWARD]
-    by_component: dict[str, list[float]] = {name: [0.0] * len(forwards) for name in COMPONENTS}
-    by_layer: dict[str, dict[int, list[float]]] = {}
-    for path, values in profiler.runs(own=True).items():
-        component, layer = _where(path)
-        # Each forward runs a stretch equally often, in order.
-        often = max(len(values) // len(forwards), 1)
-        for at, value in enumerate(values):
-            forward = min(at // often, len(forwards) - 1)
-            by_component[component][forward] += value
-            if layer is not None:
-                row = by_layer.setdefault(component, {}).setdefault(layer, [0.0] * len(forwards))
-                row[forward] += value
-    return ComponentTimings(
-        forwards=tuple(forwards),
-        by_component={name: tuple(values) for name, values in by_component.items()},
-        by_layer={
-            name: {layer: tuple(row) for layer, row in rows.items()}
-            for name, rows in by_layer.items()
-        },
-    )
-
-
-def _where(path: str) -> tuple[str, int | None]:
-    """Component and layer of a stretch; the layer is that of the innermost part that names one."""
-    words = [word.partition(_LAYER) for word in path.split(SEPARATOR)]
-    layer = next((int(number) for _, at, number in reversed(words) if at), None)
-    name = words[-1][0]
-    return ("other", None) if name == _FORWARD else (name, layer)
+                with recorded(device) as spans, mark("forward"):
+                    model(input_ids=ids.to(device), use_cache=False)
+                if number >= 0:
+                    wall = device.type == "cpu"
+                    found.add(spans[0], is_routed=policy is not None, wall=wall)
+    return found

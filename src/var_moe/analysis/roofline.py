@@ -1,70 +1,185 @@
-"""The roofline: what a forward reaches of what the machine can, and which bound holds.
+"""The roofline: what a forward reaches of what this machine can, and which bound holds.
 
 Williams, Waterman and Patterson, "Roofline: an insightful visual performance model" (2009). The
-peaks are measured here (`analysis.machine`), the work is counted from shapes (`analysis.work`).
+machine's peaks are measured here: a matrix product and a copy. A forward's work is that of its
+matrix products and attention, counted by torch while it runs: two FLOPs for each multiply-add, and
+the bytes that these operators read and write. Norms, activations, softmax and gathering are not
+counted: they are a few percent of the FLOPs.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from var_moe.analysis.machine import Machine
-from var_moe.analysis.work import Shapes, forward_work
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
+from var_moe.evaluation.throughput import policy_arm
+from var_moe.execution.dispatch import experts_modules
+from var_moe.routing.base import RoutingPolicy
+
+GEMM_SIZE = 1024
+COPY_BYTES = 2**27  # beyond the last cache of ordinary processors
+ROUNDS = 7
 REACHED = 0.5
 """Share of its bound below which neither computing nor memory is what holds a forward up."""
 
 
-def roofline(
-    shapes: Shapes,
-    machine: Machine,
-    *,
-    batch_size: int,
-    sequence: int,
-    arms: dict[str, dict[str, float]],
-) -> dict[str, Any]:
-    """Figures of each arm against the machine's peaks.
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Peaks that were measured here, in the model's dtype; not those of a data sheet."""
 
-    Args:
-        shapes: the model's sizes.
-        machine: measured peaks.
-        batch_size, sequence: of the timed forward.
-        arms: name -> ``seconds`` of a forward, ``experts_per_token`` that it ran, and
-            ``peak_bytes`` of memory.
+    flops_per_second: float
+    bytes_per_second: float
+
+    @property
+    def ridge(self) -> float:
+        """FLOPs per byte from which computing, and not memory, is what bounds."""
+        return self.flops_per_second / self.bytes_per_second
+
+    def to_dict(self) -> dict[str, Any]:
+        """For result files."""
+        return {
+            "gemm_flops_per_second": self.flops_per_second,
+            "copy_bytes_per_second": self.bytes_per_second,
+            "ridge_flops_per_byte": self.ridge,
+            "gemm_size": GEMM_SIZE,
+            "copy_bytes": COPY_BYTES,
+        }
+
+
+def measure_machine(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    gemm_size: int = GEMM_SIZE,
+    copy_bytes: int = COPY_BYTES,
+    rounds: int = ROUNDS,
+) -> Machine:
+    """The best of some rounds of each; a copy reads and writes, which counts as both."""
+    left = torch.ones((gemm_size, gemm_size), device=device, dtype=dtype)
+    right, product = left.clone(), torch.empty_like(left)
+    source = torch.ones(copy_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    gemm = _best(lambda: torch.mm(left, right, out=product), device, rounds)
+    copy = _best(lambda: target.copy_(source), device, rounds)
+    return Machine(flops_per_second=2 * gemm_size**3 / gemm, bytes_per_second=2 * copy_bytes / copy)
+
+
+def _best(action: Callable[[], Any], device: torch.device, rounds: int) -> float:
+    """Seconds of the fastest run, the first left out."""
+    taken = []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - start)
+    return min(taken[1:])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardWork:
+    """FLOPs by part (experts, attention, dense) and bytes of one forward's products."""
+
+    flops: dict[str, int]
+    bytes_moved: int
+
+    @property
+    def total_flops(self) -> int:
+        return sum(self.flops.values())
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs per byte."""
+        return self.total_flops / self.bytes_moved
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))  # of shapes
+
+
+_FURTHER = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+"""Operators that torch's counter does not know."""
+_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm)
+"""Operators of dense layers and experts; the others that are counted are attention's."""
+
+
+class _Bytes(TorchDispatchMode):
+    """Sums what the counted operators read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (*flop_registry, *_FURTHER):
+            first = out[0] if isinstance(out, tuple) else out  # of attention, without its log sum
+            tensors = [one for one in (*args, first) if isinstance(one, Tensor)]
+            self.total += sum(one.numel() * one.element_size() for one in tensors)
+        return out
+
+
+def count_work(model: Any, ids: Tensor, policy: RoutingPolicy | None) -> ForwardWork:
+    """Count a forward of (B, S) ids; without a policy, one that keeps all pairs.
+
+    The experts run by the backend ``sorted``, whose operators torch's counter knows.
     """
-    return {
-        "counted": "multiply-adds of experts (executed pairs), attention (causal half), head and "
-        "all other matrices; not norms, activations, softmax",
-        "total_parameters": shapes.total_parameters,
-        "active_parameters": round(shapes.active_parameters(shapes.top_k)),
-        "machine": machine.to_dict(),
-        "setting": {"batch_size": batch_size, "sequence": sequence},
-        **{
-            name: _arm(shapes, machine, batch_size=batch_size, sequence=sequence, **figures)
-            for name, figures in arms.items()
+    counter, moved = FlopCounterMode(display=False, custom_mapping=_FURTHER), _Bytes()
+    device = next(model.parameters()).device
+    with policy_arm(model, policy, backend="sorted")(), torch.no_grad(), counter, moved:
+        model(input_ids=ids.to(device), use_cache=False)
+    counts = counter.get_flop_counts()
+    whole = counts["Global"]
+    root = type(model).__name__
+    experts = sum(sum(counts[f"{root}.{name}"].values()) for name, _ in experts_modules(model))
+    products = sum(whole.get(operator, 0) for operator in _PRODUCTS)
+    return ForwardWork(
+        flops={
+            "experts": experts,
+            "attention": sum(whole.values()) - products,
+            "dense": products - experts,
         },
-    }
+        bytes_moved=moved.total,
+    )
 
 
-def _arm(
-    shapes: Shapes,
+def active_parameters(model: Any, experts_per_token: float) -> int:
+    """Weights that one token uses: all that is no expert, and so many experts in each layer.
+
+    The embedding counts as a whole, as is usual.
+    """
+    total = float(sum(p.numel() for p in model.parameters()))
+    for _, module in experts_modules(model):
+        idle = 1 - experts_per_token / int(getattr(module, "num_experts", 1))
+        total -= idle * sum(p.numel() for p in module.parameters())
+    return round(total)
+
+
+def roofline_arm(
+    model: Any,
     machine: Machine,
+    work: ForwardWork,
     *,
-    batch_size: int,
-    sequence: int,
     seconds: float,
     experts_per_token: float,
-    peak_bytes: float,
+    peak_bytes: int,
 ) -> dict[str, Any]:
-    work = forward_work(
-        shapes, batch_size=batch_size, sequence=sequence, experts_per_token=experts_per_token
-    )
+    """Figures of a forward that took so many seconds, against the machine's peaks."""
     flops, moved = work.total_flops / seconds, work.bytes_moved / seconds
     of_compute, of_memory = flops / machine.flops_per_second, moved / machine.bytes_per_second
     return {
-        "active_parameters": round(shapes.active_parameters(experts_per_token)),
+        "active_parameters": active_parameters(model, experts_per_token),
         "experts_per_token": experts_per_token,
-        "peak_memory_bytes": int(peak_bytes),
+        "peak_memory_bytes": peak_bytes,
         "flops": work.flops,
         "bytes": work.bytes_moved,
         "achieved_flops_per_second": flops,

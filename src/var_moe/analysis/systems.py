@@ -10,13 +10,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from var_moe.analysis.bottlenecks import Bottleneck, Facts, find_bottlenecks
-from var_moe.analysis.components import ComponentTimings, profile_components
-from var_moe.analysis.load import Ran, run_baseline, run_policy
-from var_moe.analysis.machine import measure_machine
+from var_moe.analysis.components import (
+    ComponentTimings,
+    Ran,
+    profile_components,
+    run_baseline,
+    run_policy,
+)
 from var_moe.analysis.performance import PerformanceModel
-from var_moe.analysis.roofline import roofline
+from var_moe.analysis.roofline import (
+    active_parameters,
+    count_work,
+    measure_machine,
+    roofline_arm,
+)
 from var_moe.analysis.scaling import BATCH_SIZES, SEQUENCES, measure_scaling
-from var_moe.analysis.work import shapes_of
 from var_moe.config import VARConfig, check_number
 from var_moe.evaluation.cost import CostModel, fit_cost_model
 from var_moe.evaluation.evaluator import Evaluator, Progress, Speed
@@ -200,7 +208,7 @@ def analyse(
     known("roofline")
     facts = _facts(evaluator, candidate, speed, ran, parts, scaling, model)
     systems |= {
-        "roofline": _roofline(evaluator, arms, ran),
+        "roofline": _roofline(evaluator, policy, arms),
         "bottlenecks": [one.to_dict() for one in find_bottlenecks(facts)],
     }
     return SystemsAnalysis(systems=jsonable(systems), components=components)
@@ -252,28 +260,31 @@ def _measured(evaluator: Evaluator, tps: float, memory: dict[str, Any]) -> dict[
     return {"avg_time_ms": 1000 * tokens / tps, "throughput_tps": tps, "memory": memory}
 
 
-def _roofline(evaluator: Evaluator, arms: dict[str, Any], ran: Ran) -> dict[str, Any]:
-    model = evaluator.model
+def _roofline(evaluator: Evaluator, policy: RoutingPolicy, arms: dict[str, Any]) -> dict[str, Any]:
+    model, ids = evaluator.model, evaluator.timing_batches[0]
     weight = next(model.parameters())
-    batch_size, sequence = evaluator.timing_batches[0].shape
-    kept = {
-        "baseline": float(evaluator.top_k),
-        "var": ran.report.experts_per_token,
-    }
-    return roofline(
-        shapes_of(model, top_k=evaluator.top_k),
-        measure_machine(torch.device(weight.device), weight.dtype),
-        batch_size=batch_size,
-        sequence=sequence,
-        arms={
-            name: {
-                "seconds": arms[name]["avg_time_ms"] / 1000,
-                "experts_per_token": kept[name],
-                "peak_bytes": arms[name]["memory"]["peak_bytes"],
-            }
-            for name in kept
+    machine = measure_machine(torch.device(weight.device), weight.dtype)
+    kept = {"baseline": float(evaluator.top_k)}
+    kept["var"] = arms["var"]["var_stats"]["experts_per_token"]
+    return {
+        "counted": "multiply-adds and bytes of matrix products and attention, as torch counts them "
+        "(no causal mask); not norms, activations, softmax",
+        "total_parameters": sum(p.numel() for p in model.parameters()),
+        "active_parameters": active_parameters(model, kept["baseline"]),
+        "machine": machine.to_dict(),
+        "setting": {"batch_size": ids.shape[0], "sequence": ids.shape[1]},
+        **{
+            name: roofline_arm(
+                model,
+                machine,
+                count_work(model, ids, chosen),
+                seconds=arms[name]["avg_time_ms"] / 1000,
+                experts_per_token=kept[name],
+                peak_bytes=arms[name]["memory"]["peak_bytes"],
+            )
+            for name, chosen in (("baseline", None), ("var", policy))
         },
-    )
+    }
 
 
 def _facts(
