@@ -113,9 +113,7 @@ _PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm)
 class _Bytes(TorchDispatchMode):
     """Sums what the counted operators read and write."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
+    total = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
