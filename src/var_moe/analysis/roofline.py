@@ -131,7 +131,7 @@ def count_work(model: Any, ids: Tensor, policy: RoutingPolicy | None) -> Forward
 
     The experts run by the backend ``sorted``, whose operators torch's counter knows.
     """
-    counter, moved = FlopCounterMode(display=False, custom_mapping=_FURTHER), _Bytes()
+    counter, moved = FlopCounterMode(display=False, custom_mapping=_FURTHER), _Bytes()  # type: ignore[no-untyped-call]
     device = next(model.parameters()).device
     with policy_arm(model, policy, backend="sorted")(), torch.no_grad(), counter, moved:
         model(input_ids=ids.to(device), use_cache=False)
