@@ -14,7 +14,6 @@ from var_moe.evaluation.cost import CostModel
 from var_moe.evaluation.evaluator import Evaluator, Quality, Speed
 from var_moe.evaluation.perplexity import Degradation
 from var_moe.evaluation.throughput import Ratio
-from var_moe.optimization.journal import open_log, read_lines
 from var_moe.optimization.objective import VARObjective
 from var_moe.optimization.objective_protocol import documented_score
 from var_moe.optimization.results import Evaluation
@@ -35,7 +34,7 @@ class Known:
 
 
 class Memo:
-    """One JSON line per text and configuration; the file is locked until `close`.
+    """One JSON line per text and configuration.
 
     A kill loses the running evaluation alone: a torn last line is cut off when it is opened.
 
@@ -44,8 +43,13 @@ class Memo:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = open_log(path, resume=True)
-        self._known = {line["key"]: _read(line) for line in read_lines(path)}
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        if lines and not lines[-1].endswith(b"\n"):
+            path.write_bytes(b"".join(lines[:-1]))
+        whole = [json.loads(line) for line in lines if line.endswith(b"\n")]
+        self._known = {line["key"]: _read(line) for line in whole}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("ab", buffering=0)
 
     def __len__(self) -> int:
         return len(self._known)

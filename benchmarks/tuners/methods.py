@@ -1,24 +1,26 @@
-"""The methods compared, each as it is used: a search of so many evaluations with a journal."""
+"""The methods compared, each as it is used: a search of so many evaluations with a trial log."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import optuna
 from benchmarks.tuners.bench import Bench
 
-from var_moe.optimization.bayesian import bayesian_optimization
-from var_moe.optimization.guided import GuidedPlan, is_repeat
-from var_moe.optimization.journal import JOURNAL_NAME, SearchHeader, TrialJournal
-from var_moe.optimization.optuna_engine import CONSTRAINT, UPPER_CONSTRAINT, told_value
-from var_moe.optimization.random_points import random_search
+from var_moe.optimization.methods import (
+    bayesian_optimization,
+    random_search,
+    replay_search,
+)
 from var_moe.optimization.remeasure import Closer
-from var_moe.optimization.replay_search import Forecasts, ReplayPlan, replay_search
-from var_moe.optimization.results import Evaluation, OptimizationResult
-from var_moe.optimization.search import SearchOptions, Suggest, run_search
-from var_moe.optimization.search_space import SEARCH_SPACE, Params, dimensions
-from var_moe.optimization.selection import Z_95
+from var_moe.optimization.replay_sampler import Forecasts, ReplaySampler
+from var_moe.optimization.results import OptimizationResult
+from var_moe.optimization.samplers import GuidedSampler, Request
+from var_moe.optimization.search_space import SEARCH_SPACE, Params
+from var_moe.optimization.study import SearchOptions, run_search
+from var_moe.optimization.trial_log import LOG_NAME
 
 Method = Callable[[Bench, int, Path], OptimizationResult]
 
@@ -39,7 +41,7 @@ def random(bench: Bench, seed: int, folder: Path) -> OptimizationResult:
     return random_search(
         bench.objective,
         n_calls=bench.setting.evaluations,
-        journal=folder / JOURNAL_NAME,
+        storage=folder / LOG_NAME,
         **_common(bench, seed),
     )
 
@@ -50,7 +52,7 @@ def gp(bench: Bench, seed: int, folder: Path) -> OptimizationResult:
         bench.objective,
         n_calls=bench.setting.evaluations,
         engine="optuna",
-        storage_path=folder,
+        storage=folder / LOG_NAME,
         **_common(bench, seed),
     )
 
@@ -61,7 +63,7 @@ def skopt(bench: Bench, seed: int, folder: Path) -> OptimizationResult:
         bench.objective,
         n_calls=bench.setting.evaluations,
         engine="skopt",
-        storage_path=folder,
+        storage=folder / LOG_NAME,
         **_common(bench, seed),
     )
 
@@ -72,80 +74,51 @@ def replay(bench: Bench, seed: int, folder: Path) -> OptimizationResult:
         bench.objective,
         bench.forecaster,
         n_calls=bench.setting.replay_evaluations,
-        journal=folder / JOURNAL_NAME,
+        storage=folder / LOG_NAME,
         **_common(bench, seed),
     )
 
 
 def closer(bench: Bench, seed: int) -> Closer:
     """What replay does with measurements of the ordering text that are left, as `tune` has it."""
-    plan = ReplayPlan(
+    sampler = ReplaySampler(
         SEARCH_SPACE,
         Forecasts(bench.forecaster),
         bound=bench.objective.max_degradation,
         seed=seed,
     )
-    return plan.closer
+    return sampler.closer
+
+
+class TPEPointSampler(GuidedSampler):
+    """Optuna's TPESampler, with what the GP gets: the same first points, values, constraints."""
+
+    def by_model(self, request: Request) -> Params:
+        """Each setting by itself, as TPE proposes them."""
+        model = optuna.samplers.TPESampler(seed=self.seed_for(request.number), n_startup_trials=1)
+        study, trial = request.study, request.trial
+        ranges = self.infer_relative_search_space(study, trial)
+        values = {
+            name: model.sample_independent(study, trial, name, one) for name, one in ranges.items()
+        }
+        return {d.name: d.clip(values[d.name]) for d in self.dims}
 
 
 def tpe(bench: Bench, seed: int, folder: Path) -> OptimizationResult:
-    """Optuna's TPESampler, with what the GP gets: the same first points, values, constraints."""
+    """Tree-structured Parzen estimators."""
     common = _common(bench, seed)
     common.pop("seed")
-    bound = bench.objective.max_degradation
-
-    def make_suggest(header: SearchHeader) -> Suggest:
-        plan = GuidedPlan(SEARCH_SPACE, seed=header.known_seed, total=header.total)
-
-        def suggest(number: int, evaluations: Sequence[Evaluation]) -> Params:
-            point = plan.without_model(number, evaluations)
-            if point is not None:
-                return point
-            point = _ask_tpe(evaluations, bound, plan.seed_for(number))
-            return plan.instead(number, evaluations) if is_repeat(point, evaluations) else point
-
-        return suggest
-
     return run_search(
         bench.objective,
         SEARCH_SPACE,
-        store=TrialJournal(folder / JOURNAL_NAME),
-        make_suggest=make_suggest,
+        storage=folder / LOG_NAME,
+        sampler_of=lambda header: TPEPointSampler(
+            SEARCH_SPACE, seed=header.known_seed, total=header.total
+        ),
         total=bench.setting.evaluations,
         seed=seed,
         options=SearchOptions(method="tpe", **common),
     )
-
-
-def _ask_tpe(evaluations: Sequence[Evaluation], bound: float, seed: int) -> Params:
-    """The next point from a new study that is told everything: a resumed search goes on alike."""
-    import optuna
-    from optuna.distributions import FloatDistribution, IntDistribution
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    ranges = {
-        d.name: IntDistribution(int(d.low), int(d.high))
-        if d.integer
-        else FloatDistribution(d.low, d.high)
-        for d in dimensions(SEARCH_SPACE)
-    }
-    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=1)
-    study = optuna.create_study(direction="maximize", sampler=sampler)
-    for one in evaluations:
-        if one.failed or one.degradation is None:
-            continue
-        margin = Z_95 * 2**0.5 * (one.degradation_se or 0.0)
-        distance = one.degradation - bound
-        study.add_trial(
-            optuna.trial.create_trial(
-                value=told_value(one),
-                params=one.params,
-                distributions=ranges,
-                constraints={CONSTRAINT: distance, UPPER_CONSTRAINT: distance + margin},
-            )
-        )
-    trial = study.ask(ranges)
-    return {d.name: d.clip(trial.params[d.name]) for d in dimensions(SEARCH_SPACE)}
 
 
 METHODS: dict[str, Method] = {

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from var_moe.optimization.bayesian import bayesian_optimization
-from var_moe.optimization.grid import grid_search
-from var_moe.optimization.random_points import random_search
+from var_moe.optimization.methods import bayesian_optimization, grid_search, random_search
 from var_moe.optimization.results import Evaluation, OptimizationResult
 from var_moe.optimization.saving import save_optimization_results
 from var_moe.optimization.search_space import SEARCH_SPACE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import time
@@ -99,21 +100,26 @@ def rich_evaluation(params, *, degradation, speedup, bound, learned_pct=80.0, **
     )
 
 
-def search_until_killed(folder, calls):
-    """For a subprocess: a search whose fourth evaluation never ends."""
-    from var_moe.optimization.bayesian import bayesian_optimization
+def search_in_a_process(storage, calls, pause, hang_at, method="bayesian"):
+    """For a subprocess: a search, or its share of one, that prints the points it evaluated.
 
-    class Hanging(SmallObjective):
+    Evaluations take `pause` seconds; number `hang_at` (from 1) never ends, and makes a file.
+    """
+    from var_moe.optimization.methods import bayesian_optimization, random_search
+
+    class Slow(SmallObjective):
         def evaluate(self, params):
-            if len(self.seen) == 3:
-                Path(folder, "hanging").touch()
+            if len(self.seen) + 1 == int(hang_at):
+                Path(f"{storage.partition('///')[2] or storage}.hanging").touch()
                 time.sleep(600)
+            time.sleep(float(pause))
             return super().evaluate(params)
 
-    bayesian_optimization(
-        Hanging(), SMALL_SPACE, int(calls), verbose=False, seed=5, storage_path=folder
-    )
+    objective = Slow()
+    search = bayesian_optimization if method == "bayesian" else random_search
+    search(objective, SMALL_SPACE, int(calls), verbose=False, seed=5, storage=storage, resume=True)
+    print(json.dumps(objective.seen))
 
 
 if __name__ == "__main__":
-    search_until_killed(*sys.argv[1:])
+    search_in_a_process(*sys.argv[1:])

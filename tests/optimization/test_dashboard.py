@@ -1,4 +1,4 @@
-"""Optuna's own tools read the study that a bayesian search leaves."""
+"""Optuna's own tools read the study that a search leaves."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from var_moe.optimization.bayesian import bayesian_optimization
-from var_moe.optimization.journal import STUDY_NAME
+from var_moe.optimization.methods import bayesian_optimization
+from var_moe.optimization.trial_log import LOG_NAME
 
 pytestmark = [
     pytest.mark.slow,
@@ -36,7 +36,7 @@ def test_optuna_dashboard_shows_the_study(tmp_path):
         {"x": {"type": "float", "low": 0.0, "high": 1.0, "default": 0.5}},
         n_calls=6,
         seed=0,
-        storage_path=tmp_path,
+        storage=tmp_path / LOG_NAME,
     )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -44,7 +44,7 @@ def test_optuna_dashboard_shows_the_study(tmp_path):
     command = shutil.which("optuna-dashboard", path=str(Path(sys.executable).parent))
     assert command
     server = subprocess.Popen(
-        [command, str(tmp_path / STUDY_NAME), "--port", str(port)],
+        [command, str(tmp_path / LOG_NAME), "--port", str(port)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

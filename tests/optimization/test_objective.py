@@ -11,7 +11,7 @@ import torch
 from var_moe.config import VARConfig
 from var_moe.errors import UsageError
 from var_moe.evaluation.evaluator import SpeedSetting
-from var_moe.optimization.random_points import random_search
+from var_moe.optimization.methods import random_search
 from var_moe.optimization.results import OptimizationResult
 
 SMALL = SpeedSetting(batch_size=2, sequence=64, forwards=1)

@@ -6,8 +6,8 @@ import sys
 import pytest
 from analytic import SMALL_SPACE, SmallObjective, rich_evaluation
 
+from var_moe.optimization.methods import random_search
 from var_moe.optimization.progress import SearchProgress, duration
-from var_moe.optimization.random_points import random_search
 from var_moe.optimization.results import Evaluation
 
 

@@ -73,11 +73,11 @@ def test_dropping_a_copy_costs_nothing(tuned):
 @pytest.mark.slow
 def test_resuming_a_finished_search_goes_on_to_the_number_asked_for(merged, tuned, small, tmp_path):
     _, folder = tuned
-    lines = (folder / "trials.jsonl").read_text().splitlines()
+    lines = (folder / "optuna_study.log").read_text().splitlines()
     settings = TuneSettings(output=folder, resume=True, n_calls=4, **small)
     outcome = tune(merged, settings, verbose=False)
     assert outcome.result.num_evaluations == 4
-    assert (folder / "trials.jsonl").read_text().splitlines()[: len(lines)] == lines
+    assert (folder / "optuna_study.log").read_text().splitlines()[: len(lines)] == lines
     # And without a number to what it was last begun with.
     outcome = tune(merged, replace(settings, n_calls=None), verbose=False)
     assert outcome.result.num_evaluations == 4

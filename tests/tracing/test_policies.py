@@ -13,7 +13,7 @@ from traces import OPTIONS, made_trace
 from damages import damage_model
 from var_moe.config import VARConfig
 from var_moe.models.loading import LoadedModel
-from var_moe.optimization.replay_pool import pool_points
+from var_moe.optimization.replay_sampler import pool_points
 from var_moe.routing.fixed_k import FixedKPolicy
 from var_moe.routing.naee import NAEEPolicy
 from var_moe.routing.native import NativePolicy

@@ -43,6 +43,7 @@ def tune(
     max_samples: int | None = None,
     final_samples: int | None = None,
     bounds: Annotated[list[str] | None, Parameter(consume_multiple=False)] = None,
+    storage: str | None = None,
     resume: bool = False,
     profile: Path | None = None,
     calibration_tokens: int | None = None,
@@ -86,7 +87,9 @@ def tune(
         max_samples: documents that each evaluation (or --validate) scores.
         final_samples: documents of the last measurement; by default half of validation.
         bounds: name=low:high, expands or narrows the search space; may be repeated.
-        resume: go on with the interrupted search in --output.
+        storage: keep the trials in this file or database (as sqlite:///trials.db), which several
+            processes can share; by default optuna_study.log in --output.
+        resume: go on with the interrupted search in --output, or join the one in --storage.
         profile: a ready profile folder; by default the routing is profiled first.
         calibration_tokens: size of a fresh profile.
         split: text for --validate.
@@ -155,6 +158,7 @@ def tune(
         max_samples=DEFAULT_SAMPLES if max_samples is None else max_samples,
         final_samples=final_samples,
         bounds=bounds or (),
+        storage=storage,
         resume=resume,
         profile=profile,
         calibration_tokens=DEFAULT_TOKENS if calibration_tokens is None else calibration_tokens,
@@ -195,7 +199,7 @@ def tune(
 
 
 def _confirm_grid(settings: TuneSettings) -> None:
-    from var_moe.optimization.grid import CONFIRM_ABOVE
+    from var_moe.optimization.methods import CONFIRM_ABOVE
     from var_moe.optimization.search_space import grid_size
 
     size = grid_size(settings.space_for(2), settings.points)

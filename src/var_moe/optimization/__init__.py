@@ -17,10 +17,9 @@ _PUBLIC = {
     "OptimizationResult": "results",
     "RichObjective": "objective_protocol",
     "documented_score": "objective_protocol",
-    "TrialJournal": "journal",
-    "bayesian_optimization": "bayesian",
-    "grid_search": "grid",
-    "random_search": "random_points",
+    "bayesian_optimization": "methods",
+    "grid_search": "methods",
+    "random_search": "methods",
     "save_optimization_results": "saving",
     "create_objective_function": "objective",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
@@ -30,7 +31,7 @@ class SearchProgress:
         self,
         *,
         total: int,
-        finished: list[Evaluation],
+        finished: Sequence[Evaluation],
         verbose: bool = True,
         count_flag: str = "--n_calls",
         stream: TextIO | None = None,

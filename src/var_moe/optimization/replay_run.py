@@ -11,13 +11,12 @@ from var_moe.evaluation.evaluator import Evaluator, Progress
 from var_moe.optimization.forecast import Forecast, TraceForecaster
 from var_moe.optimization.forecast_grid import ForecastGrid
 from var_moe.optimization.front import FrontPoint, feasible_front, save_front, to_verify
-from var_moe.optimization.journal import JOURNAL_NAME
+from var_moe.optimization.methods import replay_search
 from var_moe.optimization.policy_forecast import PolicyForecaster
 from var_moe.optimization.policy_objective import PolicyObjective
 from var_moe.optimization.remeasure import Measured, measure
 from var_moe.optimization.replay_forecast import make_forecaster
-from var_moe.optimization.replay_pool import pool_points
-from var_moe.optimization.replay_search import Forecasts, ReplayPlan, replay_search
+from var_moe.optimization.replay_sampler import Forecasts, ReplaySampler, pool_points
 from var_moe.optimization.results import OptimizationResult
 from var_moe.optimization.search_space import Params, SearchSpace, dimensions
 
@@ -29,7 +28,7 @@ class ReplaySearch:
     result: OptimizationResult
     front: list[FrontPoint]
     forecaster: TraceForecaster
-    plan: ReplayPlan
+    sampler: ReplaySampler
     forecast_count: int
 
 
@@ -80,11 +79,10 @@ def search_by_replay(
         forecasts,
         space,
         n_calls,
-        journal=folder / JOURNAL_NAME,
         points=points,
         **options,
     )
-    plan = ReplayPlan(
+    sampler = ReplaySampler(
         space,
         forecasts,
         bound=objective.max_degradation,
@@ -92,15 +90,15 @@ def search_by_replay(
         points=points,
     )
     tried = [one.params for one in result.evaluations if not one.failed]
-    candidates = [*plan.pool, *tried]
+    candidates = [*sampler.pool, *tried]
     front = feasible_front(
-        candidates, forecasts.of(candidates), *plan.predict(candidates, result.evaluations)
+        candidates, forecasts.of(candidates), *sampler.predict(candidates, result.evaluations)
     )
     return ReplaySearch(
         result=result,
         front=front,
         forecaster=forecaster,
-        plan=plan,
+        sampler=sampler,
         forecast_count=len(forecasts),
     )
 

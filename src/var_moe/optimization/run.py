@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from var_moe.config import PRESETS, VARConfig
 from var_moe.evaluation.evaluator import Evaluator, Progress, measure_apart
 from var_moe.evaluation.perplexity import datasets_of
-from var_moe.optimization.bayesian import bayesian_optimization
 from var_moe.optimization.conclusion import (
     TuneOutcome,
     conclude,
@@ -18,10 +17,8 @@ from var_moe.optimization.conclusion import (
     unfinished,
 )
 from var_moe.optimization.front import PARETO_FILE
-from var_moe.optimization.grid import grid_search
-from var_moe.optimization.journal import JOURNAL_NAME, STUDY_NAME, alone_in
+from var_moe.optimization.methods import bayesian_optimization, grid_search, random_search
 from var_moe.optimization.objective import VARObjective
-from var_moe.optimization.random_points import random_search
 from var_moe.optimization.ready import Ready, prepare
 from var_moe.optimization.remeasure import Measured, best_or_nearest, measure, remeasure
 from var_moe.optimization.replay_run import (
@@ -35,6 +32,7 @@ from var_moe.optimization.results import OptimizationResult
 from var_moe.optimization.saving import RESULTS_FILE
 from var_moe.optimization.search_space import point_count
 from var_moe.optimization.settings import TuneSettings
+from var_moe.optimization.trial_log import alone_in, has_search, shown
 
 if TYPE_CHECKING:
     from var_moe.models.loading import LoadedModel
@@ -85,8 +83,8 @@ def _tune(
 ) -> TuneOutcome:
     ready = ready or prepare(loaded, settings, progress=progress, say=say)
     settings = replace(settings, space=ready.space)
-    if settings.resume and not _begun(settings):
-        say(f"nothing to resume in {settings.output}: a new search begins")
+    if settings.resume and not has_search(settings.trial_log):
+        say(f"nothing to resume in {shown(settings.trial_log)}: a new search begins")
     if not settings.resume and (settings.output / RESULTS_FILE).is_file():
         say(
             f"{settings.output} holds the results of an earlier search: they are replaced at the "
@@ -106,7 +104,7 @@ def _tune(
             result.evaluations,
             blocks=settings.final_blocks,
             at_most=settings.candidates,
-            closer=replayed.plan.closer if replayed is not None else None,
+            closer=replayed.sampler.closer if replayed is not None else None,
             done=measured,
         )
         if isinstance(objective, VARObjective):
@@ -181,6 +179,7 @@ def _found(
     options: dict[str, Any] = {
         "seed": settings.seed,
         "mode": settings.mode,
+        "storage": settings.trial_log,
         "resume": settings.resume,
         "confirm": False,  # `tune` measures the best again on text of its own
         "settings": ready.identity,
@@ -221,32 +220,18 @@ def _preset(
 
 def _calls(ready: Ready, settings: TuneSettings) -> int | None:
     """No more evaluations than there are points; None leaves it to the search that is resumed."""
-    if settings.n_calls is None and settings.resume and _begun(settings):
+    if settings.n_calls is None and settings.resume and has_search(settings.trial_log):
         return None
     return int(min(settings.calls, point_count(ready.space)))
 
 
-def _begun(settings: TuneSettings) -> bool:
-    """Whether there is a search in the folder."""
-    return any((settings.output / name).is_file() for name in (JOURNAL_NAME, STUDY_NAME))
-
-
 def _search(ready: Ready, settings: TuneSettings, options: dict[str, Any]) -> OptimizationResult:
-    objective, space, folder = ready.objective, ready.space, settings.output
+    objective, space, calls = ready.objective, ready.space, _calls(ready, settings)
     if settings.method == "grid":
-        journal = folder / JOURNAL_NAME
-        return grid_search(objective, space, settings.points, journal=journal, **options)
+        return grid_search(objective, space, settings.points, **options)
     if settings.method == "random":
-        journal = folder / JOURNAL_NAME
-        return random_search(objective, space, _calls(ready, settings), journal=journal, **options)
-    return bayesian_optimization(
-        objective,
-        space,
-        _calls(ready, settings),
-        engine=settings.engine,
-        storage_path=folder,
-        **options,
-    )
+        return random_search(objective, space, calls, **options)
+    return bayesian_optimization(objective, space, calls, engine=settings.engine, **options)
 
 
 __all__ = ["TuneOutcome", "TuneSettings", "tune"]

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 STABILITY_FILE = "stability.json"
 _FIGURES = ("experts_per_token", "degradation", "degradation_upper_95", "speedup", "speedup_95")
 _SPREAD = ("experts_per_token", "speedup")
-_OWN = ("output", "shared", "seed", "resume", "profile", "space", "n_calls")  # may differ
+# May differ between a finished search and what is asked for:
+_OWN = ("output", "shared", "storage", "seed", "resume", "profile", "space", "n_calls")
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
@@ -64,6 +65,8 @@ def tune_seeds(
         UsageError: a finished search was run with other settings; names the first.
         VarMoeError: nothing kept the bound with any seed; the files are written all the same.
     """
+    if settings.storage is not None:
+        raise UsageError("a storage holds one search: leave --storage out with --seeds")
     folder = settings.output
     shared = replace(settings, shared=folder)
     asked = {"model": loaded.name, **shared.to_dict()}

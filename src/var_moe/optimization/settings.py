@@ -22,6 +22,7 @@ from var_moe.optimization.search_space import (
     check_grid,
     parse_bounds,
 )
+from var_moe.optimization.trial_log import LOG_NAME, check_storage, shown
 from var_moe.routing.registry import policy_spec
 from var_moe.storage import check_output_folder
 
@@ -58,6 +59,8 @@ class TuneSettings:
         max_degradation: bound on the relative perplexity change.
         output: folder for the results.
         shared: folder of the profile, trace and cost model; by default the output's.
+        storage: of the trials: a file, or the URL of a database, which several processes can
+            share; by default ``optuna_study.log`` in the output folder.
         seed: of the search; None draws a fresh one, which is recorded.
         mode: VAR's: ``"verified"`` (default) or ``"plain"``.
         compensation: name of what stands in for the experts that the policy drops; by default
@@ -86,6 +89,7 @@ class TuneSettings:
     max_degradation: float = 0.01
     output: Path = Path("results/phase3")
     shared: Path | None = None
+    storage: str | None = None
     seed: int | None = None
     mode: str | None = None
     compensation: str | None = None
@@ -105,6 +109,11 @@ class TuneSettings:
     def preparations(self) -> Path:
         """Folder of the profile, trace and cost model."""
         return self.shared or self.output
+
+    @property
+    def trial_log(self) -> str | Path:
+        """Where the trials are kept."""
+        return self.storage or self.output / LOG_NAME
 
     @property
     def by_replay(self) -> bool:
@@ -170,11 +179,14 @@ class TuneSettings:
         if self.method == "bayesian" and self.engine == "skopt":
             require("skopt")
         check_output_folder(self.output)
+        if self.storage is not None:
+            check_storage(self.storage, resume=self.resume)
 
     def to_dict(self) -> dict[str, Any]:
         """For result files."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values["setting"] = self.setting.to_dict()
+        values["storage"] = shown(self.trial_log)
         values |= {"n_calls": self.calls, "n_points": self.points}
         found: dict[str, Any] = jsonable(values)
         return found

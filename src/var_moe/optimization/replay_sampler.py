@@ -1,49 +1,55 @@
-"""Search by replay: thousands of forecasts choose each full evaluation.
+"""The sampler of a search by replay: thousands of forecasts choose each full evaluation.
 
 A pool of points is forecast once. Before each full evaluation the forecasts are corrected by what
 the evaluations so far measured (`optimization.correction`), and the point with the highest
 expected feasible improvement is taken, after a local search around the best of the pool. The
-limit that it is to keep changes from one evaluation to the next, from the bound itself to
-well below it, so that the final measurement on other text finds bold and safe candidates alike.
+limit that it is to keep changes from one evaluation to the next, from the bound itself to well
+below it, so that the last measurement, on other text, gets bold and safe candidates alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from itertools import product
 from typing import Any
 
 import numpy as np
+from scipy.stats import qmc
 
-from var_moe.config import check_seed
 from var_moe.optimization.correction import Correction, Floats, feasible_improvement
 from var_moe.optimization.forecast import Forecast, Forecaster
-from var_moe.optimization.guided import check_enqueue
-from var_moe.optimization.journal import SearchHeader, TrialJournal, as_store
-from var_moe.optimization.objective_protocol import RichObjective
-from var_moe.optimization.replay_pool import neighbours, pool_points
-from var_moe.optimization.results import Evaluation, OptimizationResult
-from var_moe.optimization.search import (
-    OnEvaluation,
-    SearchOptions,
-    ShouldStop,
-    Suggest,
-    run_search,
-)
+from var_moe.optimization.results import Evaluation
+from var_moe.optimization.samplers import PointSampler, Request
 from var_moe.optimization.search_space import (
-    SEARCH_SPACE,
+    Choice,
+    Dimension,
     Params,
     SearchSpace,
-    check_count,
     dimensions,
+    distinct,
+    is_config_space,
     point_key,
     stand_in_of,
+    starting_points,
 )
 
-CAUTION = (0.7, 1.4, 0.0, 1.0, 1.645, 0.4, 1.2)
-"""Errors of the difference between two texts that are kept from the bound, call by call."""
+POOL_GROUPS, POOL_CONFIDENCES, POOL_REST = 48, 8, 6
+"""VAR's pool: groups of points that share the cache's settings; confidence thresholds in each
+group; draws of the other two settings for each of these."""
 
-CALLS = 10
+POOL_EVEN = 256
+"""Evenly spread points of another policy's pool: its few settings leave no gaps between them."""
+
+SHARED = ("context_window_size", "cache_size", "cache_ttl_seconds")
+"""Settings for which a replay does most of its work: points that share them cost little."""
+
+_NEIGHBOURS, _NEIGHBOURS_PER_SETTING = 48, 16
+_MOST_CORNERS = 3  # of a space with so many settings, at 2^n of them
+
+CAUTION = (0.7, 1.4, 0.0, 1.0, 1.645, 0.4, 1.2)
+"""How far below the bound each evaluation's limit lies in turn, in standard errors of the
+difference between two texts."""
+
 _AROUND = 6
 _ALIKE = 1e-9
 _WORTH = 5e-4  # expected gain in score for which a last measurement is made
@@ -83,11 +89,8 @@ def column(forecasts: Sequence[Forecast], name: str) -> Floats:
     return np.array([getattr(one, name) for one in forecasts], dtype=np.float64)
 
 
-class ReplayPlan:
-    """Chooses each point of a replay search from the forecasts and the evaluations so far.
-
-    A choice depends on the seed, its number and the finished evaluations alone, so that a resumed
-    search goes on as an unbroken one would.
+class ReplaySampler(PointSampler):
+    """Chooses each point of a search by replay, from the forecasts and the evaluations so far.
 
     Args:
         space: search space.
@@ -108,8 +111,8 @@ class ReplayPlan:
         first: Sequence[Params] = (),
         points: Sequence[Params] | None = None,
     ) -> None:
-        self._dims = dimensions(space)
-        self._forecasts, self._bound, self._seed = forecasts, bound, seed
+        super().__init__(space, seed=seed)
+        self._forecasts, self._bound = forecasts, bound
         self._first, self._local = list(first), points is None
         self.pool = pool_points(space, seed) if points is None else list(points)
 
@@ -144,22 +147,23 @@ class ReplayPlan:
             mean[own], deviation[own] = correction.predict(sizes[own])
         return mean, deviation
 
-    def suggest(self, number: int, evaluations: Sequence[Evaluation]) -> Params | None:
-        """The point of evaluation ``number`` (from 0); None where every point is known."""
-        if number < len(self._first):
-            return self._first[number]
-        caution = CAUTION[number % len(CAUTION)]
-        limit = self._bound - caution * _text_error(evaluations, self._bound)
-        tried = {stand_in_of(e.params) for e in evaluations}
+    def point(self, request: Request) -> Params | None:
+        """The point with the highest expected gain; None where every point decides as one that
+        is evaluated."""
+        if request.number < len(self._first):
+            return self._first[request.number]
+        caution = CAUTION[request.number % len(CAUTION)]
+        limit = self._bound - caution * _text_error(request.evaluations, self._bound)
+        tried = {stand_in_of(point) for point in request.points}
         # Every compensation is evaluated, whatever the forecasts say: a wrong one is corrected.
         pool = [point for point in self.pool if stand_in_of(point) not in tried] or self.pool
-        gain = self._gain(pool, evaluations, limit)
+        gain = self._gain(pool, request, limit)
         points = pool
         if self._local:
             nearest = [pool[i] for i in np.argsort(-gain, kind="stable")[:_AROUND]]
-            dice = np.random.default_rng([self._seed, 6, number])
-            points = [*pool, *neighbours(self._dims, nearest, dice)]
-            gain = self._gain(points, evaluations, limit)
+            rng = np.random.default_rng([self.seed, 6, request.number])
+            points = [*pool, *neighbours(self.dims, nearest, rng)]
+            gain = self._gain(points, request, limit)
         best = int(np.argmax(gain))
         return points[best] if np.isfinite(gain[best]) else None
 
@@ -195,30 +199,29 @@ class ReplayPlan:
             forecasts = self._forecasts.of(points)
             mean, deviation = self._corrected(points, measured)
             score = column(forecasts, "score")
-            found = feasible_improvement(score, mean, deviation, best=max(kept), limit=self._bound)
+            gain = feasible_improvement(score, mean, deviation, best=max(kept), limit=self._bound)
             executed = column(forecasts, "experts_per_token").tolist()
             again = zip(map(stand_in_of, points), executed, strict=True)
-            found[[one in tried for one in again]] = 0.0
-            return found
+            gain[[one in tried for one in again]] = 0.0
+            return gain
 
         nearest = [self.pool[i] for i in np.argsort(-gains(self.pool), kind="stable")[:_AROUND]]
-        dice = np.random.default_rng([self._seed, 9, len(measured)])
-        points = [*nearest, *neighbours(self._dims, nearest, dice)]
-        found = gains(points)
-        best = int(np.argmax(found))
-        return points[best] if found[best] >= _WORTH else None
+        rng = np.random.default_rng([self.seed, 9, len(measured)])
+        points = [*nearest, *neighbours(self.dims, nearest, rng)]
+        gain = gains(points)
+        best = int(np.argmax(gain))
+        return points[best] if gain[best] >= _WORTH else None
 
-    def _gain(
-        self, points: Sequence[Params], evaluations: Sequence[Evaluation], limit: float
-    ) -> Floats:
+    def _gain(self, points: Sequence[Params], request: Request, limit: float) -> Floats:
         """Expected feasible improvement of each; minus infinity for what is known. (M,)"""
+        evaluations = request.evaluations
         forecasts = self._forecasts.of(points)
-        seen = self._forecasts.of([e.params for e in evaluations])
+        seen = self._forecasts.of(request.points)
         mean, deviation = self.predict(points, evaluations)
         score = column(forecasts, "score")
         kept = [
             forecast.score
-            for forecast, e in zip(seen, evaluations, strict=True)
+            for forecast, e in zip(seen, evaluations, strict=False)  # the finished ones come first
             if e.eligible and e.degradation is not None and e.degradation <= limit
         ]
         best = max(kept, default=float(score.min()))
@@ -228,8 +231,8 @@ class ReplayPlan:
         gain -= 1e-9 * np.exp(mean)
         executed, learned = column(forecasts, "experts_per_token"), column(forecasts, "learned_pct")
         stand_ins = np.array([str(stand_in_of(point)) for point in points])
-        for one, e in zip(seen, evaluations, strict=True):  # points that decide alike count once
-            alike = stand_ins == str(stand_in_of(e.params))
+        for one, known in zip(seen, request.points, strict=True):  # what decides alike counts once
+            alike = stand_ins == str(stand_in_of(known))
             alike &= np.abs(executed - one.experts_per_token) < _ALIKE
             gain[alike & (np.abs(learned - one.learned_pct) < _ALIKE)] = -np.inf
         return gain
@@ -244,75 +247,59 @@ def _text_error(evaluations: Sequence[Evaluation], bound: float) -> float:
     return float(np.sqrt(2) * (near.degradation_se or 0.0))
 
 
-def replay_search(
-    objective_fn: RichObjective,
-    forecaster: Forecaster,
-    search_space: SearchSpace = SEARCH_SPACE,
-    n_calls: int | None = None,
-    verbose: bool = True,
-    *,
-    seed: int | None = None,
-    journal: TrialJournal | str | Path | None = None,
-    resume: bool = False,
-    enqueue: Sequence[Params] = (),
-    points: Sequence[Params] | None = None,
-    mode: str | None = None,
-    confirm: bool = True,
-    settings: dict[str, Any] | None = None,
-    on_evaluation: OnEvaluation | None = None,
-    should_stop: ShouldStop | None = None,
-) -> OptimizationResult:
-    """Search with few full evaluations, each chosen from thousands of forecasts.
+def pool_points(space: SearchSpace, seed: int) -> list[Params]:
+    """The points to choose from, the default first.
 
-    It ends early where all points that are left decide as one that is evaluated.
-
-    Args:
-        objective_fn: a rich objective, as `create_objective_function` returns; best with its
-            `stop_early` set.
-        forecaster: forecasts of the same text, see `optimization.replay_forecast`.
-        search_space: see `SEARCH_SPACE`.
-        n_calls: full evaluations, failed ones included; 10 by default.
-        verbose: progress on stderr.
-        seed: of the pool; a fresh one by default, recorded in the result.
-        journal: file that keeps each finished evaluation.
-        resume: go on with the search in `journal`, to `n_calls` evaluations in all, by
-            default as many as it was begun with.
-        enqueue: points to evaluate first.
-        points: choose among these alone, as all points of a grid.
-        mode, confirm, settings, on_evaluation, should_stop: see `SearchOptions`.
-
-    Raises:
-        UsageError: an argument is not valid, or `journal` holds another search.
+    For VAR the presets, and random points that share what is costly to replay. For any other
+    policy the ends of each range and evenly spread points, whatever the seed.
     """
-    first = check_enqueue(search_space, enqueue)
+    if not is_config_space(space):
+        return _even_points(space)
+    dims = dimensions(space)
+    rng = np.random.default_rng([seed, 5])
+    points = starting_points(space)
+    for _ in range(POOL_GROUPS):
+        shared = {d.name: d.at(rng.random()) for d in dims if d.name in SHARED}
+        for _ in range(POOL_CONFIDENCES):
+            confidence = rng.random()
+            for _ in range(POOL_REST):
+                point = {}
+                for d in dims:
+                    share = confidence if d.name == "confidence_threshold" else rng.random()
+                    point[d.name] = shared.get(d.name, d.at(share))
+                points.append(point)
+    return distinct(points)
 
-    def make_suggest(header: SearchHeader) -> Suggest:
-        plan = ReplayPlan(
-            search_space,
-            Forecasts(forecaster),
-            bound=objective_fn.max_degradation,
-            seed=header.known_seed,
-            first=first,
-            points=points,
-        )
-        return plan.suggest
 
-    return run_search(
-        objective_fn,
-        search_space,
-        store=as_store(journal),
-        make_suggest=make_suggest,
-        total=check_count("n_calls", CALLS if n_calls is None else n_calls),
-        seed=check_seed(seed),
-        options=SearchOptions(
-            method="replay",
-            mode=mode,
-            confirm=confirm,
-            verbose=verbose,
-            resume=resume,
-            count_given=n_calls is not None,
-            settings={"enqueue": first, **(settings or {})},
-            on_evaluation=on_evaluation,
-            should_stop=should_stop,
-        ),
-    )
+def _even_points(space: SearchSpace) -> list[Params]:
+    """The default, the corners, and a scrambled Sobol sequence."""
+    dims = dimensions(space)
+    points = starting_points(space)
+    if len(dims) <= _MOST_CORNERS:
+        points += [_point(dims, ends) for ends in product(*(d.ends for d in dims))]
+    shares = qmc.Sobol(len(dims), scramble=True, seed=5).random(POOL_EVEN)
+    points += [
+        _point(dims, [d.at(share) for d, share in zip(dims, row, strict=True)])
+        for row in shares.tolist()
+    ]
+    return distinct(points)
+
+
+def _point(dims: Sequence[Dimension | Choice], values: Sequence[Any]) -> Params:
+    return {d.name: value for d, value in zip(dims, values, strict=True)}
+
+
+def neighbours(
+    dims: Sequence[Dimension | Choice], centres: Sequence[Params], rng: np.random.Generator
+) -> list[Params]:
+    """Points near the centres: one or all settings moved by a tenth of their range or less."""
+    near: list[Params] = []
+    dims = [d for d in dims if d.span] or list(dims)  # what has a scale to move on
+    for number in range(min(_NEIGHBOURS, _NEIGHBOURS_PER_SETTING * len(dims))):
+        point = dict(centres[number % len(centres)])
+        moved = [dims[int(rng.integers(len(dims)))]] if number % 2 else dims
+        for d in moved:
+            point[d.name] = d.moved(point[d.name], rng.normal(scale=0.05 * d.span))
+        near.append(point)
+    # Shared settings side by side, for the replay.
+    return sorted(near, key=lambda p: [p.get(name, 0) for name in SHARED])

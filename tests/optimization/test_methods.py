@@ -5,8 +5,7 @@ from analytic import SMALL_SPACE, SixObjective, SmallObjective
 
 from var_moe.config import VARConfig
 from var_moe.errors import UsageError
-from var_moe.optimization.grid import grid_search
-from var_moe.optimization.random_points import random_search
+from var_moe.optimization.methods import grid_search, random_search
 from var_moe.optimization.search_space import SEARCH_SPACE, defaults, grid_points, sample
 
 
@@ -67,12 +66,11 @@ def test_without_a_seed_each_run_differs_and_records_its_own():
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
 def test_a_resumed_search_equals_an_unbroken_one(search, stop, tmp_path):
     unbroken = search(SmallObjective(), seed=7)
-    path = tmp_path / "trials.jsonl"
+    path = tmp_path / "j"
     with pytest.raises(stop, match="stopped"):
-        search(SmallObjective(stop_at=6, stop=stop), seed=7, journal=path)
-    assert len(path.read_text().splitlines()) == 1 + 5
+        search(SmallObjective(stop_at=6, stop=stop), seed=7, storage=path)
     rest = SmallObjective()
-    resumed = search(rest, journal=path, resume=True)
+    resumed = search(rest, storage=path, resume=True)
     assert kept(resumed) == kept(unbroken)
     assert len(rest.seen) == unbroken.num_evaluations - 5
     assert (resumed.best_params, resumed.best_score) == (unbroken.best_params, unbroken.best_score)
@@ -80,17 +78,17 @@ def test_a_resumed_search_equals_an_unbroken_one(search, stop, tmp_path):
     assert resumed.extra["resumed"] == 5
     # Resuming a finished search evaluates nothing.
     rest = SmallObjective()
-    assert kept(search(rest, journal=path, resume=True)) == kept(unbroken)
+    assert kept(search(rest, storage=path, resume=True)) == kept(unbroken)
     assert rest.seen == []
 
 
 def test_a_resumed_search_goes_on_to_the_number_asked_for(tmp_path, caplog):
     path = tmp_path / "j"
     with pytest.raises(KeyboardInterrupt):
-        random_small(SmallObjective(stop_at=3), 6, seed=1, journal=path)
+        random_small(SmallObjective(stop_at=3), 6, seed=1, storage=path)
 
     def number(n_calls):
-        found = random_small(SmallObjective(), n_calls, journal=path, resume=True)
+        found = random_small(SmallObjective(), n_calls, storage=path, resume=True)
         assert found.extra["total"] == found.num_evaluations
         return found.num_evaluations
 
@@ -100,24 +98,24 @@ def test_a_resumed_search_goes_on_to_the_number_asked_for(tmp_path, caplog):
     assert number(4) == 9
     assert "9 evaluations are done, more than the 4 asked for" in caplog.text
     unbroken = random_small(SmallObjective(), 9, seed=1)
-    resumed = random_small(SmallObjective(), 9, journal=path, resume=True)
+    resumed = random_small(SmallObjective(), 9, storage=path, resume=True)
     assert kept(resumed) == kept(unbroken)
 
 
 def test_other_settings_are_refused(tmp_path):
-    random_small(SmallObjective(), 2, seed=1, journal=tmp_path / "j", settings={"data": "a"})
+    random_small(SmallObjective(), 2, seed=1, storage=tmp_path / "j", settings={"data": "a"})
     for changes in ({"settings": {"data": "b"}}, {"mode": "plain", "settings": {"data": "a"}}):
         with pytest.raises(UsageError, match=r"begun with settings\.(data|mode)"):
-            random_small(SmallObjective(), 2, journal=tmp_path / "j", resume=True, **changes)
+            random_small(SmallObjective(), 2, storage=tmp_path / "j", resume=True, **changes)
 
     class Looser(SmallObjective):
         max_degradation = 0.02
 
     with pytest.raises(UsageError, match=r"settings\.max_degradation = 0\.01, now 0\.02"):
-        random_small(Looser(), 2, journal=tmp_path / "j", resume=True, settings={"data": "a"})
-    grid_small(SmallObjective(), 2, journal=tmp_path / "g")
+        random_small(Looser(), 2, storage=tmp_path / "j", resume=True, settings={"data": "a"})
+    grid_small(SmallObjective(), 2, storage=tmp_path / "g")
     with pytest.raises(UsageError, match="n_points_per_dim = 2, now 3"):
-        grid_small(SmallObjective(), 3, journal=tmp_path / "g", resume=True)
+        grid_small(SmallObjective(), 3, storage=tmp_path / "g", resume=True)
 
 
 def test_a_failing_evaluation_does_not_end_the_search():

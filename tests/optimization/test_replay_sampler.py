@@ -8,13 +8,20 @@ import numpy as np
 import pytest
 from analytic import SixObjective, rich_evaluation
 
-from var_moe.optimization.bayesian import bayesian_optimization
 from var_moe.optimization.correction import Correction, feasible_improvement
 from var_moe.optimization.forecast import Forecast
-from var_moe.optimization.grid import grid_search
-from var_moe.optimization.random_points import random_search
-from var_moe.optimization.replay_pool import neighbours, pool_points
-from var_moe.optimization.replay_search import Forecasts, ReplayPlan, replay_search
+from var_moe.optimization.methods import (
+    bayesian_optimization,
+    grid_search,
+    random_search,
+    replay_search,
+)
+from var_moe.optimization.replay_sampler import (
+    Forecasts,
+    ReplaySampler,
+    neighbours,
+    pool_points,
+)
 from var_moe.optimization.search_space import SEARCH_SPACE, check_point, dimensions
 
 
@@ -71,7 +78,7 @@ def test_candidates_stand_on_both_sides_of_a_cautious_limit():
 
 def test_a_resumed_search_goes_on_as_an_unbroken_one(tmp_path):
     whole = replay_search(SixObjective(), AnalyticForecaster(), n_calls=6, verbose=False, seed=2)
-    options = {"n_calls": 6, "verbose": False, "seed": 2, "journal": tmp_path / "trials.jsonl"}
+    options = {"n_calls": 6, "verbose": False, "seed": 2, "storage": tmp_path / "trials.log"}
     part = replay_search(
         SixObjective(),
         AnalyticForecaster(),
@@ -184,14 +191,14 @@ def test_the_pool_of_another_policy_leaves_no_gaps():
 
 
 def test_neighbours_are_near_in_the_scale_of_the_search():
-    dice = np.random.default_rng(0)
-    near = [point["tau"] for point in neighbours(dimensions(TAU), [{"tau": 1e-4}], dice)]
+    rng = np.random.default_rng(0)
+    near = [point["tau"] for point in neighbours(dimensions(TAU), [{"tau": 1e-4}], rng)]
     assert len(near) == 16
     steps = np.log10(near) + 4
     assert 0.1 < np.abs(steps).max() < 1  # a fifth of five orders of magnitude
     assert (steps > 0).any()
     assert (steps < 0).any()
-    far = neighbours(dimensions(PAIR), [{"k": 1, "share": 0.5}] * 3, dice)
+    far = neighbours(dimensions(PAIR), [{"k": 1, "share": 0.5}] * 3, rng)
     assert len(far) == 32
     for point in far:
         check_point(PAIR, point)
@@ -243,7 +250,7 @@ def test_one_setting_over_orders_of_magnitude():
 
 
 def test_a_search_ends_where_everything_left_decides_as_what_is_known(tmp_path):
-    options = {"verbose": False, "seed": 1, "journal": tmp_path / "trials.jsonl"}
+    options = {"verbose": False, "seed": 1, "storage": tmp_path / "trials.log"}
     # Pairs from 1.5 to 2 in steps of 0.1: six ways to decide.
     result = replay_search(OneSetting(), OneForecaster(0.1), TAU, n_calls=10, **options)
     assert result.num_evaluations == 6
@@ -256,7 +263,7 @@ def test_a_last_measurement_comes_closer_to_the_bound():
     """On text where everything costs a fifth more than forecast."""
     bound, factor = 0.01, 1.2
     truth = SixObjective()
-    plan = ReplayPlan(SEARCH_SPACE, Forecasts(AnalyticForecaster()), bound=bound, seed=3)
+    plan = ReplaySampler(SEARCH_SPACE, Forecasts(AnalyticForecaster()), bound=bound, seed=3)
     assert plan.closer([]) is None
 
     def upper(point):
@@ -282,7 +289,7 @@ def test_a_last_measurement_comes_closer_to_the_bound():
 
 def test_points_of_a_grid_are_not_left():
     points = pool_points(SEARCH_SPACE, 1)[:20]
-    plan = ReplayPlan(
+    plan = ReplaySampler(
         SEARCH_SPACE, Forecasts(AnalyticForecaster()), bound=0.01, seed=1, points=points
     )
     assert plan.closer([(points[0], 0.001)]) is None
