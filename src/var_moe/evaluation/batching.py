@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -25,27 +25,27 @@ class Window:
     document: int  # position among the documents given
     ids: np.ndarray  # (S,) int64
     prefix: np.ndarray  # ids just before it, so that context keys span the document
-    overlap: int  # leading tokens that the window before has counted already
+    overlap: int  # leading tokens that the previous window has counted already
 
 
 def drawn(
     documents: Sequence[EncodedDocument], max_tokens: int | None, seed: int
 ) -> dict[int, EncodedDocument]:
-    """The documents that make up ``max_tokens``, by position; all of them where that is None.
+    """A random sample of ``max_tokens`` tokens: documents by position, in random order.
 
-    In a seeded random order, as files are often sorted; the last one is cut to what is left, and
-    left out where that is one token, which has no loss.
+    The last one is cut to the tokens that are left, or left out if that is one token, which has
+    no loss. None takes all documents in their own order.
     """
     if max_tokens is None:
         return dict(enumerate(documents))
-    found: dict[int, EncodedDocument] = {}
+    sample: dict[int, EncodedDocument] = {}
     for at in np.random.default_rng(check_seed(seed)).permutation(len(documents)).tolist():
         ids = documents[at].ids[:max_tokens]
-        if max_tokens < 2 and found:
+        if max_tokens < 2 and sample:
             break
-        found[at] = replace(documents[at], ids=ids)
+        sample[at] = replace(documents[at], ids=ids)
         max_tokens -= len(ids)
-    return found
+    return sample
 
 
 def windows(document: int, ids: np.ndarray, window: int, *, prefix: int = 0) -> list[Window]:
@@ -64,15 +64,13 @@ def batches(
 ) -> Iterator[list[Window]]:
     """Rows of similar length, at most ``tokens_per_batch`` padded tokens, in a mixed order.
 
-    The order depends on the documents alone, so a pass repeats exactly. It is mixed so that what
-    has been scored at any time stands for the whole text, and not for its longest documents.
-    Windows of one document stay in order, with nothing in between; each knows up to ``prefix``
-    ids before it.
+    The order depends on the documents alone, so a pass repeats exactly. It is mixed so that the
+    documents scored at any time represent the whole text, not its longest documents. Windows of
+    one document stay together, in order; each knows up to ``prefix`` ids before it.
     """
-    if window < 4:
-        raise UsageError(f"window of {window} tokens: expected at least 4")
+    order = sorted(range(len(documents)), key=lambda i: -min(len(documents[i].ids), window))
     chains: list[list[list[Window]]] = []
-    for rows in _by_length(documents, tokens_per_batch, window=window, prefix=prefix):
+    for rows in in_order(documents, order, tokens_per_batch, window=window, prefix=prefix):
         if chains and chains[-1][-1][-1].document == rows[0].document:
             chains[-1].append(rows)  # goes on with a document
         else:
@@ -81,19 +79,30 @@ def batches(
         yield from chains[number]
 
 
-def _by_length(
-    documents: Sequence[EncodedDocument], tokens_per_batch: int, *, window: int, prefix: int
+def in_order(
+    documents: Sequence[EncodedDocument],
+    order: Iterable[int],
+    tokens_per_batch: int,
+    *,
+    window: int,
+    prefix: int = 0,
 ) -> Iterator[list[Window]]:
-    """Batches of rows of similar length, the longest first."""
-    order = sorted(range(len(documents)), key=lambda i: -min(len(documents[i].ids), window))
+    """Batches of at most ``tokens_per_batch`` padded tokens, documents in the given order.
+
+    Raises:
+        UsageError: the window is below 4 tokens.
+    """
+    if window < 4:
+        raise UsageError(f"window of {window} tokens: expected at least 4")
     rows: list[Window] = []
+    width = 0
     for number in order:
         ids = np.asarray(documents[number].ids, dtype=np.int64)
         for cut in windows(number, ids, window, prefix=prefix):
-            width = max(len(cut.ids), len(rows[0].ids) if rows else 0)
+            width = max(width, len(cut.ids))
             if rows and width * (len(rows) + 1) > tokens_per_batch:
                 yield rows
-                rows = []
+                rows, width = [], len(cut.ids)
             rows.append(cut)
     if rows:
         yield rows

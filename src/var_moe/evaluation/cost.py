@@ -1,11 +1,11 @@
-"""The cost model: what a forward takes, from what is executed in it.
+"""The cost model: seconds of a forward, from what is executed in it.
 
 One forward of T tokens takes ``fixed + rest T + pair P + expert A + calls + policy T + residual C``
 seconds: the model's calls, what is done for every token (attention, norms, head), P executed
 pairs and A expert calls over all layers (an expert that any token runs must be read), VAR's own
 calls and its work per token, and the residual means of C cut decisions. The seven coefficients are
 not negative and are fitted to a few timed forwards of three sizes, interleaved, by relative error.
-Fit it once for a machine, model and dtype; it predicts any configuration from its counts alone.
+One fit for a machine, model and dtype predicts any configuration from its counts alone.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ SHAPES = (
 )
 BLOCKS = 6
 OWN_WEIGHT = 3.0
-"""What an error in the setting that speedups are predicted for counts, in others it counts 1: no
-straight line goes through all sizes (large forwards pay for fresh memory, small ones for calls)."""
+"""Weight of errors in the setting that speedups are predicted for; others weigh 1. No straight
+line goes through all sizes (large forwards pay for fresh memory, small ones for calls)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +82,11 @@ class CostModel:
     error: float
     timings: tuple[Mapping[str, Any], ...] = ()
 
+    def breakdown(self, work: Work) -> dict[str, float]:
+        """Seconds of each term."""
+        terms = zip(TERMS, work.terms(), strict=True)
+        return {name: self.seconds[name] * term for name, term in terms}
+
     def predict(self, work: Work) -> float:
         """Seconds of one forward."""
         return float(np.dot([self.seconds[name] for name in TERMS], work.terms()))
@@ -94,18 +99,18 @@ class CostModel:
         decided: bool = True,
         residual: bool = False,
     ) -> Work:
-        """What a forward of ``setting`` executes with a report's decisions.
+        """What a forward executes with a report's routing, measured or replayed.
 
         Args:
-            report: tiers and executed pairs, measured or replayed.
-            setting: batch; by default the model's own.
+            report: tiers and executed pairs.
+            setting: batch of the forward; by default the model's own.
             decided: whether VAR makes the decisions.
             residual: whether residual means are added.
         """
         setting = setting or self.setting
         tokens = setting.batch_size * setting.sequence
         executed = np.array(report.executed_pairs, dtype=np.float64)
-        pairs, experts, cut = self._executed(executed, report.tokens, tokens)
+        pairs, experts, cut = self._scaled(executed, report.tokens, tokens)
         return Work(
             tokens=tokens,
             pairs=float(pairs),
@@ -114,7 +119,7 @@ class CostModel:
             cut=float(cut) if residual else 0,
         )
 
-    def _executed(
+    def _scaled(
         self, executed: NDArray[Any], of_tokens: int, tokens: int
     ) -> tuple[Floats, Floats, Floats]:
         """Pairs, expert calls and cuts of ``tokens``, where ``of_tokens`` executed (..., L)."""
@@ -144,18 +149,11 @@ class CostModel:
             (...) predicted speedups.
         """
         forward = self.setting.batch_size * self.setting.sequence
-        pairs, experts, cuts = self._executed(executed, tokens, forward)
+        pairs, experts, cuts = self._scaled(executed, tokens, forward)
         own = [float(decided), forward * decided, cuts * residual]
         terms: list[Any] = [1.0, forward, pairs, experts, *own]
-        seconds = [self.seconds[name] for name in TERMS]
-        took: Floats = np.asarray(sum(s * term for s, term in zip(seconds, terms, strict=True)))
-        return self.baseline / took
-
-    def breakdown(self, work: Work) -> dict[str, float]:
-        """Seconds of each term."""
-        return {
-            name: self.seconds[name] * term for name, term in zip(TERMS, work.terms(), strict=True)
-        }
+        took = sum(self.seconds[name] * term for name, term in zip(TERMS, terms, strict=True))
+        return self.baseline / np.asarray(took)
 
     def to_dict(self) -> dict[str, Any]:
         """For ``cost_model.json``."""
@@ -188,11 +186,10 @@ class CostModel:
 
 
 def expected_experts(experts: int, pairs: Floats) -> Floats:
-    """How many of E experts are run at all when ``pairs`` pairs (...) fall on them evenly."""
+    """How many of E experts run at all when ``pairs`` pairs (...) fall on them evenly."""
     if experts <= 1:
         return np.minimum(pairs, 1.0)
-    found: Floats = experts * -np.expm1(pairs * np.log1p(-1 / experts))
-    return found
+    return np.asarray(experts * -np.expm1(pairs * np.log1p(-1 / experts)))
 
 
 def fit(
@@ -201,32 +198,30 @@ def fit(
     """Coefficients by relative least squares, and the median error of timings left out.
 
     Args:
-        timings: work and seconds of each; sizes that differ, or terms can't be told apart.
-        weights: what a relative error of each counts; by default all alike.
+        timings: work and seconds of each; sizes must differ, or terms can't be told apart.
+        weights: of each relative error; by default all alike.
 
     Returns:
         Seconds per unit of each of `TERMS`, and the median over all timings of the relative
         error of a fit to the others.
     """
-    work = np.array([one.terms() for one, _ in timings])
     seconds = np.array([value for _, value in timings])
     each = np.ones(len(seconds)) if weights is None else np.asarray(weights, dtype=np.float64)
-    scaled = work / seconds[:, None]
+    scaled = np.array([one.terms() for one, _ in timings]) / seconds[:, None]
     coefficients = _nnls(scaled * each[:, None], each)
     errors = []
     for left_out in range(len(seconds)):
         others = np.arange(len(seconds)) != left_out
-        found = _nnls(scaled[others] * each[others, None], each[others])
-        errors.append(abs(float(scaled[left_out] @ found) - 1))
+        fitted = _nnls(scaled[others] * each[others, None], each[others])
+        errors.append(abs(float(scaled[left_out] @ fitted) - 1))
     return dict(zip(TERMS, coefficients.tolist(), strict=True)), float(np.median(errors))
 
 
 def _nnls(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:
-    # Columns differ by many orders of magnitude; brought to one size, the solver sees them alike.
+    # Columns differ by many orders of magnitude; the solver needs them in one size.
     size = np.linalg.norm(matrix, axis=0)
     size[size == 0] = 1.0
-    found, _ = nnls(matrix / size, target)
-    return np.asarray(found / size)
+    return np.asarray(nnls(matrix / size, target)[0] / size)
 
 
 def fit_cost_model(
@@ -236,14 +231,7 @@ def fit_cost_model(
     var_leading: RoutingPolicy | None = None,
     blocks: int = BLOCKS,
 ) -> CostModel:
-    """Time a few forwards and fit the model.
-
-    Args:
-        evaluator: model, text and batch; the baseline's backend is measured with it.
-        var_all: VAR that cuts nothing: its decisions' cost.
-        var_leading: VAR that cuts every decision: the cost of its residual means.
-        blocks: timed blocks per arm and size.
-    """
+    """Time a few forwards and fit the model; arguments as in `FitTiming`, blocks per arm."""
     timing = FitTiming(evaluator, var_all=var_all, var_leading=var_leading)
     return timing.fitted(time_groups(evaluator.model, timing.groups, blocks=blocks))
 
@@ -252,7 +240,9 @@ class FitTiming:
     """The forwards that a cost model is fitted to.
 
     Args:
-        evaluator, var_all, var_leading: see `fit_cost_model`.
+        evaluator: model, text and batch; the baseline's backend is measured with it.
+        var_all: VAR that cuts nothing: its decisions' cost.
+        var_leading: VAR that cuts every decision: the cost of its residual means.
     """
 
     def __init__(
@@ -274,75 +264,63 @@ class FitTiming:
         if var_leading is not None:
             self._policies["VAR, leading pairs"] = (var_leading, lead, True, True)
         self._evaluator = evaluator
-        settings = (evaluator.setting, *SHAPES[1:])
-        self.groups = [_group(evaluator, setting, self._policies) for setting in settings]
+        self.groups = [self._group(setting) for setting in (evaluator.setting, *SHAPES[1:])]
+
+    def _group(self, setting: SpeedSetting) -> ArmGroup:
+        """The baseline and all policies, on forwards of one size."""
+        evaluator = self._evaluator
+        sequence = min(setting.sequence, evaluator.loaded.window)
+        size, count = setting.batch_size, setting.forwards
+        batches = full_batches(evaluator.documents, batch_size=size, sequence=sequence, count=count)
+        model, own = evaluator.model, evaluator.backend
+        arms = {"baseline": backend_arm(model, evaluator.baseline_backend)}
+        for name, (policy, *_) in self._policies.items():
+            arms[name] = policy_arm(model, policy, backend=own)
+        # Small forwards take a moment: more of them for the same noise.
+        return ArmGroup(arms, batches * max(1, min(8, 1024 // (size * sequence))))
 
     def fitted(self, timed: Sequence[Timings]) -> CostModel:
-        """The model, of the timings of `groups`."""
-        evaluator, geometry = self._evaluator, self._evaluator.geometry()
-        layers, experts, top_k = geometry["layers"], geometry["experts"], evaluator.top_k
+        """The model, fitted to the timings of `groups`."""
         # Every time is set against the baseline's in the setting that speedups are predicted for,
         # block by block: a machine that changes speed hits both.
         reference = timed[0].seconds["baseline"] / len(self.groups[0].batches)
         baseline = float(np.median(reference))
-        rows: list[dict[str, Any]] = []
-        for number, (group, found) in enumerate(zip(self.groups, timed, strict=True)):
-            tokens = group.batches[0].numel()
-            for name, (_policy, per_token, decided, residual) in self._policies.items():
-                pairs = per_token * tokens
-                cut = tokens * layers * (top_k - per_token) / max(top_k - leading_count(top_k), 1)
-                work = Work(
-                    tokens=tokens,
-                    pairs=pairs * layers,
-                    experts=layers * float(expected_experts(experts, np.asarray(pairs))),
-                    decided=tokens if decided else 0,
-                    cut=cut if residual else 0,
-                )
-                each = found.seconds[name] / len(group.batches)
-                took = baseline * float(np.median(each / reference))
-                weight = OWN_WEIGHT if number == 0 else 1.0
-                rows.append({"name": name, "work": work, "seconds": took, "weight": weight})
-        seconds, error = fit(
-            [(row["work"], row["seconds"]) for row in rows], [row["weight"] for row in rows]
-        )
+        names, works, seconds, weights = list[str](), list[Work](), list[float](), list[float]()
+        for number, (group, timings) in enumerate(zip(self.groups, timed, strict=True)):
+            for name in self._policies:
+                each = timings.seconds[name] / len(group.batches)
+                names.append(name)
+                works.append(self._work(name, group.batches[0].numel()))
+                seconds.append(baseline * float(np.median(each / reference)))
+                weights.append(OWN_WEIGHT if number == 0 else 1.0)
+        coefficients, error = fit(list(zip(works, seconds, strict=True)), weights)
+        shape = self._evaluator.geometry()
         fitted = CostModel(
-            seconds=seconds,
+            seconds=coefficients,
             baseline=baseline,
-            setting=evaluator.setting,
-            layers=layers,
-            experts=experts,
-            top_k=top_k,
+            setting=self._evaluator.setting,
+            layers=shape["layers"],
+            experts=shape["experts"],
+            top_k=shape["top_k"],
             error=error,
         )
-        timings = tuple(
-            {
-                "name": row["name"],
-                **asdict(row["work"]),
-                "seconds": row["seconds"],
-                "predicted_s": fitted.predict(row["work"]),
-            }
-            for row in rows
+        rows = tuple(
+            {"name": name, **asdict(work), "seconds": took, "predicted_s": fitted.predict(work)}
+            for name, work, took in zip(names, works, seconds, strict=True)
         )
-        return replace(fitted, timings=timings)
+        return replace(fitted, timings=rows)
 
-
-def _group(
-    evaluator: Evaluator,
-    setting: SpeedSetting,
-    policies: Mapping[str, tuple[RoutingPolicy, float, bool, bool]],
-) -> ArmGroup:
-    """The baseline and all policies, on forwards of one size."""
-    sequence = min(setting.sequence, evaluator.loaded.window)
-    tokens = setting.batch_size * sequence
-    batches = full_batches(
-        evaluator.documents,
-        batch_size=setting.batch_size,
-        sequence=sequence,
-        count=setting.forwards,
-    )
-    model = evaluator.model
-    arms: dict[str, Any] = {"baseline": backend_arm(model, evaluator.baseline_backend)}
-    for name, (policy, *_rest) in policies.items():
-        arms[name] = policy_arm(model, policy, backend=evaluator.backend)
-    # Small forwards take a moment: more of them for the same noise.
-    return ArmGroup(arms, batches * max(1, min(8, 1024 // tokens)))
+    def _work(self, name: str, tokens: int) -> Work:
+        """What a policy executes in a forward of so many tokens, pairs falling evenly."""
+        shape = self._evaluator.geometry()
+        layers, top_k = shape["layers"], shape["top_k"]
+        _, per_token, decided, residual = self._policies[name]
+        pairs = per_token * tokens
+        cut = tokens * layers * (top_k - per_token) / max(top_k - leading_count(top_k), 1)
+        return Work(
+            tokens=tokens,
+            pairs=pairs * layers,
+            experts=layers * float(expected_experts(shape["experts"], np.asarray(pairs))),
+            decided=tokens if decided else 0,
+            cut=cut if residual else 0,
+        )

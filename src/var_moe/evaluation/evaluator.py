@@ -1,10 +1,10 @@
-"""Comparing policies with the unmodified model: same tokens for quality, same run for speed."""
+"""Policies against the unmodified model: quality on the same tokens, speed in the same run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -53,16 +53,16 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """One policy's quality on a text, and the decisions behind it."""
+    """A policy's degradation on a text, and its routing there."""
 
     change: Degradation
     report: RoutingReport
     complete: bool = True  # all documents were scored
-    worst: Worst | None = None  # of several data sets, where the worst one is judged
+    worst: Worst | None = None  # set where the worst of several data sets is judged
 
     @property
     def judged(self) -> Degradation:
-        """What a bound is held against: the worst data set's change, else that of all text."""
+        """What a bound applies to: the change of the worst data set, else that of all text."""
         return self.worst.change if self.worst is not None else self.change
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class Quality:
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """One policy's measured speedup with its two factors: speedup ~ backend x skipping."""
+    """A policy's measured speedup with its two factors: speedup ~ backend x skipping."""
 
     speedup: Ratio  # baseline time / VAR time
     backend_factor: Ratio | None  # baseline time / our path keeping all pairs
@@ -82,7 +82,7 @@ class Speed:
     tps: float
     keep_all_tps: float | None
     baseline_backend: str
-    backend: str  # who ran the executed pairs
+    backend: str  # the one that ran the executed pairs
     blocks: int
     experts_per_token: float  # executed while timing
 
@@ -105,7 +105,7 @@ class Speed:
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedSetting:
-    """What throughput is measured on; recorded with every result."""
+    """The batches that throughput is measured on; recorded with every result."""
 
     batch_size: int = 8
     sequence: int = 256
@@ -139,7 +139,7 @@ class Evaluator:
     """Policies that run all pairs and only the leading ones, for `predicted_speedup`; by default
     without any routing cost of their own."""
     robust: bool = False
-    """Whether bounds are held against the worst of several data sets."""
+    """Whether bounds apply to the worst of several data sets."""
 
     @property
     def model(self) -> Any:
@@ -153,7 +153,7 @@ class Evaluator:
 
     @cached_property
     def timing_batches(self) -> list[Tensor]:
-        """The batches that throughput is measured on."""
+        """The batches (B, S) that throughput is measured on."""
         return full_batches(
             self.documents,
             batch_size=self.setting.batch_size,
@@ -181,68 +181,77 @@ class Evaluator:
         with backend_arm(self.model, self.baseline_backend)():
             return self._losses("baseline perplexity")
 
-    def _losses(self, what: str, session: Any = None, **options: Any) -> DocumentLosses:
-        report = self.progress
+    def _losses(self, what: str, **options: Any) -> DocumentLosses:
         return document_losses(
             self.model,
             self.documents,
             window=self.loaded.window,
-            session=session,
             tokens_per_batch=self.tokens_per_batch,
-            progress=(lambda done, total: report(what, done, total)) if report else None,
+            progress=self._progress(what),
             **options,
         )
+
+    def _progress(self, what: str) -> Callable[[int, int], None] | None:
+        report = self.progress
+        return (lambda done, total: report(what, done, total)) if report else None
+
+    def losses(
+        self,
+        policy: RoutingPolicy,
+        *,
+        what: str = "perplexity",
+        stop: Callable[[DocumentLosses], bool] | None = None,
+    ) -> tuple[DocumentLosses, RoutingReport]:
+        """A policy's loss of each document, from empty caches, and its routing.
+
+        ``stop`` ends the scoring early; see `document_losses`.
+        """
+        with routed(self.model, policy, backend=self.backend) as session:
+            session.reset()
+            return self._losses(what, session=session, stop=stop), session.report()
 
     def quality(
         self, policy: RoutingPolicy, *, what: str = "perplexity", futile_over: float | None = None
     ) -> Quality:
         """Perplexity of a policy against the baseline, from empty caches.
 
-        With ``futile_over``, scoring ends where the documents so far show that the degradation
-        is above it (`evaluation.sequential`); the result is then of those documents.
+        With ``futile_over``, scoring ends as soon as the documents so far show that the
+        degradation is above it (`evaluation.sequential`); the result is then of those documents.
         """
-        baseline, judged = self.baseline_losses, datasets_of(self.documents) if self.robust else {}
+        baseline, limit = self.baseline_losses, futile_over
+        groups = datasets_of(self.documents) if self.robust else {}
 
         def futile(so_far: DocumentLosses) -> bool:
-            known, other = both_scored(baseline, so_far)
-            return futile_over is not None and any_over(known, other, judged, futile_over)
+            return limit is not None and any_over(*both_scored(baseline, so_far), groups, limit)
 
-        if futile_over is None:
-            losses, report = self.losses(policy, what=what)
-            return Quality(
-                change=degradation(baseline, losses),
-                report=report,
-                worst=worst_of(baseline, losses, judged) if judged else None,
-            )
-        with routed(self.model, policy, backend=self.backend) as session:
-            session.reset()
-            known, other = both_scored(baseline, self._losses(what, session, stop=futile))
-            whole = np.array_equal(known.tokens, baseline.tokens)
-            return Quality(
-                change=degradation(known, other),
-                report=session.report(),
-                complete=whole,
-                worst=worst_of(known, other, judged, partial=not whole) if judged else None,
-            )
-
-    def losses(
-        self, policy: RoutingPolicy, *, what: str = "perplexity"
-    ) -> tuple[DocumentLosses, RoutingReport]:
-        """A policy's loss of each document, from empty caches, and the decisions behind them."""
-        with routed(self.model, policy, backend=self.backend) as session:
-            session.reset()
-            return self._losses(what, session), session.report()
+        losses, report = self.losses(policy, what=what, stop=futile)
+        known, other = both_scored(baseline, losses)
+        whole = np.array_equal(known.tokens, baseline.tokens)
+        return Quality(
+            change=degradation(known, other),
+            report=report,
+            complete=whole,
+            worst=worst_of(known, other, groups, partial=not whole) if groups else None,
+        )
 
     def speed(self, policy: RoutingPolicy, *, blocks: int, factors: bool = True) -> Speed:
         """Throughput of a policy against the baseline, in alternating blocks.
 
         With ``factors``, our path keeping all pairs is timed in the same run.
         """
-        counted = _Recorded(self.model, policy, self.backend)
-        arms = {"baseline": backend_arm(self.model, self.baseline_backend)}
+        routed_arm = policy_arm(self.model, policy, backend=self.backend)
+        reports: list[RoutingReport] = []  # every block decides alike
+
+        @contextmanager
+        def reported() -> Iterator[Any]:
+            with routed_arm() as session:
+                yield session
+                reports[:] = [session.report()]
+
+        arms: dict[str, Any] = {"baseline": backend_arm(self.model, self.baseline_backend)}
         if factors:
             arms["keep_all"] = policy_arm(self.model, None, backend=self.backend)
-        arms["policy"] = counted.arm
+        arms["policy"] = reported
         timings = self._time(arms, blocks, "throughput")
         return Speed(
             speedup=timings.ratio("baseline", "policy"),
@@ -254,44 +263,35 @@ class Evaluator:
             baseline_backend=self.baseline_backend,
             backend=automatic(self.model, self.backend),
             blocks=blocks,
-            experts_per_token=counted.report().experts_per_token,
+            experts_per_token=reports[0].experts_per_token,
         )
 
     def _time(self, arms: dict[str, Any], blocks: int, what: str) -> Timings:
-        report = self.progress
         return time_arms(
-            self.model,
-            arms,
-            self.timing_batches,
-            blocks=blocks,
-            progress=(lambda done, total: report(what, done, total)) if report else None,
+            self.model, arms, self.timing_batches, blocks=blocks, progress=self._progress(what)
         )
 
     def noise_floor(self, *, blocks: int) -> Ratio:
-        """Baseline against baseline: what the measurement itself makes of no difference."""
-        name = self.baseline_backend
-        arms = {"one": backend_arm(self.model, name), "two": backend_arm(self.model, name)}
-        return self._time(arms, blocks, "noise floor").ratio("one", "two")
+        """Baseline against baseline: the ratio that the measurement shows where there is none."""
+        arm = backend_arm(self.model, self.baseline_backend)
+        return self._time({"one": arm, "two": arm}, blocks, "noise floor").ratio("one", "two")
 
     @cached_property
     def _pair_cost(self) -> tuple[float, float]:
         """Relative forward time (baseline = 1) at K and at ceil(K/2) experts per token."""
-        most, least = self.cost_policies or (
-            NativePolicy(),
-            FixedKPolicy(leading_count(self.top_k)),
-        )
+        leading = FixedKPolicy(leading_count(self.top_k))
+        most, least = self.cost_policies or (NativePolicy(), leading)
         arms = {
             "baseline": backend_arm(self.model, self.baseline_backend),
             "all": policy_arm(self.model, most, backend=self.backend),
             "half": policy_arm(self.model, least, backend=self.backend),
         }
         timings = self._time(arms, 5, "cost of an expert")
-        return 1 / timings.ratio("baseline", "all").median, 1 / timings.ratio(
-            "baseline", "half"
-        ).median
+        at_all, at_half = (1 / timings.ratio("baseline", arm).median for arm in ("all", "half"))
+        return at_all, at_half
 
     def predicted_speedup(self, experts_per_token: float) -> float:
-        """Speedup that the executed pairs alone predict: linear in experts per token."""
+        """Speedup that the executed pairs alone predict: time is linear in experts per token."""
         at_all, at_half = self._pair_cost
         half = leading_count(self.top_k)
         if half == self.top_k:
@@ -300,7 +300,7 @@ class Evaluator:
         return 1 / (at_half + (at_all - at_half) * share)
 
     def timing_notes(self) -> list[str]:
-        """What the reader of a speedup must know about the text it was measured on."""
+        """What a reader of the speedup must know about the text it was measured on."""
         have = sum(len(document.ids) for document in self.documents)
         need = sum(batch.numel() for batch in self.timing_batches)
         if have >= need:
@@ -321,42 +321,11 @@ class Evaluator:
 
     def with_documents(self, documents: Sequence[EncodedDocument]) -> Evaluator:
         """The same measurements on other text; the backend choice and pair cost are kept."""
-        other = Evaluator(
-            loaded=self.loaded,
-            documents=documents,
-            setting=self.setting,
-            tokens_per_batch=self.tokens_per_batch,
-            backend=self.backend,
-            progress=self.progress,
-            cost_policies=self.cost_policies,
-            robust=self.robust,
-        )
+        other = replace(self, documents=documents)
         for name in ("_fastest", "_pair_cost"):
             if name in self.__dict__:
                 other.__dict__[name] = self.__dict__[name]
         return other
-
-
-class _Recorded:
-    """An arm whose executed pairs are added up over its blocks."""
-
-    def __init__(self, model: Any, policy: RoutingPolicy, backend: str) -> None:
-        self._make = policy_arm(model, policy, backend=backend)
-        self._last: RoutingReport | None = None
-
-    def arm(self) -> Any:
-        @contextmanager
-        def run() -> Any:
-            with self._make() as session:
-                yield session
-                self._last = session.report()
-
-        return run()
-
-    def report(self) -> RoutingReport:
-        """Decisions of the last block (every block decides alike)."""
-        assert self._last is not None
-        return self._last
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,23 +343,23 @@ class Apart:
 def measure_apart(evaluator: Evaluator, policy: RoutingPolicy, *, what: str = "") -> list[Apart]:
     """A policy on each data set of the evaluator's text, or on each source of a single one.
 
-    Each is scored in a pass of its own, from empty caches: what it would show as the whole text.
-    One of fewer than two documents is left out.
+    Each is scored in a pass of its own, from empty caches: the result that it would have as the
+    whole text. A data set of fewer than two documents is left out.
 
     Args:
         evaluator: of the whole text; its baseline losses count.
         policy: what is measured.
-        what: shown before the data set's name as it is scored.
+        what: the policy's name, for the progress.
 
     Returns:
-        In the order in which they first occur; empty where there is nothing to tell apart.
+        In the order in which they first occur; empty for a text of one source.
     """
-    found = []
+    parts = []
     for name, at in groups_of(evaluator.documents).items():
         if len(at) < LEAST:
             continue
         part = evaluator.with_documents([evaluator.documents[i] for i in at])
         part.baseline_losses = losses_of(evaluator.baseline_losses, at)
         label = f"{what}: {name}" if what else name
-        found.append(Apart(dataset=name, quality=part.quality(policy, what=label)))
-    return found
+        parts.append(Apart(dataset=name, quality=part.quality(policy, what=label)))
+    return parts

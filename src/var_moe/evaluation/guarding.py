@@ -1,8 +1,8 @@
-"""Calibrating a guard on documents, and playing documents to one as if they were served."""
+"""Calibrating a guard on documents, and running documents as if they were served."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import torch
 
 from var_moe.config import check_seed
 from var_moe.data.documents import check_encoded
-from var_moe.evaluation.batching import Window, collate, windows
+from var_moe.evaluation.batching import collate, in_order
 from var_moe.evaluation.evaluator import Progress
 from var_moe.execution.session import Session, routed
 from var_moe.models.identity import identity
@@ -48,23 +48,21 @@ def calibrate_guard(
     data: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Guard:
-    """Run documents under a policy and note what its decisions look like.
+    """Run documents under a policy and record the statistics of its routing.
 
-    The documents must be independent of each other and like those to be served, in kind, length
-    and in how they come (scored as a whole, or generated); nothing of the policy should have
-    been fitted to them. They are played in random order. The guarantee is exact for policies that
-    decide each document apart; a context cache that documents share ties them together a little.
+    The documents must be independent of each other and like those to be served: in kind, in
+    length, and scored as a whole or generated. Nothing of the policy should have been fitted to
+    them. They are played in random order. The guarantee is exact for policies that decide each
+    document apart; a context cache that documents share makes them slightly dependent.
 
     Args:
         loaded: the model.
         policy: as it will serve.
-        documents: at least `guard.LEAST_UNITS`; see
-            `var_moe.data.documents.one_per_page`.
+        documents: at least `guard.LEAST_UNITS`; see `var_moe.data.documents.one_per_page`.
         alpha: probability of an alarm, ever, on documents like these.
-        action: see `Guard`.
-        tolerance: see `Guard`.
+        action, tolerance: see `Guard`.
         seed: of the order.
-        data: what to note about the text (name, hash).
+        data: recorded about the text (name, hash).
         progress: called with "calibrating the guard", documents done and in all.
 
     Raises:
@@ -121,7 +119,7 @@ def play(
 ) -> None:
     """Run documents through a routed model, in random order, several in a forward.
 
-    Rows are not sorted by length, so that what has come at any time is like what will come.
+    Rows are not sorted by length, so that early documents are like later ones.
 
     Args:
         loaded: the model, routed by the session.
@@ -129,7 +127,7 @@ def play(
         documents: the text.
         seed: of the order; None keeps it.
         tokens_per_batch: padded tokens in a forward.
-        what, progress: called with that, documents begun and in all.
+        what, progress: ``progress`` is called with ``what``, documents begun and in all.
     """
     order = list(range(len(documents)))
     if seed is not None:
@@ -137,8 +135,9 @@ def play(
     device = next(loaded.model.parameters()).device
     before = session.policy.ids_before
     with torch.inference_mode():
-        for rows in _in_order(
-            [documents[n] for n in order], loaded.window, before, tokens_per_batch
+        played = [documents[number] for number in order]
+        for rows in in_order(
+            played, range(len(played)), tokens_per_batch, window=loaded.window, prefix=before
         ):
             if progress:  # rows come in order; a long document has several
                 progress(what, rows[-1].document, len(documents))
@@ -152,20 +151,3 @@ def play(
     session.end_documents()
     if progress:
         progress(what, len(documents), len(documents))
-
-
-def _in_order(
-    documents: Sequence[EncodedDocument], window: int, prefix: int, tokens_per_batch: int
-) -> Iterator[list[Window]]:
-    rows: list[Window] = []
-    width = 0
-    for number, document in enumerate(documents):
-        ids = np.asarray(document.ids, dtype=np.int64)
-        for cut in windows(number, ids, window, prefix=prefix):
-            width = max(width, len(cut.ids))
-            if rows and width * (len(rows) + 1) > tokens_per_batch:
-                yield rows
-                rows, width = [], len(cut.ids)
-            rows.append(cut)
-    if rows:
-        yield rows

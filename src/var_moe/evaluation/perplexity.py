@@ -140,7 +140,7 @@ def perplexity(
 
 @dataclass(frozen=True, kw_only=True)
 class Degradation:
-    """PPL(VAR) / PPL(baseline) - 1 on the same tokens, with its uncertainty over documents."""
+    """PPL(VAR) / PPL(baseline) - 1 on the same tokens, with its standard error over documents."""
 
     value: float
     standard_error: float
@@ -166,13 +166,13 @@ class Degradation:
 def both_scored(
     baseline: DocumentLosses, other: DocumentLosses
 ) -> tuple[DocumentLosses, DocumentLosses]:
-    """Both, with the documents left out that ``other`` has not scored to the end."""
+    """Both, without the documents that ``other`` has not scored to the end."""
     whole = baseline.tokens == other.tokens
-    first, second = (
-        DocumentLosses(nll=np.where(whole, one.nll, 0.0), tokens=np.where(whole, one.tokens, 0))
-        for one in (baseline, other)
-    )
-    return first, second
+
+    def scored(one: DocumentLosses) -> DocumentLosses:
+        return DocumentLosses(nll=np.where(whole, one.nll, 0.0), tokens=one.tokens * whole)
+
+    return scored(baseline), scored(other)
 
 
 def degradation(baseline: DocumentLosses, other: DocumentLosses) -> Degradation:
@@ -213,29 +213,25 @@ def degradation(baseline: DocumentLosses, other: DocumentLosses) -> Degradation:
 
 
 def datasets_of(documents: Sequence[EncodedDocument]) -> dict[str, NDArray[np.int64]]:
-    """The documents of each data set, by name; empty where the text is of one alone."""
+    """Positions of each data set's documents; empty for a text of one data set."""
     return _by([document.dataset for document in documents])
 
 
 def groups_of(documents: Sequence[EncodedDocument]) -> dict[str, NDArray[np.int64]]:
-    """Those of each data set; where there is one alone, those of each of its sources.
-
-    Empty where there is but one source, too.
-    """
+    """Positions by data set, or by source for a text of one data set; empty for one source."""
     return datasets_of(documents) or _by([document.source for document in documents])
 
 
 def _by(names: Sequence[str]) -> dict[str, NDArray[np.int64]]:
-    found: dict[str, list[int]] = {}
-    for at, name in enumerate(names):
-        found.setdefault(name, []).append(at)
-    if len(found) < 2:
+    distinct = list(dict.fromkeys(names))
+    if len(distinct) < 2:
         return {}
-    return {name: np.array(positions, dtype=np.int64) for name, positions in found.items()}
+    each = np.array(names)
+    return {name: np.flatnonzero(each == name) for name in distinct}
 
 
 def losses_of(losses: DocumentLosses, at: NDArray[np.int64]) -> DocumentLosses:
-    """The losses of some of the documents."""
+    """The losses of the documents at these positions."""
     return DocumentLosses(nll=losses.nll[at], tokens=losses.tokens[at])
 
 
@@ -265,32 +261,31 @@ def worst_of(
     Args:
         baseline, other: losses of all documents.
         groups: at least one.
-        partial: the scoring ended early, so that a data set may lack documents; it is left out.
+        partial: the scoring ended early; a data set that lacks documents is left out.
 
     Raises:
         UsageError: a data set has too few documents to be judged.
     """
-    found = []
+    judged = []
     for name, at in groups.items():
         scored = int(np.count_nonzero(baseline.tokens[at] > 0))
-        if scored < LEAST:
-            if partial:
-                continue
+        if scored < LEAST and not partial:
             raise UsageError(
                 f"too few documents of {name!r} to judge it: {scored}, at least {LEAST} needed"
             )
-        change = degradation(losses_of(baseline, at), losses_of(other, at))
-        found.append(Worst(dataset=name, change=change))
-    return max(found, key=lambda one: one.change.upper)
+        if scored >= LEAST:
+            change = degradation(losses_of(baseline, at), losses_of(other, at))
+            judged.append(Worst(dataset=name, change=change))
+    return max(judged, key=lambda one: one.change.upper)
 
 
 def any_over(baseline: DocumentLosses, other: DocumentLosses, groups: Groups, limit: float) -> bool:
     """Whether the documents so far show that the degradation of a group is above a limit.
 
     Args:
-        baseline, other: losses of all documents, without tokens where they are not scored yet.
-        groups: judged apart; without any, all documents are judged together.
-        limit: on PPL / PPL - 1.
+        baseline, other: losses of all documents; those not scored yet have no tokens.
+        groups: judged apart; empty judges all documents together.
+        limit: on PPL(VAR) / PPL(baseline) - 1.
     """
     parts = list(groups.values()) or [np.arange(len(baseline.tokens))]
     change, tokens = other.nll - baseline.nll, baseline.tokens

@@ -1,9 +1,9 @@
-"""Looking at a mean while its documents still come in, as often as one likes.
+"""Sequential inference about a mean: valid however often it is looked at.
 
 An asymptotic confidence sequence (Waudby-Smith, Arbour, Sinha, Kennedy, Ramdas 2021,
-arXiv:2103.06476, the one-sided normal-mixture boundary) holds at all sample sizes at once, where
-an ordinary interval that is looked at again and again is wrong ever more often. Documents must
-come in random order; they are the units, never tokens.
+arXiv:2103.06476, the one-sided normal-mixture boundary) holds at all sample sizes at once; an
+ordinary interval that is looked at repeatedly does not. Documents must come in random order;
+they are the units, never tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LEAST_DOCUMENTS = 15
 """Documents before the first look: the boundary is asymptotic."""
 
 FUTILE_ALPHA = 0.01
-"""Chance that a search drops a configuration that keeps the bound: small, as it is never told."""
+"""Chance that a search drops a configuration that keeps the bound; small, as nobody sees it."""
 
 
 def lower_boundary(
@@ -36,7 +36,7 @@ def lower_boundary(
     """
     count, mean, deviation = _running(values)
     bound: NDArray[np.float64] = mean - deviation * margin(count, alpha=alpha, best_at=best_at)
-    bound[: min(LEAST_DOCUMENTS - 1, len(bound))] = -np.inf
+    bound[: LEAST_DOCUMENTS - 1] = -np.inf
     return bound
 
 
@@ -46,10 +46,7 @@ def margin(
     """How many standard deviations the boundary lies below the mean of so many values."""
     rho2 = _mixture(alpha, best_at)
     wide = count * rho2 + 1
-    found: NDArray[np.float64] = np.sqrt(
-        2 * wide / (count**2 * rho2) * np.log1p(np.sqrt(wide) / (2 * alpha))
-    )
-    return found
+    return np.asarray(np.sqrt(2 * wide / (count**2 * rho2) * np.log1p(np.sqrt(wide) / (2 * alpha))))
 
 
 def anytime_p_values(
@@ -70,9 +67,9 @@ def anytime_p_values(
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         ratio = np.where(mean > 0, mean / deviation, 0.0)
         level = np.sqrt(wide) / (2 * np.expm1(ratio**2 * count**2 * rho2 / (2 * wide)))
-    found: NDArray[np.float64] = np.where(mean > 0, np.minimum(level, 1.0), 1.0)
-    found[: min(LEAST_DOCUMENTS - 1, len(found))] = 1.0
-    return found
+    p: NDArray[np.float64] = np.where(mean > 0, np.minimum(level, 1.0), 1.0)
+    p[: LEAST_DOCUMENTS - 1] = 1.0
+    return p
 
 
 def _running(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:

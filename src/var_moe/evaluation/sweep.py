@@ -1,4 +1,9 @@
-"""Policies side by side: each turned until it runs so many experts per token, then measured."""
+"""Policies compared at equal experts per token.
+
+The strength of each policy is turned until it runs the wanted number; there it is measured. An
+earlier comparison can be measured again on other text, its settings unchanged: on held-out text
+nothing may be turned.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +84,7 @@ def sweep(
     compensation: str | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Point]:
-    """Score policies where they run as many experts per token as each other; not yet `timed`.
+    """Score each policy where it runs the wanted experts per token; `timed` adds the speed.
 
     Args:
         evaluator: the text that is judged on.
@@ -91,7 +96,7 @@ def sweep(
         progress: called with what is done, points done and in all.
 
     Yields:
-        Points, policy by policy; a target that a policy can't reach has none.
+        Points, policy by policy; none for a target that a policy can't reach.
 
     Raises:
         UsageError: a policy is unknown, or asks for what the calibration lacks.
@@ -108,55 +113,38 @@ def sweep(
             if progress:
                 progress(f"{spec.name} {dial}".strip(), done, total)
             done += 1
-            found = _turned(turning, spec, turn, calibration, target, seen)
-            if abs(seen[found] / target - 1) > REACHED:
-                continue
-            yield scored_point(
-                evaluator,
-                calibration,
-                policy=spec.name,
-                dial=dial,
-                target=target,
-                compensation=compensation,
-                settings=turn(found),
-            )
+            strength = _turned(turning, spec, turn, calibration, target, seen)
+            if abs(seen[strength] / target - 1) <= REACHED:
+                made, settings = (dial, target, compensation), turn(strength)
+                yield _scored(evaluator, calibration, spec.name, settings, *made)
     if progress:
         progress("policies", total, total)
 
 
-def scored_point(
+def _scored(
     evaluator: Evaluator,
     calibration: Mapping[str, Any],
-    *,
     policy: str,
+    settings: Mapping[str, Any],
     dial: str,
     target: float,
     compensation: str | None,
-    settings: Mapping[str, Any],
 ) -> Point:
-    """Score a policy at one setting; the arguments are those of `Point` and `sweep`."""
-    made = policy_spec(policy).make(settings, calibration)
+    """Score a policy at one setting."""
     return Point(
         policy=policy,
         dial=dial,
         target=target,
         compensation=compensation,
         settings=settings,
-        quality=evaluator.quality(made),
+        quality=evaluator.quality(policy_spec(policy).make(settings, calibration)),
     )
 
 
 def timed(
     evaluator: Evaluator, point: Point, calibration: Mapping[str, Any], *, blocks: int
 ) -> Point:
-    """The point with its speed.
-
-    Args:
-        evaluator: the text that is timed on.
-        point: as `sweep` yields it.
-        calibration: what it was made with.
-        blocks: timed blocks per arm.
-    """
+    """A point of `sweep` with its speed; ``calibration`` is what it was made with."""
     made = policy_spec(point.policy).make(point.settings, calibration)
     return replace(point, speed=evaluator.speed(made, blocks=blocks, factors=False))
 
@@ -169,7 +157,7 @@ def _turned(
     target: float,
     seen: dict[float, float],
 ) -> float:
-    """The strength that comes nearest to the target: bisection, using what was ``seen``."""
+    """The strength that comes nearest to the target, by bisection from the points in ``seen``."""
 
     def executed(strength: float) -> float:
         if strength not in seen:
@@ -192,9 +180,9 @@ def _turned(
 
 
 def control_at(points: Sequence[Point], experts_per_token: float, top_k: int) -> float | None:
-    """What random skipping costs at so many experts per token: a straight line between points.
+    """Degradation of random skipping at so many experts per token, between points by a line.
 
-    None outside what was measured.
+    None outside the measured range.
     """
     known = sorted(
         [
@@ -214,7 +202,7 @@ def control_at(points: Sequence[Point], experts_per_token: float, top_k: int) ->
 
 
 def droppers(names: Sequence[str]) -> tuple[str, ...]:
-    """Those that run no expert that the router did not choose: a compensation can help them."""
+    """The policies that only drop experts of the router's choice: a compensation can help them."""
     return tuple(name for name in names if policy_spec(name).settings.get("mode") != "plain")
 
 
@@ -241,9 +229,6 @@ def require_policies(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-# -- an earlier comparison, on other text ----------------------------------------------------
-
-
 def earlier_comparison(folder: Path) -> dict[str, Any]:
     """What `compare` saved in a folder.
 
@@ -255,14 +240,14 @@ def earlier_comparison(folder: Path) -> dict[str, Any]:
         raise UsageError(
             f"{folder}: no {COMPARISON_FILE} there; expected the --output of `var-moe compare`"
         )
-    found: dict[str, Any] = read_json(path)
-    rows = found.get("rows")
+    earlier: dict[str, Any] = read_json(path)
+    rows = earlier.get("rows")
     if not rows or any(name not in row for row in rows for name in _NEEDED):
         raise UsageError(
             f"{path}: its rows lack one of {', '.join(_NEEDED)}; make it again with "
             "`var-moe compare`"
         )
-    return found
+    return earlier
 
 
 def measure_again(
@@ -272,28 +257,21 @@ def measure_again(
     *,
     progress: Progress | None = None,
 ) -> Iterator[Point]:
-    """Score the rows of an earlier comparison, each with its own settings.
+    """Score the rows of an earlier ``comparison.json``, each with its own settings.
 
-    Args:
-        evaluator: the text that is judged on.
-        rows: of ``comparison.json``.
-        calibration: what policies may ask for, by the name of a compensation.
-        progress: called with what is done, points done and in all.
-
-    Yields:
-        Points, in the order of the rows.
+    ``calibration`` gives what policies may ask for, by the name of a compensation.
     """
     for done, row in enumerate(rows):
         if progress:
             progress(str(row.get("name", row["policy"])), done, len(rows))
-        yield scored_point(
+        yield _scored(
             evaluator,
             calibration(row["compensation"]),
-            policy=row["policy"],
-            dial=row["dial"],
-            target=row["target_experts_per_token"],
-            compensation=row["compensation"],
-            settings=row["settings"],
+            row["policy"],
+            row["settings"],
+            row["dial"],
+            row["target_experts_per_token"],
+            row["compensation"],
         )
     if progress:
         progress("policies", len(rows), len(rows))

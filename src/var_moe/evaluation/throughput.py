@@ -1,11 +1,15 @@
-"""Throughput: arms timed in alternating blocks, so that a drifting machine hits all alike."""
+"""Throughput of scoring and decoding, timed in alternating blocks.
+
+Alternation makes a machine that changes its speed hit all arms alike.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -89,11 +93,11 @@ def time_arms(
         model: the model that the arms' contexts act on.
         arms: name -> context to run a block in.
         batches: (B, S) token ids, one run each; a block is one pass over them.
-        blocks: how many blocks of each arm are timed; a short one is run first as warm-up.
+        blocks: timed blocks of each arm.
         progress: called with blocks done and in all.
         run: what is timed, on one batch; by default one full forward.
         tokens: tokens of a block; by default those of the batches.
-        warm_up: whether the warm-up is run.
+        warm_up: whether one batch is run untimed in each arm first.
     """
     device = next(model.parameters()).device
     inputs = [batch.to(device) for batch in batches]
@@ -131,28 +135,24 @@ def time_groups(
     blocks: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Timings]:
-    """`time_arms` of several groups at once: a block of each in turn.
+    """`time_arms` of several groups at once, a block of each in turn; the timings of each group.
 
-    A machine that drifts hits all groups alike, so that times of one group can be set against
-    those of another.
-
-    Returns:
-        The timings of each group.
+    A change of the machine's speed hits all groups alike, so that their times can be compared.
     """
     parts: list[list[Timings]] = [[] for _ in groups]
     for block in range(blocks):
-        for group, found in zip(groups, parts, strict=True):
+        for group, timed in zip(groups, parts, strict=True):
             names = list(group.arms) if block % 2 == 0 else list(group.arms)[::-1]
             arms = {name: group.arms[name] for name in names}
-            found.append(time_arms(model, arms, group.batches, blocks=1, warm_up=block == 0))
+            timed.append(time_arms(model, arms, group.batches, blocks=1, warm_up=block == 0))
         if progress:
             progress(block + 1, blocks)
     return [
         Timings(
-            seconds={n: np.concatenate([one.seconds[n] for one in found]) for n in group.arms},
-            tokens=found[0].tokens,
+            seconds={n: np.concatenate([one.seconds[n] for one in timed]) for n in group.arms},
+            tokens=timed[0].tokens,
         )
-        for group, found in zip(groups, parts, strict=True)
+        for group, timed in zip(groups, parts, strict=True)
     ]
 
 
@@ -175,15 +175,16 @@ def _wait(device: torch.device) -> None:
 def backend_arm(model: Any, backend: str) -> Arm:
     """The unmodified model on one of transformers' experts backends."""
 
-    class _Context(AbstractContextManager[None]):
-        def __enter__(self) -> None:
-            self.before = model.get_experts_implementation()
-            model.set_experts_implementation(backend)
+    @contextmanager
+    def arm() -> Iterator[None]:
+        before = model.get_experts_implementation()
+        model.set_experts_implementation(backend)
+        try:
+            yield
+        finally:
+            model.set_experts_implementation(before)
 
-        def __exit__(self, *_: object) -> None:
-            model.set_experts_implementation(self.before)
-
-    return _Context
+    return arm
 
 
 def policy_arm(model: Any, policy: RoutingPolicy | None, *, backend: str = "auto") -> Arm:
@@ -194,18 +195,15 @@ def policy_arm(model: Any, policy: RoutingPolicy | None, *, backend: str = "auto
 
 def usable_backends(model: Any, tokens: int, top_k: int) -> list[str]:
     """transformers' experts backends that can run a forward of this size here."""
-    usable = []
     _, module = experts_modules(model)[0]
     parameters = sum(p.numel() * p.element_size() for p in module.parameters())
-    per_expert = parameters / max(1, int(getattr(module, "num_experts", 1)))
+    gathered = parameters / max(1, int(getattr(module, "num_experts", 1))) * tokens * top_k
+    usable = []
     for name in HF_BACKENDS:
-        if name == "batched_mm" and per_expert * tokens * top_k > _GATHER_LIMIT_BYTES:
+        if name == "batched_mm" and gathered > _GATHER_LIMIT_BYTES:
             continue
-        try:
-            with backend_arm(model, name)():
-                usable.append(name)
-        except (ValueError, ImportError):
-            continue
+        with contextlib.suppress(ValueError, ImportError), backend_arm(model, name)():
+            usable.append(name)
     return usable
 
 
@@ -250,9 +248,7 @@ class DecodeSpeed:
     def to_dict(self) -> dict[str, Any]:
         """For result files."""
         return {
-            "batch_size": self.setting.batch_size,
-            "prompt_tokens": self.setting.prompt_tokens,
-            "new_tokens": self.setting.new_tokens,
+            **asdict(self.setting),
             "speedup": self.speedup.median,
             "speedup_95": [self.speedup.low, self.speedup.high],
             "baseline_backend": self.baseline_backend,
@@ -338,9 +334,9 @@ class Decoding:
     def _prompts(self, setting: DecodeSetting) -> Tensor:
         """(B, prompt_tokens) first tokens of documents that are long enough."""
         length = setting.prompt_tokens
-        found = [d.ids[:length].tolist() for d in self._documents if len(d.ids) >= length]
-        if not found:
+        prompts = [d.ids[:length].tolist() for d in self._documents if len(d.ids) >= length]
+        if not prompts:
             joined = [int(i) for d in self._documents for i in d.ids]
-            found = [(joined * (length // max(len(joined), 1) + 1))[:length]]
-        rows = [found[i % len(found)] for i in range(setting.batch_size)]
+            prompts = [(joined * (length // max(len(joined), 1) + 1))[:length]]
+        rows = [prompts[i % len(prompts)] for i in range(setting.batch_size)]
         return torch.tensor(rows, dtype=torch.int64)
