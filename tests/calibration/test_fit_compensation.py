@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from var_moe.calibration import fit_compensation as fitting
-from var_moe.calibration.distill import Trainable, divergence
-from var_moe.calibration.fit_compensation import FitSettings, affordable_rank, fit_compensation
-from var_moe.calibration.material import schedule, split
+from var_moe.calibration.distillation import Trainable, affordable_rank, divergence, schedule
+from var_moe.calibration.fit_compensation import (
+    FitSettings,
+    fit_compensation,
+    split,
+)
 from var_moe.errors import UsageError, VarMoeError
 from var_moe.execution.session import routed
 from var_moe.routing.compensation import Compensation
@@ -265,7 +268,7 @@ def test_a_trainable_begins_as_its_start():
     first, second = (part.down for part in frozen.layers)
     assert second.abs().mean() / first.abs().mean() > 3
     with torch.no_grad():
-        found.vectors[0].add_(1)
+        found.layer(0).vectors.add_(1)
     assert torch.equal(frozen.layers[0].vectors, start.layers[0].vectors)
     # One start for all layers must not become one parameter.
     assert not torch.equal(*[part.vectors for part in found.compensation().layers])

@@ -1,17 +1,17 @@
 """Fitting a compensation on calibration text (see `routing.compensation`).
 
-First layer by layer, by least squares (`fitting.regress`), then by distillation of the whole
-model (`fitting.distill`), which costs three times as much per token. Each step cuts decisions at
-another tau, so that the result serves a range of experts per token. What is fitted is judged on
-held-out calibration documents, at fixed taus; the best state counts, and one that is no better
-there than the start is not handed out.
+First layer by layer, by least squares, then by distillation of the whole model, which costs three
+times as much per token (see `calibration.distillation`). Each step cuts decisions at another tau,
+so that the result serves a range of experts per token. A fit is judged by its divergence from the
+unmodified model on held-out calibration documents, at fixed taus. The best state is returned; it
+is an error if it is no better than the start.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,35 +19,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from var_moe.calibration.checkpoint import Checkpoint
-from var_moe.calibration.distill import Distillation, Divergence, Trainable, divergence, forward
-from var_moe.calibration.material import Material, schedule
-from var_moe.calibration.regress import Regression
+from var_moe.calibration.distillation import (
+    Regression,
+    Student,
+    Switch,
+    Teacher,
+    Trainable,
+    affordable_rank,
+    divergence,
+    forward,
+    set_rate,
+)
 from var_moe.config import check_count, check_seed
 from var_moe.errors import UsageError, VarMoeError
-from var_moe.execution.dispatch import attach, detach, experts_modules, experts_shape, pair_backend
+from var_moe.evaluation.batching import Window, batches, collate
+from var_moe.execution.dispatch import attach, detach, experts_shape, pair_backend
 from var_moe.models.identity import identity
-from var_moe.routing.compensation import Compensation
+from var_moe.routing.compensation import Compensation, LayerCompensation
 from var_moe.routing.damage import DamageModel, DamagePolicy
-from var_moe.storage import sha256_of
+from var_moe.storage import atomic_write, sha256_of
 
 if TYPE_CHECKING:
     from var_moe.data.documents import EncodedDocument
+    from var_moe.evaluation.evaluator import Progress
     from var_moe.models.loading import LoadedModel
     from var_moe.routing.decision import ForwardContext
 
-log = logging.getLogger(__name__)
-
 DEFAULT_TOKENS, DEFAULT_REGRESS_TOKENS = 400_000, 800_000
-COST_SHARE = 0.03
-"""What the map may cost, as a share of the multiply-adds that it helps to save."""
 KEPT_SHARES = (0.55, 0.8)
 """Experts per token during fitting, as shares of K."""
 _SAVE_EVERY = 20  # steps of the layer-wise part
 _LOOKS = 12  # evaluations on held-out text in a whole run
 _PATIENCE = 4  # of them without an improvement
-_REGRESS_RATE, _RATE = 4e-3, 1e-3
-Progress = Callable[[str, int, int], None]
+REGRESSION_RATE = 4e-3  # highest learning rate of the layer-wise part
+_HELD_OUT, _HELD_OUT_TOKENS = 0.1, 8_000  # share of the text and its most, that judge the fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +60,12 @@ class FitSettings:
     """How a compensation is fitted.
 
     Args:
-        rank: of the map; None takes the largest multiple of 8 within `COST_SHARE`.
+        rank: of the map; None takes the largest multiple of 8 within 3% of what it saves.
         regress_tokens: of calibration text for the layer-wise part, over as many passes as that
             takes; 0 leaves it out.
         tokens: the same for the distillation.
         tokens_per_batch: padded tokens of a step.
-        regress_rate, rate: highest learning rates of Adam.
+        rate: highest learning rate of the distillation.
         seed: draws the start, the order of the text and the taus.
 
     Raises:
@@ -71,8 +76,7 @@ class FitSettings:
     regress_tokens: int = DEFAULT_REGRESS_TOKENS
     tokens: int = DEFAULT_TOKENS
     tokens_per_batch: int = 4096
-    regress_rate: float = _REGRESS_RATE
-    rate: float = _RATE
+    rate: float = 1e-3
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -82,9 +86,8 @@ class FitSettings:
         check_count("tokens_per_batch", self.tokens_per_batch)
         if not self.tokens and not self.regress_tokens:
             raise UsageError("tokens = regress_tokens = 0: expected one of them above 0")
-        for name in ("regress_rate", "rate"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise UsageError(f"{name} = {getattr(self, name)}: expected a number above 0")
+        if not 0 < self.rate < float("inf"):
+            raise UsageError(f"rate = {self.rate}: expected a number above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,16 +113,6 @@ class FitResult:
         }
 
 
-def affordable_rank(model: Any, top_k: int) -> int:
-    """Largest rank, a multiple of 8, within `COST_SHARE` where 0.65 K experts run."""
-    module: Any = experts_modules(model)[0][1]
-    first = module.gate_up_proj if module.has_gate else module.up_proj
-    expert = first[0].numel() + module.down_proj[0].numel()  # multiply-adds per pair
-    hidden = experts_shape(model)["hidden"]
-    saved = expert * 0.35 * top_k
-    return max(8, int(COST_SHARE * saved / (2 * hidden)) // 8 * 8)
-
-
 def fit_compensation(
     loaded: LoadedModel,
     documents: Sequence[EncodedDocument],
@@ -130,7 +123,6 @@ def fit_compensation(
     settings: FitSettings | None = None,
     checkpoint: Path | None = None,
     progress: Progress | None = None,
-    backend: str = "sorted",
 ) -> FitResult:
     """Distil the unmodified model into what a damage policy leaves of it.
 
@@ -138,13 +130,12 @@ def fit_compensation(
         loaded: the model.
         documents: calibration text; a part is held out.
         damage: which decisions are cut.
-        taus: the smallest and the largest tau of a step (see `tau_range`).
+        taus: the smallest and the largest tau of a step (see `tau_for`).
         start: what the vectors begin with, such as residual means.
         settings: see `FitSettings`.
         checkpoint: file that a killed run goes on from, and an ended one gives the same again;
             who has saved the result removes it.
         progress: called with what is done, tokens done and in all.
-        backend: experts backend.
 
     Raises:
         UsageError: too little text, or a start of another model.
@@ -152,13 +143,13 @@ def fit_compensation(
     """
     settings = settings or FitSettings()
     start.check(**experts_shape(loaded.model))
-    fit = _Fit(loaded, documents, damage, taus, start, settings, backend)
+    fit = _Fit(loaded, documents, damage, taus, start, settings, checkpoint, progress)
     before = attach(loaded.model, fit.session)
     asked = [p.requires_grad for p in loaded.model.parameters()]
     try:
         loaded.model.requires_grad_(False)
         with torch.inference_mode(False):
-            return fit.run(checkpoint, progress)
+            return fit.run()
     finally:
         for parameter, value in zip(loaded.model.parameters(), asked, strict=True):
             parameter.requires_grad_(value)
@@ -167,7 +158,7 @@ def fit_compensation(
 
 @dataclass
 class _State:
-    """What a checkpoint holds besides tensors."""
+    """How far a fit is: what a checkpoint holds besides tensors."""
 
     regress_steps: int = 0
     regress_tokens: int = 0
@@ -188,79 +179,61 @@ class _Fit:
         taus: Sequence[float],
         start: Compensation,
         settings: FitSettings,
-        backend: str,
+        checkpoint: Path | None,
+        progress: Progress | None,
     ) -> None:
-        self.loaded, self.damage, self.settings, self.start = loaded, damage, settings, start
-        self.backend = pair_backend(backend)
-        self.session = Distillation(self.backend)
+        self.loaded, self.damage, self.settings = loaded, damage, settings
+        self.checkpoint, self.progress = checkpoint, progress
+        self.backend, self.session = pair_backend("sorted"), Switch()
         self.device = torch.device(loaded.device)
         self.low, self.high = min(taus), max(taus)
-        self.material = Material(
-            documents,
-            window=loaded.window,
-            tokens_per_batch=settings.tokens_per_batch,
-            seed=settings.seed,
-        )
         self.looks_taus = tuple(np.geomspace(self.low, self.high, 4)[1:].tolist())
-        self.state = _State()
+        order = np.random.default_rng(settings.seed).permutation(len(documents))
+        held_out, self.text = split([documents[i] for i in order])
+        self.held_out = [collate(rows) for rows in self._batches(held_out)]
+        self.state, self.start = _State(), start
+        self.rank = settings.rank
+        if self.rank is None:
+            self.rank = affordable_rank(loaded.model, loaded.top_k)
+        about = (settings, self.rank, damage.hash, start.hash, self.low, self.high)
+        model = (identity(loaded), loaded.dtype, loaded.window)
+        text = (document.ids.tobytes() for document in (*held_out, *self.text))
+        self.key = sha256_of([str(about), str(model), *text])
 
-    def run(self, checkpoint: Path | None, progress: Progress | None) -> FitResult:
+    def run(self) -> FitResult:
         settings, state = self.settings, self.state
-        rank = settings.rank
-        if rank is None:
-            rank = affordable_rank(self.loaded.model, self.loaded.top_k)
-        held = self.material.held_out_batches()
-        trainable = Trainable(
-            self.start, rank=rank, scale=self._input_scale(held[0]), seed=settings.seed
+        self.trainable = Trainable(
+            self.start, rank=self.rank or 0, scale=self._input_scale(), seed=settings.seed
         ).to(self.device)
-        regression = Regression(self.backend, trainable, rate=settings.regress_rate)
-        optimiser = torch.optim.Adam(trainable.parameters(), lr=settings.rate)
-        nothing, begun = self._look(held, None), self._look(held, trainable.compensation())
-        saved = Checkpoint(checkpoint, key=self._key(rank))
-        best = trainable.frozen()
-        restored = saved.load(trainable, [regression, optimiser])
-        if restored is not None:
-            state.__dict__.update(restored[0])
-            best = restored[1]
-
-        def save() -> None:
-            saved.save(trainable, [regression, optimiser], state.__dict__, best)
-
-        self._regress(regression, save, progress)
+        parameters = list(self.trainable.parameters())
+        self.optimisers = {
+            "regression": torch.optim.Adam(parameters, lr=REGRESSION_RATE),
+            "distillation": torch.optim.Adam(parameters, lr=settings.rate),
+        }
+        nothing, begun = self._look(None), self._look(self.trainable.compensation())
+        self.best = self.trainable.frozen()
+        self._resume()
+        self._regress()
         if state.regressed is None:
-            state.regressed = self._look(held, trainable.compensation())
+            state.regressed = self._look(self.trainable.compensation())
             if settings.regress_tokens:
-                state.best, best = state.regressed, trainable.frozen()
-                save()
-        each = max(1, settings.tokens // _LOOKS)
-        for batch in self.material.batches(1, lambda: (state.steps, state.tokens), settings.tokens):
-            if state.since >= _PATIENCE:
-                break  # here already where a killed run had come so far
-            self._step(trainable, optimiser, batch)
-            if progress:
-                progress("distilling", min(state.tokens, settings.tokens), settings.tokens)
-            done = state.tokens >= settings.tokens
-            if not done and state.tokens // each == len(state.curve):
-                continue
-            here = self._look(held, trainable.compensation())
-            state.curve.append((state.tokens, here))
-            state.since += 1
-            if here < state.best:
-                state.best, state.since, best = here, 0, trainable.frozen()
-            save()
-        stopped = "the text asked for is used up"
-        if state.since >= _PATIENCE:
-            stopped = f"no improvement on held-out text in {_PATIENCE} looks"
+                state.best, self.best = state.regressed, self.trainable.frozen()
+                self._save()
+        self._distil()
         worst = min(nothing, begun)
         if not state.best < worst:
-            saved.remove()
+            if self.checkpoint is not None:
+                self.checkpoint.unlink(missing_ok=True)
             raise VarMoeError(
                 f"the fitted compensation is no better on held-out text ({state.best:.4f} "
                 f"nats per token) than none or the start ({worst:.4f}); nothing was saved; try "
                 "more --tokens or a lower --rate"
             )
+        stopped = "the text asked for is used up"
+        if state.since >= _PATIENCE:
+            stopped = f"no improvement on held-out text in {_PATIENCE} looks"
         return FitResult(
-            compensation=best,
+            compensation=self.best,
             held_out={
                 "nothing": nothing,
                 "start": begun,
@@ -273,89 +246,166 @@ class _Fit:
             stopped=stopped,
         )
 
-    def _regress(
-        self, regression: Regression, save: Callable[[], None], progress: Progress | None
-    ) -> None:
+    def _regress(self) -> None:
         """The layer-wise part, from where the state stands."""
         state, wanted = self.state, self.settings.regress_tokens
-        model = self.loaded.model
-        for batch in self.material.batches(
-            0, lambda: (state.regress_steps, state.regress_tokens), wanted
-        ):
-            seed = [self.settings.seed, 8, state.regress_steps]
-            dice = np.random.default_rng(seed)
-            policy = DamagePolicy(self._tau(dice), damage=self.damage)
-            regression.begin(
-                policy,
-                batch,
-                share=schedule(state.regress_tokens / wanted),
-                seed=int(dice.integers(2**62)),
+        optimiser = self.optimisers["regression"]
+        for rows in islice(self._passes(0), state.regress_steps, None):
+            if state.regress_tokens >= wanted:
+                break
+            batch, rng = collate(rows), self._rng(8, state.regress_steps)
+            policy = self._policy(self._tau(rng), batch)
+            tokens = torch.Generator().manual_seed(int(rng.integers(2**62)))
+            set_rate(optimiser, REGRESSION_RATE, state.regress_tokens / wanted)
+            self.session.inner = Regression(
+                self.backend, policy, batch, self.trainable, optimiser, tokens
             )
-            self.session.hand_to(regression)
             with torch.no_grad():
-                forward(model, batch, self.device, logits_to_keep=1)
-            self.session.hand_to(None)
+                forward(self.loaded.model, batch, self.device, logits_to_keep=1)
             state.regress_steps += 1
             state.regress_tokens += int(batch.counted.sum())
-            if progress:
-                progress("fitting layer by layer", min(state.regress_tokens, wanted), wanted)
+            self._tell("fitting layer by layer", state.regress_tokens, wanted)
             if state.regress_steps % _SAVE_EVERY == 0:
-                save()
+                self._save()
 
-    def _tau(self, dice: np.random.Generator) -> float:
-        return float(self.low * (self.high / self.low) ** dice.random())
+    def _distil(self) -> None:
+        """The distillation, from where the state stands, until text or patience is used up."""
+        state, wanted = self.state, self.settings.tokens
+        each = max(1, wanted // _LOOKS)
+        for rows in islice(self._passes(1), state.steps, None):
+            if state.tokens >= wanted or state.since >= _PATIENCE:
+                break
+            self._step(collate(rows))
+            self._tell("distilling", state.tokens, wanted)
+            if state.tokens < wanted and state.tokens // each == len(state.curve):
+                continue
+            here = self._look(self.trainable.compensation())
+            state.curve.append((state.tokens, here))
+            state.since += 1
+            if here < state.best:
+                state.best, state.since, self.best = here, 0, self.trainable.frozen()
+            self._save()
 
-    def _key(self, rank: int) -> str:
-        """What a checkpoint was made with, down to the text and the model's routers."""
-        about = (self.settings, rank, self.damage.hash, self.start.hash, self.low, self.high)
-        model = (identity(self.loaded), self.loaded.dtype, self.loaded.window)
-        return sha256_of([str(about), str(model), *self.material.identity()])
-
-    def _step(self, trainable: Trainable, optimiser: Any, batch: ForwardContext) -> None:
-        """One descent at a tau of its own."""
-        state, dice = self.state, np.random.default_rng([self.settings.seed, 7, self.state.steps])
-        for group in optimiser.param_groups:
-            group["lr"] = self.settings.rate * schedule(state.tokens / self.settings.tokens)
-        tau = self._tau(dice)
+    def _step(self, batch: ForwardContext) -> None:
+        """One step of descent, at a tau of its own."""
+        state, optimiser = self.state, self.optimisers["distillation"]
+        set_rate(optimiser, self.settings.rate, state.tokens / self.settings.tokens)
+        policy = self._policy(self._tau(self._rng(7, state.steps)), batch)
         teacher = self._teacher(batch)
         with torch.enable_grad():
-            self.session.as_student(
-                DamagePolicy(tau, damage=self.damage), trainable.compensation(), batch
-            )
+            compensation = self.trainable.compensation()
+            self.session.inner = Student(self.backend, policy, batch, compensation)
             student = forward(self.loaded.model, batch, self.device)
-            found, gradient = divergence(student.detach(), teacher, batch, gradient=True)
+            loss, gradient = divergence(student.detach(), teacher, batch, gradient=True)
             optimiser.zero_grad()
             student.backward(gradient)
-        for parameter in trainable.parameters():
+        for parameter in self.trainable.parameters():
             if parameter.grad is not None:
-                parameter.grad /= max(found.tokens, 1)  # of the mean
-        torch.nn.utils.clip_grad_norm_(trainable.parameters(), 1.0)
+                parameter.grad /= max(loss.tokens, 1)  # of the mean
+        torch.nn.utils.clip_grad_norm_(self.trainable.parameters(), 1.0)
         optimiser.step()
         state.steps += 1
         state.tokens += int(batch.counted.sum())
 
-    def _teacher(self, batch: ForwardContext) -> Tensor:
-        self.session.as_teacher()
-        with torch.no_grad():
-            return forward(self.loaded.model, batch, self.device)
-
-    def _look(self, held: list[ForwardContext], compensation: Compensation | None) -> float:
+    def _look(self, compensation: Compensation | None) -> float:
         """Held-out divergence, nats per token, over the fixed taus."""
         total, tokens = 0.0, 0
         with torch.no_grad():
-            for batch in held:
+            for batch in self.held_out:
                 teacher = self._teacher(batch)
                 for tau in self.looks_taus:
-                    policy = DamagePolicy(tau, damage=self.damage)
-                    self.session.as_student(policy, compensation, batch)
+                    policy = self._policy(tau, batch)
+                    self.session.inner = Student(self.backend, policy, batch, compensation)
                     student = forward(self.loaded.model, batch, self.device)
-                    found: Divergence = divergence(student, teacher, batch, gradient=False)[0]
-                    total, tokens = total + found.total, tokens + found.tokens
+                    loss, _ = divergence(student, teacher, batch, gradient=False)
+                    total, tokens = total + loss.total, tokens + loss.tokens
         return total / max(tokens, 1)
 
-    def _input_scale(self, batch: ForwardContext) -> Tensor:
+    def _teacher(self, batch: ForwardContext, sizes: list[float] | None = None) -> Tensor:
+        self.session.inner = Teacher(self.backend, sizes)
+        with torch.no_grad():
+            return forward(self.loaded.model, batch, self.device)
+
+    def _input_scale(self) -> Tensor:
         """One over the root mean square of each layer's input. (L,)"""
-        self.session.sizes = []
-        self._teacher(batch)
-        sizes, self.session.sizes = self.session.sizes, None
+        sizes: list[float] = []
+        self._teacher(self.held_out[0], sizes)
         return torch.tensor([1 / max(size, 1e-6) for size in sizes])
+
+    def _policy(self, tau: float, batch: ForwardContext) -> DamagePolicy:
+        policy = DamagePolicy(tau, damage=self.damage)
+        policy.begin(batch)
+        return policy
+
+    def _rng(self, part: int, step: int) -> np.random.Generator:
+        """Random numbers of one step, so that a resumed fit draws the same."""
+        return np.random.default_rng([self.settings.seed, part, step])
+
+    def _tau(self, rng: np.random.Generator) -> float:
+        return float(self.low * (self.high / self.low) ** rng.random())
+
+    def _batches(self, documents: Sequence[EncodedDocument]) -> Iterator[list[Window]]:
+        return batches(documents, self.settings.tokens_per_batch, window=self.loaded.window)
+
+    def _passes(self, part: int) -> Iterator[list[Window]]:
+        """The text without end, each pass in another order; the fit's parts have their own."""
+        number = 0
+        while True:
+            rows = list(self._batches(self.text))
+            order = np.random.default_rng([self.settings.seed, part, number])
+            yield from (rows[at] for at in order.permutation(len(rows)))
+            number += 1
+
+    def _tell(self, what: str, done: int, wanted: int) -> None:
+        if self.progress:
+            self.progress(what, min(done, wanted), wanted)
+
+    def _save(self) -> None:
+        """Write a checkpoint, from which `_resume` goes on."""
+        if self.checkpoint is None:
+            return
+        content = {
+            "key": self.key,
+            "state": asdict(self.state),
+            "trainable": self.trainable.state_dict(),
+            "optimisers": {name: one.state_dict() for name, one in self.optimisers.items()},
+            "best": [list(part.tensors()) for part in self.best.layers],
+        }
+        atomic_write(self.checkpoint, lambda temporary: torch.save(content, temporary))
+
+    def _resume(self) -> None:
+        """Go on from a checkpoint of this very fit, where there is one."""
+        if self.checkpoint is None or not self.checkpoint.is_file():
+            return
+        try:
+            content = torch.load(self.checkpoint, weights_only=True)
+        except Exception:  # a damaged file is as good as none
+            return
+        if not isinstance(content, dict) or content.get("key") != self.key:
+            return
+        self.state.__dict__.update(content["state"])
+        self.trainable.load_state_dict(content["trainable"])
+        for name, state in content["optimisers"].items():
+            self.optimisers[name].load_state_dict(state)
+        layers = tuple(LayerCompensation(*part) for part in content["best"])
+        self.best = replace(self.best, layers=layers)
+
+
+def split(
+    documents: list[EncodedDocument],
+) -> tuple[list[EncodedDocument], list[EncodedDocument]]:
+    """Held-out documents, and the others.
+
+    Raises:
+        UsageError: there are too few.
+    """
+    total = sum(len(document.ids) for document in documents)
+    wanted = min(_HELD_OUT_TOKENS, int(_HELD_OUT * total))
+    sizes = np.cumsum([len(document.ids) for document in documents])
+    count = int(np.searchsorted(sizes, wanted)) + 1
+    if len(documents) < 4 or count >= len(documents):
+        raise UsageError(
+            f"{len(documents)} calibration documents, {total:,} tokens: too few to fit on some and "
+            "judge on others; give more text"
+        )
+    return documents[:count], documents[count:]

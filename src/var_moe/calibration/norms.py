@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from var_moe.calibration.distill import forward
+from var_moe.calibration.distillation import forward
 from var_moe.evaluation.batching import batches, collate, drawn
 from var_moe.execution.backends.sorted import weighted_sum
 from var_moe.execution.dispatch import PairBackend, attach, detach, pair_backend

@@ -1,0 +1,273 @@
+"""The forwards of a compensation's fit: teacher, student, and regression layer by layer.
+
+The teacher executes all pairs, without gradients. The student executes what a policy keeps, with
+a trainable compensation for the rest; the model's own weights stay as they are. The regression
+runs all pairs and fits each layer's part to the outputs of the experts that a policy would drop,
+without a backward pass through the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import cos, pi
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from var_moe.execution.backends.sorted import weighted_sum
+from var_moe.execution.dispatch import (
+    ExpertsSession,
+    PairBackend,
+    execute,
+    experts_modules,
+    experts_shape,
+)
+from var_moe.routing.base import RoutingPolicy
+from var_moe.routing.compensation import Compensation, LayerCompensation
+from var_moe.routing.decision import ForwardContext, Routing
+from var_moe.tracing.loss import scored_targets
+
+COST_SHARE = 0.03
+"""What the map may cost, as a share of the multiply-adds that it helps to save."""
+_WARM = 0.1  # share of the tokens during which the learning rate rises
+_LOGIT_BYTES = 64 * 2**20  # of float32 logits held at once
+_REGRESSION_TOKENS = 1024  # of a step
+
+
+class Trainable(nn.Module):
+    """A compensation whose tensors are parameters.
+
+    Args:
+        start: what its vectors begin with.
+        rank: r; the map begins as zero.
+        scale: (L,) one over the size of each layer's input.
+        seed: draws A.
+    """
+
+    def __init__(self, start: Compensation, *, rank: int, scale: Tensor, seed: int) -> None:
+        super().__init__()
+        self.by_pair, self.experts = start.by_pair, start.experts
+        size = start.layers[0].vectors.shape[1]
+        rng = torch.Generator().manual_seed(seed)
+        self.parts = nn.ModuleList()
+        for layer, part in enumerate(start.layers):
+            tensors = {"vectors": part.vectors.float().clone()}
+            if rank:
+                tensors["down"] = torch.randn((rank, size), generator=rng) / size**0.5
+                tensors["down"] *= scale[layer]
+                tensors |= {"bias": torch.zeros(rank), "up": torch.zeros((size, rank))}
+            self.parts.append(nn.ParameterDict(tensors))
+
+    def layer(self, number: int) -> LayerCompensation:
+        """One layer's part, sharing the parameters."""
+        return LayerCompensation(**dict(self.parts[number].items()))  # type: ignore[operator]
+
+    def compensation(self) -> Compensation:
+        """As it is used, sharing the parameters."""
+        layers = tuple(self.layer(number) for number in range(len(self.parts)))
+        return Compensation(layers=layers, by_pair=self.by_pair, experts=self.experts)
+
+    def frozen(self) -> Compensation:
+        """A copy that no longer changes."""
+        now = self.compensation()
+        layers = tuple(part.mapped(lambda t: t.detach().clone()) for part in now.layers)
+        return Compensation(layers=layers, by_pair=self.by_pair, experts=self.experts)
+
+
+def affordable_rank(model: Any, top_k: int) -> int:
+    """Largest rank, a multiple of 8, within `COST_SHARE` where 0.65 K experts run."""
+    module: Any = experts_modules(model)[0][1]
+    first = module.gate_up_proj if module.has_gate else module.up_proj
+    expert = first[0].numel() + module.down_proj[0].numel()  # multiply-adds per pair
+    hidden = experts_shape(model)["hidden"]
+    saved = expert * 0.35 * top_k
+    return max(8, int(COST_SHARE * saved / (2 * hidden)) // 8 * 8)
+
+
+class Switch:
+    """The experts session of a fit: hands each layer to ``inner``, which differs by forward."""
+
+    inner: ExpertsSession
+
+    def experts(
+        self, layer: int, module: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor
+    ) -> Tensor:
+        """One layer."""
+        return self.inner.experts(layer, module, hidden, index, weight)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Runs all pairs.
+
+    Args:
+        backend: who executes them.
+        sizes: where the root mean square of each layer's input is noted, if anywhere.
+    """
+
+    backend: PairBackend
+    sizes: list[float] | None = None
+
+    def experts(
+        self, layer: int, module: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor
+    ) -> Tensor:
+        """One layer."""
+        if self.sizes is not None:
+            self.sizes.append(float(hidden.float().square().mean().sqrt()))
+        return execute(module, hidden, index, weight, self.backend)
+
+
+@dataclass(frozen=True)
+class Student:
+    """Runs what a policy keeps, with a compensation for the rest.
+
+    Args:
+        backend: who executes the pairs.
+        policy: what it drops is not run.
+        context: the forward's tokens.
+        compensation: without one, what is kept is rescaled.
+    """
+
+    backend: PairBackend
+    policy: RoutingPolicy
+    context: ForwardContext
+    compensation: Compensation | None
+
+    def experts(
+        self, layer: int, module: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor
+    ) -> Tensor:
+        """One layer."""
+        routing = decided(self.policy, self.context, layer, hidden, index, weight)
+        if self.compensation is None:
+            return execute(module, hidden, routing.index, routing.weight, self.backend)
+        row, gone = self.compensation.dropped(index, weight, routing.index >= 0)
+        out = execute(module, hidden, routing.index, weight, self.backend)
+        part = self.compensation.layers[layer].to(hidden.device, hidden.dtype)
+        return part.add(out, hidden, row, gone)
+
+
+@dataclass(frozen=True)
+class Regression:
+    """Runs all pairs, and fits each layer to what a policy would drop.
+
+    Args:
+        backend: who executes the pairs.
+        policy: what it drops is what is fitted.
+        context: the forward's tokens.
+        trainable: what is fitted.
+        optimiser: of its parameters.
+        rng: draws the tokens of each step.
+    """
+
+    backend: PairBackend
+    policy: RoutingPolicy
+    context: ForwardContext
+    trainable: Trainable
+    optimiser: torch.optim.Optimizer
+    rng: torch.Generator
+
+    def experts(
+        self, layer: int, module: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor
+    ) -> Tensor:
+        """One layer: the full output, and some steps of descent on what is dropped."""
+        with torch.no_grad():
+            outputs = self.backend(module, hidden, index)
+            routing = decided(self.policy, self.context, layer, hidden, index, weight)
+            kept = routing.index >= 0
+            rows, dropped = self.trainable.compensation().dropped(index, weight, kept)
+            gone = weight.masked_fill(kept, 0).float()
+            wanted = (outputs.float() * gone[:, :, None]).sum(dim=1)
+            at = self.context.counted.reshape(-1).nonzero().squeeze(1).to(index.device)
+            at = at[dropped[at].sum(dim=1) > 0]
+        order = at[torch.randperm(len(at), generator=self.rng).to(at.device)]
+        for some in order.split(_REGRESSION_TOKENS):
+            if len(some) * 4 >= min(_REGRESSION_TOKENS, len(order)):
+                self._step(layer, hidden[some], rows[some], dropped[some], wanted[some])
+        return weighted_sum(outputs, weight, hidden.dtype)
+
+    def _step(
+        self, layer: int, hidden: Tensor, row: Tensor, dropped: Tensor, wanted: Tensor
+    ) -> None:
+        with torch.enable_grad():
+            added = self.trainable.layer(layer).add(
+                torch.zeros_like(wanted), hidden.float(), row, dropped
+            )
+            loss = (added - wanted).square().sum() / wanted.square().sum().clamp(min=1e-12)
+            self.optimiser.zero_grad()  # other layers have no gradient, and stay as they are
+            loss.backward()
+        self.optimiser.step()
+
+
+def schedule(done: float) -> float:
+    """Share of the highest learning rate: a short rise, then a cosine to zero."""
+    if done < _WARM:
+        return max(done / _WARM, 0.02)
+    return 0.5 * (1 + cos(pi * min(1.0, (done - _WARM) / (1 - _WARM))))
+
+
+def set_rate(optimiser: torch.optim.Optimizer, highest: float, done: float) -> None:
+    """Set the learning rate for when a share ``done`` of the tokens has been read."""
+    for group in optimiser.param_groups:
+        group["lr"] = highest * schedule(done)
+
+
+@torch.no_grad()
+def decided(
+    policy: RoutingPolicy,
+    context: ForwardContext,
+    layer: int,
+    hidden: Tensor,
+    index: Tensor,
+    weight: Tensor,
+) -> Routing:
+    """What a policy decides in one layer."""
+    policy.see(layer, hidden)
+    return policy.route(context, layer, index, weight)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Summed KL(teacher || student) of a batch in nats, over its predicted tokens."""
+
+    total: float
+    tokens: int
+
+
+def forward(model: Any, batch: ForwardContext, device: torch.device, **options: Any) -> Tensor:
+    """Logits of a batch. (B, S, V)"""
+    logits: Tensor = model(
+        input_ids=batch.ids.to(device),
+        attention_mask=batch.valid.long().to(device),
+        use_cache=False,
+        **options,
+    ).logits
+    return logits
+
+
+def divergence(
+    student: Tensor, teacher: Tensor, batch: ForwardContext, *, gradient: bool
+) -> tuple[Divergence, Tensor | None]:
+    """KL(teacher || student) at every place that predicts a scored token.
+
+    Args:
+        student, teacher: (B, S, V) logits, detached.
+        batch: the tokens.
+        gradient: whether the gradient of the sum with respect to ``student`` is wanted (the
+            mean's would vanish in float16).
+
+    Returns:
+        The divergence, and the gradient (B, S, V) or None.
+    """
+    flat, wanted = student.reshape(-1, student.shape[-1]), teacher.reshape(-1, teacher.shape[-1])
+    at = scored_targets(batch.counted).to(flat.device) - 1
+    slope = torch.zeros_like(flat) if gradient else None
+    total = torch.zeros((), dtype=torch.float64, device=flat.device)
+    for rows in at.split(max(1, _LOGIT_BYTES // (4 * flat.shape[1]))):
+        mine, theirs = flat[rows].float().log_softmax(-1), wanted[rows].float().log_softmax(-1)
+        share = theirs.exp()
+        total += (share * (theirs - mine)).sum().double()
+        if slope is not None:
+            slope[rows] = (mine.exp() - share).to(slope.dtype)
+    result = Divergence(total=float(total), tokens=len(at))
+    return result, None if slope is None else slope.view_as(student)
