@@ -36,7 +36,7 @@ docs: $(VENV)/.installed-dev
 	"$(VENV)/bin/mkdocs" build --strict
 	@echo "the documentation: build/docs/index.html (with search: python -m http.server -d build/docs)"
 
-# What users install: no checkout beside it, no extra, no test tool.
+# The core as users install it: no checkout beside it, no extra, no test tool.
 WHEEL = build/wheel
 wheel: $(VENV)/.installed-dev
 	rm -rf "$(WHEEL)"
@@ -55,7 +55,7 @@ $(VENV)/.created:
 
 $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints-cpu.txt
 	@echo "installing var-moe and what it needs ($(TORCH) build of torch) ..."
-	@$(call INSTALL,.)
+	@$(call INSTALL,".[report]")
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

@@ -29,6 +29,7 @@ class Optional:
 
 
 OPTIONAL = {
+    "plotly": Optional("plotly", "report", "a report"),
     "skopt": Optional("scikit-optimize", "skopt", "tune --engine skopt"),
     "kaleido": Optional("kaleido", "figures", "report --figures"),
     "peft": Optional("peft", "adapters", "a model with an adapter beside it"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,27 @@ def test_the_page_goes_into_the_folder(results, capsys):
     assert main(["report", str(results)]) == 0
     assert capsys.readouterr().out == f"Report: {results / 'report.html'}\n"
     assert "fastest configuration" in (results / "report.html").read_text(encoding="utf-8")
+
+
+def test_without_plotly_the_command_says_what_to_install(results, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    assert main(["report", str(results)]) == 2
+    assert capsys.readouterr().err == (
+        "error: a report needs plotly: pip install 'var-moe[report]'\n"
+    )
+    assert not (results / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_without_plotly_a_search_ends_with_a_note(common, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    words = ["--policy", "top_p", "--n_calls", "1", "--max_degradation", "5", "--quiet"]
+    words += ["--max_samples", "4", "--final_samples", "4", "--output", str(tmp_path)]
+    assert main(["tune", *common, *words]) == 0
+    (note,) = [line for line in capsys.readouterr().err.splitlines() if "plotly" in line]
+    assert note.startswith("Note: no report was made (")
+    assert "pip install 'var-moe[report]'" in note
+    assert (tmp_path / "best_config.json").is_file()
 
 
 def test_the_page_goes_where_it_is_told(results, tmp_path):

@@ -68,8 +68,7 @@ PACKAGES = (
     Package(name="rich", why="tables"),
     Package(name="cyclopts", why="the command line"),
     Package(name="PyYAML", why="--options FILE"),
-    Package(name="plotly", why="reports"),
-    Package(name="jinja2", why="reports"),
+    Package(name="jinja2", why="certificates and reports"),
     *(Package(name=one.package, why=one.purpose, install=one.install) for one in OPTIONAL.values()),
 )
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from var_moe.errors import UsageError
+from var_moe.extras import require
 from var_moe.report.blocks import Picture, Section
 from var_moe.report.certified import certificate_section
 from var_moe.report.comparison import comparison_section
@@ -71,8 +72,9 @@ def build_report(folder: str | Path) -> Report:
     """What there is to report of a results folder.
 
     Raises:
-        UsageError: no results there, or a file that is broken; names it.
+        UsageError: no results there, or a file that is broken; names it; or plotly is missing.
     """
+    require("plotly")
     results = read_results(Path(folder))
     made = [_made(make, results) for make in SECTIONS]
     return Report(
