@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 
 from var_moe.analysis.components import run_policy
-from var_moe.analysis.systems import adds_residual, objective_of
 from var_moe.calibration.profile import RoutingProfile
 from var_moe.config import VARConfig
 from var_moe.errors import UsageError
@@ -36,7 +35,7 @@ from var_moe.evaluation.cost import CostModel, FitTiming
 from var_moe.evaluation.evaluator import Evaluator, SpeedSetting
 from var_moe.evaluation.throughput import ArmGroup, Ratio, backend_arm, policy_arm, time_groups
 from var_moe.models.loading import load_model
-from var_moe.optimization.candidate import Candidate, PolicySettings, kind_of
+from var_moe.optimization.candidate import Candidate
 from var_moe.optimization.preparation import read_text, sample_documents
 from var_moe.optimization.results import jsonable
 from var_moe.storage import SCHEMA_VERSION, atomic_write_json, provenance
@@ -73,7 +72,7 @@ def cases(profile: RoutingProfile) -> list[Case]:
         ),
     }
     found = [
-        Case(name=f"{mode} {name}", candidate=config, fit=mode, setting=usual)
+        Case(name=f"{mode} {name}", candidate=Candidate.of(config), fit=mode, setting=usual)
         for mode, configs in (("verified", verified), ("plain", plain))
         for name, config in configs.items()
     ]
@@ -81,7 +80,7 @@ def cases(profile: RoutingProfile) -> list[Case]:
     found += [
         Case(
             name=f"damage, tau {tau:g}, compensation {stand_in}",
-            candidate=PolicySettings(policy="damage", settings={"tau": tau}, compensation=stand_in),
+            candidate=Candidate(policy="damage", settings={"tau": tau}, compensation=stand_in),
             fit="damage",
             setting=usual,
         )
@@ -105,9 +104,7 @@ def fits(evaluator: Evaluator, profile: RoutingProfile, todo: list[Case]) -> dic
     for case in todo:
         if case.fit in found:
             continue
-        evaluator.cost_policies = None
-        objective_of(evaluator, profile, case.candidate)
-        most, least = evaluator.cost_policies or (None, None)
+        most, least = case.candidate.cost_policies(profile, evaluator.top_k) or (None, None)
         found[case.fit] = FitTiming(evaluator, var_all=most, var_leading=least)
     return found
 
@@ -118,8 +115,7 @@ def measure(
     """Time all cases, the baseline and the fits in one run; each case beside its prediction."""
     model, shape = evaluator.model, evaluator.geometry()
     settings = list(dict.fromkeys(case.setting for case in todo))
-    made = {case.name: objective_of(evaluator, profile, case.candidate) for case in todo}
-    policies = {case.name: made[case.name].policy(case.candidate) for case in todo}
+    policies = {case.name: case.candidate.make(profile) for case in todo}
     groups = []
     for setting in settings:
         batches = full_batches(
@@ -161,14 +157,14 @@ def measure(
         work = cost.work(
             ran.report,
             setting=case.setting,
-            residual=adds_residual(case.candidate, policies[case.name]),
+            residual=policies[case.name].adds_residual,
         )
         measured = _ratio(each, reference)
         predicted = cost.predict(work) / cost.baseline
         rows.append(
             {
                 "name": case.name,
-                "kind": kind_of(case.candidate),
+                "kind": case.candidate.kind,
                 "config": case.candidate.to_dict(),
                 "setting": case.setting.to_dict(),
                 "experts_per_token": ran.report.experts_per_token,

@@ -31,7 +31,7 @@ from var_moe.evaluation.batching import drawn
 from var_moe.evaluation.cost import CostModel, fit_cost_model
 from var_moe.evaluation.evaluator import Evaluator
 from var_moe.models.loading import LoadedModel, load_model
-from var_moe.optimization.objective import VARObjective
+from var_moe.optimization.candidate import preset
 from var_moe.optimization.preparation import EncodedText, read_text, sample_documents
 from var_moe.optimization.results import jsonable
 from var_moe.optimization.search_space import sample
@@ -176,9 +176,9 @@ def measure_speed(bench: Bench, evaluator: Evaluator, replay: TraceReplay) -> No
     if not bench.args.speeds:
         return
     if "cost_model" not in bench.result:
-        # Gives the evaluator VAR's own policies, whose decisions cost time too.
-        VARObjective(evaluator, bench.profile)
-        var_all, var_leading = evaluator.cost_policies or (None, None)
+        # VAR's own policies, whose decisions cost time too.
+        own = preset("balanced").cost_policies(bench.profile, evaluator.top_k)
+        var_all, var_leading = own or (None, None)
         cost = fit_cost_model(evaluator, var_all=var_all, var_leading=var_leading)
         bench.result["cost_model"] = cost.to_dict()
         bench.save()

@@ -16,13 +16,13 @@ from var_moe.errors import UsageError, VarMoeError
 from var_moe.evaluation.cost import CostModel, fit_cost_model
 from var_moe.evaluation.evaluator import Evaluator
 from var_moe.models.loading import load_model
-from var_moe.optimization.objective import VARObjective
+from var_moe.optimization.candidate import VAR, Candidate
+from var_moe.optimization.forecast import COST_FILE, TRACE_FOLDER, TraceForecaster
+from var_moe.optimization.objective import PolicyObjective
 from var_moe.optimization.preparation import halves, obtain_profile, read_text, sample_documents
-from var_moe.optimization.replay_forecast import COST_FILE, TRACE_FOLDER, ReplayForecaster
 from var_moe.optimization.results import jsonable
 from var_moe.storage import SCHEMA_VERSION, atomic_write_json, provenance, read_json
 from var_moe.tracing.record import record_trace
-from var_moe.tracing.replay import TraceReplay
 from var_moe.tracing.trace import RoutingTrace
 
 MEMO_FILE = "evaluations.jsonl"
@@ -51,7 +51,7 @@ class Bench:
     objective: PredictedObjective
     ordering: MemoEvaluator
     test: MemoEvaluator
-    forecaster: ReplayForecaster
+    forecaster: TraceForecaster
     forecaster_seconds: float
     memo: Memo
 
@@ -89,8 +89,10 @@ def prepare(setting: Setting, folder: Path, *, profile: Path | None, say: Say) -
     # One backend for all baselines of all resumed runs: the last digits depend on it.
     if "backends_tps" in setup:
         search.__dict__["_fastest"] = (setup["baseline_backend"], setup["backends_tps"])
+    fixed = {"mode": setting.mode}
+    search.cost_policies = Candidate(policy=VAR, settings=fixed).cost_policies(found, loaded.top_k)
     objective = PredictedObjective(
-        search, found, max_degradation=setting.max_degradation, mode=setting.mode
+        search, found, VAR, fixed=fixed, max_degradation=setting.max_degradation
     )
     setup["baseline_backend"] = search.baseline_backend
     setup["backends_tps"] = search.backend_throughputs
@@ -112,7 +114,14 @@ def prepare(setting: Setting, folder: Path, *, profile: Path | None, say: Say) -
         objective=objective,
         ordering=evaluators["ordering"],
         test=evaluators["test"],
-        forecaster=ReplayForecaster(TraceReplay(trace, found), cost, mode=setting.mode),
+        forecaster=TraceForecaster(
+            {"none": trace},
+            cost,
+            policy=VAR,
+            calibrations={"none": found.calibration()},
+            fixed=fixed,
+            decided=True,
+        ),
         forecaster_seconds=setup["trace_s"] + setup["cost_model_s"],
         memo=memo,
     )
@@ -139,7 +148,7 @@ def _setup(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cost_model(
-    objective: VARObjective, folder: Path, setup: dict[str, Any], say: Say
+    objective: PolicyObjective, folder: Path, setup: dict[str, Any], say: Say
 ) -> CostModel:
     """The folder's cost model, or a new one that timings confirm: all scores rest on it."""
     path = folder / COST_FILE
@@ -166,7 +175,7 @@ def _cost_model(
 
 
 def _trace(
-    objective: VARObjective, folder: Path, setup: dict[str, Any], dataset: str, data_hash: str
+    objective: PolicyObjective, folder: Path, setup: dict[str, Any], dataset: str, data_hash: str
 ) -> RoutingTrace:
     place = folder / TRACE_FOLDER
     if "trace_s" in setup and place.is_dir():

@@ -14,7 +14,7 @@ from var_moe.evaluation.cost import CostModel
 from var_moe.evaluation.evaluator import Evaluator, Quality, Speed
 from var_moe.evaluation.perplexity import Degradation
 from var_moe.evaluation.throughput import Ratio
-from var_moe.optimization.objective import VARObjective
+from var_moe.optimization.objective import PolicyObjective
 from var_moe.optimization.objective_protocol import documented_score
 from var_moe.optimization.results import Evaluation
 from var_moe.routing.counts import RoutingReport
@@ -151,7 +151,7 @@ class MemoEvaluator(Evaluator):
         )
 
 
-class PredictedObjective(VARObjective):
+class PredictedObjective(PolicyObjective):
     """VAR's objective with the predicted speedup for the timed one; the score is the documented.
 
     Its evaluator is a `MemoEvaluator`.
@@ -159,7 +159,7 @@ class PredictedObjective(VARObjective):
 
     def evaluate(self, params: Any) -> Evaluation:
         """One full evaluation, from the memo where it was made before."""
-        policy = self.policy(self.config(params))
+        policy = self.policy(self.candidate(params))
         quality, speedup = self.evaluator.quality(policy), self.evaluator.speedup(policy)
         change, report = quality.change, quality.report
         return Evaluation(
@@ -185,4 +185,4 @@ class PredictedObjective(VARObjective):
 
     def known(self, params: Any) -> Known:
         """An evaluation with what it took when it was measured."""
-        return self.evaluator.measured(self.policy(self.config(params)))
+        return self.evaluator.measured(self.policy(self.candidate(params)))

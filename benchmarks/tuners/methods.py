@@ -9,12 +9,12 @@ from typing import Any
 import optuna
 from benchmarks.tuners.bench import Bench
 
+from var_moe.optimization.measure_again import Closer
 from var_moe.optimization.methods import (
     bayesian_optimization,
     random_search,
     replay_search,
 )
-from var_moe.optimization.remeasure import Closer
 from var_moe.optimization.replay_sampler import Forecasts, ReplaySampler
 from var_moe.optimization.results import OptimizationResult
 from var_moe.optimization.samplers import GuidedSampler, Request

@@ -10,9 +10,9 @@ from benchmarks.tuners.memo import MemoEvaluator
 from benchmarks.tuners.methods import METHODS, closer
 from benchmarks.tuners.setting import run_file
 
-from var_moe.config import VARConfig
+from var_moe.optimization.candidate import Candidate
+from var_moe.optimization.measure_again import best_measured, remeasure
 from var_moe.optimization.objective_protocol import documented_score
-from var_moe.optimization.remeasure import best_measured, remeasure
 from var_moe.optimization.results import Evaluation, jsonable
 from var_moe.storage import SCHEMA_VERSION, atomic_write_json
 
@@ -65,7 +65,7 @@ def run(bench: Bench, method: str, seed: int) -> dict[str, Any]:
     return found
 
 
-def figures(evaluator: MemoEvaluator, bench: Bench, config: VARConfig) -> dict[str, Any]:
+def figures(evaluator: MemoEvaluator, bench: Bench, config: Candidate) -> dict[str, Any]:
     """A configuration on one text; the score is the documented one, of the point estimate."""
     policy = bench.objective.policy(config)
     quality, speedup = evaluator.quality(policy), evaluator.speedup(policy)

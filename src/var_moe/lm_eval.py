@@ -16,7 +16,7 @@ from var_moe.errors import UsageError
 from var_moe.execution.session import Session, routed
 from var_moe.extras import require
 from var_moe.models.loading import DEMO_FOLDER, LoadedModel
-from var_moe.optimization.candidate import PolicySettings, load_candidate, policy_of
+from var_moe.optimization.candidate import load_candidate
 from var_moe.optimization.validation import find_profile
 from var_moe.routing.base import RoutingPolicy
 from var_moe.serving.folder import load_exported
@@ -122,10 +122,7 @@ def policy_for(
     """
     path = Path(var_config)
     if path.suffix != ".json":
-        exported = load_exported(var_config, loaded)
-        if not exported.head["policy"].startswith("var_"):
-            return exported.policy()
-        return exported.with_settings(cache_scope="document").policy()
+        return load_exported(var_config, loaded).per_document().policy()
     if path.name == HEAD_FILE:
         raise UsageError(f"{path}: give its folder, {path.parent}")
     candidate = load_candidate(path)
@@ -133,6 +130,4 @@ def policy_for(
     known.check_loaded(loaded)
     if compensation:
         known = known.with_compensation(load_compensation(compensation, loaded))
-    if not isinstance(candidate, PolicySettings):
-        candidate = candidate.replace(cache_scope="document")
-    return policy_of(candidate, known)
+    return candidate.per_document().make(known)

@@ -13,6 +13,7 @@ from var_moe.certification.frozen import FROZEN_FILE, Study
 from var_moe.certification.ledger import LEDGER_FILE, Ledger
 from var_moe.config import VARConfig
 from var_moe.errors import UsageError
+from var_moe.optimization.candidate import Candidate
 
 TEXT = {"dataset": "text", "split": "certify", "documents": 9}
 
@@ -52,12 +53,12 @@ def test_where_nothing_is_below_the_bound_the_safest_is_asked(results):
 def test_var_is_certified_with_a_cache_of_each_document(results):
     front = [{"config": VARConfig().to_dict(), "degradation": 0.001}]
     found = find(results(VARConfig(confidence_threshold=0.6).to_dict(), front))
-    assert [one.config.cache_scope for one in found] == ["document"] * 2
+    assert [one.config.settings["cache_scope"] for one in found] == ["document"] * 2
 
 
 def test_without_a_front_the_choice_is_turned_down(results):
     found = find(results(VARConfig(confidence_threshold=0.8).to_dict()))
-    thresholds = [one.config.confidence_threshold for one in found]
+    thresholds = [one.config.settings["confidence_threshold"] for one in found]
     assert thresholds == pytest.approx([0.8, 0.83, 0.86, 0.9, 0.94])
     assert shares(find(results(skip(0.4)))) == pytest.approx([0.4, 0.34, 0.28, 0.2, 0.12])
     native = find(results({"policy": "native", "settings": {}}))
@@ -99,7 +100,7 @@ def test_an_empty_folder(tmp_path):
 
 
 def study(**changes):
-    named = Named(name="best", config=VARConfig())
+    named = Named(name="best", config=Candidate(policy="var"))
     values = {"candidates": [named], "settings": {"alpha": 0.05}, "identity": {"model": "m"}}
     return Study(**{**values, **changes})
 
@@ -113,7 +114,11 @@ def test_a_study_keeps_its_order(tmp_path):
     assert other.freeze(tmp_path) is None
     assert json.loads((tmp_path / FROZEN_FILE).read_text())["hash"] == other.hash
     for changed in (
-        study(candidates=[Named(name="best", config=VARConfig(cache_size=7))]),
+        study(
+            candidates=[
+                Named(name="best", config=Candidate(policy="var", settings={"cache_size": 7}))
+            ]
+        ),
         study(identity={"model": "n"}),
     ):
         assert changed.hash != study().hash

@@ -11,7 +11,6 @@ import torch
 from var_moe import load_candidate, load_model, routed
 from var_moe.calibration.profile import RoutingProfile
 from var_moe.cli import main
-from var_moe.optimization.candidate import policy_of
 
 CONFIG = {"policy": "damage", "settings": {"tau": 0.01}, "compensation": "means"}
 
@@ -29,7 +28,7 @@ def results(common, tmp_path_factory):
 def certificate(results):
     """One for this configuration; tests change what it says."""
     profile = RoutingProfile.load(results / "profile")
-    fitted = policy_of(load_candidate(results / "best_config.json"), profile).compensation
+    fitted = load_candidate(results / "best_config.json").make(profile).compensation
     path = results / "certificate.json"
     found = {
         "certified": True,
@@ -60,7 +59,7 @@ def test_the_folder_decides_as_the_results_did(results, common, tmp_path, capsys
     assert common[1] not in card  # a model's place on this machine is nobody's business
     loaded = load_model(common[1])
     profile = RoutingProfile.load(results / "profile")
-    own = policy_of(load_candidate(results / "best_config.json"), profile)
+    own = load_candidate(results / "best_config.json").make(profile)
     ids = torch.arange(90).reshape(2, 45)
     logits = []
     for policy in (own, str(tmp_path)):

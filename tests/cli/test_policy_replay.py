@@ -12,9 +12,8 @@ import time
 import pytest
 
 from var_moe.cli import main
-from var_moe.optimization.settings import default_method
-from var_moe.routing import registry
-from var_moe.routing.registry import PolicySpec, policy_names, policy_spec
+from var_moe.optimization.settings import TuneSettings
+from var_moe.routing.registry import policy_names, policy_spec
 
 BOUND = "0.5"
 
@@ -125,11 +124,11 @@ def test_killed_and_resumed(common, profile, tmp_path):
     assert len(rows) == len({tuple(sorted(row["params"].items())) for row in rows}) == 6
 
 
-def test_replay_is_the_default_where_a_trace_tells_what_decisions_cost(monkeypatch):
+def test_replay_is_the_default_where_a_trace_tells_what_decisions_cost(tmp_path, monkeypatch):
+    def method(policy):
+        return TuneSettings(policy=policy, output=tmp_path).method
+
     tunable = [name for name in policy_names() if policy_spec(name).search_space(2)]
-    by_replay = [name for name in tunable if default_method(name) == "replay"]
-    assert by_replay == ["fixed_k", "random_skip", "naee", "ser", "top_p", "per_layer_k", "damage"]
-    assert default_method(None) == "replay"
-    base = "var_moe.routing.base:RoutingPolicy"
-    monkeypatch.setitem(registry._SPECS, "other", PolicySpec(name="other", target=base, summary=""))
-    assert default_method("other") == "bayesian"
+    assert {method(name) for name in tunable} == {"replay"}
+    monkeypatch.setattr(policy_spec("top_p").load(), "cuts_only", False)
+    assert method("top_p") == "bayesian"

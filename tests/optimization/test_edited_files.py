@@ -9,7 +9,7 @@ from results_folders import write_run
 
 from var_moe.cli import main
 from var_moe.errors import UsageError
-from var_moe.optimization.candidate import load_candidate, policy_of
+from var_moe.optimization.candidate import load_candidate
 from var_moe.optimization.front import answer_from
 from var_moe.optimization.saving import CONFIG_FILE, METADATA_FILE
 from var_moe.optimization.validation import profile_beside
@@ -77,4 +77,4 @@ def test_an_error_in_a_configuration_names_its_file(tmp_path, changed):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({**POINT["config"], **changed}))
     with pytest.raises(UsageError, match=r"mine\.json: "):
-        policy_of(load_candidate(path), None)
+        load_candidate(path).make(None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -10,14 +11,14 @@ import torch
 from var_moe.errors import UsageError
 from var_moe.evaluation.cost import TERMS, CostModel
 from var_moe.evaluation.evaluator import SpeedSetting
-from var_moe.optimization.policy_forecast import STAGE, PolicyForecaster
+from var_moe.optimization.forecast import TraceForecaster
 from var_moe.optimization.settings import TuneSettings
 from var_moe.routing import registry
 from var_moe.routing.fixed_k import FixedKPolicy
 from var_moe.routing.ratios import RatioQuantiles
 from var_moe.routing.registry import PolicySpec
 from var_moe.routing.top_p import TopPPolicy
-from var_moe.tracing.policies import evaluate_policy
+from var_moe.tracing.policies import PolicyReplayer, evaluate_policy
 from var_moe.tracing.trace import RoutingTrace
 
 COST = CostModel(
@@ -51,7 +52,7 @@ def trace():
 
 def forecaster(trace, policy, **calibration):
     own = {"none": calibration}
-    return PolicyForecaster({"none": trace}, COST, policy=policy, calibrations=own)
+    return TraceForecaster({"none": trace}, COST, policy=policy, calibrations=own)
 
 
 def test_hand_sums(trace):
@@ -80,7 +81,7 @@ def test_calibration_reaches_the_policy(trace):
 def test_progress_is_shown_point_by_point(trace):
     seen = []
     forecaster(trace, "fixed_k").forecast([{"k": 1}, {"k": 2}], lambda *step: seen.append(step))
-    assert seen == [(STAGE, 1, 2), (STAGE, 2, 2)]
+    assert seen == [(PolicyReplayer.STAGE, 1, 2), (PolicyReplayer.STAGE, 2, 2)]
 
 
 def test_a_grid_is_the_forecasts_of_its_points(trace):
@@ -94,8 +95,8 @@ def test_a_grid_is_the_forecasts_of_its_points(trace):
     assert grid.values["threshold"] == pytest.approx((0.01, 0.1, 1.0))
     points = [grid.point(number) for number in range(grid.size)]
     for number, one in enumerate(found.forecast(points)):
-        row = grid.row(number)
-        assert row == {name: getattr(one, name) for name in row}
+        figures = asdict(one)
+        assert {name: grid.row(number)[name] for name in figures} == pytest.approx(figures)
     assert len(set(grid.columns["degradation"].ravel())) == 3
 
 

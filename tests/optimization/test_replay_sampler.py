@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from analytic import SixObjective, rich_evaluation
 
-from var_moe.optimization.correction import Correction, feasible_improvement
-from var_moe.optimization.forecast import Forecast
+from var_moe.optimization.forecast import Correction, Forecast, feasible_improvement
 from var_moe.optimization.methods import (
     bayesian_optimization,
     grid_search,

@@ -14,10 +14,15 @@ from var_moe.data.documents import EncodedDocument
 from var_moe.errors import UsageError
 from var_moe.evaluation.evaluator import Quality
 from var_moe.evaluation.perplexity import DocumentLosses, datasets_of, degradation, worst_of
-from var_moe.optimization.conclusion import NothingFitsError, conclude
 from var_moe.optimization.front import save_front
-from var_moe.optimization.policy_objective import PolicyObjective
-from var_moe.optimization.remeasure import best_measured, best_or_nearest, measure
+from var_moe.optimization.measure_again import (
+    NothingFitsError,
+    best_measured,
+    best_or_nearest,
+    conclude,
+    measure,
+)
+from var_moe.optimization.objective import PolicyObjective
 from var_moe.optimization.results import Evaluation, OptimizationResult
 from var_moe.optimization.settings import TuneSettings
 from var_moe.routing.counts import RoutingReport
@@ -48,6 +53,8 @@ class Evaluator:
     def __init__(self, *, robust):
         self.robust = robust
 
+    top_k = 2
+
     def quality(self, _policy, **_options):
         return quality(robust=self.robust)
 
@@ -64,14 +71,8 @@ class Evaluator:
 class Objective(PolicyObjective):
     """A configuration is its own policy."""
 
-    def config(self, params):
-        return VARConfig.from_dict(params)
-
-    def policy(self, config):
-        return config
-
-    def forecaster(self, trace, cost):
-        raise NotImplementedError
+    def policy(self, candidate):
+        return candidate
 
 
 @pytest.fixture(params=[False, True], ids=["union", "worst"])
@@ -81,12 +82,12 @@ def robust(request):
 
 @pytest.fixture
 def objective(robust):
-    return Objective(Evaluator(robust=robust), max_degradation=BOUND)
+    return Objective(Evaluator(robust=robust), None, "var", max_degradation=BOUND)
 
 
 @pytest.fixture
 def measured(objective):
-    return measure(objective.evaluator, objective, VARConfig(), name="one", blocks=1)
+    return measure(objective.evaluator, objective, objective.default, name="one", blocks=1)
 
 
 def test_the_figures():
@@ -116,9 +117,7 @@ def test_who_wins_is_judged_by_the_worst(measured, robust):
 
 
 def test_the_front_is_of_the_worst(measured, robust, tmp_path):
-    save_front(
-        tmp_path, [], [measured], config=VARConfig.from_dict, max_degradation=BOUND, identity={}
-    )
+    save_front(tmp_path, [], [measured], candidate=None, max_degradation=BOUND, identity={})
     (point,) = json.loads((tmp_path / "pareto.json").read_text())["points"]
     assert point["degradation"] == pytest.approx(0.0202 if robust else 0.0065, abs=1e-4)
     assert (point["degradation_upper_95"] < BOUND) is not robust

@@ -11,7 +11,7 @@ from var_moe.errors import UsageError, VarMoeError
 from var_moe.evaluation.evaluator import SpeedSetting
 from var_moe.models.loading import LoadedModel
 from var_moe.optimization import run as room
-from var_moe.optimization.policy_objective import PolicyObjective
+from var_moe.optimization.objective import PolicyObjective
 from var_moe.optimization.run import tune
 from var_moe.optimization.settings import TuneSettings
 from var_moe.report.page import write_report
@@ -154,9 +154,7 @@ def test_a_last_measurement_that_fails_loses_nothing(
 
 @pytest.mark.slow
 def test_a_half_without_documents_is_told(merged, small, tmp_path, monkeypatch):
-    from var_moe.optimization import ready
-
-    monkeypatch.setattr(ready, "halves", lambda documents, equal: (list(documents), []))
+    monkeypatch.setattr(room, "halves", lambda documents, equal: (list(documents), []))
     with pytest.raises(UsageError, match="the last measurement, in its half of the pages"):
         tune(merged, TuneSettings(output=tmp_path, **small), verbose=False)
 
@@ -172,10 +170,10 @@ def profiled(small, tuned):
         ({}, "damage", "replay", 10),
         ({"policy": "damage"}, "damage", "replay", 10),
         ({"policy": "naee", "method": "grid"}, "naee", "grid", 50),
-        ({"method": "bayesian"}, None, "bayesian", 50),  # the documented script
-        ({"policy": "var"}, None, "replay", 10),
-        ({"mode": "plain"}, None, "replay", 10),
-        ({"bounds": ["cache_size=100:200"]}, None, "replay", 10),
+        ({"method": "bayesian"}, "var", "bayesian", 50),  # the documented script
+        ({"policy": "var"}, "var", "replay", 10),
+        ({"mode": "plain"}, "var", "replay", 10),
+        ({"bounds": ["cache_size=100:200"]}, "var", "replay", 10),
     ],
 )
 def test_what_is_left_out_is_the_policys_own(tmp_path, given, policy, method, calls):

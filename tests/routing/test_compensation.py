@@ -150,6 +150,6 @@ def test_policies_that_run_other_experts_than_the_routers_take_none() -> None:
 def test_the_damage_policy_is_one_of_the_registered() -> None:
     assert "damage" in policy_names()
     spec = policy_spec("damage")
-    assert (spec.load(), spec.needs, spec.cuts_only) == (DamagePolicy, ("damage",), True)
+    assert (spec.load(), spec.needs, spec.replayable) == (DamagePolicy, ("damage",), True)
     with pytest.raises(UsageError, match=r"policy 'damage' needs 'damage': .*var-moe profile"):
         spec.make({"tau": 0.1}, {"damage": None})

@@ -35,6 +35,7 @@ NAMES = (
     "top_p",
     "per_layer_k",
     "damage",
+    "var",
     "var_plain",
     "var_verified",
 )

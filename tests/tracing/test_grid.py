@@ -33,10 +33,10 @@ def assert_equal(replay, config, frequencies, entropies):
         assert tuple(found.tiers_pct[i, j]) == pytest.approx(shares)
         assert found.cache_hit_rate[i, j] == pytest.approx(report.cache_hit_rate)
         if damages:
-            assert set(found.first) == set(one.damage.first)
-            for kind, sums in one.damage.first.items():
+            assert set(found.first) == set(one.first)
+            for kind, sums in one.first.items():
                 assert found.first[kind][i, j] == pytest.approx(sums, rel=1e-9, abs=1e-9)
-                squares = one.damage.squares[kind]
+                squares = one.squares[kind]
                 assert found.squares[kind][i, j] == pytest.approx(squares, rel=1e-9, abs=1e-9)
             assert found.degradation[i, j] == pytest.approx(one.degradation, rel=1e-9, abs=1e-12)
 

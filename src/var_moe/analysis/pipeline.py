@@ -13,10 +13,10 @@ from var_moe.data.documents import require_documents
 from var_moe.data.encoding import as_documents, check_documents
 from var_moe.evaluation.evaluator import Evaluator, Progress, SpeedSetting
 from var_moe.models.loading import LoadedModel
+from var_moe.optimization.candidate import Candidate
 
 if TYPE_CHECKING:
     from var_moe.calibration.profile import RoutingProfile
-    from var_moe.optimization.candidate import Candidate
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ def profile_full_pipeline(
     tokenizer: Any,
     texts: Sequence[str] | Any,
     *,
-    config: Candidate | None = None,
+    config: Candidate | VARConfig | None = None,
     profile: RoutingProfile | None = None,
     settings: AnalysisSettings | None = None,
     setting: SpeedSetting | None = None,
@@ -38,8 +38,8 @@ def profile_full_pipeline(
     Args:
         model: a transformers MoE causal language model.
         tokenizer: its tokenizer.
-        texts: what `var_moe.data.encoding.as_documents` takes: texts, or token ids.
-        config: a `VARConfig` or `PolicySettings`; by default the balanced preset.
+        texts: what `var_moe.data.text.as_documents` takes: texts, or token ids.
+        config: a `VARConfig` or another `Candidate`; by default the balanced preset.
         profile: routing statistics of other text. Without one, half of the texts are profiled
             and speed is measured on the other half.
         settings: how much is measured; by default `AnalysisSettings.quick`.
@@ -71,7 +71,7 @@ def profile_full_pipeline(
     found = analyse(
         Evaluator(loaded, documents, setting=setting or SpeedSetting()),
         profile,
-        config or VARConfig.preset("balanced"),
+        Candidate.of(config or VARConfig.preset("balanced")),
         settings or AnalysisSettings.quick(),
         progress=progress,
     )

@@ -25,14 +25,12 @@ from var_moe.analysis.roofline import (
     roofline_arm,
 )
 from var_moe.analysis.scaling import BATCH_SIZES, SEQUENCES, measure_scaling
-from var_moe.config import VARConfig, check_number
+from var_moe.config import check_number
 from var_moe.evaluation.cost import CostModel, fit_cost_model
 from var_moe.evaluation.evaluator import Evaluator, Progress, Speed
 from var_moe.execution.session import automatic
 from var_moe.growing import GrowingResult
-from var_moe.optimization.candidate import Candidate, kind_of, policy_of
-from var_moe.optimization.objective import make_objective
-from var_moe.optimization.policy_objective import PolicyObjective
+from var_moe.optimization.candidate import Candidate
 from var_moe.optimization.results import jsonable
 from var_moe.storage import SCHEMA_VERSION, atomic_write_json, check_output_folder, provenance
 
@@ -113,7 +111,7 @@ def analyse(
     Args:
         evaluator: model, text and the batch that speed is measured on.
         profile: of the same model; None where the candidate needs nothing of one.
-        candidate: a VAR configuration, or settings of another policy.
+        candidate: what is compared with the unmodified model.
         settings: how much is measured.
         kept: of ``systems_analysis.json``: parts are saved as soon as they are known.
         progress: called with a stage's name, steps done and in all.
@@ -121,11 +119,9 @@ def analyse(
     settings = settings or AnalysisSettings()
     report = progress or (lambda _stage, _done, _total: None)
     # Cost policies are those of the candidate, not of whatever was measured here before.
-    evaluator = replace(evaluator, cost_policies=None, progress=progress)
-    if profile is None:
-        policy = policy_of(candidate, None)
-    else:
-        policy = objective_of(evaluator, profile, candidate).policy(candidate)
+    cost_policies = candidate.cost_policies(profile, evaluator.top_k)
+    evaluator = replace(evaluator, cost_policies=cost_policies, progress=progress)
+    policy = candidate.make(profile)
     geometry, batches = evaluator.geometry(), evaluator.timing_batches
     speed = evaluator.speed(policy, blocks=settings.blocks)
     compared: dict[str, Any] = {
@@ -180,7 +176,7 @@ def analyse(
             "backend": automatic(evaluator.model, evaluator.backend),
             "var_stats": {**ran.report.to_dict(), "expert_imbalance": ran.imbalance},
             "config": candidate.to_dict(),
-            "kind": kind_of(candidate),
+            "kind": candidate.kind,
         },
     }
     known("scaling, roofline, cost model", **arms)
@@ -196,7 +192,7 @@ def analyse(
     report("fitting the cost model", 0, 1)
     cost = fitted_cost(evaluator, blocks=settings.cost_blocks)
     report("fitting the cost model", 1, 1)
-    model = PerformanceModel(cost, residual=adds_residual(candidate, policy))
+    model = PerformanceModel(cost, residual=policy.adds_residual)
     predicted = model.predict_speedup(ran.report)
     compared |= {
         "predicted_speedup": predicted,
@@ -206,7 +202,7 @@ def analyse(
         "cost_model": cost.to_dict(),
     }
     known("roofline")
-    facts = _facts(evaluator, candidate, speed, ran, parts, scaling, model)
+    facts = _facts(evaluator, candidate, policy, speed, ran, parts, scaling, model)
     systems |= {
         "roofline": _roofline(evaluator, policy, arms),
         "bottlenecks": [one.to_dict() for one in find_bottlenecks(facts)],
@@ -214,29 +210,10 @@ def analyse(
     return SystemsAnalysis(systems=jsonable(systems), components=components)
 
 
-def objective_of(
-    evaluator: Evaluator, profile: RoutingProfile, candidate: Candidate
-) -> PolicyObjective:
-    """The candidate's objective; it gives the evaluator the policies of the cost model's fit."""
-    chosen: dict[str, Any] = (
-        {"mode": candidate.mode}
-        if isinstance(candidate, VARConfig)
-        else {"policy": candidate.policy, "compensation": candidate.compensation}
-    )
-    return make_objective(evaluator, profile, max_degradation=0.01, **chosen)
-
-
 def fitted_cost(evaluator: Evaluator, *, blocks: int) -> CostModel:
     """The cost model of the evaluator's machine, model and policies."""
     var_all, var_leading = evaluator.cost_policies or (None, None)
     return fit_cost_model(evaluator, var_all=var_all, var_leading=var_leading, blocks=blocks)
-
-
-def adds_residual(candidate: Candidate, policy: RoutingPolicy) -> bool:
-    """Whether something stands in for what the policy drops."""
-    if isinstance(candidate, VARConfig):
-        return candidate.uses_residuals
-    return policy.compensation is not None
 
 
 def _components(
@@ -290,16 +267,13 @@ def _roofline(evaluator: Evaluator, policy: RoutingPolicy, arms: dict[str, Any])
 def _facts(
     evaluator: Evaluator,
     candidate: Candidate,
+    policy: RoutingPolicy,
     speed: Speed,
     ran: Ran,
     parts: dict[str, ComponentTimings],
     scaling: list[dict[str, Any]],
     model: PerformanceModel,
 ) -> Facts:
-    # Every other policy than VAR's plain mode decides on the router's own decision.
-    always_asked, uses_cache = True, False
-    if isinstance(candidate, VARConfig):
-        always_asked, uses_cache = candidate.mode == "verified", candidate.cache_size > 0
     assert speed.backend_factor is not None
     return Facts(
         speedup=speed.speedup.median,
@@ -312,8 +286,8 @@ def _facts(
         cache_hit_rate=ran.report.cache_hit_rate,
         experts_per_token=ran.report.experts_per_token,
         top_k=evaluator.top_k,
-        router_always_asked=always_asked,
-        uses_cache=uses_cache,
+        router_always_asked=policy.drops_only,
+        uses_cache=candidate.settings.get("cache_size", 0) > 0,
         scaling=scaling,
         imbalance=ran.imbalance,
         routing_share=parts["var"].share("policy"),
@@ -336,8 +310,6 @@ __all__ = [
     "AnalysisSettings",
     "Bottleneck",
     "SystemsAnalysis",
-    "adds_residual",
     "analyse",
     "fitted_cost",
-    "objective_of",
 ]

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from var_moe.config import VARConfig
 from var_moe.errors import UsageError
-from var_moe.optimization.candidate import (
-    Candidate,
-    PolicySettings,
-    candidate_from,
-    load_candidate,
-)
+from var_moe.optimization.candidate import Candidate, load_candidate
 from var_moe.optimization.front import PARETO_FILE
 from var_moe.optimization.saving import CONFIG_FILE, NEAREST_MISS_FILE
-from var_moe.routing.registry import policy_spec
 from var_moe.storage import SCHEMA_VERSION, read_json
 
 UNMODIFIED = "native"
@@ -38,7 +31,7 @@ class Named:
     @property
     def unmodified(self) -> bool:
         """Whether it is the model as it is: nothing to route, nothing to time."""
-        return isinstance(self.config, PolicySettings) and self.config.policy == UNMODIFIED
+        return self.config.policy == UNMODIFIED
 
     def to_dict(self) -> dict[str, Any]:
         """For result files."""
@@ -71,7 +64,9 @@ def find_candidates(
             f"{folder}: neither {PARETO_FILE} nor {CONFIG_FILE}; expected the results folder of "
             "`var-moe tune`"
         )
-    return _distinct([_by_document(one) for one in chosen])[:at_most]
+    return _distinct([Named(name=one.name, config=one.config.per_document()) for one in chosen])[
+        :at_most
+    ]
 
 
 def _front_rows(path: Path) -> list[Mapping[str, Any]]:
@@ -100,49 +95,22 @@ def _spread(
     return [
         Named(
             name=str(below[at].get("name") or f"front {at + 1}"),
-            config=candidate_from(below[at]["config"], source=str(source)),
+            config=Candidate.from_dict(below[at]["config"], source=str(source)),
         )
         for at in kept[: max(0, at_most)]
     ]
 
 
 def _milder(config: Candidate, top_k: int) -> list[Named]:
-    """The same configuration turned down: VAR's confidence threshold, or a policy's one dial."""
-    if isinstance(config, VARConfig):
-        return [
-            Named(
-                name=f"safer {strength:g}",
-                config=config.replace(
-                    confidence_threshold=1 - strength * (1 - config.confidence_threshold)
-                ),
-            )
-            for strength in SAFER
-        ]
-    dial = policy_spec(config.policy).dials(top_k).get("")
-    if dial is None or len(config.settings) != 1 or set(dial(0.5)) != set(config.settings):
-        return []
-    (name,) = config.settings
-    strengths = np.linspace(0, 1, 1001)
-    values = np.array([float(dial(float(s))[name]) for s in strengths])
-    own = float(strengths[np.abs(values - float(config.settings[name])).argmin()])
+    """The same configuration turned down, where its policy can be."""
+    turned = {
+        strength: config.spec.load().milder(config.settings, strength, top_k) for strength in SAFER
+    }
     return [
-        Named(
-            name=f"safer {strength:g}",
-            config=PolicySettings(
-                policy=config.policy,
-                settings=dial(strength * own),
-                compensation=config.compensation,
-            ),
-        )
-        for strength in SAFER
+        Named(name=f"safer {strength:g}", config=replace(config, settings=settings))
+        for strength, settings in turned.items()
+        if settings is not None
     ]
-
-
-def _by_document(one: Named) -> Named:
-    """VAR's cache emptied at each document's start: else documents are not independent."""
-    if isinstance(one.config, VARConfig):
-        return Named(name=one.name, config=one.config.replace(cache_scope="document"))
-    return one
 
 
 def _distinct(candidates: Sequence[Named]) -> list[Named]:

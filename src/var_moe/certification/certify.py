@@ -31,12 +31,10 @@ from var_moe.errors import UsageError, VarMoeError
 from var_moe.evaluation.evaluator import Evaluator, Progress
 from var_moe.evaluation.perplexity import Groups
 from var_moe.models.checks import check_droppable
-from var_moe.optimization.candidate import PolicySettings
-from var_moe.optimization.judgement import check_robust
-from var_moe.optimization.objective import make_objective
 from var_moe.optimization.preparation import EncodedText, halves, read_text, sample_documents
 from var_moe.optimization.results import jsonable
 from var_moe.optimization.saving import CONFIG_FILE
+from var_moe.optimization.settings import check_robust
 from var_moe.optimization.validation import find_profile
 from var_moe.report.certificate import certificate_page
 from var_moe.routing.base import RoutingPolicy
@@ -122,7 +120,7 @@ def certify(
     _, ordering_half = halves(validation.documents)
     ordering = sample_documents(ordering_half, settings.ordering_samples, settings.seed)
     evaluator = Evaluator(loaded, ordering, setting=settings.setting, progress=progress)
-    policies, fitted = _policies(named, evaluator, profile, settings.max_degradation)
+    policies, fitted = _policies(named, profile)
     claims = _claims(settings, named)
     study = Study(
         candidates=named,
@@ -182,7 +180,7 @@ def _claims(settings: CertifySettings, named: Sequence[Named]) -> Mapping[str, f
 
 
 def _policies(
-    named: Sequence[Named], evaluator: Evaluator, profile: RoutingProfile, bound: float
+    named: Sequence[Named], profile: RoutingProfile
 ) -> tuple[dict[str, RoutingPolicy | None], dict[str, str]]:
     """Each candidate's policy, None for the unmodified model; and its compensation's hash."""
     policies: dict[str, RoutingPolicy | None] = {}
@@ -191,11 +189,7 @@ def _policies(
         if one.unmodified:
             policies[one.name] = None
             continue
-        chosen: dict[str, Any] = {}
-        if isinstance(one.config, PolicySettings):
-            chosen = {"policy": one.config.policy, "compensation": one.config.compensation}
-        objective = make_objective(evaluator, profile, max_degradation=bound, **chosen)
-        policy = policies[one.name] = objective.policy(one.config)
+        policy = policies[one.name] = one.config.make(profile)
         if policy.compensation is not None:
             fitted[one.name] = policy.compensation.hash
     return policies, fitted

@@ -22,7 +22,6 @@ from var_moe.certification.statement import (
 )
 from var_moe.certification.testing import LEARNED, QUALITY, SPEEDUP
 from var_moe.certification.units import Unit, UnitScorer
-from var_moe.config import VARConfig
 from var_moe.evaluation.evaluator import Evaluator
 from var_moe.optimization.preparation import EncodedText
 from var_moe.optimization.selection import Standing, winner
@@ -52,7 +51,7 @@ def head(
     """What stands in every certificate, whatever comes of it."""
     settings = work.settings
     identity = dict(work.study.identity)
-    document_cache = any(isinstance(one.config, VARConfig) for one in work.named.values())
+    document_cache = any("cache_scope" in one.config.settings for one in work.named.values())
     return {
         "schema_version": SCHEMA_VERSION,
         "max_degradation": settings.max_degradation,

@@ -9,9 +9,8 @@ from typing import Any
 from var_moe.calibration.fitted_files import load_compensation
 from var_moe.calibration.profile import RoutingProfile
 from var_moe.certification.certify import CERTIFICATE_FILE
-from var_moe.config import VARConfig
 from var_moe.errors import UsageError, VarMoeError
-from var_moe.optimization.candidate import Candidate, load_candidate, policy_of
+from var_moe.optimization.candidate import Candidate, load_candidate
 from var_moe.optimization.saving import CONFIG_FILE, METADATA_FILE
 from var_moe.optimization.validation import find_profile
 from var_moe.report.model_card import model_card
@@ -57,17 +56,16 @@ def export(
     known = find_profile(folder / CONFIG_FILE, Path(profile) if profile is not None else None)
     if compensation is not None:
         known = known.with_compensation(load_compensation(compensation))
-    stand_in = policy_of(candidate, known).compensation
+    stand_in = candidate.make(known).compensation
     fitted = None if stand_in is None else stand_in.hash
     _check_compensation(folder, path, fitted)
-    name, settings, asked = _parts(candidate)
     certificate = _certificate(folder, candidate, known, fitted)
     head = save_exported(
         place,
-        policy=name,
-        settings=settings,
-        compensation=asked,
-        calibration=known.calibration(asked),
+        policy=candidate.policy,
+        settings=candidate.settings,
+        compensation=candidate.compensation,
+        calibration=known.calibration(candidate.compensation),
         profile=known.head,
         certificate=certificate,
     )
@@ -95,13 +93,6 @@ def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
             f"--push_to_hub {repo}: not uploaded ({line}); the folder is in {folder}"
         ) from error
     return str(done)
-
-
-def _parts(candidate: Candidate) -> tuple[str, dict[str, Any], str | None]:
-    """Policy, settings and compensation, by the names of the registry."""
-    if isinstance(candidate, VARConfig):
-        return f"var_{candidate.mode}", candidate.to_dict(), None
-    return candidate.policy, dict(candidate.settings), candidate.compensation
 
 
 def _check_compensation(folder: Path, config: Path, fitted: str | None) -> None:

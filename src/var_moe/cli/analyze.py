@@ -53,10 +53,9 @@ def analyze(
         quiet: no progress.
     """
     from var_moe.cli.subject import Subject
-    from var_moe.config import VARConfig
-    from var_moe.optimization.candidate import load_candidate, needs_of
+    from var_moe.optimization.candidate import load_candidate, preset
 
-    candidate = load_candidate(var_config) if var_config else VARConfig.preset("balanced")
+    candidate = load_candidate(var_config) if var_config else preset("balanced")
     name, place = parse_compensation(compensation)
     if name is not None and place is None:
         raise UsageError(f"--compensation {name}: the configuration names it; expected a folder")
@@ -88,8 +87,7 @@ def analyze(
         torch.set_num_threads(threads)
     with StageProgress() as progress, GrowingResult(output / SYSTEMS_FILE) as kept:
         shown = None if quiet else progress
-        named = None if isinstance(candidate, VARConfig) else candidate.compensation
-        ready = subject.ready(shown, needs=needs_of(candidate), stand_ins=[named])
+        ready = subject.ready(shown, needs=candidate.needs, stand_ins=[candidate.compensation])
         found = analyse(
             ready.evaluator,
             ready.profile,

@@ -117,7 +117,8 @@ def compare(
     from var_moe.models.checks import check_droppable
 
     if not asked:
-        asked = [name for name in policy_names() if policy_spec(name).dials(2)]
+        variants = {policy_spec(name).variant_of for name in policy_names()}
+        asked = [n for n in policy_names() if policy_spec(n).dials(2) and n not in variants]
     names = require_policies([CONTROL, *asked])
     compensations = [name for name, _ in parsed] or [None]
     rows = [row for row in earlier["rows"] if _wanted(row, compensations)] if earlier else None

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from var_moe.calibration.profile import RoutingProfile
     from var_moe.cli.progress import StageProgress
     from var_moe.models.loading import LoadedModel
-    from var_moe.optimization.conclusion import TuneOutcome
+    from var_moe.optimization.measure_again import TuneOutcome
 
 CALIBRATION_TOKENS, DAMAGE_TOKENS = 30_000, 15_000
 SEARCH_DOCUMENTS, FINAL_DOCUMENTS = 30, 60

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from var_moe.cli.subject import Ready
     from var_moe.evaluation.evaluator import Progress
     from var_moe.growing import GrowingResult
-    from var_moe.optimization.candidate import Candidate, PolicySettings
+    from var_moe.optimization.candidate import Candidate
     from var_moe.routing.base import RoutingPolicy
 
 
@@ -71,7 +71,6 @@ def evaluate(
         quiet: no progress.
     """
     from var_moe.cli.subject import Subject
-    from var_moe.optimization.candidate import needs_of
 
     presets = preset or ([] if config or policy else ["balanced"])
     candidates = _candidates(config, presets, mode=mode)
@@ -101,19 +100,16 @@ def evaluate(
     from var_moe.cli.report import make_report
     from var_moe.cli.tables import print_apart, print_comparison, print_decoding
     from var_moe.growing import GrowingResult
-    from var_moe.optimization.candidate import PolicySettings
     from var_moe.routing.registry import policy_spec
 
     if policy is not None:
-        policy_spec(policy).check(candidates[policy].documented())
+        policy_spec(policy).check(candidates[policy].settings)
     with StageProgress() as progress, GrowingResult(output / "evaluation.json") as kept:
         shown = None if quiet else progress
         ready = subject.ready(
             shown,
-            needs=frozenset().union(*map(needs_of, candidates.values())),
-            stand_ins=[
-                one.compensation for one in candidates.values() if isinstance(one, PolicySettings)
-            ],
+            needs=frozenset().union(*(one.needs for one in candidates.values())),
+            stand_ins=[one.compensation for one in candidates.values()],
         )
         policies = _policies(candidates, ready, with_defaults=policy)
         result = _measure(
@@ -138,25 +134,19 @@ def _candidates(
     config: Path | None, presets: list[str], *, mode: str | None
 ) -> dict[str, Candidate]:
     """The configuration and the presets that are asked for, by name."""
-    from var_moe.config import VARConfig
-    from var_moe.optimization.candidate import PolicySettings, in_mode, load_candidate
+    from var_moe.optimization.candidate import load_candidate, preset
 
     if mode is not None and config is None and set(presets) <= {"keep_all"}:
         raise UsageError(f"--mode {mode} belongs to VAR: name a --config or --preset of it")
     found: dict[str, Candidate] = {}
     if config is not None:
-        found[config.name] = in_mode(load_candidate(config), mode, source=str(config))
-    for name in presets:
-        if name == "keep_all":
-            found[name] = PolicySettings(policy="native", settings={})
-        else:
-            found[name] = in_mode(VARConfig.preset(name), mode, source=name)
-    return found
+        found[config.name] = load_candidate(config).in_mode(mode)
+    return found | {name: preset(name, mode) for name in presets}
 
 
-def _peer(name: str, assignments: list[str], compensation: str | None) -> PolicySettings:
+def _peer(name: str, assignments: list[str], compensation: str | None) -> Candidate:
     """The policy of ``--policy`` with the settings of ``--set``."""
-    from var_moe.optimization.candidate import PolicySettings
+    from var_moe.optimization.candidate import Candidate
 
     settings: dict[str, Any] = {}
     for assignment in assignments:
@@ -164,7 +154,7 @@ def _peer(name: str, assignments: list[str], compensation: str | None) -> Policy
         if not equals or not key:
             raise UsageError(f"--set {assignment!r}: expected name=value")
         settings[key] = _value(value)
-    return PolicySettings(policy=name, settings=settings, compensation=compensation)
+    return Candidate(policy=name, settings=settings, compensation=compensation)
 
 
 def _check_compensation(
@@ -181,8 +171,6 @@ def _check_compensation(
     Raises:
         UsageError: says to whom it belongs.
     """
-    from var_moe.optimization.candidate import PolicySettings, needs_of
-
     if name is None or policy is not None:
         return
     if place is None:
@@ -191,9 +179,8 @@ def _check_compensation(
             "its own"
         )
     choices = [
-        one.compensation or ("learned" if "damage" in needs_of(one) else "none")
+        one.compensation or ("learned" if "damage" in one.needs else "none")
         for one in candidates.values()
-        if isinstance(one, PolicySettings)
     ]
     if "learned" not in choices:
         raise UsageError(
@@ -215,16 +202,13 @@ def _policies(
     candidates: dict[str, Candidate], ready: Ready, *, with_defaults: str | None
 ) -> list[tuple[str, Candidate, RoutingPolicy]]:
     """What is asked for, made; settings that ``--set`` leaves out have their defaults."""
-    from var_moe.optimization.candidate import PolicySettings, policy_of
-    from var_moe.routing.registry import policy_spec
-
     found: list[tuple[str, Candidate, RoutingPolicy]] = []
     for name, one in candidates.items():
-        if name == with_defaults and isinstance(one, PolicySettings):
-            space = policy_spec(name).search_space(ready.loaded.top_k)
+        if name == with_defaults:
+            space = one.spec.search_space(ready.loaded.top_k)
             defaults = {key: entry["default"] for key, entry in space.items()}
             one = replace(one, settings={**defaults, **one.settings})
-        found.append((name, one, policy_of(one, ready.profile)))
+        found.append((name, one, one.make(ready.profile)))
     return found
 
 
@@ -240,7 +224,6 @@ def _measure(
     """A row for the unmodified model and one for each policy; kept as soon as parts are known."""
     from var_moe.evaluation.evaluator import measure_apart
     from var_moe.evaluation.throughput import BATCH_SIZES, DecodeSetting, Decoding
-    from var_moe.optimization.candidate import kind_of
 
     evaluator = ready.evaluator
     baseline: dict[str, Any] = {
@@ -255,8 +238,8 @@ def _measure(
         quality = evaluator.quality(policy, what=f"{name}: perplexity")
         row: dict[str, Any] = {
             "name": name,
-            "kind": kind_of(candidate),
-            "config": _settings(candidate),
+            "kind": candidate.kind,
+            "config": dict(candidate.settings) or None,
         }
         rows.append({**row, **quality.to_dict(), "by_dataset": []})
         waiting = [other for other, *_ in policies[number + 1 :]]
@@ -279,12 +262,3 @@ def _measure(
             setting = DecodeSetting(batch_size=size)
             row["decode"].append(decoding.speed(policy, setting, blocks=decode_blocks).to_dict())
     return kept.save(ready.result(rows))
-
-
-def _settings(candidate: Candidate) -> dict[str, Any] | None:
-    """The values of a row's policy; None where it has none."""
-    from var_moe.config import VARConfig
-
-    if isinstance(candidate, VARConfig):
-        return candidate.to_dict()
-    return candidate.documented() or None

@@ -69,7 +69,7 @@ def guard(
     from var_moe.data.text import check_dataset, load_text
     from var_moe.errors import UsageError
     from var_moe.models.loading import check_name
-    from var_moe.optimization.candidate import load_candidate, policy_of
+    from var_moe.optimization.candidate import load_candidate
     from var_moe.optimization.saving import CONFIG_FILE
     from var_moe.storage import SCHEMA_VERSION, check_output_folder, provenance
 
@@ -102,7 +102,7 @@ def guard(
     with StageProgress() as progress:
         loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         found.check_loaded(loaded)
-        policy = policy_of(chosen, found)
+        policy = chosen.make(found)
         text = tokenised(calibration, loaded)
         further = {
             name: one_per_page(tokenised(other, loaded).documents, seed)[:max_samples]

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from var_moe.evaluation.cost import CostModel
     from var_moe.evaluation.evaluator import Progress
     from var_moe.optimization.candidate import Candidate
-    from var_moe.tracing.policies import PolicyReplay
-    from var_moe.tracing.replay import Replay, TraceReplay
+    from var_moe.tracing.trace import RoutingTrace
 
 COST_FILE = "cost_model.json"
 _NO_COST = (
@@ -77,27 +76,27 @@ def replay(
     model = _cost_model(cost, [trace, trace.parent, place, place.parent])
     from var_moe.calibration.profile import RoutingProfile
     from var_moe.models.checks import check_droppable
-    from var_moe.tracing.replay import TraceReplay
     from var_moe.tracing.trace import RoutingTrace
 
     recorded = RoutingTrace.load(trace)
     check_droppable(recorded.head["model"], recorded.head["top_k"])
     known = RoutingProfile.load(place)
-    stack = TraceReplay(recorded, known)
+    recorded.check_profile(known)
     if model is not None:
         _check_cost(model, recorded.head)
     notes = [_NO_COST] if model is None else []
     notes += [] if recorded.damage else [_NO_DAMAGE]
-    about = _about(stack, trace, place, model, notes)
+    about = _about(recorded, known, trace, place, model, notes)
     if grid is None:
-        result = _some(stack, known, configs, model, about, output)
+        result = _some(recorded, known, configs, model, about, output)
     else:
         from var_moe.cli.progress import StageProgress
 
         with StageProgress() as progress:
             shown = None if quiet else progress
+            mode = mode or "verified"
             result = _grid(
-                stack, grid, mode or "verified", model, about, output, max_degradation, shown
+                recorded, known, grid, mode, model, about, output, max_degradation, shown
             )
     for note in notes:
         print(f"Note: {note}")
@@ -105,13 +104,11 @@ def replay(
 
 
 def _configs(files: list[Path], presets: list[str], mode: str | None) -> dict[str, Candidate]:
-    from var_moe.config import VARConfig
-    from var_moe.optimization.candidate import in_mode, load_candidate
+    from var_moe.optimization.candidate import load_candidate, preset
 
-    found = {str(path): in_mode(load_candidate(path), mode, source=str(path)) for path in files}
-    for name in presets or ([] if files else ["balanced"]):
-        found[name] = in_mode(VARConfig.preset(name), mode, source=name)
-    return found
+    named = presets or ([] if files else ["balanced"])
+    from_files = {str(path): load_candidate(path).in_mode(mode) for path in files}
+    return from_files | {name: preset(name, mode) for name in named}
 
 
 def _profile_folder(trace: Path, given: Path | None) -> Path:
@@ -151,21 +148,26 @@ def _check_cost(cost: CostModel, head: dict[str, Any]) -> None:
 
 
 def _about(
-    replay: TraceReplay, trace: Path, profile: Path, cost: CostModel | None, notes: list[str]
+    recorded: RoutingTrace,
+    profile: RoutingProfile,
+    trace: Path,
+    place: Path,
+    cost: CostModel | None,
+    notes: list[str],
 ) -> dict[str, Any]:
     """What a result file says of where it comes from."""
     from var_moe.storage import SCHEMA_VERSION, provenance
 
-    head = replay.trace.head
+    head = recorded.head
     kept = ("model", "revision", "dtype", "dataset", "data_hash", "tokens", "seed")
     return {
         "schema_version": SCHEMA_VERSION,
         "trace": {
             "folder": str(trace),
             **{name: head.get(name) for name in kept},
-            "documents": len(replay.trace.documents),
+            "documents": len(recorded.documents),
         },
-        "profile": {"folder": str(profile), "hash": replay.profile_hash},
+        "profile": {"folder": str(place), "hash": profile.hash},
         "cost_model_error_relative": None if cost is None else cost.error,
         "notes": notes,
         "provenance": provenance(),
@@ -173,7 +175,7 @@ def _about(
 
 
 def _some(
-    replay: TraceReplay,
+    trace: RoutingTrace,
     profile: RoutingProfile,
     configs: dict[str, Candidate],
     cost: CostModel | None,
@@ -181,16 +183,22 @@ def _some(
     output: Path,
 ) -> dict[str, Any]:
     from var_moe.cli.replay_tables import print_replays
-    from var_moe.config import VARConfig
     from var_moe.optimization.results import jsonable
     from var_moe.storage import atomic_write_json
+    from var_moe.tracing.policies import replayer_of
 
     rows = []
-    for name, (found, helped) in zip(configs, _replayed(replay, profile, configs), strict=True):
-        # As in a search: what a policy without a compensation decides costs next to nothing.
-        decided = helped or isinstance(configs[name], VARConfig)
-        speedup = cost and cost.speedup(found.report, decided=decided, residual=helped)
-        row = {"name": name, "config": configs[name].to_dict(), **found.to_dict()}
+    for name, one in configs.items():
+        try:
+            calibration = profile.calibration(one.compensation)
+            (replayed,) = replayer_of(trace, one.policy, calibration).replay([one.settings])
+        except UsageError as error:
+            raise UsageError(f"{name}: {error}") from None
+        # As in a search: deciding counts where it is timed, or with a compensation.
+        timed = one.spec.load().cost_settings(one.settings) is not None
+        helped = replayed.adds_residual
+        speedup = cost and cost.speedup(replayed.report, decided=timed or helped, residual=helped)
+        row = {"name": name, "config": one.to_dict(), **replayed.to_dict()}
         rows.append({**row, "predicted_speedup": speedup})
     result: dict[str, Any] = jsonable({**about, "rows": rows})
     atomic_write_json(output / "replay.json", result)
@@ -210,36 +218,6 @@ def _some(
     return result
 
 
-def _replayed(
-    replay: TraceReplay, profile: RoutingProfile, configs: dict[str, Candidate]
-) -> list[tuple[Replay | PolicyReplay, bool]]:
-    """What each decides, and whether something stands in for what it drops.
-
-    VAR's own configurations share their work, and those of other policies run their own code.
-
-    Raises:
-        UsageError: the trace does not fit a policy; names its configuration.
-    """
-    from var_moe.config import VARConfig
-    from var_moe.optimization.candidate import policy_of
-    from var_moe.tracing.policies import evaluate_policy
-
-    own = [one for one in configs.values() if isinstance(one, VARConfig)]
-    shared = iter(replay.evaluate_many(own))
-    found: list[tuple[Replay | PolicyReplay, bool]] = []
-    for name, one in configs.items():
-        if isinstance(one, VARConfig):
-            found.append((next(shared), one.uses_residuals))
-            continue
-        try:
-            policy = policy_of(one, profile)
-            replayed = evaluate_policy(replay.trace, policy, profile)
-        except UsageError as error:
-            raise UsageError(f"{name}: {error}") from None
-        found.append((replayed, policy.compensation is not None))
-    return found
-
-
 _FLAT = (
     *("experts_per_token", "fast_pct", "cached_pct", "learned_pct", "cache_hit_rate"),
     *("predicted_degradation", "predicted_speedup"),
@@ -247,7 +225,8 @@ _FLAT = (
 
 
 def _grid(
-    replay: TraceReplay,
+    trace: RoutingTrace,
+    profile: RoutingProfile,
     n_points: int,
     mode: str,
     cost: CostModel | None,
@@ -257,13 +236,23 @@ def _grid(
     progress: Progress | None,
 ) -> dict[str, Any]:
     from var_moe.cli.replay_tables import print_front
-    from var_moe.config import VARConfig
-    from var_moe.optimization.forecast_grid import forecast_grid, grid_values
+    from var_moe.config import SEARCH_SPACE, VARConfig
+    from var_moe.optimization.forecast import ForecastGrid
     from var_moe.optimization.results import jsonable
+    from var_moe.optimization.search_space import dimensions
     from var_moe.storage import atomic_write_json
+    from var_moe.tracing.replay import TraceReplay
 
-    values = grid_values(n_points=n_points)
-    found = forecast_grid(replay, values, cost=cost, mode=mode, progress=progress)
+    values = {d.name: tuple(d.grid(n_points)) for d in dimensions(SEARCH_SPACE)}
+
+    def speedups(pairs: Any, residual: bool) -> Any:
+        assert cost is not None
+        return cost.speedups(pairs, tokens=trace.tokens, residual=residual)
+
+    columns = TraceReplay(trace, profile).grid(
+        values, {"mode": mode}, speedups=speedups if cost else None, progress=progress
+    )
+    found = ForecastGrid(values=values, columns=columns)
     predicted = {"degradation": "predicted_degradation", "speedup": "predicted_speedup"}
     front = []
     for number in found.front() if "degradation" in found.columns else []:

@@ -134,15 +134,14 @@ def _fit_cost(
     """The cost model of this machine and model, VAR's own work included."""
     from var_moe.evaluation.cost import fit_cost_model
     from var_moe.evaluation.evaluator import Evaluator
-    from var_moe.optimization.objective import VARObjective
-    from var_moe.optimization.replay_forecast import COST_FILE
+    from var_moe.optimization.candidate import preset
+    from var_moe.optimization.forecast import COST_FILE
     from var_moe.storage import atomic_write_json
 
     if not quiet:
         progress.say("timing forwards for the cost model ...")
     evaluator = Evaluator(loaded, documents)
-    VARObjective(evaluator, profile)
-    most, least = evaluator.cost_policies or (None, None)
+    most, least = preset("balanced").cost_policies(profile, loaded.top_k) or (None, None)
     cost = fit_cost_model(evaluator, var_all=most, var_leading=least)
     atomic_write_json(output / COST_FILE, cost.to_dict())
     if not quiet:

@@ -1,73 +1,160 @@
-"""What a search chooses among: a VAR configuration, or settings of another policy."""
+"""What a search chooses among, a file holds and a command takes: a policy with its settings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from var_moe.config import VARConfig
 from var_moe.errors import UsageError
-from var_moe.routing.registry import make_policy, policy_spec
+from var_moe.routing.registry import PolicySpec, policy_spec
 from var_moe.storage import read_json
 
 if TYPE_CHECKING:
     from var_moe.calibration.profile import RoutingProfile
     from var_moe.routing.base import RoutingPolicy
 
+VAR = "var"
+"""The policy whose settings are a `VARConfig`, and whose file is flat: no more than these."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class PolicySettings:
-    """Settings of a policy of the registry.
+class Candidate:
+    """A policy of the registry with its settings.
+
+    A variant is its policy with the variant's settings: ``var_plain`` becomes ``var`` with ``mode``
+    plain.
 
     Args:
-        policy: its name.
+        policy: name in the registry.
         settings: by the names of its search space.
         compensation: name of what stands in for dropped experts (`RoutingProfile.compensations`);
             None leaves it to the policy.
         source: the file that it was read from, which an error names.
 
     Raises:
-        UsageError: no such policy.
+        UsageError: no such policy, or VAR's settings are not valid.
     """
 
     policy: str
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any] = field(default_factory=dict)
     compensation: str | None = None
     source: str | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         with self._named():
-            policy_spec(self.policy)
+            given = policy_spec(self.policy)
+            settings = given.complete(self.settings)
+        object.__setattr__(self, "policy", given.variant_of or given.name)
+        object.__setattr__(self, "settings", settings)
 
-    def make(self, calibration: Callable[[str | None], Mapping[str, Any]]) -> RoutingPolicy:
-        """The policy; `calibration` gives its other inputs, by the compensation's name."""
+    @property
+    def spec(self) -> PolicySpec:
+        """The policy's entry in the registry."""
+        return policy_spec(self.policy)
+
+    @property
+    def kind(self) -> str:
+        """What it configures, in a few words."""
+        words = [f"policy {self.policy}"]
+        if "mode" in self.settings:
+            words.append(f"mode {self.settings['mode']}")
+        if self.compensation not in (None, "none"):
+            words.append(f"compensation {self.compensation}")
+        return ", ".join(words)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What it needs of a profile, by the names of `routing.registry.CALIBRATION`.
+
+        ``compensation`` is among them where it names one. Empty: it needs no profile.
+        """
+        helped = ("compensation",) if self.compensation not in (None, "none") else ()
+        return frozenset((*self.spec.needed(self.settings), *helped))
+
+    def make(self, profile: RoutingProfile | None) -> RoutingPolicy:
+        """The policy, with empty caches.
+
+        Args:
+            profile: of the model; may be None where `needs` is empty.
+
+        Raises:
+            UsageError: a setting is wrong or the profile lacks something; names the file.
+        """
+        calibration = {} if profile is None else profile.calibration(self.compensation)
         with self._named():
-            return make_policy(self.policy, self.settings, calibration(self.compensation))
+            return self.spec.make(self.settings, calibration)
 
-    @contextmanager
-    def _named(self) -> Iterator[None]:
-        try:
-            yield
-        except UsageError as error:
-            if self.source is None:
-                raise
-            raise UsageError(f"{self.source}: {error}") from None
+    def cost_policies(
+        self, profile: RoutingProfile | None, top_k: int
+    ) -> tuple[RoutingPolicy, RoutingPolicy] | None:
+        """Policies that do all of this one's work, and run all pairs or only the leading ones.
+
+        None where that work is not worth timing: deciding takes next to nothing.
+        """
+        extremes = self.spec.load().cost_settings(self.settings)
+        if extremes is not None:
+            nothing, everything = (replace(self, settings=one).make(profile) for one in extremes)
+            return nothing, everything
+        if self.compensation is None and "damage" not in self.needs:
+            return None
+        from var_moe.routing.overhead import Overhead
+        from var_moe.routing.ranking import leading_count
+
+        everything = Overhead(self.make(profile), leading_count(top_k))
+        return Overhead(self.make(profile), top_k), everything
+
+    def in_mode(self, mode: str | None) -> Candidate:
+        """The candidate in VAR's mode ``mode``; unchanged for None.
+
+        Raises:
+            UsageError: its policy has no mode; names the file.
+        """
+        if mode is None or self.settings.get("mode") == mode:
+            return self
+        if "mode" not in self.settings:
+            raise UsageError(
+                f"{self.source}: settings of policy {self.policy!r} have no mode; leave --mode out"
+            )
+        return replace(self, settings={**self.settings, "mode": mode, "residuals": None})
+
+    def per_document(self) -> Candidate:
+        """The candidate whose decisions in a document depend on that document alone."""
+        return replace(self, settings=self.spec.load().per_document(self.settings))
 
     def documented(self) -> dict[str, Any]:
-        """The settings alone."""
-        return dict(self.settings)
+        """The settings that are searched."""
+        space = self.spec.search_space(2)  # names are the same for every K
+        return {name: value for name, value in self.settings.items() if name in space}
+
+    def as_best_params(self) -> VARConfig | Candidate:
+        """As `OptimizationResult.best_params` documents it: a VARConfig for VAR, else itself."""
+        return VARConfig.from_dict(self.settings) if self._is_flat else self
+
+    @property
+    def _is_flat(self) -> bool:
+        return self.policy == VAR and self.compensation is None
 
     def to_dict(self) -> dict[str, Any]:
-        """For a file."""
+        """For a file: VAR's settings alone, any other policy with its name."""
+        if self._is_flat:
+            return dict(self.settings)
         extra = {} if self.compensation is None else {"compensation": self.compensation}
         return {"policy": self.policy, "settings": dict(self.settings), **extra}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], *, source: str) -> PolicySettings:
-        """Read what `to_dict` gave; anything else is a UsageError."""
+    def from_dict(cls, values: Any, *, source: str) -> Candidate:
+        """Read what `to_dict` gave, or VAR's six documented fields.
+
+        Raises:
+            UsageError: it is none of these; names ``source`` and the entry.
+        """
+        if not isinstance(values, Mapping) or "policy" not in values:
+            config = VARConfig.from_dict(values, source=source)
+            return cls(policy=VAR, settings=config.to_dict(), source=source)
         own = set(values) - {"compensation"}
         if own != {"policy", "settings"} or not isinstance(values["settings"], Mapping):
             raise UsageError(
@@ -81,29 +168,30 @@ class PolicySettings:
             source=source,
         )
 
+    @classmethod
+    def of(cls, given: Candidate | VARConfig) -> Candidate:
+        """What Python code may give for a candidate."""
+        return cls(policy=VAR, settings=given.to_dict()) if isinstance(given, VARConfig) else given
 
-Candidate: TypeAlias = VARConfig | PolicySettings
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except UsageError as error:
+            if self.source is None:
+                raise
+            raise UsageError(f"{self.source}: {error}") from None
 
 
-def kind_of(candidate: Candidate) -> str:
-    """What it configures, in a few words."""
-    if isinstance(candidate, VARConfig):
-        return f"mode {candidate.mode}"
-    helped = candidate.compensation not in (None, "none")
-    return f"policy {candidate.policy}" + (
-        f", compensation {candidate.compensation}" if helped else ""
-    )
-
-
-def candidate_from(values: Any, *, source: str) -> Candidate:
-    """A candidate from the entries of a file, or of a part of one.
+def preset(name: str, mode: str | None = None) -> Candidate:
+    """VAR's preset of that name, or ``keep_all``: the unmodified model.
 
     Raises:
-        UsageError: it is none; names ``source`` and the entry.
+        UsageError: there is none.
     """
-    if isinstance(values, Mapping) and "policy" in values:
-        return PolicySettings.from_dict(values, source=source)
-    return VARConfig.from_dict(values, source=source)
+    if name == "keep_all":
+        return Candidate(policy="native")
+    return Candidate.of(VARConfig.preset(name)).in_mode(mode)
 
 
 def load_candidate(path: str | Path) -> Candidate:
@@ -118,45 +206,4 @@ def load_candidate(path: str | Path) -> Candidate:
     values = read_json(path, what="VAR configuration")
     if isinstance(values, Mapping) and isinstance(values.get("config"), Mapping):
         values = values["config"]
-    return candidate_from(values, source=str(path))
-
-
-def in_mode(candidate: Candidate, mode: str | None, *, source: str) -> Candidate:
-    """The candidate in VAR's mode ``mode``, or as it is; for files with the six fields alone.
-
-    Raises:
-        UsageError: it is not VAR's; names ``source``.
-    """
-    if isinstance(candidate, PolicySettings) and mode is not None:
-        raise UsageError(
-            f"{source}: settings of policy {candidate.policy!r} have no mode; leave --mode out"
-        )
-    if isinstance(candidate, PolicySettings) or mode in (None, candidate.mode):
-        return candidate
-    return candidate.replace(mode=mode, residuals=None)
-
-
-def needs_of(candidate: Candidate) -> frozenset[str]:
-    """What it needs of a profile, by the names of `routing.registry.CALIBRATION`.
-
-    ``compensation`` is among them where it names one. Empty: it needs no profile.
-    """
-    if isinstance(candidate, VARConfig):
-        return frozenset(("table", "residuals") if candidate.uses_residuals else ("table",))
-    helped = candidate.compensation not in (None, "none")
-    return frozenset((*policy_spec(candidate.policy).needs, *(("compensation",) * helped)))
-
-
-def policy_of(candidate: Candidate, profile: RoutingProfile | None) -> RoutingPolicy:
-    """The policy that a candidate configures, with what a profile was calibrated to.
-
-    Args:
-        candidate: what to make.
-        profile: of the model; None where `needs_of` says that none is needed.
-    """
-    if isinstance(candidate, VARConfig):
-        from var_moe.routing.var import VARPolicy
-
-        assert profile is not None
-        return VARPolicy(candidate, profile.table(), residuals=profile.residuals)
-    return candidate.make((lambda _name: {}) if profile is None else profile.calibration)
+    return Candidate.from_dict(values, source=str(path))

@@ -15,12 +15,10 @@ from typing import Any
 import numpy as np
 
 from var_moe.errors import UsageError
-from var_moe.optimization.candidate import Candidate, candidate_from
-from var_moe.optimization.correction import Floats
-from var_moe.optimization.forecast import Forecast
-from var_moe.optimization.forecast_grid import non_dominated
+from var_moe.optimization.candidate import Candidate
+from var_moe.optimization.forecast import Floats, Forecast, non_dominated
+from var_moe.optimization.measure_again import Measured
 from var_moe.optimization.objective_protocol import check_bound
-from var_moe.optimization.remeasure import Measured
 from var_moe.optimization.results import jsonable
 from var_moe.optimization.search_space import Params
 from var_moe.optimization.selection import Z_95, Standing, winner
@@ -86,7 +84,7 @@ def save_front(
     front: Sequence[FrontPoint],
     measured: Sequence[Measured],
     *,
-    config: Callable[[Params], Candidate],
+    candidate: Callable[[Params], Candidate],
     max_degradation: float,
     identity: Mapping[str, Any],
 ) -> None:
@@ -96,14 +94,14 @@ def save_front(
         folder: results folder.
         front: forecast points.
         measured: verified ones.
-        config: what a forecast point stands for.
+        candidate: what a forecast point stands for.
         max_degradation: bound of the search.
         identity: what was searched on.
     """
     rows: list[dict[str, Any]] = [
         {
             "verified": False,
-            "config": config(point.params).to_dict(),
+            "config": candidate(point.params).to_dict(),
             "degradation": point.degradation,
             "degradation_forecast_upper_95": point.upper,
             "speedup": point.forecast.speedup,
@@ -181,5 +179,5 @@ def answer_from(
                 f"{path}: no verified configuration keeps {100 * max_degradation:g}%{can}; "
                 "search again with this --max_degradation"
             )
-        candidate_from(best["config"], source=str(path))
+        Candidate.from_dict(best["config"], source=str(path))
     return best, points

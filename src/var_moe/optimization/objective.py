@@ -1,4 +1,4 @@
-"""The objective: perplexity first, then throughput for what keeps the bound."""
+"""The objective of a policy's settings: perplexity first, then throughput within the bound."""
 
 from __future__ import annotations
 
@@ -7,31 +7,44 @@ from collections.abc import Mapping
 from typing import Any
 
 from var_moe.calibration.profile import RoutingProfile
-from var_moe.config import DOCUMENTED_FIELDS, VARConfig, check_count, check_number, check_seed
+from var_moe.config import check_count, check_number, check_seed
 from var_moe.errors import UsageError
-from var_moe.evaluation.cost import CostModel
-from var_moe.evaluation.evaluator import Evaluator, SpeedSetting
+from var_moe.evaluation.evaluator import Evaluator, Speed, SpeedSetting
 from var_moe.models.checks import check_droppable
-from var_moe.optimization.objective_protocol import check_bound
-from var_moe.optimization.policy_objective import SEARCH_BLOCKS, PeerObjective, PolicyObjective
-from var_moe.optimization.replay_forecast import ReplayForecaster
-from var_moe.optimization.results import OptimizationResult
-from var_moe.routing.var import VARPolicy
-from var_moe.tracing.replay import TraceReplay
-from var_moe.tracing.trace import RoutingTrace
+from var_moe.optimization.candidate import VAR, Candidate
+from var_moe.optimization.objective_protocol import check_bound, documented_score
+from var_moe.optimization.results import Evaluation, OptimizationResult
+from var_moe.optimization.search_space import COMPENSATION, SearchSpace, defaults
+from var_moe.routing.base import RoutingPolicy
+from var_moe.routing.registry import policy_spec
 
 log = logging.getLogger(__name__)
+
+SEARCH_BLOCKS = 4
+"""Timed blocks per arm during a search; the final measurement takes more."""
+
+DOUBTFUL = 0.1
+"""Relative distance from the predicted speedup at which a measurement is taken again."""
 
 CONFIRM_BLOCKS, CONFIRM_AT_MOST = 10, 5
 
 
-class VARObjective(PolicyObjective):
-    """Score of a VAR configuration.
+class PolicyObjective:
+    """Score of a policy's settings: the documented formula, with everything behind it.
+
+    Calling it with a dict of parameters returns the score; `evaluate` returns all figures.
 
     Args:
-        evaluator, max_degradation, blocks: see `PolicyObjective`.
-        profile: routing statistics of calibration text.
-        mode: VAR's mode for configurations that do not name one.
+        evaluator: the model and the text it is measured on; see `Candidate.cost_policies` for its
+            own.
+        profile: of the same model; holds what policies ask for.
+        policy: name in the registry.
+        fixed: settings that no point changes, such as VAR's mode.
+        compensations: names of what stands in for dropped experts, from the plainest to the best;
+            a point that names none has the last. None leaves it to the policy.
+        max_degradation: bound on the relative perplexity change.
+        blocks: timed blocks per arm for each feasible configuration.
+        stop_early: end scoring where a configuration is clearly over the bound.
         confirmation: measures the best again at a search's end; by default `evaluator`.
     """
 
@@ -39,32 +52,112 @@ class VARObjective(PolicyObjective):
         self,
         evaluator: Evaluator,
         profile: RoutingProfile,
+        policy: str,
         *,
+        fixed: Mapping[str, Any] | None = None,
+        compensations: tuple[str | None, ...] = (None,),
         max_degradation: float = 0.01,
-        mode: str = "verified",
         blocks: int = SEARCH_BLOCKS,
+        stop_early: bool = False,
         confirmation: Evaluator | None = None,
     ) -> None:
-        super().__init__(evaluator, max_degradation=max_degradation, blocks=blocks)
-        self.profile, self.mode = profile, mode
+        self.evaluator, self.profile, self._policy = evaluator, profile, policy
+        self.fixed, self.compensations = dict(fixed or {}), compensations
+        self.max_degradation = check_bound(max_degradation)
+        self.blocks, self.stop_early = blocks, stop_early
         self.confirmation = confirmation or evaluator
-        self._table = profile.table()
-        if evaluator.cost_policies is None:
-            # VAR's own routing work belongs to what a configuration is predicted to cost.
-            evaluator.cost_policies = (
-                self.policy(_cutting(mode, confidence=1.0)),
-                self.policy(_cutting(mode, confidence=1e-9)),
-            )
+        self.default = self.candidate(defaults(self.space))
+        self._calibrations: dict[str | None, dict[str, Any]] = {}
 
-    def config(self, params: Mapping[str, Any]) -> VARConfig:
-        return VARConfig.from_dict({"mode": self.mode, **params})
+    @property
+    def space(self) -> SearchSpace:
+        """The policy's own search space, with its compensations where there is a choice."""
+        space = policy_spec(self._policy).search_space(self.evaluator.top_k)
+        if len(self.compensations) > 1:
+            names = [str(name) for name in self.compensations]
+            space[COMPENSATION] = {"type": "choice", "choices": names, "default": names[-1]}
+        return space
 
-    def policy(self, config: VARConfig) -> VARPolicy:
-        return VARPolicy(config, self._table, residuals=self.profile.residuals)
+    @property
+    def mode(self) -> str | None:
+        """VAR's mode, where the policy has one."""
+        return self.fixed.get("mode")
 
-    def forecaster(self, traces: Mapping[str, RoutingTrace], cost: CostModel) -> ReplayForecaster:
-        (trace,) = traces.values()
-        return ReplayForecaster(TraceReplay(trace, self.profile), cost, mode=self.mode)
+    def candidate(self, params: Mapping[str, Any]) -> Candidate:
+        """The configuration that ``params`` (or a part of them) stands for."""
+        settings = {name: value for name, value in params.items() if name != COMPENSATION}
+        return Candidate(
+            policy=self._policy,
+            settings={**self.fixed, **settings},
+            compensation=params.get(COMPENSATION, self.compensations[-1]),
+        )
+
+    def presets(self) -> dict[str, Candidate]:
+        """The policy's named settings."""
+        named = policy_spec(self._policy).load().presets()
+        return {name: self.candidate(settings) for name, settings in named.items()}
+
+    def calibration(self, compensation: str | None) -> dict[str, Any]:
+        """What the policy may ask for with a compensation; made once."""
+        if compensation not in self._calibrations:
+            self._calibrations[compensation] = self.profile.calibration(compensation)
+        return self._calibrations[compensation]
+
+    def policy(self, candidate: Candidate) -> RoutingPolicy:
+        """A fresh policy for a configuration."""
+        return candidate.spec.make(candidate.settings, self.calibration(candidate.compensation))
+
+    def __call__(self, params: Mapping[str, Any]) -> float:
+        score = self.evaluate(dict(params)).score
+        assert score is not None
+        return score
+
+    def _speed(self, policy: RoutingPolicy, predicted: float) -> Speed:
+        """Throughput; taken again, longer, where it is far from what the pairs predict.
+
+        A few short blocks can fall into a disturbance of the machine, and a search keeps the
+        luckiest figure it sees.
+        """
+        speed = self.evaluator.speed(policy, blocks=self.blocks, factors=False)
+        if abs(speed.speedup.median / predicted - 1) > DOUBTFUL:
+            log.info("speedup %.3f, predicted %.3f: again", speed.speedup.median, predicted)
+            speed = self.evaluator.speed(policy, blocks=3 * self.blocks, factors=False)
+        return speed
+
+    def evaluate(self, params: Mapping[str, Any]) -> Evaluation:
+        """Measure one configuration on the search's text."""
+        policy = self.policy(self.candidate(params))
+        over = self.max_degradation if self.stop_early else None
+        quality = self.evaluator.quality(policy, futile_over=over)
+        change, report = quality.judged, quality.report
+        predicted = self.evaluator.predicted_speedup(report.experts_per_token)
+        feasible = quality.complete and change.value <= self.max_degradation
+        speed = None
+        if feasible:
+            speed = self._speed(policy, predicted)
+        score = documented_score(
+            degradation=change.value,
+            max_degradation=self.max_degradation,
+            speedup=speed.speedup.median if speed else None,
+            learned_pct=report.learned_pct,
+        )
+        return Evaluation(
+            params=dict(params),
+            score=score,
+            degradation=change.value,
+            degradation_se=change.standard_error,
+            speedup=speed.speedup.median if speed else None,
+            predicted_speedup=predicted,
+            perplexity=quality.change.perplexity,
+            throughput_tps=speed.tps if speed else None,
+            fast_pct=report.fast_pct,
+            cached_pct=report.cached_pct,
+            learned_pct=report.learned_pct,
+            cache_hit_rate=report.cache_hit_rate,
+            experts_per_token=report.experts_per_token,
+            feasible=feasible,
+            complete=quality.complete,
+        )
 
     def confirm(self, result: OptimizationResult) -> OptimizationResult:
         """Measure the best again: longer, and by the upper bound of the degradation.
@@ -72,7 +165,7 @@ class VARObjective(PolicyObjective):
         `best_params` becomes the fastest that keeps the bound then; where none does, the
         default configuration, with ``nearest_miss`` in the result's `extra`.
         """
-        from var_moe.optimization.remeasure import best_measured, nearest, remeasure
+        from var_moe.optimization.measure_again import best_measured, nearest, remeasure
 
         measured = remeasure(
             self.confirmation,
@@ -87,7 +180,8 @@ class VARObjective(PolicyObjective):
         best = best_measured(measured)
         if best is not None:
             extra.pop("nearest_miss", None)
-            return result.replace(best_params=best.config, best_score=best.score, extra=extra)
+            params = best.config.as_best_params()
+            return result.replace(best_params=params, best_score=best.score, extra=extra)
         near = nearest(measured)
         log.warning(
             "All configurations violate the constraint: the smallest degradation is %+.2f%%, "
@@ -96,40 +190,31 @@ class VARObjective(PolicyObjective):
             100 * near.quality.judged.upper,
         )
         extra["nearest_miss"] = near.to_dict()
-        default = VARConfig(mode=self.mode)
-        return result.replace(best_params=default, best_score=near.score, extra=extra)
+        params = self.default.as_best_params()
+        return result.replace(best_params=params, best_score=near.score, extra=extra)
 
 
-def make_objective(
-    evaluator: Evaluator,
-    profile: RoutingProfile,
-    *,
-    max_degradation: float,
-    policy: str | None = None,
-    compensation: str | None = None,
-    mode: str = "verified",
-    search: bool = False,
-) -> PolicyObjective:
-    """The objective of the policy of that name, or of VAR in ``mode`` where it is None."""
-    if policy is not None:
-        return PeerObjective(
-            evaluator,
-            profile,
-            policy,
-            compensation=compensation,
-            search=search,
-            max_degradation=max_degradation,
-        )
-    return VARObjective(evaluator, profile, max_degradation=max_degradation, mode=mode)
+def searched_compensations(
+    profile: RoutingProfile, policy: str, asked: str | None, top_k: int
+) -> tuple[str | None, ...]:
+    """The compensations that a search of a policy chooses among, the best last.
 
+    The one that is asked for; else all of the profile that the policy can be made with. A policy
+    with a replay of its own, which knows no compensation, has none.
+    """
+    spec = policy_spec(policy)
+    if asked is not None or spec.replay is not None:
+        return (asked,)
+    settings = defaults(spec.search_space(top_k))
 
-def _cutting(mode: str, *, confidence: float) -> VARConfig:
-    """Verified VAR that cuts all decisions or none, with the residual means of ``mode``."""
-    return VARConfig(
-        frequency_threshold=2**62,
-        confidence_threshold=confidence,
-        residuals=VARConfig(mode=mode).uses_residuals,
-    )
+    def works(name: str) -> bool:
+        try:
+            spec.make(settings, profile.calibration(name))
+        except UsageError:
+            return False
+        return True
+
+    return tuple(name for name in profile.compensations() if works(name)) or (None,)
 
 
 def create_objective_function(
@@ -145,7 +230,7 @@ def create_objective_function(
     mode: str = "verified",
     seed: int = 0,
     setting: SpeedSetting | None = None,
-) -> VARObjective:
+) -> PolicyObjective:
     """The documented objective for a model and a text.
 
     Args:
@@ -214,7 +299,13 @@ def create_objective_function(
         require_documents(documents, 2, "comparing perplexities")
         profile.check_loaded(loaded)
     scored = [documents[i] for i in sorted(order[:max_samples])]
-    evaluator = Evaluator(loaded, scored, setting=setting or SpeedSetting())
+    default = Candidate(policy=VAR, settings={"mode": mode})
+    evaluator = Evaluator(
+        loaded,
+        scored,
+        setting=setting or SpeedSetting(),
+        cost_policies=default.cost_policies(profile, loaded.top_k),
+    )
     if baseline_perplexity is not None:
         _check_given("perplexity", baseline_perplexity, evaluator.baseline_losses.perplexity)
     if baseline_throughput is not None:
@@ -223,8 +314,13 @@ def create_objective_function(
     confirmation = None
     if len(scored) < len(order):
         confirmation = evaluator.with_documents([documents[i] for i in sorted(order)])
-    return VARObjective(
-        evaluator, profile, max_degradation=bound, mode=mode, confirmation=confirmation
+    return PolicyObjective(
+        evaluator,
+        profile,
+        VAR,
+        fixed={"mode": mode},
+        max_degradation=bound,
+        confirmation=confirmation,
     )
 
 
@@ -237,11 +333,3 @@ def _check_given(what: str, given: float, measured: float) -> None:
             given,
             measured,
         )
-
-
-__all__ = [
-    "DOCUMENTED_FIELDS",
-    "VARObjective",
-    "create_objective_function",
-    "make_objective",
-]

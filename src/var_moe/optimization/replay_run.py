@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from var_moe.evaluation.evaluator import Evaluator, Progress
-from var_moe.optimization.forecast import Forecast, TraceForecaster
-from var_moe.optimization.forecast_grid import ForecastGrid
-from var_moe.optimization.front import FrontPoint, feasible_front, save_front, to_verify
+from var_moe.optimization.forecast import (
+    Forecast,
+    ForecastGrid,
+    TraceForecaster,
+    make_forecaster,
+)
+from var_moe.optimization.front import FrontPoint, feasible_front, to_verify
+from var_moe.optimization.measure_again import Measured, measure
 from var_moe.optimization.methods import replay_search
-from var_moe.optimization.policy_forecast import PolicyForecaster
-from var_moe.optimization.policy_objective import PolicyObjective
-from var_moe.optimization.remeasure import Measured, measure
-from var_moe.optimization.replay_forecast import make_forecaster
+from var_moe.optimization.objective import PolicyObjective
 from var_moe.optimization.replay_sampler import Forecasts, ReplaySampler, pool_points
 from var_moe.optimization.results import OptimizationResult
-from var_moe.optimization.search_space import Params, SearchSpace, dimensions
+from var_moe.optimization.search_space import Params, SearchSpace, dimensions, is_config_space
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +67,11 @@ def search_by_replay(
         progress=progress,
         **data,
     )
-    objective.stop_early = True
     forecasts = Forecasts(forecaster)
     points: list[Params] | None = None
     if n_points is not None:
         points = _learn_grid(forecasts, forecaster.grid(space, n_points, progress), space)
-    if points is None and isinstance(forecaster, PolicyForecaster):
+    if points is None and not is_config_space(space):
         # Before the search, whose own display could not stand beside that of the forecasts.
         pool = pool_points(space, seed=0)
         forecasts.learn(pool, forecaster.forecast(pool, progress))
@@ -129,7 +130,7 @@ def verify_front(
     """Measure points of the front that lie far from what is measured already, into ``done``."""
     known = [one.config for one in measured]
     for point in to_verify(search.front, objective.max_degradation):
-        config = objective.config(point.params)
+        config = objective.candidate(point.params)
         if config not in known:
             name = f"front ({100 * point.degradation:.2f}%)"
             done.append(
@@ -150,7 +151,6 @@ def replay_metadata(search: ReplaySearch) -> dict[str, Any]:
 __all__ = [
     "ReplaySearch",
     "replay_metadata",
-    "save_front",
     "search_by_replay",
     "verify_front",
 ]

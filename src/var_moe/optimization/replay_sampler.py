@@ -1,7 +1,7 @@
 """The sampler of a search by replay: thousands of forecasts choose each full evaluation.
 
 A pool of points is forecast once. Before each full evaluation the forecasts are corrected by what
-the evaluations so far measured (`optimization.correction`), and the point with the highest
+the evaluations so far measured (`optimization.forecast`), and the point with the highest
 expected feasible improvement is taken, after a local search around the best of the pool. The
 limit that it is to keep changes from one evaluation to the next, from the bound itself to well
 below it, so that the last measurement, on other text, gets bold and safe candidates alike.
@@ -16,8 +16,13 @@ from typing import Any
 import numpy as np
 from scipy.stats import qmc
 
-from var_moe.optimization.correction import Correction, Floats, feasible_improvement
-from var_moe.optimization.forecast import Forecast, Forecaster
+from var_moe.optimization.forecast import (
+    Correction,
+    Floats,
+    Forecast,
+    Forecaster,
+    feasible_improvement,
+)
 from var_moe.optimization.results import Evaluation
 from var_moe.optimization.samplers import PointSampler, Request
 from var_moe.optimization.search_space import (

@@ -11,7 +11,7 @@ from typing import Any
 
 from var_moe.config import VARConfig
 from var_moe.errors import UsageError
-from var_moe.optimization.candidate import PolicySettings
+from var_moe.optimization.candidate import Candidate
 
 COMPLETE = "complete"
 FAILED = "failed"
@@ -137,7 +137,7 @@ class OptimizationResult:
             the smallest degradation) where nothing is feasible.
     """
 
-    best_params: VARConfig | PolicySettings | dict[str, Any]
+    best_params: VARConfig | Candidate | dict[str, Any]
     best_score: float
     optimization_time: float
     evaluations: tuple[Evaluation, ...]

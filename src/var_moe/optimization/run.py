@@ -1,53 +1,82 @@
-"""The main job: profile, search, measure again, choose, save."""
+"""The main job, `tune`: profile, search, measure again, choose, save."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from var_moe.config import PRESETS, VARConfig
+from var_moe.calibration.fitted_files import load_compensation
+from var_moe.calibration.profile import RoutingProfile
 from var_moe.evaluation.evaluator import Evaluator, Progress, measure_apart
 from var_moe.evaluation.perplexity import datasets_of
-from var_moe.optimization.conclusion import (
+from var_moe.models.checks import check_droppable
+from var_moe.optimization.candidate import Candidate
+from var_moe.optimization.front import PARETO_FILE, save_front
+from var_moe.optimization.measure_again import (
+    Measured,
     TuneOutcome,
+    best_or_nearest,
     conclude,
+    measure,
     profile_notes,
+    remeasure,
     search_notes,
     unfinished,
 )
-from var_moe.optimization.front import PARETO_FILE
 from var_moe.optimization.methods import bayesian_optimization, grid_search, random_search
-from var_moe.optimization.objective import VARObjective
-from var_moe.optimization.ready import Ready, prepare
-from var_moe.optimization.remeasure import Measured, best_or_nearest, measure, remeasure
+from var_moe.optimization.objective import PolicyObjective, searched_compensations
+from var_moe.optimization.preparation import EncodedText, halves, obtain_profile, read_text
 from var_moe.optimization.replay_run import (
     ReplaySearch,
     replay_metadata,
-    save_front,
     search_by_replay,
     verify_front,
 )
 from var_moe.optimization.results import OptimizationResult
 from var_moe.optimization.saving import RESULTS_FILE
-from var_moe.optimization.search_space import point_count
+from var_moe.optimization.search_space import (
+    COMPENSATION,
+    SearchSpace,
+    defaults,
+    is_config_space,
+    point_count,
+)
 from var_moe.optimization.settings import TuneSettings
 from var_moe.optimization.trial_log import alone_in, has_search, shown
 
 if TYPE_CHECKING:
     from var_moe.models.loading import LoadedModel
 
-FASTER = (
-    "these are VAR's six thresholds; where it was measured, the damage policy runs fewer experts "
-    "at the same degradation: `var-moe tune --policy damage`"
-)
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedSearch:
+    """A model and text that can be searched on: what searches share, whatever their seeds.
+
+    Args:
+        validation, profile, profile_place: the text, and the profile with its folder.
+        evaluator, final: score the search's documents, and those of the last measurement.
+        objective: of the search's documents.
+        space: what is searched, with the compensations where there is a choice.
+        identity: what decides the results besides the search itself.
+    """
+
+    validation: EncodedText
+    profile: RoutingProfile
+    profile_place: Path | None
+    evaluator: Evaluator
+    final: Evaluator
+    objective: PolicyObjective
+    space: SearchSpace
+    identity: Mapping[str, Any]
 
 
 def tune(
     loaded: LoadedModel,
     settings: TuneSettings | None = None,
     *,
-    ready: Ready | None = None,
+    ready: PreparedSearch | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda _line: None,
     verbose: bool = True,
@@ -75,7 +104,7 @@ def tune(
 def _tune(
     loaded: LoadedModel,
     settings: TuneSettings,
-    ready: Ready | None,
+    ready: PreparedSearch | None,
     *,
     progress: Progress | None,
     say: Callable[[str], None],
@@ -107,9 +136,8 @@ def _tune(
             closer=replayed.sampler.closer if replayed is not None else None,
             done=measured,
         )
-        if isinstance(objective, VARObjective):
-            for name in PRESETS:
-                presets.append(_preset(name, measured, final, objective, settings))
+        for name, preset in objective.presets().items():
+            presets.append(_preset(name, preset, measured, final, objective, settings))
         measured[:] = [one for one in measured if all(one.config != p.config for p in presets)]
         if replayed is not None:
             known = [*measured, *presets]
@@ -124,12 +152,13 @@ def _tune(
             settings.output,
             replayed.front,
             [*measured, *presets],
-            config=objective.config,
+            candidate=objective.candidate,
             max_degradation=settings.max_degradation,
             identity=ready.identity,
         )
+    var_notes = profile_notes(ready.profile, ready.space) if is_config_space(ready.space) else []
     notes = [
-        *([] if settings.policy else [*profile_notes(ready.profile, ready.space), FASTER]),
+        *var_notes,
         *search_notes(result, ready.validation.independent),
         *final.timing_notes(),
     ]
@@ -153,7 +182,112 @@ def _tune(
     )
 
 
-def _about(ready: Ready, settings: TuneSettings) -> dict[str, Any]:
+def prepare(
+    loaded: LoadedModel,
+    settings: TuneSettings,
+    *,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda _line: None,
+) -> PreparedSearch:
+    """Read the text, obtain the profile, measure the unmodified model.
+
+    Raises:
+        UsageError: bad input, too little text, a model with one expert per token.
+    """
+    from var_moe.data.documents import require_documents
+
+    check_droppable(loaded.name, loaded.top_k)
+    validation = read_text(settings.dataset, "validation", loaded)
+    require_documents(validation.documents, 20, "searching and ordering on validation text")
+    profile, place = obtain_profile(
+        loaded,
+        settings.dataset,
+        given=settings.profile,
+        folder=settings.preparations,
+        tokens=settings.calibration_tokens,
+        keep=settings.resume,
+        progress=progress,
+    )
+    if settings.compensation_folder is not None:
+        learned = load_compensation(settings.compensation_folder, loaded)
+        profile = profile.with_compensation(learned)
+    # Each data set is judged by itself: of each, as many documents as of the others.
+    search_half, ordering_half = halves(validation.documents, equal=settings.robust)
+    for half, step in ((search_half, "searching"), (ordering_half, "the last measurement")):
+        # One page may hold nearly all documents, and a page is never split.
+        require_documents(half, 2, f"{step}, in its half of the pages of {settings.dataset!r}")
+    searched = search_half[: settings.max_samples]
+    spec, top_k = settings.spec, loaded.top_k
+    compensations = searched_compensations(profile, spec.name, settings.compensation, top_k)
+    default = Candidate(
+        policy=spec.name,
+        settings={**defaults(spec.search_space(top_k)), **settings.fixed},
+        compensation=compensations[-1],
+    )
+    evaluator = Evaluator(
+        loaded,
+        searched,
+        setting=settings.setting,
+        progress=progress,
+        robust=settings.robust,
+        cost_policies=default.cost_policies(profile, top_k),
+    )
+    objective = PolicyObjective(
+        evaluator,
+        profile,
+        spec.name,
+        fixed=settings.fixed,
+        compensations=compensations,
+        max_degradation=settings.max_degradation,
+        stop_early=settings.by_replay,
+    )
+    say(_baseline_line(evaluator))
+    evaluator.predicted_speedup(evaluator.top_k)  # measured before the search's clock starts
+    final = evaluator.with_documents(ordering_half[: settings.final_samples])
+    evaluator.progress = None  # the search shows its own
+    identity = {
+        "policy": spec.name,
+        "model": loaded.name,
+        "revision": loaded.revision,
+        "dtype": loaded.dtype,
+        "device": str(loaded.device.type),
+        "dataset": settings.dataset,
+        "data_hash": validation.data_hash,
+        "profile_hash": profile.hash,
+        "search_documents": len(searched),
+        "setting": settings.setting.to_dict(),
+    }
+    if settings.robust:
+        identity["robust"] = True
+    space = dict(settings.space_for(top_k))
+    if COMPENSATION in objective.space:
+        space[COMPENSATION] = objective.space[COMPENSATION]
+    best = objective.calibration(compensations[-1]).get("compensation")
+    if best is not None:
+        identity["compensation_hash"] = best.hash
+    return PreparedSearch(
+        validation=validation,
+        profile=profile,
+        profile_place=place,
+        evaluator=evaluator,
+        final=final,
+        objective=objective,
+        space=space,
+        identity=identity,
+    )
+
+
+def _baseline_line(evaluator: Evaluator) -> str:
+    speeds = ", ".join(
+        f"{name} {speed:,.0f}" for name, speed in evaluator.backend_throughputs.items()
+    )
+    return (
+        f"baseline: perplexity {evaluator.baseline_losses.perplexity:.3f} on "
+        f"{len(evaluator.documents)} documents; tokens/s by experts backend: {speeds}"
+    )
+
+
+def _about(ready: PreparedSearch, settings: TuneSettings) -> dict[str, Any]:
     """What the metadata say before anything is measured again."""
     evaluator, final, place = ready.evaluator, ready.final, ready.profile_place
     return {
@@ -173,7 +307,7 @@ def _about(ready: Ready, settings: TuneSettings) -> dict[str, Any]:
 
 
 def _found(
-    ready: Ready, settings: TuneSettings, *, progress: Progress | None, verbose: bool
+    ready: PreparedSearch, settings: TuneSettings, *, progress: Progress | None, verbose: bool
 ) -> tuple[OptimizationResult, ReplaySearch | None]:
     """The search alone; by replay with what that leaves besides."""
     options: dict[str, Any] = {
@@ -203,13 +337,13 @@ def _found(
 
 def _preset(
     name: str,
+    config: Candidate,
     measured: Sequence[Measured],
     final: Evaluator,
-    objective: VARObjective,
+    objective: PolicyObjective,
     settings: TuneSettings,
 ) -> Measured:
     """A preset's measurement: the candidate's, where the search proposed the same."""
-    config = VARConfig.preset(name, mode=settings.mode or "verified")
     for one in measured:
         if one.config == config:
             return replace(one, name=name)
@@ -218,14 +352,16 @@ def _preset(
     )
 
 
-def _calls(ready: Ready, settings: TuneSettings) -> int | None:
+def _calls(ready: PreparedSearch, settings: TuneSettings) -> int | None:
     """No more evaluations than there are points; None leaves it to the search that is resumed."""
     if settings.n_calls is None and settings.resume and has_search(settings.trial_log):
         return None
     return int(min(settings.calls, point_count(ready.space)))
 
 
-def _search(ready: Ready, settings: TuneSettings, options: dict[str, Any]) -> OptimizationResult:
+def _search(
+    ready: PreparedSearch, settings: TuneSettings, options: dict[str, Any]
+) -> OptimizationResult:
     objective, space, calls = ready.objective, ready.space, _calls(ready, settings)
     if settings.method == "grid":
         return grid_search(objective, space, settings.points, **options)

@@ -9,25 +9,20 @@ from typing import Any
 
 from var_moe.calibration.collect import DEFAULT_TOKENS
 from var_moe.config import check_count, check_seed
+from var_moe.data.text import names_of
 from var_moe.errors import UsageError
 from var_moe.evaluation.evaluator import SpeedSetting
 from var_moe.extras import require
-from var_moe.optimization.judgement import check_robust
+from var_moe.optimization.candidate import VAR
 from var_moe.optimization.objective_protocol import check_bound
-from var_moe.optimization.policy_forecast import not_replayable
 from var_moe.optimization.results import jsonable
-from var_moe.optimization.search_space import (
-    SEARCH_SPACE,
-    SearchSpace,
-    check_grid,
-    parse_bounds,
-)
+from var_moe.optimization.search_space import SearchSpace, check_grid, parse_bounds
 from var_moe.optimization.trial_log import LOG_NAME, check_storage, shown
-from var_moe.routing.registry import policy_spec
+from var_moe.routing.registry import PolicySpec, policy_spec
 from var_moe.storage import check_output_folder
 
 METHODS = ("replay", "bayesian", "grid", "random")
-BEST_POLICY, VAR = "damage", "var"
+BEST_POLICY = "damage"
 CALLS, FORECAST_CALLS = 50, 10
 DEFAULT_SAMPLES = 200
 _AT_LEAST = {
@@ -45,11 +40,12 @@ class TuneSettings:
     decisions cost, and how much is evaluated.
 
     Args:
-        policy: its name; ``"var"`` for VAR's six thresholds. By default ``"damage"``, or VAR where
-            `mode`, `method`, `space` or `bounds` is given. Afterwards None for VAR.
+        policy: its name; ``"var"`` for VAR's six thresholds. By default ``"damage"``, or ``"var"``
+            where `mode`, `method`, `space` or `bounds` is given.
         method, engine: how points are chosen; the engine is for the bayesian method.
         exhaustive: the grid runs the model for each of its points; else their forecasts choose
-            `n_calls` of them, as for the method replay. Another policy's grid always does.
+            `n_calls` of them, as for the method replay. Without a fast replay (only ``"var"`` has
+            one) it always does.
         dataset: name or path, or several as ``a,b,c``; its calibration split is profiled, its
             validation split judges.
         robust: judge the worst of several data sets, not all text together.
@@ -137,23 +133,42 @@ class TuneSettings:
         Raises:
             UsageError: the space or its bounds are not valid.
         """
-        own = SEARCH_SPACE if self.policy is None else policy_spec(self.policy).search_space(top_k)
-        return parse_bounds(self.bounds, self.space or own)
+        return parse_bounds(self.bounds, self.space or self.spec.search_space(top_k))
+
+    @property
+    def spec(self) -> PolicySpec:
+        """The policy's entry in the registry."""
+        return policy_spec(str(self.policy))
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """Settings of the policy that the search does not change."""
+        return {} if self.mode is None else {"mode": self.mode}
 
     def _take_defaults(self) -> None:
         """Fill in what the policy decides."""
-
-        def take(**values: Any) -> None:
-            for name, value in values.items():
-                object.__setattr__(self, name, value)
-
         asked = (self.policy, self.mode, self.method, self.space)
         best = all(one is None for one in asked) and not self.bounds
-        take(**_searched(BEST_POLICY if best else self.policy, self.mode))
-        if self.policy is None and self.compensation is not None:
+        given = policy_spec(BEST_POLICY if best else self.policy or VAR)
+        spec, own = policy_spec(given.variant_of or given.name), given.complete({}).get("mode")
+        fixed = "mode" in given.settings or own is None
+        if self.mode is not None and fixed and own != self.mode:
+            raise UsageError(
+                f"mode {self.mode!r} does not belong to policy {self.policy!r}: leave one out"
+            )
+        if self.mode is not None:
+            given.complete({"mode": self.mode})
+        if not spec.search_space(2):
+            raise UsageError(f"policy {spec.name!r} has nothing to tune")
+        if spec.replay is not None and self.compensation is not None:
             raise UsageError("a compensation needs a policy that drops experts, such as damage")
-        take(method=self.method or default_method(self.policy))
-        take(exhaustive=self.exhaustive or self.policy is not None)
+        for name, value in {
+            "policy": spec.name,
+            "mode": self.mode or own,
+            "method": self.method or ("replay" if spec.replayable else "bayesian"),
+            "exhaustive": self.exhaustive or spec.replay is None,
+        }.items():
+            object.__setattr__(self, name, value)
 
     def __post_init__(self) -> None:
         self._take_defaults()
@@ -163,8 +178,8 @@ class TuneSettings:
         check_bound(self.max_degradation)
         if self.method not in METHODS:
             raise UsageError(f"method {self.method!r}: expected one of {', '.join(METHODS)}")
-        if self.by_replay and self.policy and not policy_spec(self.policy).cuts_only:
-            raise UsageError(not_replayable(self.policy))
+        if self.by_replay and not self.spec.replayable:
+            raise UsageError(not_replayable(self.spec.name))
         check_seed(self.seed)
         check_robust(self.robust, self.dataset)
         for name, least in _AT_LEAST.items():
@@ -172,8 +187,7 @@ class TuneSettings:
         try:
             space = self.space_for(2)  # a policy's names are the same for every K
         except UsageError as error:
-            name = self.policy or VAR
-            raise UsageError(f"{error} (policy {name}; --policy takes another)") from None
+            raise UsageError(f"{error} (policy {self.policy}; --policy takes another)") from None
         if self.method == "grid":
             check_grid(space, self.points)
         if self.method == "bayesian" and self.engine == "skopt":
@@ -192,20 +206,22 @@ class TuneSettings:
         return found
 
 
-def default_method(policy: str | None) -> str:
-    """Replay, wherever a trace tells what decisions cost."""
-    return "replay" if policy is None or policy_spec(policy).cuts_only else "bayesian"
+def not_replayable(policy: str) -> str:
+    """Why a policy is not searched by replay, and what to do."""
+    return (
+        f"policy {policy!r} is not searched by replay: a trace does not tell what its decisions "
+        "cost; use --method bayesian"
+    )
 
 
-def _searched(policy: str | None, mode: str | None) -> dict[str, str | None]:
-    """The policy, None for VAR, and VAR's mode: ``var_plain`` is VAR in that mode."""
-    if policy in (None, VAR):
-        return {"policy": None, "mode": mode or "verified"}
-    own = policy_spec(policy).settings.get("mode")
-    if mode is not None and own != mode:
-        raise UsageError(f"mode {mode!r} does not belong to policy {policy!r}: leave one out")
-    if own is not None:
-        return {"policy": None, "mode": own}
-    if not policy_spec(policy).search_space(2):
-        raise UsageError(f"policy {policy!r} has nothing to tune")
-    return {"policy": policy, "mode": None}
+def check_robust(robust: bool, dataset: str) -> None:
+    """Refuse to judge the worst of one data set.
+
+    Raises:
+        UsageError: ``robust`` with one data set.
+    """
+    if robust and len(names_of(dataset)) < 2:
+        raise UsageError(
+            f"--robust judges the worst of several data sets, and {dataset!r} is one; give "
+            "--dataset a,b"
+        )

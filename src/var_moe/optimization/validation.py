@@ -10,13 +10,11 @@ from var_moe.calibration.profile import RoutingProfile
 from var_moe.errors import UsageError
 from var_moe.evaluation.evaluator import Evaluator, Progress, Speed, SpeedSetting, measure_apart
 from var_moe.growing import GrowingResult
-from var_moe.optimization.candidate import PolicySettings, in_mode, load_candidate
-from var_moe.optimization.criteria import success_criteria
-from var_moe.optimization.objective import make_objective
+from var_moe.optimization.candidate import load_candidate
 from var_moe.optimization.objective_protocol import check_bound
 from var_moe.optimization.preparation import PROFILE_FOLDER, read_text, sample_documents
 from var_moe.optimization.results import jsonable
-from var_moe.optimization.saving import METADATA_FILE
+from var_moe.optimization.saving import METADATA_FILE, success_criteria
 from var_moe.routing.random_skip import RandomSkipPolicy
 from var_moe.routing.ranking import leading_count
 from var_moe.storage import SCHEMA_VERSION, entries_of, provenance, read_json
@@ -127,7 +125,7 @@ def validate(
     bound = check_bound(max_degradation)
     if runs < 3:
         raise UsageError(f"runs = {runs}: expected at least 3, to tell a spread")
-    config = in_mode(load_candidate(config_path), mode, source=str(config_path))
+    config = load_candidate(config_path).in_mode(mode)
     profile = find_profile(config_path, profile_path)
     profile.check_loaded(loaded)
     if compensation is not None:
@@ -136,14 +134,13 @@ def validate(
     documents = sample_documents(text.documents, max_samples)
     require_documents(documents, 2, "comparing perplexities")
     evaluator = Evaluator(
-        loaded, documents, setting=setting or SpeedSetting(), progress=progress, robust=robust
+        loaded,
+        documents,
+        setting=setting or SpeedSetting(),
+        progress=progress,
+        robust=robust,
+        cost_policies=config.cost_policies(profile, loaded.top_k),
     )
-    chosen: dict[str, Any]
-    if isinstance(config, PolicySettings):
-        chosen = {"policy": config.policy, "compensation": config.compensation}
-    else:
-        chosen = {"mode": config.mode}
-    objective = make_objective(evaluator, profile, max_degradation=bound, **chosen)
     result: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "config": config.to_dict(),
@@ -164,10 +161,10 @@ def validate(
             result.update(found)
             return kept.save(jsonable(result), missing=missing)
 
-        quality = evaluator.quality(objective.policy(config))
+        quality = evaluator.quality(config.make(profile))
         executed = quality.report.experts_per_token
         known("the data sets apart, the control, throughput", **quality.to_dict())
-        apart = measure_apart(evaluator, objective.policy(config))
+        apart = measure_apart(evaluator, config.make(profile))
         known("the control, throughput", by_dataset=[one.to_dict() for one in apart])
         control = evaluator.quality(
             RandomSkipPolicy(_share_dropped(executed, evaluator.top_k)),
@@ -181,7 +178,7 @@ def validate(
         )
         speeds: list[Speed] = []
         while len(speeds) < runs:
-            speeds.append(evaluator.speed(objective.policy(config), blocks=blocks))
+            speeds.append(evaluator.speed(config.make(profile), blocks=blocks))
             ran = [one.to_dict() for one in speeds]
             known(f"throughput after {len(speeds)} of {runs} runs", runs=ran)
         noise = evaluator.noise_floor(blocks=blocks)

@@ -37,6 +37,11 @@ class RoutingPolicy(ABC):
     compensation: Compensation | None = None
     """What stands in for the pairs that it drops; see `compensated`."""
 
+    @property
+    def adds_residual(self) -> bool:
+        """Whether something is added in place of the pairs that it drops."""
+        return self.compensation is not None
+
     cuts_only: bool = False
     """Whether every decision runs some of the token's first experts, at least one, rescaled to the
     full decision's sum or with a compensation: then a trace tells what it costs, and the policy
@@ -115,6 +120,59 @@ class RoutingPolicy(ABC):
             with one knob has one way, named ``""``; empty where there is nothing to turn.
         """
         return {}
+
+    @classmethod
+    def complete(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings as a file holds them: checked, with defaults where they have some.
+
+        Raises:
+            UsageError: a setting is unknown, or out of its range.
+        """
+        return dict(settings)
+
+    @classmethod
+    def presets(cls) -> Mapping[str, Mapping[str, Any]]:
+        """Named settings that a search measures beside its own candidates."""
+        return {}
+
+    @classmethod
+    def needed(cls, settings: Mapping[str, Any], needs: Collection[str]) -> tuple[str, ...]:
+        """Of the calibration inputs that the registry names for the policy, those that these
+        settings use."""
+        return tuple(needs)
+
+    @classmethod
+    def per_document(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings changed so that a document's decisions depend on that document alone."""
+        return dict(settings)
+
+    @classmethod
+    def milder(
+        cls, settings: Mapping[str, Any], strength: float, top_k: int
+    ) -> dict[str, Any] | None:
+        """Settings that cut ``strength`` times as hard, by the policy's one dial.
+
+        Returns:
+            None where the policy has no dial that sets all of its settings.
+        """
+        dial = cls.dials(top_k).get("")
+        if dial is None or len(settings) != 1 or set(dial(0.5)) != set(settings):
+            return None
+        ((name, value),) = settings.items()
+        steps = [step / 1000 for step in range(1001)]
+        own = min(steps, key=lambda step: abs(float(dial(step)[name]) - float(value)))
+        return dial(strength * own)
+
+    @classmethod
+    def cost_settings(
+        cls, settings: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """Settings with which the policy does all of its work and cuts nothing, and everything.
+
+        A cost model is fitted to both. None where no settings do so: then the policy's decisions
+        are timed with a compensation only (see `routing.overhead`).
+        """
+        return None
 
     @classmethod
     def build(cls, settings: Mapping[str, Any], calibration: Mapping[str, Any]) -> Self:

@@ -34,6 +34,9 @@ class PolicySpec:
         summary: one line for people.
         needs: names of `CALIBRATION` without which it can't be made.
         settings: settings that make it this policy and no other of its class.
+        variant_of: the policy that it is with these settings.
+        replay: ``"module:class"`` of a `tracing.replay.Replayer` of its own. Without one, the
+            policy's own code decides on the trace.
     """
 
     name: str
@@ -41,17 +44,38 @@ class PolicySpec:
     summary: str
     needs: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    variant_of: str | None = None
+    replay: str | None = None
 
     def load(self) -> type[RoutingPolicy]:
         """The policy's class."""
-        module, _, name = self.target.partition(":")
-        found: type[RoutingPolicy] = getattr(importlib.import_module(module), name)
-        return found
+        policy: type[RoutingPolicy] = load_target(self.target)
+        return policy
 
     @property
-    def cuts_only(self) -> bool:
-        """Whether a trace tells what its decisions cost; see `RoutingPolicy.cuts_only`."""
-        return self.load().cuts_only
+    def replayable(self) -> bool:
+        """Whether a trace tells what its decisions cost, so that it can be searched by replay."""
+        return self.replay is not None or self.load().cuts_only
+
+    def needed(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
+        """Names of `CALIBRATION` that the policy needs with these settings."""
+        return self.load().needed({**settings, **self.settings}, self.needs)
+
+    def complete(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings as a file holds them; see `RoutingPolicy.complete`.
+
+        Raises:
+            UsageError: a setting is not this policy's.
+        """
+        self._check_own(settings)
+        return self.load().complete({**settings, **self.settings})
+
+    def _check_own(self, settings: Mapping[str, Any]) -> None:
+        for name, value in self.settings.items():
+            if settings.get(name, value) != value:
+                raise UsageError(
+                    f"policy {self.name!r}: {name} = {settings[name]!r}: expected {value!r}"
+                )
 
     def search_space(self, top_k: int) -> dict[str, dict[str, Any]]:
         """What a tuner may vary, for a model with K = ``top_k``; empty: nothing."""
@@ -90,19 +114,22 @@ class PolicySpec:
                 kind = type(values).__name__
                 raise UsageError(f"policy {self.name!r}: {what} is {kind}: expected {expected}")
         settings = plain(settings)
-        for name, value in self.settings.items():
-            if settings.get(name, value) != value:
-                raise UsageError(
-                    f"policy {self.name!r}: {name} = {settings[name]!r}: expected {value!r}"
-                )
+        self._check_own(settings)
         given = {name: value for name, value in (calibration or {}).items() if value is not None}
-        for name in self.needs:
+        needed = self.needed(settings)
+        for name in needed:
             if name not in given:
                 raise UsageError(f"policy {self.name!r} needs {name!r}: {CALIBRATION[name]}")
-        asked = {name: given[name] for name in self.needs}
+        asked = {name: given[name] for name in needed}
         policy = self.load().build({**settings, **self.settings}, asked)
         compensation = given.get("compensation")
         return policy if compensation is None else policy.compensated(compensation)
+
+
+def load_target(target: str) -> Any:
+    """What ``"module:name"`` names."""
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 _SPECS: dict[str, PolicySpec] = {}
@@ -194,11 +221,19 @@ for _spec in (
         needs=("damage",),
     ),
     PolicySpec(
+        name="var",
+        target="var_moe.routing.var:VARPolicy",
+        summary="VAR: six thresholds of a table, a cache and the router, in plain or verified mode",
+        needs=("table", "residuals"),
+        replay="var_moe.tracing.replay:TraceReplay",
+    ),
+    PolicySpec(
         name="var_plain",
         target="var_moe.routing.var:VARPolicy",
         summary="VAR: the table's and the cache's experts run unseen",
         needs=("table",),
         settings={"mode": "plain"},
+        variant_of="var",
     ),
     PolicySpec(
         name="var_verified",
@@ -206,6 +241,7 @@ for _spec in (
         summary="VAR: table and cache license a cut, the router chooses",
         needs=("table", "residuals"),
         settings={"mode": "verified"},
+        variant_of="var",
     ),
 ):
     register(_spec)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from var_moe.config import SEARCH_SPACE, VARConfig
+from var_moe.config import PRESETS, SEARCH_SPACE, VARConfig
 from var_moe.errors import UsageError
 from var_moe.routing.arrays import NUMPY, Array, Operations, operations
 from var_moe.routing.base import Dial, RoutingPolicy
@@ -122,6 +122,45 @@ class VARPolicy(RoutingPolicy):
     @property
     def documents_apart(self) -> bool:
         return self.config.cache_scope == "document" or self.config.cache_size == 0
+
+    @property
+    def adds_residual(self) -> bool:
+        return self.residuals is not None or self.compensation is not None
+
+    @classmethod
+    def complete(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return VARConfig.from_dict(settings).to_dict()
+
+    @classmethod
+    def presets(cls) -> Mapping[str, Mapping[str, Any]]:
+        return PRESETS
+
+    @classmethod
+    def needed(cls, settings: Mapping[str, Any], needs: Collection[str]) -> tuple[str, ...]:
+        unused = () if VARConfig.from_dict(settings).uses_residuals else ("residuals",)
+        return tuple(name for name in needs if name not in unused)
+
+    @classmethod
+    def per_document(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {**settings, "cache_scope": "document"}
+
+    @classmethod
+    def milder(
+        cls, settings: Mapping[str, Any], strength: float, top_k: int
+    ) -> dict[str, Any] | None:
+        sure = VARConfig.from_dict(settings).confidence_threshold
+        return {**settings, "confidence_threshold": 1 - strength * (1 - sure)}
+
+    @classmethod
+    def cost_settings(
+        cls, settings: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        config = VARConfig.from_dict(settings)
+        # Verified, without a table: the confidence alone cuts all decisions, or none.
+        nothing = VARConfig(
+            frequency_threshold=2**62, confidence_threshold=1.0, residuals=config.uses_residuals
+        )
+        return nothing.to_dict(), nothing.replace(confidence_threshold=1e-9).to_dict()
 
     @classmethod
     def build(cls, settings: Mapping[str, Any], calibration: Mapping[str, Any]) -> Self:

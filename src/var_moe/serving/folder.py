@@ -45,9 +45,10 @@ class Exported:
         spec = policy_spec(self.head["policy"])
         return spec.make(self.head["settings"], self.calibration)
 
-    def with_settings(self, **changes: Any) -> Exported:
-        """The same with some settings changed, such as ``cache_scope``."""
-        return replace(self, head={**self.head, "settings": {**self.head["settings"], **changes}})
+    def per_document(self) -> Exported:
+        """The same, with a document's decisions depending on that document alone."""
+        settings = policy_spec(self.head["policy"]).load().per_document(self.head["settings"])
+        return replace(self, head={**self.head, "settings": settings})
 
     def check_model(self, model: Any) -> None:
         """Refuse another model than the one that it was made for.
@@ -95,7 +96,7 @@ def save_exported(
     from safetensors.torch import save_file
 
     spec = policy_spec(policy)
-    wanted = {name: calibration.get(name) for name in (*spec.needs, "compensation")}
+    wanted = {name: calibration.get(name) for name in (*spec.needed(settings), "compensation")}
     tensors, parts = pack(wanted)
     in_place = spec.make(settings, wanted).compensation
     head = {

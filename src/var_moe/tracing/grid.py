@@ -8,27 +8,23 @@ many of either threshold, and running sums over the bins give all combinations.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import product
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from var_moe.config import DOCUMENTED_FIELDS, VARConfig
 from var_moe.errors import UsageError
 from var_moe.routing.decision import Tier
-from var_moe.tracing.decisions import (
-    damage_effects,
-    damage_kinds,
-    predicted_degradation,
-    stored_counts,
-)
-from var_moe.tracing.stays import Ints
+from var_moe.tracing.policies import FIGURES, Times, predicted_degradation
+from var_moe.tracing.replay import TraceReplay, damage_effects, damage_kinds, stored_counts
+from var_moe.tracing.stays import Hits, Ints
 
 if TYPE_CHECKING:
-    from var_moe.config import VARConfig
-    from var_moe.tracing.replay import TraceReplay
-    from var_moe.tracing.slots import Hits
+    from var_moe.evaluation.evaluator import Progress
 
 Floats = NDArray[np.float64]
 
@@ -37,8 +33,7 @@ Floats = NDArray[np.float64]
 class GridReplay:
     """One configuration replayed with F frequency times G entropy thresholds.
 
-    ``first`` and ``squares`` are the sums of `DamageSums` by kind; empty where the trace has no
-    damages.
+    ``first`` and ``squares`` are those of `Replay`; empty where the trace has no damages.
     """
 
     tokens: int
@@ -231,4 +226,55 @@ class ThresholdGrid:
         return found
 
 
-__all__ = ["GridReplay", "ThresholdGrid"]
+def threshold_grid(
+    replay: TraceReplay,
+    values: Mapping[str, Sequence[Any]],
+    base: VARConfig,
+    *,
+    speedups: Times | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Floats]:
+    """Figures of all combinations of values; see `tracing.policies.Replayer.grid`.
+
+    Args:
+        replay: of the trace.
+        values: of any of VAR's six thresholds.
+        base: has the other fields.
+    """
+    lists = {name: tuple(values.get(name, (getattr(base, name),))) for name in DOCUMENTED_FIELDS}
+    shape = tuple(len(own) for own in lists.values())
+    names = [*FIGURES, *(["degradation"] if replay.trace.damage else [])]
+    columns = {name: np.empty(shape) for name in [*names, *(["speedup"] if speedups else [])]}
+    grid = ThresholdGrid(replay, lists["frequency_threshold"], lists["entropy_threshold"])
+    total, done = int(np.prod(shape)), 0
+    for places, config in _groups(lists, base):
+        one = grid.evaluate(config)
+        fast, cached, learned = np.moveaxis(one.tiers_pct, -1, 0)
+        at: tuple[slice | int, ...] = (slice(None), slice(None), *places)
+        figures = [one.experts_per_token, fast, cached, learned, one.cache_hit_rate]
+        if replay.trace.damage:
+            figures.append(one.degradation)
+        if speedups:
+            figures.append(speedups(one.pairs, config.uses_residuals))
+        for name, figure in zip(columns, figures, strict=True):
+            columns[name][at] = figure
+        done += shape[0] * shape[1]
+        if progress:
+            progress("replaying the grid", done, total)
+    order = [*values, *(name for name in lists if name not in values)]
+    axes = [list(lists).index(name) for name in order]
+    asked = [len(own) for own in values.values()]
+    return {name: column.transpose(axes).reshape(asked) for name, column in columns.items()}
+
+
+def _groups(
+    lists: Mapping[str, Sequence[Any]], base: VARConfig
+) -> Iterator[tuple[tuple[int, ...], VARConfig]]:
+    """Combinations of the last four thresholds, those that share work side by side."""
+    names = DOCUMENTED_FIELDS[2:]
+    confidence, *cache = (range(len(lists[name])) for name in names)
+    # The window makes the stack distances, then size and time to live the stays.
+    for window, size, ttl, sure in product(cache[2], cache[0], cache[1], confidence):
+        places = (sure, size, ttl, window)
+        chosen = {name: lists[name][place] for name, place in zip(names, places, strict=True)}
+        yield places, base.replace(**chosen)

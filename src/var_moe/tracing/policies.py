@@ -1,13 +1,18 @@
-"""Replaying any routing policy on a trace: its own code, fed with the recorded decisions."""
+"""Replaying a routing policy on a trace: its own code, fed with the recorded decisions.
+
+A policy of the registry may have a faster `Replayer` of its own, as VAR has in `tracing.replay`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise, product
+from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from var_moe.errors import UsageError
@@ -17,39 +22,168 @@ from var_moe.routing.counts import RoutingReport, TierCounts
 from var_moe.routing.damage import DamagePolicy
 from var_moe.routing.decision import ForwardContext, Routing
 from var_moe.routing.ranking import rescaled
-from var_moe.tracing.decisions import predicted_degradation
+from var_moe.routing.registry import PolicySpec, load_target, policy_spec
 
 if TYPE_CHECKING:
+    from var_moe.evaluation.evaluator import Progress
     from var_moe.tracing.trace import ProfileView, RoutingTrace
 
 _TOKENS_PER_CHUNK = 16_384  # padded
 _TOLERANCE = 1e-5  # of weights that sum to one, in float32
 
+Settings = Mapping[str, Any]
+Times = Callable[[NDArray[np.int64], bool], NDArray[np.float64]]
+"""From executed pairs (..., L), and whether something is added for dropped ones, to speedups."""
+
+
+def predicted_degradation(
+    first: float | NDArray[np.float64], squares: float | NDArray[np.float64], scored: int
+) -> NDArray[np.float64]:
+    """Predicted PPL(policy) / PPL(baseline) - 1, of one configuration or of many.
+
+    With a = g . d the first-order change of the loss by one decision, ``first`` is the sum of a
+    over all decisions and ``squares`` that of its square. Half of ``squares`` is the second-order
+    change: the squared gradient stands for the curvature (the empirical Fisher matrix), and
+    decisions count as independent. No factor is fitted. On a well-trained model ``first`` is
+    small, and what a cut costs is of second order.
+
+    Args:
+        first, squares: of each configuration.
+        scored: tokens that have a loss.
+    """
+    change: NDArray[np.float64] = np.expm1((first + squares / 2) / max(scored, 1))
+    return change
+
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyReplay:
-    """What a policy decides on a trace, and the damage where that can be told.
+class Replay:
+    """What a configuration decides on a trace, and the damage of that where it can be told.
 
-    ``first`` and ``squares`` sum, over layers and tokens, the recorded damage of running only
-    the first experts, and its square. They are None where the trace has no damages, or where a
-    decision is of another sort: see `evaluate_policy`.
+    ``first`` and ``squares`` sum the recorded damages of the decisions, and their squares (see
+    `predicted_degradation`), over the tokens of each layer; by kind of decision. None where the
+    trace has no damages, or none of such decisions.
     """
 
     report: RoutingReport
     scored: int  # tokens that have a loss
-    first: float | None = None
-    squares: float | None = None
+    first: Mapping[str, Sequence[float]] | None = None
+    squares: Mapping[str, Sequence[float]] | None = None
+    adds_residual: bool = False  # whether something is added for dropped pairs
+
+    @property
+    def degradation(self) -> float | None:
+        """Predicted PPL(policy) / PPL(baseline) - 1; None where the trace does not tell."""
+        if self.first is None or self.squares is None:
+            return None
+        first, squares = (sum(map(sum, r.values())) for r in (self.first, self.squares))
+        return float(predicted_degradation(first, squares, self.scored))
 
     def to_dict(self) -> dict[str, Any]:
         """For result files."""
         return {**self.report.to_dict(), "predicted_degradation": self.degradation}
 
-    @property
-    def degradation(self) -> float | None:
-        """Predicted PPL(policy) / PPL(baseline) - 1, as `tracing.replay.Replay.degradation`."""
-        if self.first is None or self.squares is None:
-            return None
-        return float(predicted_degradation(self.first, self.squares, self.scored))
+
+class Replayer(Protocol):
+    """Replays settings of one policy on one trace."""
+
+    @classmethod
+    def of(cls, trace: RoutingTrace, spec: PolicySpec, calibration: Settings) -> Replayer:
+        """For a policy of the registry, with its inputs as `RoutingProfile.calibration` gives
+        them."""
+        ...
+
+    def replay(
+        self, settings: Sequence[Settings], progress: Progress | None = None
+    ) -> list[Replay]:
+        """In the order of ``settings``; ``progress`` is called with a stage, replays done and in
+        all."""
+        ...
+
+    def grid(
+        self,
+        values: Mapping[str, Sequence[Any]],
+        fixed: Settings,
+        *,
+        speedups: Times | None = None,
+        progress: Progress | None = None,
+    ) -> dict[str, NDArray[np.float64]]:
+        """Figures of all combinations of ``values``, each with one axis per setting.
+
+        Args:
+            values: of some settings.
+            fixed: values of others.
+            speedups: predicts them; without, there are none.
+            progress: called with a stage, points done and in all.
+
+        Returns:
+            `FIGURES`; ``degradation`` where the trace tells it, ``speedup`` where predicted.
+        """
+        ...
+
+
+FIGURES = ("experts_per_token", "fast_pct", "cached_pct", "learned_pct", "cache_hit_rate")
+
+
+def replayer_of(trace: RoutingTrace, policy: str, calibration: Settings) -> Replayer:
+    """The replayer of a policy: its own, or its code where a compensation stands in."""
+    spec = policy_spec(policy)
+    own = spec.replay is not None and calibration.get("compensation") is None
+    found: type[Replayer] = load_target(spec.replay) if own and spec.replay else PolicyReplayer
+    return found.of(trace, spec, calibration)
+
+
+class PolicyReplayer:
+    """Replays any policy with its own code.
+
+    Args:
+        trace: the router's decisions.
+        spec, calibration: make the policy from its settings.
+    """
+
+    STAGE = "replaying the policy"
+
+    def __init__(self, trace: RoutingTrace, spec: PolicySpec, calibration: Settings) -> None:
+        self._trace, self._spec, self._calibration = trace, spec, calibration
+
+    @classmethod
+    def of(cls, trace: RoutingTrace, spec: PolicySpec, calibration: Settings) -> PolicyReplayer:
+        return cls(trace, spec, calibration)
+
+    def replay(
+        self, settings: Sequence[Settings], progress: Progress | None = None
+    ) -> list[Replay]:
+        replays = []
+        for one in settings:
+            policy = self._spec.make(one, self._calibration)
+            replays.append(evaluate_policy(self._trace, policy))
+            if progress:
+                progress(self.STAGE, len(replays), len(settings))
+        return replays
+
+    def grid(
+        self,
+        values: Mapping[str, Sequence[Any]],
+        fixed: Settings,
+        *,
+        speedups: Times | None = None,
+        progress: Progress | None = None,
+    ) -> dict[str, NDArray[np.float64]]:
+        shape = tuple(len(own) for own in values.values())
+        points = [
+            {**fixed, **dict(zip(values, point, strict=True))}
+            for point in product(*values.values())
+        ]
+        replays = self.replay(points, progress)
+        columns = {name: [getattr(one.report, name) for one in replays] for name in FIGURES}
+        degradations = [one.degradation for one in replays]
+        if None not in degradations:
+            columns["degradation"] = degradations
+        if speedups is not None:
+            columns["speedup"] = [
+                float(speedups(np.array(one.report.executed_pairs), one.adds_residual))
+                for one in replays
+            ]
+        return {name: np.array(column).reshape(shape) for name, column in columns.items()}
 
 
 def replay_policy(
@@ -61,7 +195,7 @@ def replay_policy(
 
 def evaluate_policy(
     trace: RoutingTrace, policy: RoutingPolicy, profile: ProfileView | None = None
-) -> PolicyReplay:
+) -> Replay:
     """What ``policy`` decides, from empty caches, if that does not change later layers' inputs.
 
     The degradation is predicted for a policy of which every decision runs at least one of the
@@ -70,7 +204,7 @@ def evaluate_policy(
 
     Args:
         trace: the router's decisions.
-        policy: any policy; VAR's own configurations are replayed much faster by `TraceReplay`.
+        policy: any policy; VAR without a compensation is replayed much faster by `TraceReplay`.
         profile: the one that the policy was made from, to check that it fits the trace.
 
     The router's weights are the recorded shares, which sum to one.
@@ -86,8 +220,14 @@ def evaluate_policy(
         for one in decisions(trace, policy):
             counts.add(one.layer, one.routing, one.counted, one.index, one.weight)
             cuts.add(one)
-    first, squares = (cuts.first, cuts.squares) if cuts.known else (None, None)
-    return PolicyReplay(report=counts.report(), scored=trace.scored, first=first, squares=squares)
+    known = cuts.known
+    return Replay(
+        report=counts.report(),
+        scored=trace.scored,
+        first={"cut": cuts.first} if known else None,
+        squares={"cut": cuts.squares} if known else None,
+        adds_residual=policy.adds_residual,
+    )
 
 
 @dataclass(frozen=True)
@@ -163,7 +303,7 @@ class _CutSums:
         self._compensated = policy.compensation is not None
         self._kind = "cut_compensated" if self._compensated else "cut"
         self.known = self._kind in trace.damage
-        self.first = self.squares = 0.0
+        self.first, self.squares = [0.0] * trace.layers, [0.0] * trace.layers
         self._trace = trace
 
     def add(self, one: Decided) -> None:
@@ -180,8 +320,8 @@ class _CutSums:
         damage = self._trace.damage[self._kind][one.layer]  # (N, K - 1)
         damage = damage[one.position[cut]].double()
         effect = damage.gather(1, kept[cut, None] - 1)
-        self.first += float(effect.sum())
-        self.squares += float(effect.square().sum())
+        self.first[one.layer] += float(effect.sum())
+        self.squares[one.layer] += float(effect.square().sum())
 
 
 def _runs_first_experts(

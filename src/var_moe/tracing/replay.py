@@ -1,4 +1,4 @@
-"""Replaying VAR on a trace: what any configuration decides, without the model.
+"""Replaying VAR on a trace: what any of its configurations decides, without the model.
 
 The live router's decisions change the inputs of later layers, and with them later decisions; a
 replay takes the unmodified model's. Given the same router decisions, it decides as `VARPolicy`
@@ -7,7 +7,7 @@ does, fed document by document.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,54 +22,65 @@ from var_moe.routing.decision import Tier
 from var_moe.routing.fast_path import RoutingTable
 from var_moe.routing.keys import stream_keys
 from var_moe.routing.ranking import leading_count
-from var_moe.tracing.decisions import (
-    DamageSums,
-    LayerDecisions,
-    predicted_degradation,
-    stored_counts,
-)
-from var_moe.tracing.slots import Hits, layer_hits
-from var_moe.tracing.stays import Bools, Recency, Stays
+from var_moe.tracing.policies import Replay, Settings, Times
+from var_moe.tracing.stays import Bools, Hits, Recency, Stays, layer_hits
 
 if TYPE_CHECKING:
+    from var_moe.evaluation.evaluator import Progress
+    from var_moe.routing.registry import PolicySpec
     from var_moe.tracing.trace import ProfileView, RoutingTrace
 
 
-@dataclass(frozen=True, kw_only=True)
-class Replay:
-    """One configuration replayed.
+@dataclass(frozen=True)
+class LayerDecisions:
+    """What a configuration decides in one layer.
 
-    ``damage`` sums the trace's damages over the decisions; None where the trace has none.
+    In plain mode a table's or a slot's experts run unseen. Where they are the token's own leading
+    ones, it is in ``cut``. Else ``next_count`` says how many of the leading_count(K) that run are
+    chosen by the token but do not lead, and ``foreign_count`` how many it did not choose.
     """
 
-    config: VARConfig
-    report: RoutingReport
-    damage: DamageSums | None = None
-    scored: int = 0  # tokens that have a loss
+    layer: int
+    tier: NDArray[np.uint8]  # (N,) a Tier
+    cut: Bools  # (N,) runs its own leading experts alone, and drops some
+    next_count: NDArray[np.int64]  # (N,) zero where the token's own experts run
+    foreign_count: NDArray[np.int64]  # (N,) likewise
 
-    @property
-    def degradation(self) -> float:
-        """Predicted PPL(VAR) / PPL(baseline) - 1 on the trace's text.
 
-        The change of the summed loss to second order, decisions taken as independent: the sum of
-        g . d plus half the sum of its square (see `DamageSums`), without any fitted factor.
+def stored_counts(
+    run: NDArray[np.int16], own: NDArray[np.int16]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """How many executed experts are chosen but do not lead, and how many are not chosen.
 
-        Raises:
-            UsageError: the trace was recorded without damages.
-        """
-        if self.damage is None:
-            raise UsageError(
-                "the trace has no damages, so no degradation can be predicted; record it with "
-                "damages (`var-moe trace`)"
-            )
-        first = sum(sum(row) for row in self.damage.first.values())
-        squares = sum(sum(row) for row in self.damage.squares.values())
-        return float(predicted_degradation(first, squares, self.scored))
+    Args:
+        run: (R, lead) stored experts that run.
+        own: (R, K) the tokens' own experts by rank.
 
-    def to_dict(self) -> dict[str, Any]:
-        """For result files."""
-        predicted = None if self.damage is None else self.degradation
-        return {**self.report.to_dict(), "predicted_degradation": predicted}
+    Returns:
+        (R,) each; both zero where a token's own leading experts run.
+    """
+    lead = run.shape[1]
+    same = run[:, :, None] == own[:, None, :]  # (R, lead, K)
+    leading = same[:, :, :lead].any(axis=2).sum(axis=1)
+    chosen = same.any(axis=2).sum(axis=1)
+    return chosen - leading, lead - chosen
+
+
+def damage_kinds(trace: RoutingTrace, config: VARConfig) -> tuple[str, ...]:
+    """The kinds of damage that a configuration's decisions do, on this trace."""
+    residual = config.uses_residuals and "cut_residual" in trace.damage
+    cut = "cut_residual" if residual else "cut"
+    return (cut, "next", "foreign") if config.mode == "plain" else (cut,)
+
+
+def damage_effects(trace: RoutingTrace, kind: str, layer: int) -> NDArray[np.float32]:
+    """The change of the loss by one decision of a kind, of each token. (N,)"""
+    effect: NDArray[np.float32] = trace.damage[kind][layer].numpy()
+    if kind != "cut":
+        return effect
+    lead = leading_count(trace.top_k)
+    # Without a rank to cut at (K = 1) no token is cut.
+    return effect[:, lead - 1] if lead < trace.top_k else effect.sum(axis=1)
 
 
 @dataclass
@@ -195,7 +206,7 @@ class TraceReplay:
         Args:
             config: the thresholds.
             kinds: in plain mode, compare stored experts with the token's own; without, ``cut``
-                and ``stored`` do not tell them apart and all stored ones stand in ``stored``.
+                and both counts stay empty.
         """
         eligible = self.table.eligible(config.frequency_threshold, config.entropy_threshold)
         for layer, (row, hits) in enumerate(zip(eligible.numpy(), self.hits(config), strict=True)):
@@ -212,25 +223,18 @@ class TraceReplay:
         if fast.any():
             tier[fast] = np.where(self.match[layer][fast], Tier.FAST, Tier.LEARNED)
         cut = confident | (tier != Tier.LEARNED)
-        none = np.zeros(len(fast), dtype=np.uint8)
-        return LayerDecisions(
-            layer=layer,
-            tier=tier,
-            cut=cut if self.lead < self.trace.top_k else np.zeros_like(cut),
-            stored=np.zeros_like(cut),
-            next_count=none,
-            foreign_count=none,
-        )
+        if self.lead == self.trace.top_k:
+            cut = np.zeros_like(cut)
+        none = np.zeros(len(fast), dtype=np.int64)
+        return LayerDecisions(layer, tier, cut, next_count=none, foreign_count=none)
 
     def _plain(self, layer: int, fast: Bools, hits: Hits, kinds: bool) -> LayerDecisions:
         """The table's experts, else the slot's, run unseen."""
         tier = np.full(len(fast), Tier.LEARNED, dtype=np.uint8)
         tier[hits.token] = Tier.CACHED
         tier[fast] = Tier.FAST
-        stored = tier != Tier.LEARNED
-        cut = np.zeros_like(stored)
-        next_count = np.zeros(len(fast), dtype=np.uint8)
-        foreign_count = np.zeros(len(fast), dtype=np.uint8)
+        cut = np.zeros(len(fast), dtype=bool)
+        next_count, foreign_count = np.zeros((2, len(fast)), dtype=np.int64)
         if kinds:
             cached = ~fast[hits.token]
             by_table = np.flatnonzero(fast)
@@ -240,38 +244,46 @@ class TraceReplay:
             run = np.concatenate((table, slots))  # (R, lead) experts that run
             following, foreign = stored_counts(run, self.index[layer][token])
             next_count[token], foreign_count[token] = following, foreign
-            cut[token] = following + foreign == 0
-            stored &= ~cut
-            if self.lead == self.trace.top_k:
-                cut[:] = False
-        return LayerDecisions(
-            layer=layer,
-            tier=tier,
-            cut=cut,
-            stored=stored,
-            next_count=next_count,
-            foreign_count=foreign_count,
-        )
+            if self.lead < self.trace.top_k:
+                cut[token] = following + foreign == 0
+        return LayerDecisions(layer, tier, cut, next_count, foreign_count)
 
     def evaluate(self, config: VARConfig) -> Replay:
         """Tiers and executed pairs of one configuration, and its damage where that is recorded."""
         trace, plain = self.trace, config.mode == "plain"
-        sums = DamageSums.of(trace, config) if trace.damage else None
+        kinds = damage_kinds(trace, config) if trace.damage else ()
+        first: dict[str, list[float]] = {kind: [] for kind in kinds}
+        squares: dict[str, list[float]] = {kind: [] for kind in kinds}
         tiers, pairs = [], []
-        for decided in self.decisions(config, kinds=sums is not None):
+        for decided in self.decisions(config, kinds=bool(kinds)):
             count = np.bincount(decided.tier, minlength=len(Tier))
             tiers.append((int(count[0]), int(count[1]), int(count[2])))
             half = trace.tokens - count[Tier.LEARNED] if plain else np.count_nonzero(decided.cut)
             pairs.append(int(trace.tokens * trace.top_k - half * (trace.top_k - self.lead)))
-            if sums is not None:
-                sums.add(trace, decided)
+            for kind in kinds:
+                effect = self._effects(kind, decided)
+                first[kind].append(float(effect.sum()))
+                squares[kind].append(float(np.dot(effect, effect)))
         report = RoutingReport(
             tokens=trace.tokens,
             top_k=trace.top_k,
             tier_counts=tuple(tiers),
             executed_pairs=tuple(pairs),
         )
-        return Replay(config=config, report=report, damage=sums, scored=trace.scored)
+        return Replay(
+            report=report,
+            scored=trace.scored,
+            first=first or None,
+            squares=squares or None,
+            adds_residual=config.uses_residuals,
+        )
+
+    def _effects(self, kind: str, decided: LayerDecisions) -> NDArray[np.float64]:
+        """Damages of the decisions of a kind; stored experts count in proportion."""
+        share = {"next": decided.next_count, "foreign": decided.foreign_count}.get(kind)
+        token = np.flatnonzero(decided.cut if share is None else share)
+        effect = damage_effects(self.trace, kind, decided.layer)[token].astype(np.float64)
+        return effect if share is None else effect * (share[token] / self.lead)
 
     def evaluate_many(self, configs: Sequence[VARConfig]) -> list[Replay]:
         """The same for many, in the order given; what they share is computed once."""
@@ -280,8 +292,34 @@ class TraceReplay:
             config = configs[number]
             return (*_stays_key(config), config.confidence_threshold)
 
-        found = {i: self.evaluate(configs[i]) for i in sorted(range(len(configs)), key=shared)}
-        return [found[i] for i in range(len(configs))]
+        done = {i: self.evaluate(configs[i]) for i in sorted(range(len(configs)), key=shared)}
+        return [done[i] for i in range(len(configs))]
+
+    # -- as a `Replayer` of policy ``var`` ---------------------------------------------------
+
+    @classmethod
+    def of(cls, trace: RoutingTrace, spec: PolicySpec, calibration: Settings) -> TraceReplay:
+        if "table" not in calibration:
+            raise UsageError(f"policy {spec.name!r} needs 'table': a replay takes a profile's")
+        return cls.of_table(trace, calibration["table"])
+
+    def replay(
+        self, settings: Sequence[Settings], progress: Progress | None = None
+    ) -> list[Replay]:
+        return self.evaluate_many([VARConfig.from_dict(one) for one in settings])
+
+    def grid(
+        self,
+        values: Mapping[str, Sequence[Any]],
+        fixed: Settings,
+        *,
+        speedups: Times | None = None,
+        progress: Progress | None = None,
+    ) -> dict[str, NDArray[np.float64]]:
+        from var_moe.tracing.grid import threshold_grid
+
+        base = VARConfig.from_dict(fixed)
+        return threshold_grid(self, values, base, speedups=speedups, progress=progress)
 
 
 def _stays_key(config: VARConfig) -> tuple[Any, ...]:

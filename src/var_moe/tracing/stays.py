@@ -1,4 +1,4 @@
-"""Which stay in the context cache each token belongs to, for all tokens of a stream at once.
+"""VAR's context cache in a replay: who shares an entry, and whose decision its slots hold.
 
 A stay is a key's time in the cache from an insertion to its eviction or expiry: all tokens that
 meet the same entry. What is in an LRU cache of any size follows from stack distances (Mattson
@@ -37,6 +37,37 @@ class Stays:
     def sizes(self) -> Ints:
         """Tokens of each stay, at least 2. (S,)"""
         return np.diff(self.first, append=len(self.token))
+
+
+@dataclass(frozen=True)
+class Hits:
+    """The tokens that hit a filled slot of one layer."""
+
+    token: Ints  # (H,) positions in the stream
+    source: Ints  # (H,) position of the token whose decision the slot holds
+    licensed: Bools  # (H,) the slot's first expert is among the token's own leading ones
+
+
+def layer_hits(stays: Stays, confident: Bools, index: NDArray[np.int16], lead: int) -> Hits:
+    """One layer's hits: the first confident token of a stay fills, those after it hit.
+
+    Args:
+        stays: stays of several tokens.
+        confident: (N,) whose decisions are stored.
+        index: (N, K) experts by rank.
+        lead: how many of them lead.
+    """
+    size = len(stays.token)
+    if not size:
+        none = stays.token
+        return Hits(token=none, source=none, licensed=np.zeros(0, dtype=bool))
+    place = np.arange(size)
+    filling = np.where(confident[stays.token], place, size)
+    filler = np.repeat(np.minimum.reduceat(filling, stays.first), stays.sizes)
+    hit = filler < place
+    token, source = stays.token[hit], stays.token[filler[hit]]
+    licensed = (index[token, :lead] == index[source, 0][:, None]).any(axis=1)
+    return Hits(token=token, source=source, licensed=licensed)
 
 
 @dataclass(frozen=True)
@@ -80,16 +111,6 @@ class Recency:
         sizes = sizes[sizes > 1] if size else sizes[:0]
         token = self.order[shared] if size else self.order[:0]
         return Stays(token=token, first=np.cumsum(sizes) - sizes)
-
-    def numbers(self, *, size: int, ttl: float) -> Ints:
-        """The number of each token's stay, in stream order, -1 where it has none. (N,)
-
-        Numbers tell stays apart and mean nothing else. Without a cache (size 0) there are none.
-        """
-        found = np.full(len(self.order), -1, dtype=np.int64)
-        if size:
-            found[self.order] = np.cumsum(self.starts(size=size, ttl=ttl)) - 1
-        return found
 
     def starts(self, *, size: int, ttl: float) -> Bools:
         """Which tokens of ``order`` start a stay. (N,)"""

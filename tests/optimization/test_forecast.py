@@ -1,4 +1,4 @@
-"""Grids of forecasts equal forecasts one by one; sensitivity with known indices."""
+"""Grids of VAR's forecasts equal forecasts one by one, and the front."""
 
 from __future__ import annotations
 
@@ -6,19 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from var_moe.config import SEARCH_SPACE, VARConfig
-from var_moe.errors import UsageError
+from var_moe.config import SEARCH_SPACE
 from var_moe.evaluation.cost import TERMS, CostModel
 from var_moe.evaluation.evaluator import SpeedSetting
-from var_moe.optimization.forecast_grid import (
-    AXES,
-    grid_values,
-    non_dominated,
-)
-from var_moe.optimization.replay_forecast import ReplayForecaster
+from var_moe.optimization.forecast import TraceForecaster, non_dominated
 from var_moe.optimization.search_space import grid_points
 from var_moe.routing.fast_path import RoutingTable
-from var_moe.tracing.replay import TraceReplay
 from var_moe.tracing.trace import RoutingTrace
 
 LAYERS, TOKENS, EXPERTS = 2, 600, 4
@@ -34,7 +27,7 @@ COST = CostModel(
 
 
 @pytest.fixture(scope="module")
-def replay():
+def parts():
     dice = torch.Generator().manual_seed(1)
     ids = torch.randint(0, 12, (TOKENS,), generator=dice)
     index = torch.rand((LAYERS, TOKENS, EXPERTS), generator=dice).topk(2, dim=2).indices
@@ -61,18 +54,22 @@ def replay():
         index=torch.randint(0, EXPERTS, (LAYERS, 12, 1), generator=dice),
         weight=torch.ones((LAYERS, 12, 1)),
     )
-    return TraceReplay.of_table(trace, table)
+    return trace, table
 
 
 @pytest.mark.parametrize("mode", ["verified", "plain"])
-def test_every_point_is_its_own_forecast(replay, mode):
+def test_every_point_is_its_own_forecast(parts, mode):
     space = {
         **SEARCH_SPACE,
         "cache_size": {"type": "int", "low": 5, "high": 40},
         "cache_ttl_seconds": {"type": "float", "low": 0.05, "high": 0.5},
         "context_window_size": {"type": "int", "low": 1, "high": 2},
     }
-    forecaster = ReplayForecaster(replay, COST, mode=mode)
+    trace, table = parts
+    calibrations, fixed = {"none": {"table": table}}, {"mode": mode}
+    forecaster = TraceForecaster(
+        {"none": trace}, COST, policy="var", calibrations=calibrations, fixed=fixed, decided=True
+    )
     grid = forecaster.grid(space, 2)
     points = list(grid_points(space, 2))
     assert grid.size == len(points) == 2**6
@@ -83,19 +80,14 @@ def test_every_point_is_its_own_forecast(replay, mode):
         for name in ("degradation", "speedup", "experts_per_token", "fast_pct", "learned_pct"):
             assert row[name] == pytest.approx(getattr(one, name), rel=1e-9, abs=1e-12), name
     table = grid.table()
-    assert list(table)[:6] == list(AXES)
-    assert [{name: table[name][i] for name in AXES} for i in range(grid.size)] == points
-
-
-def test_values_of_a_grid():
-    values = grid_values(n_points=5)
-    assert [len(found) for found in values.values()] == [5] * 6
-    assert values["cache_size"] == (100, 1325, 2550, 3775, 5000)
-    only = grid_values({"cache_size": SEARCH_SPACE["cache_size"]}, 3)
-    assert [len(only[name]) for name in AXES] == [1, 1, 1, 3, 1, 1]
-    assert only["entropy_threshold"] == (VARConfig().entropy_threshold,)
-    with pytest.raises(UsageError, match="expected names among"):
-        grid_values({"quantile": {"type": "float", "low": 0, "high": 1}}, 3)
+    assert list(table)[:6] == list(SEARCH_SPACE)
+    assert [{name: table[name][i] for name in SEARCH_SPACE} for i in range(grid.size)] == points
+    # Some of the thresholds, in any order; the others have their defaults.
+    some = {name: space[name] for name in ("context_window_size", "confidence_threshold")}
+    grid = forecaster.grid(some, 3)
+    assert grid.shape == (2, 3)
+    for number, one in enumerate(forecaster.forecast([grid.point(n) for n in range(grid.size)])):
+        assert grid.row(number)["degradation"] == pytest.approx(one.degradation, rel=1e-9)
 
 
 def test_front_is_what_no_other_beats():

@@ -1,30 +1,211 @@
-"""The end of `tune`: who wins, what is said about it, and the files."""
+"""The measurement after the search, on text that was not searched on: who wins, and what is said.
+
+A candidate must keep the bound with the one-sided 95% upper bound of its degradation, not with
+its point estimate; those that do are timed with more blocks. The one that executes the fewest
+pairs wins.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from var_moe.calibration.profile import RoutingProfile
 from var_moe.config import VARConfig
 from var_moe.errors import VarMoeError
-from var_moe.evaluation.evaluator import Apart
-from var_moe.optimization.candidate import kind_of
-from var_moe.optimization.remeasure import Measured, best_measured, nearest
-from var_moe.optimization.results import OptimizationResult
+from var_moe.evaluation.evaluator import Apart, Evaluator, Quality, Speed
+from var_moe.optimization.candidate import Candidate
+from var_moe.optimization.objective import PolicyObjective
+from var_moe.optimization.objective_protocol import INFEASIBLE_PENALTY, documented_score
+from var_moe.optimization.results import Evaluation, OptimizationResult
 from var_moe.optimization.saving import (
     NEAREST_MISS_FILE,
     UNFINISHED,
+    as_text,
     save_optimization_results,
+    summary_parts,
 )
-from var_moe.optimization.search_space import SearchSpace
-from var_moe.optimization.selection import CONVERGENCE_WINDOW
-from var_moe.optimization.summary import as_text, summary_parts
+from var_moe.optimization.search_space import Params, SearchSpace, stand_in_of
+from var_moe.optimization.selection import (
+    CONVERGENCE_WINDOW,
+    Z_95,
+    Standing,
+    distinct_evaluations,
+    nearest_miss,
+    promise,
+    winner,
+)
+
+Closer: TypeAlias = Callable[[list[tuple[Params, float]]], Params | None]
+"""From points and the upper bounds of their degradation to another point; None ends it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A configuration measured again, on more text and with more blocks."""
+
+    name: str
+    config: Candidate
+    quality: Quality
+    speed: Speed | None  # None where the bound is broken: it can't win
+    max_degradation: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the upper bound of the degradation is below the limit."""
+        return self.quality.judged.upper < self.max_degradation
+
+    @property
+    def score(self) -> float:
+        """The documented score, with the upper bound as the degradation."""
+        if not self.passed or self.speed is None:
+            return INFEASIBLE_PENALTY * (1 + self.quality.judged.upper)
+        return documented_score(
+            degradation=self.quality.judged.upper,
+            max_degradation=self.max_degradation,
+            speedup=self.speed.speedup.median,
+            learned_pct=self.quality.report.learned_pct,
+        )
+
+    @property
+    def standing(self) -> Standing:
+        """What decides whether it wins."""
+        return Standing(
+            keeps_bound=self.passed and self.speed is not None,
+            experts_per_token=self.quality.report.experts_per_token,
+            degradation_upper=self.quality.judged.upper,
+            score=self.score,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For result files."""
+        return {
+            "name": self.name,
+            "config": self.config.to_dict(),
+            "passed": self.passed,
+            **self.quality.to_dict(),
+            **(self.speed.to_dict() if self.speed else {"speedup": None}),
+        }
+
+
+def measure(
+    evaluator: Evaluator,
+    objective: PolicyObjective,
+    config: Candidate,
+    *,
+    name: str,
+    blocks: int,
+    always_time: bool = False,
+) -> Measured:
+    """Measure one configuration: quality first, throughput where it keeps the bound."""
+    quality = evaluator.quality(objective.policy(config), what=f"{name}: perplexity")
+    passed = quality.judged.upper < objective.max_degradation
+    speed = None
+    if passed or always_time:
+        speed = evaluator.speed(objective.policy(config), blocks=blocks)
+    return Measured(
+        name=name,
+        config=config,
+        quality=quality,
+        speed=speed,
+        max_degradation=objective.max_degradation,
+    )
+
+
+def remeasure(
+    evaluator: Evaluator,
+    objective: PolicyObjective,
+    evaluations: Sequence[Evaluation],
+    *,
+    blocks: int,
+    at_most: int,
+    closer: Closer | None = None,
+    done: list[Measured] | None = None,
+) -> list[Measured]:
+    """Measure a search's evaluations again until no faster one is likely to keep the bound.
+
+    A candidate's upper bound on the new text is predicted as its degradation in the search
+    plus what the upper bounds measured so far, with the same compensation, were above theirs (at
+    first: the search's own error). The fastest that is predicted to keep the bound is measured
+    next, as long as it is faster than what did so far; so a search that hugs the bound costs a few
+    measurements, and a safe configuration is reached when the bold ones fail. Where nothing passes,
+    the evaluation with the smallest degradation is measured last. "Fast" is what the executed
+    pairs predict: a search's few timed blocks would put the luckiest first.
+
+    Measurements that are left go to what ``closer`` proposes from those made. ``done`` takes each
+    as it is made, so that a failure of the next one loses none.
+    """
+    bound = objective.max_degradation
+    waiting = distinct_evaluations(
+        [one for one in evaluations if not one.failed and one.degradation is not None]
+    )
+    done = [] if done is None else done
+    points: list[Params] = []
+    above: dict[str | None, list[float]] = defaultdict(list)
+
+    def likely(one: Evaluation) -> bool:
+        assert one.degradation is not None
+        off = above[stand_in_of(one.params)]
+        error = sum(off) / len(off) if off else Z_95 * (one.degradation_se or 0.0)
+        return one.degradation + error < bound
+
+    def take(one: Evaluation) -> bool:
+        waiting.remove(one)
+        name = f"candidate {len(done) + 1}"
+        found = measure(
+            evaluator, objective, objective.candidate(one.params), name=name, blocks=blocks
+        )
+        off = found.quality.judged.upper - (one.degradation or 0.0)
+        above[stand_in_of(one.params)].append(off)
+        done.append(found)
+        points.append(one.params)
+        return found.passed
+
+    fastest = -math.inf
+    while len(done) < at_most:
+        fitting = [one for one in waiting if likely(one) and promise(one) > fastest]
+        if not fitting:
+            break
+        # Of equally fast ones, which another compensation makes, the one that costs less.
+        chosen = max(fitting, key=lambda one: (promise(one), -(one.degradation or 0.0)))
+        if take(chosen):
+            fastest = promise(chosen)
+    calmest = nearest_miss(waiting)
+    if best_measured(done) is None and calmest is not None:
+        take(calmest)
+    while closer is not None and len(done) < at_most:
+        uppers = [one.quality.judged.upper for one in done]
+        point = closer(list(zip(points, uppers, strict=True)))
+        if point is None:
+            break
+        name = f"candidate {len(done) + 1}"
+        points.append(point)
+        done.append(
+            measure(evaluator, objective, objective.candidate(point), name=name, blocks=blocks)
+        )
+    return done
+
+
+def best_measured(measured: Sequence[Measured]) -> Measured | None:
+    """The one that wins by the rule of `selection.winner`; None where none keeps the bound."""
+    return winner(measured, lambda one: one.standing)
+
+
+def nearest(measured: Sequence[Measured]) -> Measured:
+    """What comes nearest to keeping the bound."""
+    return min(measured, key=lambda one: one.quality.judged.upper)
+
+
+def best_or_nearest(measured: Sequence[Measured]) -> Measured:
+    """The winner; where nothing keeps the bound, what comes nearest to it."""
+    return best_measured(measured) or nearest(measured)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +260,9 @@ def conclude(
         default = next((one for one in presets if one.name == "balanced"), None)
         answer = _found(best, default, limit, top_k)
         extra = {key: value for key, value in result.extra.items() if key != "nearest_miss"}
-        result = result.replace(best_params=best.config, best_score=best.score, extra=extra)
+        result = result.replace(
+            best_params=best.config.as_best_params(), best_score=best.score, extra=extra
+        )
     others = tuple(one for one in everything if one is not best)
     parts = summary_parts(
         best=replace(best, name=f"best ({best.name})") if best else None,
@@ -139,7 +322,7 @@ def _nothing_fits(near: Measured, limit: str, output: Path) -> str:
         f"All configurations violate constraint: the smallest degradation is "
         f"{100 * near.quality.judged.value:+.2f}% (95% upper bound "
         f"{100 * near.quality.judged.upper:+.2f}%, bound {limit}{_judged_on(near)}) with "
-        f"{near.config.documented()} ({kind_of(near.config)}). It is saved in "
+        f"{near.config.documented()} ({near.config.kind}). It is saved in "
         f"{output / NEAREST_MISS_FILE}; "
         "try a larger --max_degradation or wider --bounds."
     )
@@ -181,8 +364,14 @@ def _no_better(best: Measured, default: Measured | None) -> bool:
     return best.config == default.config or best.speed.speedup.median <= default.speed.speedup.high
 
 
+FASTER = (
+    "these are VAR's six thresholds; where it was measured, the damage policy runs fewer experts "
+    "at the same degradation: `var-moe tune --policy damage`"
+)
+
+
 def profile_notes(profile: RoutingProfile, space: SearchSpace) -> list[str]:
-    """Say plainly where thresholds can't bite on this model."""
+    """What limits a search of VAR's six thresholds: where they can't bite on this model."""
     stats = profile.stats
     weight = stats["frequency"].to_numpy(np.float64)
     entropy = stats["mean_entropy"].to_numpy(np.float64)
@@ -193,7 +382,7 @@ def profile_notes(profile: RoutingProfile, space: SearchSpace) -> list[str]:
     default = VARConfig().entropy_threshold
     top = float(space["entropy_threshold"]["high"]) if "entropy_threshold" in space else default
     if reach(default) >= 0.001:
-        return []
+        return [FASTER]
     how = "never" if reach(default) == 0 else "hardly ever (below 0.1%)"
     note = (
         f"with the default entropy_threshold {default} the fast path is {how} taken on this model "
@@ -203,7 +392,7 @@ def profile_notes(profile: RoutingProfile, space: SearchSpace) -> list[str]:
     )
     if reach(top) < 0.001:
         note += f", also at the search's highest entropy, {top:g}"
-    return [note]
+    return [note, FASTER]
 
 
 def search_notes(result: OptimizationResult, independent: bool) -> list[str]:

@@ -6,9 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from var_moe.config import VARConfig
-from var_moe.optimization import remeasure as room
-from var_moe.optimization.candidate import PolicySettings
+from var_moe.optimization import measure_again as room
+from var_moe.optimization.candidate import Candidate
 from var_moe.optimization.results import Evaluation
 
 BOUND = 0.01
@@ -35,7 +34,7 @@ def run(monkeypatch):
         tried = []
 
         def measure(_evaluator, objective, config, *, name, blocks):
-            number = config.frequency_threshold
+            number = config.settings["frequency_threshold"]
             tried.append(number)
             value = truth[number].degradation + shift
             change = SimpleNamespace(value=value, upper=value + 0.001)
@@ -55,7 +54,8 @@ def run(monkeypatch):
 
         monkeypatch.setattr(room, "measure", measure)
         objective = SimpleNamespace(
-            max_degradation=BOUND, config=lambda params: VARConfig.from_dict(params)
+            max_degradation=BOUND,
+            candidate=lambda params: Candidate(policy="var", settings=params),
         )
         done = room.remeasure(
             None, objective, evaluations, blocks=1, at_most=at_most, closer=closer
@@ -73,20 +73,20 @@ def test_the_fastest_that_is_likely_to_pass_comes_first(run):
     tried, best = run(LINE, shift=0.0)
     # 8 + 1.645 standard errors is the last below 10 tenths; by its measurement, nothing faster is.
     assert tried == [8]
-    assert best.config.frequency_threshold == 8
+    assert best.config.settings["frequency_threshold"] == 8
 
 
 def test_kinder_text_lets_a_near_miss_win(run):
     tried, best = run(LINE, shift=-0.004)
     assert tried[0] == 8
-    assert best.config.frequency_threshold == 12  # 1.2 - 0.4 + 0.1 is below 1
-    assert best.config.frequency_threshold == max(tried)
+    assert best.config.settings["frequency_threshold"] == 12  # 1.2 - 0.4 + 0.1 is below 1
+    assert best.config.settings["frequency_threshold"] == max(tried)
 
 
 def test_harsher_text_leads_down_to_a_safe_one(run):
     tried, best = run(LINE, shift=0.005)
     assert tried == [8, 3]  # learned from the first: 0.6 above what the search saw
-    assert best.config.frequency_threshold == 3
+    assert best.config.settings["frequency_threshold"] == 3
 
 
 def test_where_nothing_passes_the_calmest_is_measured_last(run):
@@ -105,7 +105,7 @@ def test_no_more_than_asked_but_for_the_calmest(run):
 def test_the_bound_itself_is_not_below_the_bound(upper, passes):
     measured = room.Measured(
         name="one",
-        config=VARConfig(),
+        config=Candidate(policy="var"),
         quality=SimpleNamespace(
             judged=SimpleNamespace(value=0.005, upper=upper),
             report=SimpleNamespace(learned_pct=5, experts_per_token=1.5),
@@ -124,7 +124,7 @@ def test_a_lucky_timing_does_not_win():
         report = SimpleNamespace(learned_pct=90, experts_per_token=executed)
         return room.Measured(
             name=str(executed),
-            config=VARConfig(),
+            config=Candidate(policy="var"),
             quality=SimpleNamespace(judged=change, report=report),
             speed=SimpleNamespace(speedup=SimpleNamespace(median=pace)),
             max_degradation=BOUND,
@@ -145,7 +145,7 @@ def test_measurements_that_are_left_go_where_the_forecasts_point(run):
     assert tried[known:] == [9, 10]
     assert [len(one) for one in seen] == [known, known + 1, known + 2]
     assert seen[0][0] == (8, pytest.approx(0.008 - 0.0015 + 0.001))
-    assert best.config.frequency_threshold == 10
+    assert best.config.settings["frequency_threshold"] == 10
 
 
 def test_proposals_end_with_the_measurements(run):
@@ -186,11 +186,9 @@ def test_of_equally_many_pairs_the_compensation_that_costs_less_wins(monkeypatch
 
     def config(params):
         settings = {"tau": params["tau"]}
-        return PolicySettings(
-            policy="damage", settings=settings, compensation=params["compensation"]
-        )
+        return Candidate(policy="damage", settings=settings, compensation=params["compensation"])
 
-    objective = SimpleNamespace(max_degradation=BOUND, config=config)
+    objective = SimpleNamespace(max_degradation=BOUND, candidate=config)
     seen = []
 
     def closer(measured):
