@@ -322,12 +322,6 @@ def test_the_page_needs_nothing_else(results, made_up, certify):
         assert needed in page
 
 
-def test_text_in_the_page_is_escaped():
-    from var_moe.report.certificate import _list
-
-    assert _list(["<b> & co"]) == "<ul><li>&lt;b&gt; &amp; co</li></ul>"
-
-
 def test_candidates_are_on_disk_before_the_certify_part_is_read(
     results, made_up, certify, monkeypatch
 ):

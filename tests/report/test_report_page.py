@@ -8,7 +8,8 @@ import re
 import pytest
 
 from var_moe.errors import UsageError
-from var_moe.report.page import build_report, figure_json, render, write_report
+from var_moe.report.blocks import figure_json, render
+from var_moe.report.page import build_report, write_report
 
 ALL = ["certificate", "held-out", "search", "layers", "speed", "routing", "origin"]
 

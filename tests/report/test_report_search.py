@@ -7,13 +7,11 @@ import json
 import pytest
 
 from var_moe.report.folder import read_results
-from var_moe.report.importance import importance_section, ped_anova
+from var_moe.report.forward import breakdown_figure
 from var_moe.report.page import build_report
-from var_moe.report.search import measured_table, progress_figure
-from var_moe.report.slices import parallel_figure, slice_figures
-from var_moe.report.speed import breakdown_figure
+from var_moe.report.parameters import importance_section, parallel_figure, ped_anova, slice_figures
+from var_moe.report.search import measured_table, progress_figure, tradeoff_figure
 from var_moe.report.theme import log_ticks
-from var_moe.report.tradeoff import tradeoff_figure
 
 
 def traces(picture):

@@ -9,7 +9,7 @@ import pytest
 from var_moe.errors import UsageError
 from var_moe.report.folder import read_results
 from var_moe.report.headline import BAD, GOOD, headline
-from var_moe.report.hypotheses import coverage_figure, hypotheses_section
+from var_moe.report.routing import coverage_figure, hypotheses_section
 from var_moe.report.systems import (
     components_figure,
     roofline_figure,

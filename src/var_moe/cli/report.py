@@ -30,8 +30,7 @@ def report(
             figures beside the page.
         open: show the page in the browser.
     """
-    from var_moe.report.export import check_formats, export_figures
-    from var_moe.report.page import write_report
+    from var_moe.report.page import check_formats, export_figures, write_report
     from var_moe.storage import SCHEMA_VERSION
 
     check_formats(figures or ())

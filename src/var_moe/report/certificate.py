@@ -1,34 +1,123 @@
-"""The certificate as a page: one HTML file, light and dark, printable, without a network."""
+"""A certificate: its section in a report, and its own page with every hash and p-value."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from collections.abc import Mapping
 from typing import Any
 
-from var_moe.report.wording import percent
+from var_moe.report.blocks import (
+    BAD,
+    GOOD,
+    Answer,
+    Facts,
+    Headline,
+    Notes,
+    Picture,
+    Report,
+    Section,
+    Table,
+    pictures,
+    render,
+    section,
+)
+from var_moe.report.folder import Results
+from var_moe.report.theme import GREEN, RED, empty_figure, interval_bars, line_at
+from var_moe.report.wording import between, limit, percent
 
-_STYLE = """
-:root { color-scheme: light dark; --line: #8886; --good: #1a7f37; --bad: #b3261e; }
-@media (prefers-color-scheme: dark) { :root { --good: #57c878; --bad: #ff8a80; } }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem }
-.claim { border-left: 5px solid var(--bad); padding: .6rem 1rem; font-size: 1.15rem }
-.holds { border-color: var(--good) }
-.scroll { overflow-x: auto }
-table { border-collapse: collapse; font-size: .9rem }
-th, td { border-bottom: 1px solid var(--line); padding: .3rem .7rem; text-align: left }
-td.n { text-align: right; font-variant-numeric: tabular-nums }
-code { overflow-wrap: anywhere; font-size: .85em }
-@media print {
-  body { max-width: none; font-size: 11pt }
-  h2 { break-after: avoid } tr { break-inside: avoid }
-}
-""".strip()
+
+def certificate_section(results: Results) -> Section | None:
+    """The certificate, where one was asked for."""
+    certificate = results.get("certificate")
+    if certificate is None:
+        return None
+    return section(
+        "certificate",
+        "Certificate" if certificate["certified"] else "Certificate: not given",
+        [
+            _not_confirmatory(certificate),
+            pictures(tests_figure(certificate)),
+            _by_dataset(certificate),
+            Notes(lines=certificate["not_claimed"], title="What is not claimed"),
+        ],
+        intro=f"At most {100 * certificate['alpha']:g}% of such certificates are wrong. With every "
+        "hash and p-value it stands in certificate.html.",
+    )
+
+
+def _not_confirmatory(certificate: Mapping[str, Any]) -> Notes | None:
+    why = certificate["not_confirmatory_because"]
+    return Notes(lines=why, title="Not confirmatory, because") if why else None
+
+
+def tests_figure(certificate: Mapping[str, Any]) -> Picture | None:
+    """Each candidate's degradation on the certify part, with its interval and the bound."""
+    tests = certificate.get("tests") or []
+    if not tests:
+        return None
+    figure = empty_figure("perplexity change, %", "", height=140 + 34 * len(tests))
+    for passed, name, colour in ((True, "passed", GREEN), (False, "failed", RED)):
+        some = [test for test in tests if bool(test["passed"]) is passed]
+        if not some:
+            continue
+        values = [test["degradation"] for test in some]
+        ends = [test["degradation_interval"] for test in some]
+        figure.add_scatter(
+            y=[_label(test, certificate) for test in some],
+            x=[100 * value for value in values],
+            error_x=interval_bars(values, ends, scale=100),
+            text=[
+                f"{test['experts_per_token']:.3f} experts per token<br>p = {test['p']:.2g}"
+                for test in some
+            ],
+            mode="markers",
+            marker={"color": colour, "size": 10},
+            name=name,
+        )
+    bound = certificate["max_degradation"]
+    line_at(figure, f"bound {limit(bound)}", x=100 * bound)
+    figure.update_yaxes(
+        categoryorder="array",
+        categoryarray=[_label(test, certificate) for test in tests],
+        autorange="reversed",
+    )
+    return Picture(
+        name="certificate-tests",
+        title="Candidates, the safest first",
+        caption="Tested in this order on text that nothing was chosen on, until one fails; the "
+        "last that passed is certified.",
+        figure=figure,
+    )
+
+
+def _label(test: Mapping[str, Any], certificate: Mapping[str, Any]) -> str:
+    won = certificate["certified"] and test["name"] == certificate["certified_name"]
+    return f"{test['name']}{' ★' if won else ''}"
+
+
+def _interval(row: Mapping[str, Any]) -> str:
+    ends = between([100 * end for end in row["degradation_interval"]], digits=2)
+    return f"{percent(row['degradation'])} {ends}"
+
+
+def _by_dataset(certificate: Mapping[str, Any]) -> Table | None:
+    return Table.of(
+        "Each data set",
+        certificate.get("by_dataset", ()),
+        {
+            "data set": "{dataset}",
+            "perplexity before": "{baseline_perplexity:.3f}",
+            "after": "{perplexity:.3f}",
+            "change [95%]": _interval,
+            "upper bound": lambda row: percent(row["degradation_upper"]),
+            "experts per token": "{experts_per_token:.3f}",
+            "pages / documents": "{units:,} / {documents:,}",
+        },
+        caption="" if certificate.get("robust") else "Described, not claimed.",
+    )
 
 
 def certificate_page(certificate: Mapping[str, Any]) -> str:
-    """The page of a certificate.
+    """The page of a certificate, which needs no network.
 
     Args:
         certificate: what ``certificate.json`` holds.
@@ -37,161 +126,82 @@ def certificate_page(certificate: Mapping[str, Any]) -> str:
     title = "Certificate" if holds else "Not certified"
     if holds and not certificate["confirmatory"]:
         title = "Certificate, not confirmatory"
+    chosen = certificate.get("certified_config")
+    chosen = chosen or (certificate.get("nearest_miss") or {}).get("config")
     parts = [
-        f"<h1>{title}</h1>",
-        f'<p class="claim{" holds" if holds else ""}">{escape(certificate["sentence"])}</p>',
-        *_section("Not confirmatory, because", _list(certificate["not_confirmatory_because"])),
-        *_section("Claims", _claims(certificate)),
-        *_section("Tests, in their order", _tests(certificate)),
-        *_section(_apart_title(certificate), _apart(certificate)),
-        *_section("How it was tested", _facts(_procedure(certificate))),
-        *_section("Said before the certify part was opened", _list(certificate["power"])),
-        *_section("Configuration", _configuration(certificate)),
-        *_section("What this does not claim", _list(certificate["not_claimed"])),
-        *_section("Provenance", _facts(_provenance(certificate))),
+        ("confirmatory", "Whether it confirms", _not_confirmatory(certificate)),
+        ("claims", "Claims", Table.of("", certificate["claims"], _CLAIM)),
+        ("tests", "Tests, in their order", _tests(certificate)),
+        ("data-sets", "By data set", _by_dataset(certificate)),
+        ("procedure", "How it was tested", Facts(rows=_procedure(certificate))),
+        ("power", "Said before the certify part was opened", Notes(lines=certificate["power"])),
+        ("limits", "What this does not claim", Notes(lines=certificate["not_claimed"])),
+        ("provenance", "Provenance", Facts(rows=_provenance(certificate))),
     ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{_STYLE}</style></head>\n<body>\n"
-        + "\n".join(parts)
-        + "\n</body></html>\n"
-    )
+    answer = Answer(sentence=certificate["sentence"], tone=GOOD if holds else BAD)
+    top = Headline(title=title, question="", answers=(answer,), configuration=chosen)
+    sections = tuple(section(name, said, [block]) for name, said, block in parts if block)
+    return render(Report(headline=top, sections=sections))
 
 
-def _section(title: str, content: str) -> list[str]:
-    return [f"<h2>{escape(title)}</h2>", content] if content else []
+def _said(claim: Mapping[str, Any]) -> str:
+    if claim["name"] == "quality":
+        return f"degradation < {limit(claim['bound'])}"
+    if claim["name"] == "learned_pct":
+        return f"learned routing < {claim['limit_pct']:g}% (measured {claim['measured_pct']:.1f}%)"
+    if claim["at_least"] is None:
+        return "speedup: too few blocks"
+    return f"speedup of at least {claim['at_least']:.3f} (measured {claim['measured']:.3f})"
 
 
-def _list(lines: Sequence[str]) -> str:
-    return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>" if lines else ""
+_CLAIM: dict[str, Any] = {
+    "claim": _said,
+    "part of alpha": "{alpha:g}",
+    "p": lambda claim: f"{claim['p']:.2g}" if "p" in claim else "",
+    "holds": lambda claim: "yes" if claim["holds"] else "no",
+}
 
 
-def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    body = "".join(
-        "<tr>" + f"<td>{escape(row[0])}</td>" + "".join(_cell(cell) for cell in row[1:]) + "</tr>"
-        for row in rows
-    )
-    if not body:
-        return ""
-    head = "".join(f"<th>{escape(name)}</th>" for name in headings)
-    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
-
-
-def _cell(text: str) -> str:
-    return f'<td class="n">{escape(text)}</td>'
-
-
-def _facts(rows: Mapping[str, Any]) -> str:
-    body = "".join(
-        f"<tr><th>{escape(name)}</th><td><code>{escape(str(value))}</code></td></tr>"
-        for name, value in rows.items()
-    )
-    return f'<div class="scroll"><table>{body}</table></div>'
-
-
-def _claims(certificate: Mapping[str, Any]) -> str:
-    said = {
-        "quality": lambda c: f"degradation < {100 * c['bound']:g}%",
-        "speedup": lambda c: (
-            "speedup: too few blocks"
-            if c["at_least"] is None
-            else f"speedup of at least {c['at_least']:.3f} (measured {c['measured']:.3f})"
-        ),
-        "learned_pct": lambda c: (
-            f"learned routing < {c['limit_pct']:g}% (measured {c['measured_pct']:.1f}%)"
-        ),
-    }
-    return _table(
-        ("claim", "part of alpha", "p", "holds"),
-        [
-            (
-                said[claim["name"]](claim),
-                f"{claim['alpha']:g}",
-                f"{claim['p']:.2g}" if "p" in claim else "",
-                "yes" if claim["holds"] else "no",
-            )
-            for claim in certificate["claims"]
-        ],
-    )
-
-
-def _tests(certificate: Mapping[str, Any]) -> str:
+def _tests(certificate: Mapping[str, Any]) -> Table | None:
+    """Each candidate: what the ordering part said of it, and its test if it had one."""
     done = {row["name"]: row for row in certificate["tests"]}
-    rows = []
-    for place in certificate["order"]:
-        before = percent(place["degradation"]) if "degradation" in place else ""
-        test = done.get(place["name"])
-        if test is None:
-            rows.append((place["name"], before, "not tested", *[""] * 6))
-            continue
-        low, high = test["degradation_interval"]
-        rows.append(
-            (
-                place["name"],
-                before,
-                f"{percent(test['degradation'])} [{percent(low)}, {percent(high)}]",
-                f"{test['p_t']:.3g}" if "p_t" in test else "",
-                f"{test['p_bootstrap']:.3g}" if "p_bootstrap" in test else "",
-                f"{test['p']:.3g}",
-                f"{test['experts_per_token']:.3f}",
-                f"{test['units']:,} / {test['documents']:,}",
-                "passed" if test["passed"] else "failed",
-            )
-        )
-    headings = (
-        *("candidate", "ordering part", "certify part", "p (t)", "p (bootstrap)", "p that decides"),
-        *("experts/token", "pages / documents", ""),
+    results = {None: "not tested", True: "passed", False: "failed"}
+
+    def tested(one: Any) -> Any:
+        return lambda place: one(done[place["name"]]) if place["name"] in done else ""
+
+    def p_value(name: str) -> Any:
+        return tested(lambda test: f"{test[name]:.3g}" if name in test else "")
+
+    return Table.of(
+        "",
+        certificate["order"],
+        {
+            "candidate": "{name}",
+            "ordering part": lambda place: percent(place.get("degradation")),
+            "certify part [95%]": tested(_interval),
+            "p (t)": p_value("p_t"),
+            "p (bootstrap)": p_value("p_bootstrap"),
+            "p that decides": p_value("p"),
+            "experts per token": tested("{experts_per_token:.3f}".format_map),
+            "pages / documents": tested("{units:,} / {documents:,}".format_map),
+            "": lambda place: results[done.get(place["name"], {}).get("passed")],
+        },
     )
-    return _table(headings, rows)
 
 
-def _apart_title(certificate: Mapping[str, Any]) -> str:
-    claimed = bool(certificate.get("robust"))
-    return "Each data set" if claimed else "Each data set (descriptive, not claimed)"
-
-
-def _apart(certificate: Mapping[str, Any]) -> str:
-    rows = []
-    for row in certificate.get("by_dataset", ()):
-        low, high = row["degradation_interval"]
-        rows.append(
-            (
-                row["dataset"],
-                f"{row['baseline_perplexity']:.3f}",
-                f"{row['perplexity']:.3f}",
-                f"{percent(row['degradation'])} [{percent(low)}, {percent(high)}]",
-                percent(row["degradation_upper"]),
-                f"{row['experts_per_token']:.3f}",
-                f"{row['units']:,} / {row['documents']:,}",
-            )
-        )
-    headings = (
-        *("data set", "PPL baseline", "PPL", "degradation", "upper bound", "experts/token"),
-        "pages / documents",
-    )
-    return _table(headings, rows)
-
-
-def _procedure(certificate: Mapping[str, Any]) -> dict[str, Any]:
+def _procedure(certificate: Mapping[str, Any]) -> dict[str, str]:
     shares = ", ".join(f"{name} {part:g}" for name, part in certificate["alpha_by_claim"].items())
     return {
         "candidates": certificate["procedure"],
         "test": certificate["test"],
         "unit": certificate["unit"],
         "alpha": f"{certificate['alpha']:g}, of which: {shares}",
-        "bound": f"{100 * certificate['max_degradation']:g}%",
+        "bound": limit(certificate["max_degradation"]),
     }
 
 
-def _configuration(certificate: Mapping[str, Any]) -> str:
-    found = certificate.get("certified_config")
-    if not found and certificate.get("nearest_miss"):
-        found = certificate["nearest_miss"].get("config")
-    return _facts(found) if found else ""
-
-
-def _provenance(certificate: Mapping[str, Any]) -> dict[str, Any]:
+def _provenance(certificate: Mapping[str, Any]) -> dict[str, str]:
     text, origin, identity = (certificate[key] for key in ("text", "provenance", "identity"))
     hashes = {
         f"hash of {name.replace('_', ' ')}": value

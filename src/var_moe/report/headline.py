@@ -3,50 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from var_moe.report.blocks import BAD, GOOD, Answer, Card, Headline
 from var_moe.report.folder import Results
 from var_moe.report.wording import between, factor, kind, limit, percent, speedup
-
-GOOD, BAD, PLAIN = "good", "bad", "plain"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Card:
-    """One figure, its unit or interval below it, and what it is."""
-
-    label: str
-    value: str
-    detail: str = ""
-    tone: str = PLAIN
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """A sentence that holds by itself, and whether it is good news."""
-
-    sentence: str
-    tone: str = PLAIN
-
-
-@dataclass(frozen=True, kw_only=True)
-class Headline:
-    """What a reader sees first.
-
-    Args:
-        title: of the page.
-        question: what was asked.
-        answers: the answers, the strongest first.
-        cards: figures that count.
-        configuration: of what is reported on; empty where there are several.
-    """
-
-    title: str
-    question: str
-    answers: tuple[Answer, ...]
-    cards: tuple[Card, ...] = ()
-    configuration: Mapping[str, Any] | None = None
 
 
 def headline(results: Results) -> Headline:

@@ -1,37 +1,36 @@
-"""A results folder as one HTML file: no network, light and dark, printable."""
+"""A results folder as one HTML file that needs no network, or its figures as files."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.resources import files
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from var_moe.errors import UsageError
 from var_moe.extras import require
-from var_moe.report.blocks import Picture, Section
-from var_moe.report.certified import certificate_section
+from var_moe.report.blocks import Report, Section, render
+from var_moe.report.certificate import certificate_section
 from var_moe.report.comparison import comparison_section
-from var_moe.report.evaluated import evaluation_section
 from var_moe.report.folder import FILES, STATS_FILE, Results, read_results
-from var_moe.report.guarded import guard_section
-from var_moe.report.headline import Headline, headline
-from var_moe.report.held_out import held_out_section
-from var_moe.report.hypotheses import hypotheses_section
-from var_moe.report.importance import importance_section
-from var_moe.report.layers import layers_section
-from var_moe.report.origin import origin_section
-from var_moe.report.routing import routing_section
+from var_moe.report.forward import layers_section, speed_section
+from var_moe.report.headline import headline
+from var_moe.report.measured import (
+    evaluation_section,
+    guard_section,
+    held_out_section,
+    seeds_section,
+)
+from var_moe.report.origin import foreign_section, origin_section, unfinished_section
+from var_moe.report.parameters import importance_section
+from var_moe.report.routing import hypotheses_section, routing_section
 from var_moe.report.search import search_section
-from var_moe.report.seeds import seeds_section
-from var_moe.report.speed import speed_section
 from var_moe.report.systems import systems_section
-from var_moe.report.unfinished import foreign_section, unfinished_section
-from var_moe.storage import atomic_write_text
+from var_moe.storage import atomic_write, atomic_write_text
 
 REPORT_FILE = "report.html"
+FORMATS = ("png", "svg", "pdf")
+WIDTH = 900
+_INK, _GRID, _LINE = "#1c2026", "#e3e6eb", "#9aa2ad"
 Made = TypeVar("Made")
 
 SECTIONS: tuple[Callable[[Results], Section | None], ...] = (
@@ -53,19 +52,6 @@ SECTIONS: tuple[Callable[[Results], Section | None], ...] = (
     origin_section,
 )
 """In the order of the page; a section whose results are not there is left out."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """A report's content, before it is a page."""
-
-    headline: Headline
-    sections: tuple[Section, ...]
-
-    @property
-    def pictures(self) -> list[Picture]:
-        """All figures, in order; each name once."""
-        return [picture for section in self.sections for picture in section.pictures]
 
 
 def build_report(folder: str | Path) -> Report:
@@ -98,36 +84,6 @@ def _made(make: Callable[[Results], Made], results: Results) -> Made:
         ) from error
 
 
-def render(report: Report) -> str:
-    """The page."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from plotly.offline import get_plotlyjs
-
-    environment = Environment(
-        loader=PackageLoader("var_moe.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    templates = files("var_moe.report") / "templates"
-    return environment.get_template("report.html.jinja").render(
-        headline=report.headline,
-        sections=report.sections,
-        figures={one.name: figure_json(one) for one in report.pictures},
-        style=(templates / "report.css").read_text(encoding="utf-8"),
-        script=(templates / "report.js").read_text(encoding="utf-8"),
-        plotly=get_plotlyjs() if report.pictures else "",
-    )
-
-
-def figure_json(picture: Picture) -> str:
-    """A figure as JSON that can stand inside a script element."""
-    plain = json.loads(picture.figure.to_json())
-    # "</script>" inside a name would end the element, whatever the quotes around it.
-    return json.dumps({"data": plain["data"], "layout": plain["layout"]}).replace("<", "\\u003c")
-
-
 def write_report(folder: str | Path, path: str | Path | None = None) -> Path:
     """Write the report of a results folder.
 
@@ -146,3 +102,60 @@ def write_report(folder: str | Path, path: str | Path | None = None) -> Path:
         raise UsageError(f"{place}: is a folder; --output expects the page's file")
     atomic_write_text(place, render(build_report(folder)))
     return place
+
+
+def export_figures(folder: str | Path, formats: Sequence[str], output: str | Path) -> list[Path]:
+    """Write each figure of a results folder's report as ``<name>.<format>``.
+
+    Args:
+        folder: results of any command.
+        formats: of `FORMATS`.
+        output: folder for the files.
+
+    Raises:
+        UsageError: see `check_formats`; no results, or kaleido's browser is missing.
+    """
+    check_formats(formats)
+    written = []
+    for picture in build_report(folder).pictures:
+        figure = _for_paper(picture.figure)
+        for kind in formats:
+            path = Path(output) / f"{picture.name}.{kind}"
+            atomic_write(path, lambda place, f=figure, k=kind: _write(f, place, k))  # type: ignore[misc]
+            written.append(path)
+    return written
+
+
+def check_formats(formats: Sequence[str]) -> None:
+    """Check what figures need, before anything is written.
+
+    Raises:
+        UsageError: an unknown format, or kaleido is missing.
+    """
+    unknown = [one for one in formats if one not in FORMATS]
+    if unknown:
+        raise UsageError(f"figure format {unknown[0]!r}: expected one of {', '.join(FORMATS)}")
+    if formats:
+        require("kaleido")
+
+
+def _write(figure: Any, place: Path, kind: str) -> None:
+    try:
+        place.write_bytes(
+            figure.to_image(format=kind, width=WIDTH, scale=2 if kind == "png" else 1)
+        )
+    except Exception as error:  # kaleido's own kinds of errors change with its versions
+        line = " ".join(str(error).split())[:160]
+        raise UsageError(
+            f"kaleido cannot draw ({line}); it needs Chrome or Chromium: `kaleido_get_chrome`, or "
+            "set BROWSER_PATH"
+        ) from None
+
+
+def _for_paper(figure: Any) -> Any:
+    """The light face, on white."""
+    copy = type(figure)(figure)
+    copy.update_layout(paper_bgcolor="#ffffff", plot_bgcolor="#ffffff", font={"color": _INK})
+    for update in (copy.update_xaxes, copy.update_yaxes):
+        update(gridcolor=_GRID, linecolor=_LINE, tickcolor=_LINE)
+    return copy
