@@ -19,7 +19,7 @@ from var_moe.optimization.replay_sampler import Forecasts, ReplaySampler
 from var_moe.optimization.results import OptimizationResult
 from var_moe.optimization.samplers import GuidedSampler, Request
 from var_moe.optimization.search_space import SEARCH_SPACE, Params
-from var_moe.optimization.study import SearchOptions, run_search
+from var_moe.optimization.study import run_search
 from var_moe.optimization.trial_log import LOG_NAME
 
 Method = Callable[[Bench, int, Path], OptimizationResult]
@@ -106,18 +106,14 @@ class TPEPointSampler(GuidedSampler):
 
 def tpe(bench: Bench, seed: int, folder: Path) -> OptimizationResult:
     """Tree-structured Parzen estimators."""
-    common = _common(bench, seed)
-    common.pop("seed")
     return run_search(
         bench.objective,
         SEARCH_SPACE,
-        storage=folder / LOG_NAME,
-        sampler_of=lambda header: TPEPointSampler(
-            SEARCH_SPACE, seed=header.known_seed, total=header.total
-        ),
+        lambda header: TPEPointSampler(SEARCH_SPACE, seed=header.known_seed, total=header.total),
+        method="tpe",
         total=bench.setting.evaluations,
-        seed=seed,
-        options=SearchOptions(method="tpe", **common),
+        storage=folder / LOG_NAME,
+        **_common(bench, seed),
     )
 
 

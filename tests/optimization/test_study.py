@@ -19,8 +19,8 @@ from var_moe.optimization import study as room
 from var_moe.optimization.methods import bayesian_optimization, random_search
 from var_moe.optimization.results import Evaluation
 from var_moe.optimization.search_space import point_key, sample
-from var_moe.optimization.study import told_value
 from var_moe.optimization.trial_log import LOG_NAME, STUDY_NAME
+from var_moe.optimization.trials import told_value
 
 CALLS = 8
 STARTUP = 5

@@ -95,10 +95,10 @@ def test_a_file_without_a_whole_line_is_a_new_search(path):
 def test_damage_in_the_middle_is_named(path):
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:3], b"{...\n", *lines[4:]]))
-    with pytest.raises(UsageError, match="line 4 is damaged"):
+    with pytest.raises(UsageError, match=r"optuna_study\.log: damaged, or not a study"):
         search(path)
     path.write_bytes(b"[1, 2]\n")
-    with pytest.raises(UsageError, match="not a study of this version"):
+    with pytest.raises(UsageError, match="or not a study of this version"):
         search(path)
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
-from var_moe.config import check_seed
 from var_moe.errors import UsageError
 from var_moe.extras import require
 from var_moe.optimization.forecast import Forecaster
@@ -19,7 +18,6 @@ from var_moe.optimization.samplers import (
     PointSampler,
     SkoptSampler,
     check_enqueue,
-    check_startup,
 )
 from var_moe.optimization.search_space import (
     SEARCH_SPACE,
@@ -30,8 +28,8 @@ from var_moe.optimization.search_space import (
     grid_size,
     sample,
 )
-from var_moe.optimization.study import OnEvaluation, SearchOptions, ShouldStop, run_search
-from var_moe.optimization.trial_log import SearchHeader, Storage
+from var_moe.optimization.study import SearchOptions, run_search
+from var_moe.optimization.trial_log import SearchHeader
 
 CALLS, REPLAY_CALLS = 50, 10
 ENGINES = {"optuna": GPPointSampler, "skopt": SkoptSampler}
@@ -45,15 +43,7 @@ def grid_search(
     search_space: SearchSpace = SEARCH_SPACE,
     n_points_per_dim: int = 3,
     verbose: bool = True,
-    *,
-    seed: int | None = None,
-    storage: Storage = None,
-    resume: bool = False,
-    mode: str | None = None,
-    confirm: bool = True,
-    settings: dict[str, Any] | None = None,
-    on_evaluation: OnEvaluation | None = None,
-    should_stop: ShouldStop | None = None,
+    **options: Unpack[SearchOptions],
 ) -> OptimizationResult:
     """Evaluate the full grid, `grid_size(search_space, n_points_per_dim)` points.
 
@@ -62,35 +52,22 @@ def grid_search(
         search_space: see `SEARCH_SPACE`.
         n_points_per_dim: values per name, bounds included; 1 takes the default alone.
         verbose: progress on stderr.
-        seed: recorded in the result; the grid itself does not depend on it.
-        storage: keeps each finished evaluation: the path of a file, the URL of a database, or a
-            storage of Optuna; None keeps nothing.
-        resume: go on with the grid in `storage`; several processes can, at once.
-        mode, confirm, settings, on_evaluation, should_stop: see `SearchOptions`.
+        options: seed (the grid does not depend on it), storage, resume, ...: see `SearchOptions`.
 
     Raises:
-        UsageError: an argument is not valid, or `storage` holds another search.
+        UsageError: an argument is not valid, or the storage holds another search.
     """
+    points = partial(grid_point, search_space, n_points_per_dim)
     return run_search(
         objective_fn,
         search_space,
-        storage=storage,
-        sampler_of=lambda _header: NumberedSampler(
-            search_space, partial(grid_point, search_space, n_points_per_dim)
-        ),
+        lambda _header: NumberedSampler(search_space, points),
+        method="grid",
         total=grid_size(search_space, n_points_per_dim),
-        seed=check_seed(seed),
-        options=SearchOptions(
-            method="grid",
-            mode=mode,
-            confirm=confirm,
-            verbose=verbose,
-            resume=resume,
-            settings={"n_points_per_dim": n_points_per_dim, **(settings or {})},
-            on_evaluation=on_evaluation,
-            should_stop=should_stop,
-            count_flag="--n_points",
-        ),
+        total_flag="--n_points",
+        own={"n_points_per_dim": n_points_per_dim},
+        verbose=verbose,
+        **options,
     )
 
 
@@ -99,15 +76,7 @@ def random_search(
     search_space: SearchSpace = SEARCH_SPACE,
     n_calls: int | None = None,
     verbose: bool = True,
-    *,
-    seed: int | None = None,
-    storage: Storage = None,
-    resume: bool = False,
-    mode: str | None = None,
-    confirm: bool = True,
-    settings: dict[str, Any] | None = None,
-    on_evaluation: OnEvaluation | None = None,
-    should_stop: ShouldStop | None = None,
+    **options: Unpack[SearchOptions],
 ) -> OptimizationResult:
     """Evaluate `n_calls` independent random points; point number i is drawn from (seed, i) alone.
 
@@ -117,33 +86,24 @@ def random_search(
         n_calls: evaluations, failed ones included; 50 by default. A resumed search goes on to
             that many in all, by default to as many as it was begun with.
         verbose: progress on stderr.
-        seed: a fresh one by default, recorded in the result.
-        storage, resume: see `grid_search`.
-        mode, confirm, settings, on_evaluation, should_stop: see `SearchOptions`.
+        options: seed, storage, resume, ...: see `SearchOptions`.
 
     Raises:
-        UsageError: an argument is not valid, or `storage` holds another search.
+        UsageError: an argument is not valid, or the storage holds another search.
     """
+
+    def sampler_of(header: SearchHeader) -> PointSampler:
+        return NumberedSampler(search_space, partial(sample, search_space, header.known_seed))
+
     return run_search(
         objective_fn,
         search_space,
-        storage=storage,
-        sampler_of=lambda header: NumberedSampler(
-            search_space, partial(sample, search_space, header.known_seed)
-        ),
+        sampler_of,
+        method="random",
         total=check_count("n_calls", CALLS if n_calls is None else n_calls),
-        seed=check_seed(seed),
-        options=SearchOptions(
-            method="random",
-            mode=mode,
-            confirm=confirm,
-            verbose=verbose,
-            resume=resume,
-            count_given=n_calls is not None,
-            settings=settings,
-            on_evaluation=on_evaluation,
-            should_stop=should_stop,
-        ),
+        total_given=n_calls is not None,
+        verbose=verbose,
+        **options,
     )
 
 
@@ -153,17 +113,10 @@ def bayesian_optimization(
     n_calls: int | None = None,
     verbose: bool = True,
     *,
-    seed: int | None = None,
     engine: str = "optuna",
-    storage: Storage = None,
-    resume: bool = False,
     enqueue: Sequence[Mapping[str, Any]] = (),
     n_startup: int | None = None,
-    mode: str | None = None,
-    confirm: bool = True,
-    settings: dict[str, Any] | None = None,
-    on_evaluation: OnEvaluation | None = None,
-    should_stop: ShouldStop | None = None,
+    **options: Unpack[SearchOptions],
 ) -> OptimizationResult:
     """Search with a Gaussian process, the default configuration and the presets first.
 
@@ -176,23 +129,21 @@ def bayesian_optimization(
         search_space: see `SEARCH_SPACE`. Presets outside its bounds are clipped to them.
         n_calls: evaluations, see `random_search`.
         verbose: progress on stderr.
-        seed: a fresh one by default, recorded in the result.
         engine: ``"optuna"`` or ``"skopt"``.
-        storage, resume: see `grid_search`.
         enqueue: further points to evaluate after the presets.
         n_startup: evaluations before the process is asked, see `GuidedSampler`.
-        mode, confirm, settings, on_evaluation, should_stop: see `SearchOptions`.
+        options: seed, storage, resume, ...: see `SearchOptions`.
 
     Raises:
-        UsageError: an argument is not valid, scikit-optimize is not installed, or `storage`
-            holds another search.
+        UsageError: an argument is not valid, scikit-optimize is not installed, or the
+            storage holds another search.
     """
     if engine not in ENGINES:
         raise UsageError(f"engine = {engine!r}: expected one of {', '.join(ENGINES)}")
     if engine == "skopt":
         require("skopt")
     points = check_enqueue(search_space, enqueue)
-    n_startup = check_startup(n_startup)
+    n_startup = check_count("n_startup", n_startup)
 
     def sampler_of(header: SearchHeader) -> PointSampler:
         return ENGINES[engine](
@@ -206,21 +157,13 @@ def bayesian_optimization(
     return run_search(
         objective_fn,
         search_space,
-        storage=storage,
-        sampler_of=sampler_of,
+        sampler_of,
+        method=f"bayesian-{engine}",
         total=check_count("n_calls", CALLS if n_calls is None else n_calls),
-        seed=check_seed(seed),
-        options=SearchOptions(
-            method=f"bayesian-{engine}",
-            mode=mode,
-            confirm=confirm,
-            verbose=verbose,
-            resume=resume,
-            count_given=n_calls is not None,
-            settings={"enqueue": points, "n_startup": n_startup, **(settings or {})},
-            on_evaluation=on_evaluation,
-            should_stop=should_stop,
-        ),
+        total_given=n_calls is not None,
+        own={"enqueue": points, "n_startup": n_startup},
+        verbose=verbose,
+        **options,
     )
 
 
@@ -231,16 +174,9 @@ def replay_search(
     n_calls: int | None = None,
     verbose: bool = True,
     *,
-    seed: int | None = None,
-    storage: Storage = None,
-    resume: bool = False,
     enqueue: Sequence[Params] = (),
     points: Sequence[Params] | None = None,
-    mode: str | None = None,
-    confirm: bool = True,
-    settings: dict[str, Any] | None = None,
-    on_evaluation: OnEvaluation | None = None,
-    should_stop: ShouldStop | None = None,
+    **options: Unpack[SearchOptions],
 ) -> OptimizationResult:
     """Search with few full evaluations, each chosen from thousands of forecasts.
 
@@ -253,14 +189,12 @@ def replay_search(
         search_space: see `SEARCH_SPACE`.
         n_calls: full evaluations, 10 by default; see `random_search`.
         verbose: progress on stderr.
-        seed: of the pool; a fresh one by default, recorded in the result.
-        storage, resume: see `grid_search`.
         enqueue: points to evaluate first.
         points: choose among these alone, as all points of a grid.
-        mode, confirm, settings, on_evaluation, should_stop: see `SearchOptions`.
+        options: seed, storage, resume, ...: see `SearchOptions`.
 
     Raises:
-        UsageError: an argument is not valid, or `storage` holds another search.
+        UsageError: an argument is not valid, or the storage holds another search.
     """
     first = check_enqueue(search_space, enqueue)
 
@@ -277,19 +211,11 @@ def replay_search(
     return run_search(
         objective_fn,
         search_space,
-        storage=storage,
-        sampler_of=sampler_of,
+        sampler_of,
+        method="replay",
         total=check_count("n_calls", REPLAY_CALLS if n_calls is None else n_calls),
-        seed=check_seed(seed),
-        options=SearchOptions(
-            method="replay",
-            mode=mode,
-            confirm=confirm,
-            verbose=verbose,
-            resume=resume,
-            count_given=n_calls is not None,
-            settings={"enqueue": first, **(settings or {})},
-            on_evaluation=on_evaluation,
-            should_stop=should_stop,
-        ),
+        total_given=n_calls is not None,
+        own={"enqueue": first},
+        verbose=verbose,
+        **options,
     )

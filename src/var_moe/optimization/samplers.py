@@ -35,7 +35,6 @@ from var_moe.optimization.search_space import (
     Dimension,
     Params,
     SearchSpace,
-    check_count,
     check_point,
     dimensions,
     distinct,
@@ -262,11 +261,6 @@ def check_enqueue(space: SearchSpace, points: Sequence[Mapping[str, Any]]) -> li
     return [
         check_point(space, point, what=f"enqueue[{place}]") for place, point in enumerate(points)
     ]
-
-
-def check_startup(n_startup: int | None) -> int | None:
-    """`n_startup` as None or at least 1, or UsageError."""
-    return check_count("n_startup", n_startup)
 
 
 class GPPointSampler(GuidedSampler):

@@ -8,20 +8,19 @@ left is asked of the storage before each evaluation.
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypedDict, Unpack, runtime_checkable
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from var_moe.config import VARConfig
+from var_moe.config import VARConfig, check_seed
 from var_moe.errors import UsageError
 from var_moe.optimization.objective_protocol import Objective, bound_of, run_evaluation
 from var_moe.optimization.progress import SearchProgress
@@ -36,7 +35,6 @@ from var_moe.optimization.search_space import (
     point_key,
 )
 from var_moe.optimization.selection import (
-    Z_95,
     best_evaluation,
     has_converged,
     highest_score,
@@ -57,18 +55,14 @@ from var_moe.optimization.trials import (
     VOID,
     WORKER,
     Trials,
+    constraints,
     has_ended,
     is_lost,
+    tell,
     worker,
 )
 
 _LOG = logging.getLogger(__name__)
-
-CONSTRAINT = "degradation"
-"""Name of the constraint: degradation - max_degradation, feasible at zero and below."""
-
-UPPER_CONSTRAINT = "degradation_upper"
-"""The same with a margin: 95% of the error of a difference between two texts of this size."""
 
 _POLL_SECONDS = 0.5  # between two looks at what other processes have left
 
@@ -86,47 +80,46 @@ class Confirming(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class SearchOptions:
-    """What every search method takes besides its points.
+class SearchOptions(TypedDict, total=False):
+    """What every search takes besides its points; all of it may be left out.
 
     Args:
-        method: name of the method, in the result and in the trial log.
-        mode: of the VARConfig in `best_params`; None takes the objective's own, else verified.
-        confirm: measure the best again on more text, where the objective can (`Confirming`).
-        verbose: progress on stderr.
-        resume: go on with the search in the storage, or join it.
+        seed: a fresh one by default; recorded in the result.
+        storage: keeps each finished evaluation: the path of a file, the URL of a database, or a
+            storage of Optuna; by default nothing is kept.
+        resume: go on with the search in the storage, or join it: several processes can at once.
+        mode: of the VARConfig in `best_params`; by default the objective's own, else verified.
+        confirm: measure the best again on more text, where the objective can (`Confirming`); so
+            by default.
         settings: JSON values that decide the results besides the space and the seed (model,
             data, profile); resuming with others is refused by name.
         on_evaluation: called with each new evaluation of this process, how many the search has
             by then, and the total.
         should_stop: asked before each evaluation; True ends the search early.
-        count_flag: the command-line option that lowers the number of evaluations.
-        count_given: whether the number was asked for: then it also counts for a resumed search,
-            which otherwise goes on to the number that it was begun with.
     """
 
-    method: str
-    mode: str | None = None
-    confirm: bool = True
-    verbose: bool = True
-    resume: bool = False
-    settings: dict[str, Any] | None = None
-    on_evaluation: OnEvaluation | None = None
-    should_stop: ShouldStop | None = None
-    count_flag: str = "--n_calls"
-    count_given: bool = False
+    seed: int | None
+    storage: Storage
+    resume: bool
+    mode: str | None
+    confirm: bool
+    settings: Mapping[str, Any] | None
+    on_evaluation: OnEvaluation | None
+    should_stop: ShouldStop | None
 
 
 def run_search(
     objective: Objective,
     space: SearchSpace,
-    *,
-    storage: Storage,
     sampler_of: SamplerOf,
+    *,
+    method: str,
     total: int,
-    seed: int | None,
-    options: SearchOptions,
+    total_given: bool = False,
+    total_flag: str = "--n_calls",
+    own: Mapping[str, Any] | None = None,
+    verbose: bool = True,
+    **options: Unpack[SearchOptions],
 ) -> OptimizationResult:
     """Evaluate `total` points in all, together with whoever else is at work on the study.
 
@@ -135,40 +128,54 @@ def run_search(
     Args:
         objective: what is evaluated.
         space: the search space.
-        storage: where the trials are kept.
         sampler_of: the sampler of a search that has begun.
+        method: its name, in the result and in the trial log.
         total: evaluations planned.
-        seed: of the search; None draws a fresh one.
+        total_given: whether the number was asked for: then it also counts for a resumed search,
+            which otherwise goes on to the number that it was begun with.
+        total_flag: the command-line option that lowers the number.
+        own: the method's own settings, which decide the results too.
+        verbose: progress on stderr.
         options: see `SearchOptions`.
     """
     started = time.perf_counter()
-    bound, mode = bound_of(objective), mode_of(objective, options.mode)
+    bound, mode = bound_of(objective), mode_of(objective, options.get("mode"))
+    facts = {"mode": mode, "max_degradation": bound, **(own or {})}
     header = SearchHeader(
-        method=options.method,
-        seed=seed,
+        method=method,
+        seed=check_seed(options.get("seed")),
         total=total,
         space={d.name: d.to_dict() for d in dimensions(space)},
-        settings=jsonable({"mode": mode, "max_degradation": bound, **(options.settings or {})}),
+        settings=jsonable({**facts, **(options.get("settings") or {})}),
     )
     # Fails on a wrong mode now rather than after the last evaluation.
     as_best_params(space, defaults(space), mode)
-    with open_study(storage, header, resume=options.resume) as (study, begun):
-        header = _to_total(study, begun, total) if options.count_given else begun
+    opened = open_study(options.get("storage"), header, resume=options.get("resume", False))
+    with opened as (study, header):
+        if total_given:
+            header = _to_total(study, header, total)
         before = Trials.of(study).evaluations
-        with _Worker(study, sampler_of(header), bound=bound, stop=options.should_stop) as work:
-            _evaluate_all(work, objective, header, before, options)
+        progress = SearchProgress(
+            total=header.total, finished=before, verbose=verbose, count_flag=total_flag
+        )
+        stop = options.get("should_stop")
+        with _Worker(study, sampler_of(header), bound=bound, stop=stop) as work, progress:
+            for claim in iter(work.claim, None):
+                evaluation = work.evaluate(claim, objective)
+                if evaluation is None:
+                    continue
+                number = len(Trials.of(study).evaluations)
+                progress.update(evaluation, number)
+                if (listener := options.get("on_evaluation")) is not None:
+                    listener(evaluation, number, header.total)
         evaluations = Trials.of(study).evaluations
-    result = _result(
-        evaluations,
-        space,
-        header=header,
-        bound=bound,
-        mode=mode,
-        seconds=_seconds(before) + time.perf_counter() - started,
-        resumed=len(before),
+    result = _result(evaluations, space, header=header, bound=bound, mode=mode)
+    result = result.replace(
+        optimization_time=_seconds(before) + time.perf_counter() - started,
+        extra={**result.extra, "resumed": len(before)},
     )
-    if options.confirm and isinstance(objective, Confirming) and is_config_space(space):
-        result = objective.confirm(result)
+    if options.get("confirm", True) and isinstance(objective, Confirming):
+        return objective.confirm(result) if is_config_space(space) else result
     return result
 
 
@@ -202,34 +209,6 @@ def as_best_params(space: SearchSpace, params: Params, mode: str) -> VARConfig |
     return VARConfig.from_dict({**params, "mode": mode})
 
 
-def _evaluate_all(
-    work: _Worker,
-    objective: Objective,
-    header: SearchHeader,
-    before: Sequence[Evaluation],
-    options: SearchOptions,
-) -> None:
-    with SearchProgress(
-        total=header.total,
-        finished=before,
-        verbose=options.verbose,
-        count_flag=options.count_flag,
-    ) as progress:
-        while (claim := work.claim()) is not None:
-            try:
-                evaluation = run_evaluation(objective, claim.params)
-            except BaseException:
-                work.give_up(claim)
-                raise
-            evaluation = evaluation.replace(suggestion_seconds=claim.seconds)
-            if not work.finish(claim, evaluation):
-                continue
-            number = len(Trials.of(work.study).evaluations)
-            progress.update(evaluation, number)
-            if options.on_evaluation is not None:
-                options.on_evaluation(evaluation, number, header.total)
-
-
 def _seconds(evaluations: Sequence[Evaluation]) -> float:
     return sum(e.seconds + e.suggestion_seconds for e in evaluations)
 
@@ -241,15 +220,12 @@ def _result(
     header: SearchHeader,
     bound: float | None,
     mode: str,
-    seconds: float,
-    resumed: int,
 ) -> OptimizationResult:
     best = best_evaluation(evaluations)
     extra: dict[str, Any] = {
         "suggestion_seconds": sum(e.suggestion_seconds for e in evaluations),
         "total": header.total,
         "failed": sum(e.failed for e in evaluations),
-        "resumed": resumed,
         "stopped_early": len(evaluations) < header.total,
     }
     miss = nearest_miss(evaluations) if best is None else None
@@ -262,7 +238,7 @@ def _result(
     return OptimizationResult(
         best_params=as_best_params(space, params, mode),
         best_score=score,
-        optimization_time=seconds,
+        optimization_time=_seconds(evaluations),
         evaluations=tuple(evaluations),
         converged=has_converged(evaluations),
         method=header.method.partition("-")[0],
@@ -332,31 +308,33 @@ class _Worker:
                 return claim
         return None
 
-    def finish(self, claim: _Claim, evaluation: Evaluation) -> bool:
-        """Tell what came of a trial; False where another process had taken it for lost.
+    def evaluate(self, claim: _Claim, objective: Objective) -> Evaluation | None:
+        """Evaluate a trial's point, and tell what came of it.
 
         The evaluation is written before the trial's state: a kill between the two is made good by
-        whoever goes on.
+        whoever goes on. None where another process had taken the trial for lost.
         """
         trial = claim.trial
+        try:
+            evaluation = run_evaluation(objective, claim.params)
+        except BaseException:
+            self._trial = None
+            self._fail(trial.number)  # whoever goes on makes it again
+            raise
+        evaluation = evaluation.replace(suggestion_seconds=claim.seconds)
         stored = evaluation.to_dict()
         try:
-            for name, distance in _constraints(evaluation, self._bound).items():
+            for name, distance in constraints(evaluation, self._bound).items():
                 trial.set_constraint(name, distance)
             trial.set_user_attr(SCORE, stored["score"])
             trial.set_user_attr(EVALUATION, stored)
-            self._trial = None
-            _tell(self.study, trial.number, evaluation)
         except UpdateFinishedTrialError:
-            self._trial = None
             _LOG.warning("trial %d was taken for lost and is made again", trial.number)
-            return False
-        return True
-
-    def give_up(self, claim: _Claim) -> None:
-        """Leave a trial to whoever goes on."""
-        self._trial = None
-        self._fail(claim.trial.number)
+            return None
+        finally:
+            self._trial = None
+        tell(self.study, trial.number, evaluation)
+        return evaluation
 
     @property
     def _total(self) -> int:
@@ -373,7 +351,7 @@ class _Worker:
             if stored is None:
                 self._fail(trial.number)
             else:
-                _tell(self.study, trial.number, Evaluation.from_dict(stored))
+                tell(self.study, trial.number, Evaluation.from_dict(stored))
         if dead:
             now = Trials.of(self.study)
         lost = now.lost
@@ -392,11 +370,8 @@ class _Worker:
         try:
             trial.set_user_attr(WORKER, worker(self._run))
             number = Trials.of(self.study).numbers.get(trial.number)
-            if number is None:
-                self._void(trial, "made again already")
-                return None
-            if number >= self._total:
-                self._void(trial, "one too many")
+            if number is None or number >= self._total:
+                self._void(trial, "made again already" if number is None else "one too many")
                 return None
             try:
                 params = self._sampler.suggest(trial)
@@ -435,41 +410,3 @@ class _Worker:
             if (trial := self._trial) is not None:
                 with suppress(Exception):  # it may just have ended
                     trial.set_user_attr(WORKER, worker(self._run))
-
-
-def _constraints(evaluation: Evaluation, bound: float | None) -> dict[str, float]:
-    """Distances from the bound, feasible at zero and below."""
-    if bound is None or evaluation.failed or evaluation.degradation is None:
-        return {}
-    distances = {CONSTRAINT: evaluation.degradation - bound}
-    # Who wins is decided on other text, by the upper bound there: a search that only minds its
-    # own estimate proposes what then fails.
-    if evaluation.degradation_se is not None:
-        margin = Z_95 * math.sqrt(2) * evaluation.degradation_se
-        distances[UPPER_CONSTRAINT] = distances[CONSTRAINT] + margin
-    return distances
-
-
-def told_value(evaluation: Evaluation) -> float:
-    """What Optuna maximises: the measured speedup, the predicted one where the bound is broken
-    (1.0 where even that is unknown), and a bare callable's score.
-
-    Never the documented score: a Gaussian process standardises all values, and penalties of -100
-    would flatten the range that matters.
-    """
-    if evaluation.feasible is None:
-        value = evaluation.score
-    elif evaluation.feasible:
-        value = evaluation.speedup
-    else:
-        value = evaluation.predicted_speedup
-        if value is None or not math.isfinite(value):
-            value = evaluation.speedup
-    return value if value is not None and math.isfinite(value) else 1.0
-
-
-def _tell(study: optuna.Study, number: int, evaluation: Evaluation) -> None:
-    if evaluation.failed:
-        study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
-    else:
-        study.tell(number, told_value(evaluation), skip_if_finished=True)

@@ -333,18 +333,13 @@ def _file(path: Path, *, resume: bool) -> optuna.storages.BaseStorage:
             )
         path.replace(path.with_name(path.name + ".previous"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    _check_lines(path)
-    return _read_file(path)
-
-
-def _read_file(path: Path) -> optuna.storages.BaseStorage:
     try:
         return _journal(path)
     except OSError:
         raise
     except Exception as error:  # lines of another program or version fail in many ways
         raise UsageError(
-            f"{path}: not a study of this version ({type(error).__name__}: {error}); "
+            f"{path}: damaged, or not a study of this version ({type(error).__name__}: {error}); "
             "start anew without resume"
         ) from error
 
@@ -386,41 +381,23 @@ def _at_work(path: Path) -> bool:
 
 
 def _cut_torn_line(path: Path, log: IO[bytes]) -> None:
-    """Cut off a last line without an end, or the next one would be joined to it."""
-    size = log.seek(0, os.SEEK_END)
-    if size == 0:
-        return
-    log.seek(size - 1)
-    if log.read(1) == b"\n":
-        return
-    log.seek(0)
-    log.truncate(log.read(size).rfind(b"\n") + 1)
-    os.fsync(log.fileno())
-    _LOG.warning("%s: the last line was torn by an interruption and is left out", path)
+    """Cut off a last line that a kill or a crash left unfinished, or the next would be joined."""
+    size, last = log.seek(0, os.SEEK_END), b""
+    while size > len(last) and b"\n" not in last[:-1]:
+        log.seek(-min(size, 2 * len(last) + 4096), os.SEEK_END)
+        last = log.read(size)
+    last = last[last.rfind(b"\n", 0, -1) + 1 :]
+    if last and not _is_whole(last):
+        log.truncate(size - len(last))
+        os.fsync(log.fileno())
+        _LOG.warning("%s: the last line was torn by an interruption and is left out", path)
 
 
-def _check_lines(path: Path) -> None:
-    """Cut off a torn last line, also one that a crash of the machine filled with zeros.
-
-    Raises:
-        UsageError: another line is damaged; names it.
-    """
-    with path.open("ab+", buffering=0) as log:
-        if fcntl is not None:
-            fcntl.flock(log, fcntl.LOCK_EX)
-        _cut_torn_line(path, log)
-        log.seek(0)
-        lines = log.read().splitlines(keepends=True)
-        for number, line in enumerate(lines, start=1):
-            try:
-                json.loads(line)
-            except ValueError:
-                if number < len(lines):
-                    raise UsageError(
-                        f"{path}: line {number} is damaged; start anew without resume"
-                    ) from None
-                log.truncate(log.tell() - len(line))
-                _LOG.warning("%s: the last line was torn by a crash and is left out", path)
+def _is_whole(line: bytes) -> bool:
+    with suppress(ValueError):
+        json.loads(line)
+        return line.endswith(b"\n")
+    return False
 
 
 @contextmanager

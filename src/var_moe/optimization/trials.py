@@ -8,6 +8,7 @@ so that a search that was interrupted goes on as an unbroken one would.
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import time
@@ -22,6 +23,7 @@ from weakref import WeakKeyDictionary
 
 from var_moe.optimization.results import Evaluation
 from var_moe.optimization.search_space import Params
+from var_moe.optimization.selection import Z_95
 
 if TYPE_CHECKING:
     import optuna
@@ -33,6 +35,12 @@ AGAIN = "again"
 """The trial whose evaluation this one makes again, as that was lost with its process."""
 VOID = "void"
 """Why a trial stands for no evaluation: another process had taken the last one, for instance."""
+
+CONSTRAINT = "degradation"
+"""Name of the constraint: degradation - max_degradation, feasible at zero and below."""
+
+UPPER_CONSTRAINT = "degradation_upper"
+"""The same with a margin: 95% of the error of a difference between two texts of this size."""
 
 BEAT_SECONDS, LOST_SECONDS = 60.0, 300.0
 """How often a process says that it is at work on a trial, and after what silence it is lost."""
@@ -127,6 +135,47 @@ class Trials:
             and trial.number in self.numbers
             and trial.number not in replaced
         ]
+
+
+def constraints(evaluation: Evaluation, bound: float | None) -> dict[str, float]:
+    """Distances of a trial from the bound, feasible at zero and below."""
+    if bound is None or evaluation.failed or evaluation.degradation is None:
+        return {}
+    distances = {CONSTRAINT: evaluation.degradation - bound}
+    # Who wins is decided on other text, by the upper bound there: a search that only minds its
+    # own estimate proposes what then fails.
+    if evaluation.degradation_se is not None:
+        margin = Z_95 * math.sqrt(2) * evaluation.degradation_se
+        distances[UPPER_CONSTRAINT] = distances[CONSTRAINT] + margin
+    return distances
+
+
+def told_value(evaluation: Evaluation) -> float:
+    """What Optuna maximises: the measured speedup, the predicted one where the bound is broken
+    (1.0 where even that is unknown), and a bare callable's score.
+
+    Never the documented score: a Gaussian process standardises all values, and penalties of -100
+    would flatten the range that matters.
+    """
+    if evaluation.feasible is None:
+        value = evaluation.score
+    elif evaluation.feasible:
+        value = evaluation.speedup
+    else:
+        value = evaluation.predicted_speedup
+        if value is None or not math.isfinite(value):
+            value = evaluation.speedup
+    return value if value is not None and math.isfinite(value) else 1.0
+
+
+def tell(study: optuna.Study, number: int, evaluation: Evaluation) -> None:
+    """Close a trial with its evaluation, unless it is closed."""
+    from optuna.trial import TrialState
+
+    if evaluation.failed:
+        study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
+    else:
+        study.tell(number, told_value(evaluation), skip_if_finished=True)
 
 
 _runs: set[str] = set()  # searches at work in this process
