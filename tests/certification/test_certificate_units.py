@@ -8,7 +8,7 @@ import pytest
 from var_moe.calibration.collect import collect_profile
 from var_moe.certification.units import UnitScorer
 from var_moe.config import VARConfig
-from var_moe.data.documents import EncodedDocument, page_of, shuffled_pages
+from var_moe.data.documents import EncodedDocument, shuffled_pages
 from var_moe.evaluation.evaluator import Evaluator, SpeedSetting
 from var_moe.models.loading import LoadedModel
 from var_moe.routing.top_p import TopPPolicy
@@ -39,30 +39,6 @@ def sections():
 def evaluator(loaded, sections):
     setting = SpeedSetting(batch_size=2, sequence=32, forwards=1)
     return Evaluator(loaded, sections, setting=setting)
-
-
-@pytest.mark.parametrize(
-    ("document", "page"),
-    [
-        ("manual/a#3", "manual/a"),
-        ("a#b", "a#b"),
-        ("#3", "#3"),
-        ("plain", "plain"),
-        ("a#1#2", "a#1"),
-    ],
-)
-def test_sections_of_a_page(document, page):
-    assert page_of(document) == page
-
-
-def test_a_unit_holds_all_sections_of_its_page(sections):
-    found = shuffled_pages(sections, seed=0)
-    assert len(found) == 16
-    assert all(len({page_of(one.id) for one in unit}) == 1 for unit in found)
-    assert sorted(one.id for unit in found for one in unit) == sorted(one.id for one in sections)
-    order = [page_of(unit[0].id) for unit in found]
-    assert order == [page_of(unit[0].id) for unit in shuffled_pages(sections, seed=0)]
-    assert order != [page_of(unit[0].id) for unit in shuffled_pages(sections, seed=1)]
 
 
 def test_the_unmodified_model_changes_nothing(evaluator, sections):

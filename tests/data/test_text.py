@@ -1,125 +1,100 @@
-"""Text as documents: demo names, local files, hash splits, the Hub's absence."""
+"""Data sets by name: the demo, several as one text, and random subsets of them."""
 
 from __future__ import annotations
 
 import json
-import time
 
-import pandas as pd
 import pytest
 
-from var_moe import hub
-from var_moe.data.documents import SPLITS, require_documents, share_of
+from var_moe.data.documents import SPLITS
 from var_moe.data.encoding import encode
-from var_moe.data.readers import articles, read_file
-from var_moe.data.text import load_text
+from var_moe.data.text import check_dataset, load_text, names_of
 from var_moe.errors import UsageError
 
 
-def test_hash_split_is_the_same_everywhere():
-    # int(sha256("a")[:8 bytes], big endian) / 2^64 = 0.7913...: after 0.40 and 0.25 -> certify
-    assert share_of("a", SPLITS) == "certify"
-    assert [share_of(word, SPLITS) for word in ("b", "c", "d", "e")] == [
-        "calibration",
-        "calibration",
-        "calibration",
-        "calibration",
-    ]
-    names = [share_of(f"document {i}", SPLITS) for i in range(20_000)]
-    shares = {name: names.count(name) / 20_000 for name in SPLITS}
-    assert shares == pytest.approx(
-        {"calibration": 0.4, "validation": 0.25, "certify": 0.15, "test": 0.2}, abs=0.015
+@pytest.fixture
+def folders(tmp_path):
+    """Makes a data set of a name with these validation texts."""
+
+    def make(name, texts):
+        folder = tmp_path / name
+        folder.mkdir()
+        rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (folder / "validation.jsonl").write_text(rows)
+        return str(folder)
+
+    return make
+
+
+def test_names_stand_between_commas():
+    assert names_of("demo") == ("demo",)
+    assert names_of("demo-postgres, demo-python,demo-kjv") == (
+        *("demo-postgres", "demo-python", "demo-kjv"),
     )
 
 
-def test_a_single_file_is_split_without_overlap(tmp_path):
-    path = tmp_path / "x.jsonl"
-    texts = [f"document {i}" for i in range(200)]
-    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    parts = {name: load_text(str(path), name) for name in SPLITS}
-    together = [d.text for part in parts.values() for d in part.documents]
-    assert sorted(together) == sorted(texts)
-    assert len(load_text(str(path), "all").documents) == 200
-    assert all(part.independent for part in parts.values())
+def test_a_file_with_a_comma_in_its_name_is_one(tmp_path):
+    path = tmp_path / "a,b.jsonl"
+    path.write_text('{"text": "one"}\n')
+    assert names_of(str(path)) == (str(path),)
 
 
-def test_txt_with_form_feeds(tmp_path):
-    (tmp_path / "x.txt").write_text("one\n\nstill one\ftwo\f\f three")
-    documents, independent = read_file(tmp_path / "x.txt")
-    assert [d.text for d in documents] == ["one\n\nstill one", "two", " three"]
-    assert independent
+@pytest.mark.parametrize(
+    ("dataset", "why"),
+    [
+        ("", "dataset '': expected a name"),
+        ("demo,", "expected a name before and after each comma"),
+        (",demo", "expected a name before and after each comma"),
+        ("demo-kjv,demo,demo-kjv", "'demo-kjv' is given twice"),
+        ("demo-kjv,demo-klingon", "'demo-klingon': expected one of demo, "),
+        ("demo,./nowhere.jsonl", "nowhere.jsonl: no such file"),
+    ],
+)
+def test_a_bad_list_is_refused_in_one_line(dataset, why):
+    with pytest.raises(UsageError) as caught:
+        check_dataset(dataset)
+    assert why in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
-def test_txt_paragraphs_are_packed_and_marked(tmp_path):
-    paragraph = "word " * 150  # 750 characters
-    (tmp_path / "x.txt").write_text("\n\n".join([paragraph] * 6))
-    documents, independent = read_file(tmp_path / "x.txt")
-    assert [d.text.count("word") for d in documents] == [300, 300, 300]
-    assert not independent
-    assert "not independent" in load_text(str(tmp_path / "x.txt"), "all").note
+def test_documents_know_their_data_set_and_share_no_id(folders, tiny_tokenizer):
+    one = folders("one", ["alpha beta", "gamma delta", "beta beta"])
+    two = folders("two", ["index select", "where order"])
+    text = load_text(f"{one},{two}", "validation")
+    assert [d.dataset for d in text.documents] == [one, two, one, two, one]
+    assert len({d.id for d in text.documents}) == 5  # both files number theirs from 0
+    assert [(part.dataset, len(part.documents)) for part in text.parts] == [(one, 3), (two, 2)]
+    assert [d.dataset for d in encode(text, tiny_tokenizer)] == [one, two, one, two, one]
+    assert text.content_hash not in [part.content_hash for part in text.parts]
 
 
-def test_parquet_takes_the_only_column_of_running_text(tmp_path, tiny_texts):
-    pd.DataFrame({"n": [1, 2], "body": tiny_texts[:2]}).to_parquet(tmp_path / "x.parquet")
-    documents, _ = read_file(tmp_path / "x.parquet")
-    assert [d.text for d in documents] == tiny_texts[:2]
+def test_one_data_set_is_as_before(folders):
+    text = load_text(folders("one", ["alpha", "beta"]), "validation")
+    assert [(d.id, d.dataset) for d in text.documents] == [
+        ("validation.jsonl:0", ""),
+        ("validation.jsonl:1", ""),
+    ]
+    assert text.parts == ()
 
 
-def test_no_text_column_is_named(tmp_path):
-    (tmp_path / "x.jsonl").write_text('{"a": "x", "b": "y"}\n')
-    with pytest.raises(UsageError, match=r"no column .text.; it has a, b"):
-        read_file(tmp_path / "x.jsonl")
-    (tmp_path / "y.jsonl").write_text('{"text": "x"}\n{"text": 3}\n')
-    with pytest.raises(UsageError, match="line 2: expected a string"):
-        read_file(tmp_path / "y.jsonl")
-    (tmp_path / "z.jsonl").write_text('{"text": "x"}\nnot json\n')
-    with pytest.raises(UsageError, match="line 2: not JSON"):
-        read_file(tmp_path / "z.jsonl")
+def test_a_text_of_two_data_sets_counts_once(folders):
+    one, two = folders("one", ["alpha", "beta"]), folders("two", ["beta", "gamma"])
+    text = load_text(f"{one},{two}", "validation")
+    assert sorted(d.text for d in text.documents) == ["alpha", "beta", "gamma"]
+    assert "1 documents are of the others" in text.parts[1].note
 
 
-def test_a_folder_names_its_splits(tmp_path):
-    (tmp_path / "validation.txt").write_text("a\fb")
-    assert len(load_text(str(tmp_path), "validation").documents) == 2
-    with pytest.raises(
-        UsageError, match=r"expected one of test\.txt, test\.jsonl, test\.json, test\.parquet"
-    ):
-        load_text(str(tmp_path), "test")
+def test_a_part_of_another_data_set_is_refused():
+    with pytest.raises(UsageError, match="'demo-postgres' has no text that the others lack"):
+        load_text("demo,demo-postgres", "validation")
 
 
-def test_a_path_is_as_good_as_its_name(tiny_text_folder):
-    assert load_text(tiny_text_folder, "test") == load_text(str(tiny_text_folder), "test")
-
-
-def test_missing_file():
-    with pytest.raises(UsageError, match="no such file"):
-        load_text("./none.txt", "test")
-
-
-def test_the_real_hub_is_out_of_reach_in_one_quick_line(monkeypatch):
-    """Tests run offline: the probe itself decides, within five seconds."""
-    hub.reachable.cache_clear()
-    start = time.perf_counter()
-    with pytest.raises(UsageError, match="does not answer"):
-        load_text("wikitext", "test")
-    assert time.perf_counter() - start < 5
-
-
-def test_wikitext_articles():
-    lines = ["", " = One = \n", " text \n", " = = Part = = \n", " more \n", " = Two = \n", " x \n"]
-    assert [a.strip()[:9] for a in articles(lines) if a.strip()] == ["= One = \n", "= Two = \n"]
-
-
-def test_encode_adds_the_start_token(tiny_tokenizer, tmp_path):
-    (tmp_path / "x.txt").write_text("the router\fan expert")
-    encoded = encode(load_text(str(tmp_path / "x.txt"), "all"), tiny_tokenizer)
-    assert [d.ids[0] for d in encoded] == [0, 0]
-    assert tiny_tokenizer.decode(encoded[1].ids[1:]) == "an expert"
-
-
-def test_require_documents():
-    require_documents([1, 2], 2, "x")
-    with pytest.raises(UsageError, match="too few documents for x: 1, at least 2 needed"):
-        require_documents([1], 2, "x")
+def test_the_demo_and_a_text_out_of_its_domain():
+    text = load_text("demo-postgres,demo-kjv", "test")
+    count = {part.dataset: len(part.documents) for part in text.parts}
+    assert count == {"demo-postgres": 416, "demo-kjv": 654}
+    first = [d.dataset for d in text.documents[:107]]
+    assert first.count("demo-postgres") == pytest.approx(107 * 416 / 1070, abs=1)
 
 
 SOURCES = {"postgres", "python", "wordnet"}
@@ -147,6 +122,29 @@ def test_demo_documents_are_in_one_split_only():
                 assert seen.setdefault(document.id, split) == split
 
 
-def test_unknown_demo_name():
-    with pytest.raises(UsageError, match="demo-postgres, demo-python, demo-wordnet, demo-kjv"):
-        load_text("demo-latin", "test")
+def test_a_package_without_its_text(refused, monkeypatch, tmp_path):
+    monkeypatch.setattr("var_moe.data.text.DEMO_FOLDER", tmp_path)
+    assert "the package lacks its text, demo/text/test.parquet" in refused(
+        load_text, "demo", "test"
+    )
+
+
+def test_a_subset_is_seeded_nested_and_in_order(write, refused):
+    path = str(write("x.txt", "\f".join(f"text {i:03}" for i in range(100))))
+    whole = load_text(path, "all").documents
+    few, more = (load_text(path, "all", max_documents=n).documents for n in (10, 30))
+    assert len(few) == 10
+    assert set(few) < set(more) < set(whole)
+    assert list(more) == sorted(more, key=whole.index)
+    assert load_text(path, "all", max_documents=10).documents == few
+    assert load_text(path, "all", max_documents=10, seed=1).documents != few
+    assert load_text(path, "all", max_documents=1000).documents == whole
+    assert "max_documents = 0" in refused(load_text, path, "all", max_documents=0)
+
+
+def test_the_hash_is_of_the_documents_in_order(write):
+    one, other = write("a.txt", "x\fy"), write("b.txt", "y\fx")
+    found = load_text(str(one), "all").content_hash
+    assert found == load_text(str(write("c.txt", "x\fy\f")), "all").content_hash
+    assert found != load_text(str(other), "all").content_hash
+    assert found != load_text(str(one), "all", max_documents=1).content_hash

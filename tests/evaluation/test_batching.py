@@ -1,12 +1,16 @@
-"""Which documents make up so many tokens."""
+"""Samples of text, windows and batches of documents, and batches for timing."""
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
+import torch
 
 from var_moe.data.documents import EncodedDocument
-from var_moe.evaluation.batching import drawn
+from var_moe.errors import UsageError
+from var_moe.evaluation.batching import batches, collate, drawn, full_batches, windows
 
 
 def made(*sizes):
@@ -31,3 +35,55 @@ def test_the_number_is_held_by_cutting_the_last_document():
     assert len(documents[list(found)[-1]].ids) == 50
     assert taken(documents, 5_000) == taken(documents, 1_000)
     assert list(taken(documents, None)) == list(range(20))
+
+
+def test_batches_come_in_mixed_order_and_long_documents_in_one_piece():
+    found = list(batches(made(*[5, 60, 12, 33, 90, 7, 8, 41, 6]), 40, window=16))
+    rows = [row.document for batch in found for row in batch]
+    assert [number for number, _ in itertools.groupby(rows)] == list(dict.fromkeys(rows))
+    assert sorted(set(rows)) == list(range(9))
+    widths = [max(len(row.ids) for row in batch) for batch in found]
+    assert widths != sorted(widths, reverse=True)
+    again = batches(made(*[5, 60, 12, 33, 90, 7, 8, 41, 6]), 40, window=16)
+    assert [[row.document for row in batch] for batch in again] == [
+        [row.document for row in batch] for batch in found
+    ]
+
+
+def test_batches_hold_every_document_once_within_the_budget():
+    documents = made(*[3 + 7 * i % 40 for i in range(30)])
+    seen = []
+    for rows in batches(documents, 100, window=50):
+        width = max(len(row.ids) for row in rows)
+        assert len(rows) == 1 or width * len(rows) <= 100
+        seen += [row.document for row in rows]
+    assert sorted(seen) == list(range(30))
+
+
+def test_collate_marks_padding_and_overlap():
+    batch = collate(windows(7, np.arange(20), 8, prefix=16)[1:3])
+    assert batch.ids.tolist()[0] == list(range(6, 14))
+    assert batch.counted[0].tolist() == [False, False] + [True] * 6
+    assert batch.document == (7, 7)
+    assert batch.prefix is not None
+    assert batch.prefix[0, -6:].tolist() == list(range(6))
+    assert batch.prefix[0, :-6].eq(-1).all()
+
+
+def test_text_shorter_than_a_timing_row_is_refused():
+    with pytest.raises(UsageError, match="text of 20 tokens is shorter than one row of 32"):
+        full_batches(made(20), batch_size=2, sequence=32, count=1)
+
+
+def test_timing_rows_are_spread_over_the_text():
+    ids = np.arange(1000)
+    text = [EncodedDocument(id=str(i), source="s", ids=ids[i : i + 100]) for i in (0, 100, 200)]
+    rows = torch.cat(full_batches(text, batch_size=2, sequence=20, count=2))
+    assert rows[:, 0].tolist() == [0, 93, 186, 280]
+    assert (rows.diff(dim=1) == 1).all()
+
+
+def test_timing_rows_overlap_where_the_text_is_short():
+    rows = torch.cat(full_batches(made(40), batch_size=2, sequence=32, count=2))
+    assert rows.shape == (4, 32)
+    assert torch.equal(rows[0, 8:], rows[3, :-8])

@@ -165,14 +165,6 @@ def test_another_policys_guard_is_refused(loaded, guard) -> None:
         pass
 
 
-def test_one_section_of_each_page() -> None:
-    documents = [EncodedDocument(f"p{n % 4}#{n}", "made", np.zeros(3)) for n in range(20)]
-    chosen = one_per_page(documents)
-    assert {document.id.split("#")[0] for document in chosen} == {"p0", "p1", "p2", "p3"}
-    assert len(chosen) == 4
-    assert one_per_page(documents, seed=1) != chosen
-
-
 @pytest.mark.slow
 class TestOnTheDemo:
     """The bundled model: verified VAR without a profile's table, as confidence alone decides."""
@@ -185,7 +177,8 @@ class TestOnTheDemo:
         own, other = halves(read_text("demo", "validation", loaded).documents)
         kjv = read_text("demo-kjv", "validation", loaded).documents
         config = VARConfig(confidence_threshold=0.7, residuals=False, cache_scope="document")
-        return loaded, self.var(loaded, config), *(one_per_page(d) for d in (own, other, kjv))
+        texts = [one_per_page(documents)[:100] for documents in (own, other, kjv)]
+        return loaded, self.var(loaded, config), *texts
 
     def var(self, loaded, config):
         from var_moe.models.identity import identity

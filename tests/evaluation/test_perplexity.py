@@ -1,15 +1,26 @@
-"""Per-document losses against a token-by-token computation."""
+"""Losses of documents, token by token; degradation and its bounds, by hand."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from var_moe.data.documents import EncodedDocument
 from var_moe.errors import UsageError
-from var_moe.evaluation.batching import batches, collate, full_batches, windows
-from var_moe.evaluation.perplexity import document_losses
+from var_moe.evaluation.batching import windows
+from var_moe.evaluation.perplexity import (
+    DocumentLosses,
+    any_over,
+    datasets_of,
+    degradation,
+    document_losses,
+    groups_of,
+    worst_of,
+)
 from var_moe.execution.session import routed
 from var_moe.routing.native import NativePolicy
 
@@ -67,26 +78,6 @@ def test_windows_score_every_token_but_the_first_once(model):
     )
 
 
-def test_batches_hold_every_document_once_within_the_budget():
-    documents = [document(i, 3 + 7 * i % 40) for i in range(30)]
-    seen = []
-    for rows in batches(documents, 100, window=50):
-        width = max(len(row.ids) for row in rows)
-        assert len(rows) == 1 or width * len(rows) <= 100
-        seen += [row.document for row in rows]
-    assert sorted(seen) == list(range(30))
-
-
-def test_collate_marks_padding_and_overlap():
-    batch = collate(windows(7, np.arange(20), 8, prefix=16)[1:3])
-    assert batch.ids.tolist()[0] == list(range(6, 14))
-    assert batch.counted[0].tolist() == [False, False] + [True] * 6
-    assert batch.document == (7, 7)
-    assert batch.prefix is not None
-    assert batch.prefix[0, -6:].tolist() == list(range(6))
-    assert batch.prefix[0, :-6].eq(-1).all()
-
-
 def test_overlap_is_left_out_of_the_counts(model):
     with routed(model, NativePolicy()) as session:
         document_losses(model, [document(0, 45)], window=16, session=session)
@@ -104,25 +95,6 @@ def test_texts_must_be_tokenised_first(model, given):
         document_losses(model, given, window=16)
 
 
-def test_text_shorter_than_a_timing_row_is_refused():
-    with pytest.raises(UsageError, match="text of 20 tokens is shorter than one row of 32"):
-        full_batches([document(0, 20)], batch_size=2, sequence=32, count=1)
-
-
-def test_timing_rows_are_spread_over_the_text():
-    ids = np.arange(1000)
-    text = [EncodedDocument(id=str(i), source="s", ids=ids[i : i + 100]) for i in (0, 100, 200)]
-    rows = torch.cat(full_batches(text, batch_size=2, sequence=20, count=2))
-    assert rows[:, 0].tolist() == [0, 93, 186, 280]
-    assert (rows.diff(dim=1) == 1).all()
-
-
-def test_timing_rows_overlap_where_the_text_is_short():
-    rows = torch.cat(full_batches([document(0, 40)], batch_size=2, sequence=32, count=2))
-    assert rows.shape == (4, 32)
-    assert torch.equal(rows[0, 8:], rows[3, :-8])
-
-
 def test_a_policy_is_told_as_many_ids_before_a_window_as_it_looks_at(model):
     class Long(NativePolicy):
         context_window = 30
@@ -134,3 +106,133 @@ def test_a_policy_is_told_as_many_ids_before_a_window_as_it_looks_at(model):
     with routed(model, policy) as session:
         document_losses(model, [document(0, 45)], window=16, session=session)
     assert policy.prefix.shape[1] == 29
+
+
+# -- paired comparison ----------------------------------------------------------------------
+
+
+def losses(nll, tokens):
+    return DocumentLosses(nll=np.array(nll, dtype=float), tokens=np.array(tokens))
+
+
+def test_by_hand():
+    base = losses([10.0, 20.0, 30.0], [5, 10, 10])
+    other = losses([11.0, 20.5, 31.0], [5, 10, 10])
+    change = degradation(base, other)
+    # d = 1, 0.5, 1; T = 25; r = 2.5 / 25 = 0.1; rest = 0.5, -0.5, 0
+    error = math.sqrt(3 / 2 * 0.5) / 25
+    assert change.value == pytest.approx(math.exp(0.1) - 1)
+    assert change.standard_error == pytest.approx(math.exp(0.1) * error)
+    assert change.upper == pytest.approx(math.exp(0.1 + 2.9199856 * error) - 1)
+    assert change.baseline_perplexity == pytest.approx(math.exp(60 / 25))
+    assert change.perplexity == pytest.approx(math.exp(62.5 / 25))
+    assert (change.documents, change.tokens) == (3, 25)
+
+
+def test_documents_without_scored_tokens_do_not_count():
+    base, other = losses([1, 2, 0], [1, 2, 0]), losses([1.5, 2.5, 0], [1, 2, 0])
+    assert degradation(base, other).documents == 2
+
+
+def test_upper_bound_covers_at_its_rate():
+    """The true ratio lies above the bound in about 5% of studies."""
+    rng = np.random.default_rng(5)
+    true, studies, over = 0.01, 1500, 0
+    for _ in range(studies):
+        size = rng.integers(50, 400, 80)
+        noise = rng.standard_t(5, 80) * 0.02 * np.sqrt(size)
+        base = losses(size * 2.5, size)
+        change = degradation(base, losses(base.nll + size * math.log1p(true) + noise, size))
+        over += change.upper < true
+    assert stats.binomtest(over, studies, 0.05).pvalue > 0.01
+
+
+def test_other_tokens_are_refused():
+    with pytest.raises(UsageError, match="different tokens"):
+        degradation(losses([1, 2], [1, 2]), losses([1, 2], [2, 2]))
+
+
+def test_one_document_is_too_few():
+    with pytest.raises(UsageError, match="at least 2 documents"):
+        degradation(losses([1], [1]), losses([1], [1]))
+
+
+# -- several data sets ----------------------------------------------------------------------
+
+
+def named(*names, source="s"):
+    return [
+        EncodedDocument(f"{name}/{i}", source, np.arange(3), name) for i, name in enumerate(names)
+    ]
+
+
+def per_token(*values, tokens=100):
+    count = np.full(len(values), tokens)
+    return DocumentLosses(nll=np.array(values) * count, tokens=count)
+
+
+def test_documents_by_data_set():
+    found = datasets_of(named("a", "b", "a"))
+    assert {name: at.tolist() for name, at in found.items()} == {"a": [0, 2], "b": [1]}
+
+
+def test_one_data_set_is_told_apart_by_its_sources_alone():
+    text = [*named("", "", source="x"), *named("", source="y")]
+    assert datasets_of(text) == {}
+    assert {name: at.tolist() for name, at in groups_of(text).items()} == {"x": [0, 1], "y": [2]}
+    assert groups_of(named("", "")) == {}
+
+
+CALM = [0.002, 0.002, 0.002, 0.002]
+
+
+HARSH = [0.015, 0.015]
+"""Change of the loss per token: two thirds at +0.2%, a third at +1.5%."""
+
+
+def test_the_union_keeps_a_bound_that_the_worst_breaks():
+    before = per_token(*[1.0] * 6)
+    after = per_token(*(1.0 + np.array([*CALM, *HARSH])))
+    groups = datasets_of(named(*"aaaabb"))
+    union = degradation(before, after)
+    assert union.value == pytest.approx(math.expm1((4 * 0.002 + 2 * 0.015) / 6))  # +0.64%
+    assert union.value < 0.01
+    worst = worst_of(before, after, groups)
+    assert worst.dataset == "b"
+    assert worst.change.value == pytest.approx(math.expm1(0.015))
+    assert worst.change.upper == pytest.approx(math.expm1(0.015))  # equal: no spread
+    assert worst.change.documents == 2
+
+
+def test_the_worst_is_the_one_with_the_highest_upper_bound():
+    """b costs less than a on average, and is less certain."""
+    before = per_token(*[1.0] * 8)
+    after = per_token(*(1.0 + np.array([0.006] * 6 + [0.0, 0.010])))
+    groups = datasets_of(named(*"aaaaaabb"))
+    worst = worst_of(before, after, groups)
+    assert worst.dataset == "b"
+    assert worst.change.value == pytest.approx(math.expm1(0.005))
+
+
+def test_a_data_set_of_one_document_cannot_be_judged():
+    with pytest.raises(UsageError, match="too few documents of 'b' to judge it: 1, at least 2"):
+        worst_of(per_token(1.0, 1.0, 1.0), per_token(1.0, 1.0, 1.0), datasets_of(named(*"aab")))
+
+
+def test_a_search_drops_what_is_over_on_one_data_set_alone():
+    dice = np.random.default_rng(0)
+    change = np.concatenate([dice.normal(-0.02, 0.002, 60), dice.normal(0.02, 0.002, 60)])
+    before, after = per_token(*[1.0] * 120), per_token(*(1.0 + change))
+    groups = datasets_of(named(*["a"] * 60, *["b"] * 60))
+    assert not any_over(before, after, {}, 0.01)  # together nothing changes
+    assert any_over(before, after, groups, 0.01)
+
+
+def test_documents_that_are_not_scored_yet_do_not_count():
+    tokens = np.array([100] * 20 + [0] * 20)
+    before = DocumentLosses(nll=tokens * 1.0, tokens=tokens)
+    wobble = np.random.default_rng(1).normal(0, 0.001, 40)
+    after = DocumentLosses(nll=tokens * (1.05 + wobble), tokens=tokens)
+    groups = datasets_of(named(*["a"] * 20, *["b"] * 20))
+    assert any_over(before, after, groups, 0.01)
+    assert worst_of(before, after, groups, partial=True).dataset == "a"

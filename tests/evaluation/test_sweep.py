@@ -12,7 +12,14 @@ from var_moe.data.documents import TextDocument
 from var_moe.data.encoding import encode
 from var_moe.errors import UsageError
 from var_moe.evaluation.evaluator import Evaluator, SpeedSetting
-from var_moe.evaluation.sweep import check_targets, control_at, require_policies, sweep, timed
+from var_moe.evaluation.sweep import (
+    REACHED,
+    check_targets,
+    control_at,
+    require_policies,
+    sweep,
+    timed,
+)
 from var_moe.models.loading import LoadedModel
 from var_moe.routing.registry import policy_names, policy_spec
 
@@ -38,27 +45,25 @@ def profile(loaded, documents):
 @pytest.fixture(scope="module")
 def evaluator(loaded, documents):
     setting = SpeedSetting(batch_size=2, sequence=32, forwards=1)
-    return Evaluator(loaded, documents[30:], setting=setting)
+    return Evaluator(loaded, documents[30:42], setting=setting)
 
 
 def swept(evaluator, profile, names, targets):
-    turning = evaluator.with_documents(evaluator.documents[:10])
-    return list(sweep(evaluator, turning, names, profile.calibration(), targets=targets))
+    return list(sweep(evaluator, evaluator, names, profile.calibration(), targets=targets))
 
 
-@pytest.mark.slow
 def test_each_policy_runs_as_many_experts_as_wanted(evaluator, profile):
-    names = ("random_skip", "naee", "ser", "top_p", "var_verified")
+    names = ("random_skip", "naee", "var_verified")
     points = swept(evaluator, profile, names, (1.75, 1.25))
     wanted = {(name, target) for name in names for target in (1.75, 1.25)}
     assert {(p.policy, p.target) for p in points} == wanted
     for point in points:
-        assert point.quality.report.experts_per_token == pytest.approx(point.target, abs=0.08)
+        assert point.quality.report.experts_per_token == pytest.approx(point.target, rel=REACHED)
         assert point.speed is None
-        assert timed(evaluator, point, profile.calibration(), blocks=1).speed.blocks == 1
         row = point.to_dict()
         assert row["policy"] == point.policy
         assert row["settings"] == point.settings
+    assert timed(evaluator, points[0], profile.calibration(), blocks=1).speed.blocks == 1
     assert {p.dial for p in points if p.policy == "var_verified"} == {"presets", "confidence"}
 
 

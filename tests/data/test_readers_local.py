@@ -9,76 +9,54 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from var_moe.data.documents import SHARES, SPLITS, share_of
+from var_moe.data.documents import SPLITS
 from var_moe.data.readers import PACK_CHARACTERS, looks_local, packed, read_file
 from var_moe.data.text import check_dataset, load_text
 from var_moe.errors import UsageError
-
-
-@pytest.fixture
-def refused():
-    """The one line of a refusal."""
-
-    def run(call, *words, **options):
-        with pytest.raises(UsageError) as caught:
-            call(*words, **options)
-        line = str(caught.value)
-        assert "\n" not in line
-        return line
-
-    return run
-
-
-@pytest.fixture
-def write(tmp_path):
-    def run(name, content):
-        path = tmp_path / name
-        data = content if isinstance(content, bytes) else content.encode()
-        path.write_bytes(data)
-        return path
-
-    return run
 
 
 def texts(path):
     return [document.text for document in read_file(path)[0]]
 
 
-# -- the hash split --------------------------------------------------------------------------
+def test_txt_with_form_feeds(tmp_path):
+    (tmp_path / "x.txt").write_text("one\n\nstill one\ftwo\f\f three")
+    documents, independent = read_file(tmp_path / "x.txt")
+    assert [d.text for d in documents] == ["one\n\nstill one", "two", " three"]
+    assert independent
 
 
-@pytest.mark.parametrize(
-    ("text", "split"),
-    # The first 16 digits of `printf a | sha256sum`, over 2^64.
-    [
-        ("m", "calibration"),  # 62c66a7a5dd70c31: 0.3858
-        ("k", "validation"),  # 8254c329a92850f6: 0.5091
-        ("h", "certify"),  # aaa9402664f1a41f: 0.6666
-        ("a", "certify"),  # ca978112ca1bbdca: 0.7913
-        ("g", "test"),  # cd0aa9856147b6c5: 0.8009
-        ("i", "test"),  # de7d1b721a1e0632: 0.8690
-    ],
-)
-def test_split_of_by_hand(text, split):
-    assert share_of(text, SPLITS) == split
+def test_txt_paragraphs_are_packed_and_marked(tmp_path):
+    paragraph = "word " * 150  # 750 characters
+    (tmp_path / "x.txt").write_text("\n\n".join([paragraph] * 6))
+    documents, independent = read_file(tmp_path / "x.txt")
+    assert [d.text.count("word") for d in documents] == [300, 300, 300]
+    assert not independent
+    assert "not independent" in load_text(str(tmp_path / "x.txt"), "all").note
 
 
-def test_share_of_some_splits_by_hand():
-    # 25 of 40 points are validation's: k is at 20.4, h at 26.7.
-    assert share_of("k", ("validation", "certify")) == "validation"
-    assert share_of("h", ("validation", "certify")) == "certify"
-    assert share_of("h", ("test",)) == "test"
+def test_a_single_file_is_split_without_overlap(tmp_path):
+    path = tmp_path / "x.jsonl"
+    texts = [f"document {i}" for i in range(200)]
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    parts = {name: load_text(str(path), name) for name in SPLITS}
+    together = [d.text for part in parts.values() for d in part.documents]
+    assert sorted(together) == sorted(texts)
+    assert len(load_text(str(path), "all").documents) == 200
+    assert all(part.independent for part in parts.values())
 
 
-@pytest.mark.parametrize("splits", [SPLITS, ("calibration", "certify"), ("validation", "certify")])
-def test_shares_are_kept(splits):
-    names = [share_of(f"document {i}", splits) for i in range(20_000)]
-    total = sum(SHARES[name] for name in splits)
-    for name in splits:
-        assert names.count(name) / len(names) == pytest.approx(SHARES[name] / total, abs=0.012)
+def test_a_folder_names_its_splits(tmp_path):
+    (tmp_path / "validation.txt").write_text("a\fb")
+    assert len(load_text(str(tmp_path), "validation").documents) == 2
+    with pytest.raises(
+        UsageError, match=r"expected one of test\.txt, test\.jsonl, test\.json, test\.parquet"
+    ):
+        load_text(str(tmp_path), "test")
 
 
-# -- .txt ------------------------------------------------------------------------------------
+def test_a_path_is_as_good_as_its_name(tiny_text_folder):
+    assert load_text(tiny_text_folder, "test") == load_text(str(tiny_text_folder), "test")
 
 
 def test_one_form_feed_at_the_end_separates_nothing(write):
@@ -113,15 +91,6 @@ def test_long_paragraphs_are_cut_at_lines_then_spaces():
     assert " ".join(packed(words)).split() == words.split()
     assert max(map(len, packed("x" * 5_000))) == PACK_CHARACTERS
     assert "".join(packed("x" * 5_000)) == "x" * 5_000
-
-
-def test_packed_text_says_so(write):
-    split = load_text(str(write("x.txt", "one\n\ntwo")), "all")
-    assert not split.independent
-    assert split.note == "the whole file; paragraphs packed, not independent"
-
-
-# -- .jsonl and .parquet ---------------------------------------------------------------------
 
 
 def test_jsonl_rows_may_hold_unicode_line_ends(write):
@@ -161,9 +130,6 @@ def test_parquet_types_of_text(tmp_path):
         values = pa.array(["one", None, "two"], pa.string()).cast(kind)
         pq.write_table(pa.table({"body": values}), tmp_path / f"{number}.parquet")
         assert texts(tmp_path / f"{number}.parquet") == ["one", "two"]
-
-
-# -- refusals --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -236,10 +202,6 @@ def test_a_pipe_is_refused_and_not_waited_for(refused, tmp_path):
         )
 
 
-def test_an_empty_name_is_no_folder(refused):
-    assert "dataset '': expected a name" in refused(check_dataset, "")
-
-
 @pytest.mark.parametrize("name", ["wikitext", "someone/data", "data:config", "a/b:c/d"])
 def test_hub_names_are_no_paths(name):
     assert not looks_local(name)
@@ -264,39 +226,3 @@ def test_a_file_too_small_for_a_split(refused, write):
     line = refused(load_text, str(path), "test")
     assert "none of its 1 documents falls to split 'test'" in line
     assert len(load_text(str(path), "calibration").documents) == 1
-
-
-def test_unknown_demo_names_are_refused_early(refused):
-    for call in (lambda: check_dataset("demo-latin"), lambda: load_text("demo-latin", "test")):
-        assert "expected one of demo, demo-postgres" in refused(call)
-
-
-def test_a_package_without_its_text(refused, monkeypatch, tmp_path):
-    monkeypatch.setattr("var_moe.data.text.DEMO_FOLDER", tmp_path)
-    assert "the package lacks its text, demo/text/test.parquet" in refused(
-        load_text, "demo", "test"
-    )
-
-
-# -- subsets ---------------------------------------------------------------------------------
-
-
-def test_a_subset_is_seeded_nested_and_in_order(write, refused):
-    path = str(write("x.txt", "\f".join(f"text {i:03}" for i in range(100))))
-    whole = load_text(path, "all").documents
-    few, more = (load_text(path, "all", max_documents=n).documents for n in (10, 30))
-    assert len(few) == 10
-    assert set(few) < set(more) < set(whole)
-    assert list(more) == sorted(more, key=whole.index)
-    assert load_text(path, "all", max_documents=10).documents == few
-    assert load_text(path, "all", max_documents=10, seed=1).documents != few
-    assert load_text(path, "all", max_documents=1000).documents == whole
-    assert "max_documents = 0" in refused(load_text, path, "all", max_documents=0)
-
-
-def test_the_hash_is_of_the_documents_in_order(write):
-    one, other = write("a.txt", "x\fy"), write("b.txt", "y\fx")
-    found = load_text(str(one), "all").content_hash
-    assert found == load_text(str(write("c.txt", "x\fy\f")), "all").content_hash
-    assert found != load_text(str(other), "all").content_hash
-    assert found != load_text(str(one), "all", max_documents=1).content_hash
