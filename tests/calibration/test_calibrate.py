@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from scipy.stats import spearmanr
 
-from var_moe.calibration import calibrate
+from var_moe.calibration import calibrate, without_backward
 from var_moe.calibration.calibrate import (
-    calibrate_damages,
     calibration_trace,
     learn_compensation,
     with_damages,
@@ -21,6 +21,7 @@ from var_moe.errors import UsageError
 from var_moe.evaluation.perplexity import document_losses
 from var_moe.execution.session import routed
 from var_moe.routing.damage import DamagePolicy
+from var_moe.tracing.record import NoBackwardError
 
 DATA = {"dataset": "tiny", "data_hash": "h"}
 QUICK = FitSettings(rank=4, regress_tokens=0, tokens=2500, tokens_per_batch=400, rate=1e-2)
@@ -44,7 +45,7 @@ def learned(case, documents):
 
 def test_damages_for_rescaled_cuts_and_with_residual_means(case, documents):
     loaded, profile = case
-    found = calibrate_damages(loaded, profile, documents, data=DATA)
+    found = with_damages(loaded, profile, documents, data=DATA).damages
     assert list(found) == (["none", "means"] if loaded.top_k == 2 else ["none"])
     assert found["none"].compensation is None
     for damage in found.values():
@@ -58,15 +59,15 @@ def test_damages_for_rescaled_cuts_and_with_residual_means(case, documents):
 def test_a_folder_holds_the_running_pass_and_is_removed(case, documents, tmp_path):
     loaded, profile = case
     place, seen = tmp_path / "pass", []
-    in_memory = calibrate_damages(loaded, profile, documents, data=DATA)
-    found = calibrate_damages(
+    in_memory = with_damages(loaded, profile, documents, data=DATA).damages
+    found = with_damages(
         loaded,
         profile,
         documents,
         data=DATA,
         folder=place,
         progress=lambda *done: seen.append((done, place.exists())),
-    )
+    ).damages
     assert {name: one.hash for name, one in found.items()} == {
         name: one.hash for name, one in in_memory.items()
     }
@@ -77,8 +78,37 @@ def test_a_folder_holds_the_running_pass_and_is_removed(case, documents, tmp_pat
 def test_without_room_for_inputs_damages_do_without(case, documents, monkeypatch):
     loaded, profile = case
     monkeypatch.setattr(calibrate, "HIDDEN_BYTES", 1)
-    found = calibrate_damages(loaded, profile, documents, data=DATA)
+    found = with_damages(loaded, profile, documents, data=DATA).damages
     assert {one.out.shape[1] for one in found.values()} == {0}
+
+
+def test_without_a_backward_pass_sizes_of_changes_stand_in(case, documents, monkeypatch, caplog):
+    loaded, profile = case
+    trace = calibration_trace(loaded, documents, data=DATA, compensation=None)
+    exact = with_damages(loaded, profile, documents, data=DATA).damages
+
+    def refuse(*args, **options):
+        raise NoBackwardError("model 'tiny': no backward pass")
+
+    monkeypatch.setattr(calibrate, "record_trace", refuse)
+    estimated = with_damages(loaded, profile, documents, data=DATA).damages
+    assert "sizes of changes instead" in caplog.text
+    assert estimated.keys() == exact.keys()
+    for name in exact:
+        mine, theirs = predicted(trace, exact[name]), predicted(trace, estimated[name])
+        assert spearmanr(mine.flatten(), theirs.flatten()).statistic > 0.7
+
+
+def test_sizes_are_scaled_to_the_measured_rise(case, documents, monkeypatch):
+    """All cuts to the first expert in one layer cost what was measured of them together."""
+    loaded, _ = case
+    rises = torch.tensor([0.5, 3.0], dtype=torch.float64)
+    monkeypatch.setattr(without_backward, "_rises", lambda *given: rises)
+    trace = without_backward.trace_without_backward(
+        loaded, documents, compensation=None, tokens=2000
+    )
+    total = (trace.damage["cut"][:, :, 0].double().square() / 2).sum(dim=1)
+    torch.testing.assert_close(total, rises, rtol=1e-4, atol=0)
 
 
 def test_nothing_to_do(case, documents, make_loaded):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from shutil import rmtree
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from var_moe.calibration.fit_compensation import KEPT_SHARES, FitSettings, fit_compensation
 from var_moe.calibration.fit_damage import fit_damage, predicted, tau_for
 from var_moe.calibration.fitted_files import FittedCompensation
-from var_moe.calibration.norms import norm_trace
+from var_moe.calibration.without_backward import trace_without_backward
 from var_moe.execution.dispatch import experts_shape
 from var_moe.models.checks import check_droppable
 from var_moe.models.identity import identity
@@ -23,6 +25,7 @@ from var_moe.tracing.record import NoBackwardError, record_trace
 if TYPE_CHECKING:
     from var_moe.calibration.profile import RoutingProfile
     from var_moe.data.documents import EncodedDocument
+    from var_moe.evaluation.evaluator import Progress
     from var_moe.models.loading import LoadedModel
     from var_moe.routing.damage import DamageModel
     from var_moe.tracing.trace import RoutingTrace
@@ -33,7 +36,6 @@ DAMAGE_TOKENS = 150_000
 """Calibration tokens of a damage pass."""
 HIDDEN_BYTES = 4 * 2**30
 """Above this the layers' inputs are not recorded, and damages are predicted without them."""
-Progress = Callable[[str, int, int], None]
 
 
 def calibration_trace(
@@ -49,7 +51,8 @@ def calibration_trace(
 ) -> RoutingTrace:
     """Record what damages are fitted to: one backward pass on labels sampled from the model.
 
-    Where the model allows none, sizes of changes stand in (`fitting.norms`), and this is logged.
+    Where the model allows none, sizes of changes stand in (`calibration.without_backward`), and
+    this is logged.
 
     Args:
         loaded: the model.
@@ -63,8 +66,7 @@ def calibration_trace(
     """
     about = identity(loaded)
     hidden = experts_shape(loaded.model)["hidden"]
-    report = progress
-    told = (lambda done, total: report("predicting damages", done, total)) if report else None
+    told = partial(progress, "predicting damages") if progress else None
     try:
         return record_trace(
             loaded,
@@ -82,42 +84,9 @@ def calibration_trace(
         )
     except NoBackwardError as error:
         log.warning("%s; damages are estimated from the sizes of changes instead", error)
-        return norm_trace(
+        return trace_without_backward(
             loaded, documents, compensation=compensation, tokens=tokens, seed=seed, progress=told
         )
-
-
-def calibrate_damages(
-    loaded: LoadedModel,
-    profile: RoutingProfile,
-    documents: Sequence[EncodedDocument],
-    *,
-    data: Mapping[str, str],
-    tokens: int = DAMAGE_TOKENS,
-    folder: Path | None = None,
-    progress: Progress | None = None,
-) -> dict[str, DamageModel]:
-    """The damage models of a profile: for rescaled cuts, and with residual means where K = 2.
-
-    Args: see `calibration_trace`; ``folder`` is emptied at the end.
-    """
-    means = profile.compensations().get("means")
-    trace = calibration_trace(
-        loaded,
-        documents,
-        data=data,
-        compensation=means,
-        tokens=tokens,
-        folder=folder,
-        progress=progress,
-    )
-    vocabulary = int(profile.head["vocabulary"])
-    found = {"none": fit_damage(trace, vocabulary=vocabulary)}
-    if means is not None:
-        found["means"] = fit_damage(trace, vocabulary=vocabulary, compensation=means)
-    if folder is not None:
-        _remove(folder)
-    return found
 
 
 def with_damages(
@@ -130,15 +99,30 @@ def with_damages(
     folder: Path | None = None,
     progress: Progress | None = None,
 ) -> RoutingProfile:
-    """The profile with its damages; as it was where there is nothing to drop (K = 1), or 0 tokens.
+    """The profile with its damages: for rescaled cuts, and with residual means where K = 2.
 
-    Args: see `calibrate_damages`.
+    It is returned as it is where there is nothing to drop (K = 1), or for 0 tokens.
+
+    Args: see `calibration_trace`; ``folder`` is removed at the end.
     """
     if not tokens or loaded.top_k == 1:
         return profile
-    damages = calibrate_damages(
-        loaded, profile, documents, data=data, tokens=tokens, folder=folder, progress=progress
+    means = profile.compensations().get("means")
+    trace = calibration_trace(
+        loaded,
+        documents,
+        data=data,
+        compensation=means,
+        tokens=tokens,
+        folder=folder,
+        progress=progress,
     )
+    vocabulary = int(profile.head["vocabulary"])
+    damages = {"none": fit_damage(trace, vocabulary=vocabulary)}
+    if means is not None:
+        damages["means"] = fit_damage(trace, vocabulary=vocabulary, compensation=means)
+    if folder is not None:
+        rmtree(folder, ignore_errors=True)
     return replace(profile, damages=damages)
 
 
@@ -219,9 +203,3 @@ def learn_compensation(
         "provenance": provenance(),
     }
     return FittedCompensation(damage=after, head=head)
-
-
-def _remove(folder: Path) -> None:
-    from shutil import rmtree
-
-    rmtree(folder, ignore_errors=True)

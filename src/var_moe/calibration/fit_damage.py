@@ -9,89 +9,22 @@ was seen rarely says little.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from var_moe.errors import UsageError
 from var_moe.routing.compensation import Compensation
-from var_moe.routing.damage import DamageModel
+from var_moe.routing.damage import DamageModel, LayerDamage
 from var_moe.tracing.trace import RoutingTrace
 
 HEAD_SIZE = 16
 """Inner size of the look at a layer's input."""
 _STEP_TOKENS, _PASSES, _RATE = 4096, 4, 1e-2
-_PENALTY = 1e-4
+_PENALTY = 1e-5  # on squared entries of the tables
 _OUTLIER = 50.0  # times the prediction: more is not listened to
-_LEAST = 1e-12  # nats
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """Some tokens of all layers."""
-
-    index: Tensor  # (L, n, K)
-    mass: Tensor  # (L, n, K)
-    ids: Tensor  # (n,)
-    hidden: Tensor | None  # (L, n, D) scaled
-
-
-class _Fitted(torch.nn.Module):
-    """The parameters of a `DamageModel`, all layers at once."""
-
-    def __init__(self, trace: RoutingTrace, target: Tensor, vocabulary: int, seed: int) -> None:
-        super().__init__()
-        layers, top_k, experts = trace.layers, trace.top_k, int(trace.head["experts"])
-        self.experts, self.pairs = experts, top_k == 2
-        mean = target.double().mean(dim=1).float().clamp(min=_LEAST)  # (L, K - 1)
-        tail = _tail(trace.weight.float()).square().mean(dim=1).clamp(min=_LEAST)
-        free = torch.nn.Parameter
-        self.base = free((mean / tail).log())
-        self.slope = free(torch.full((layers, top_k - 1), 2.0))
-        self.curve = free(torch.zeros((layers, top_k - 1)))
-        self.pair = free(torch.zeros((layers, experts**2 if self.pairs else 0)))
-        self.first = free(torch.zeros((layers, 0 if self.pairs else experts)))
-        self.dropped = free(torch.zeros((layers, 0 if self.pairs else experts)))
-        self.token = free(torch.zeros((layers, vocabulary)))
-        size = 0 if trace.hidden is None else trace.hidden.shape[2]
-        width = HEAD_SIZE if size else 0
-        dice = torch.Generator().manual_seed(seed)
-        inner = torch.randn((layers, width, size), generator=dice) / max(size, 1) ** 0.5
-        self.inner, self.bias = free(inner), free(torch.zeros((layers, width)))
-        self.out = free(torch.zeros((layers, width)))
-
-    def forward(self, some: _Sample) -> Tensor:
-        """log D_k of (L, n, K - 1); the same formula as `LayerDamage.log_damage`."""
-        tail = _tail(some.mass)
-        size = tail.log()
-        found = self.base[:, None] + size * (self.slope[:, None] + size * self.curve[:, None])
-        index = some.index
-        if self.pairs:
-            row = index[:, :, 0] * self.experts + index[:, :, 1]
-            found = found + self.pair.gather(1, row)[:, :, None]
-        else:
-            layers, tokens, top_k = index.shape
-            each = self.dropped.gather(1, index.reshape(layers, -1)).view(layers, tokens, top_k)
-            mean = (some.mass * each).flip(2).cumsum(2).flip(2)[:, :, 1:] / tail
-            found = found + self.first.gather(1, index[:, :, 0])[:, :, None] + mean
-        rest = self.token[:, some.ids]
-        if some.hidden is not None:
-            inner = torch.baddbmm(self.bias[:, None], some.hidden, self.inner.transpose(1, 2))
-            rest = rest + torch.bmm(F.silu(inner), self.out[:, :, None])[:, :, 0]
-        return found + rest[:, :, None]
-
-    def penalty(self) -> Tensor:
-        tables = (self.token, self.pair, self.first, self.dropped)
-        return sum((table.square().sum() for table in tables), start=torch.zeros(()))
-
-
-def _tail(mass: Tensor) -> Tensor:
-    """Mass of what is dropped, keeping k = 1..K-1. (..., K) -> (..., K - 1)"""
-    return mass.flip(-1).cumsum(-1).flip(-1)[..., 1:].clamp(min=1e-6)
+_LEAST, _LEAST_MASS = 1e-12, 1e-6  # nats; share of a token's weights
 
 
 def fit_damage(
@@ -101,19 +34,17 @@ def fit_damage(
     compensation: Compensation | None = None,
     passes: int = _PASSES,
     seed: int = 0,
-    progress: Progress | None = None,
 ) -> DamageModel:
     """Fit predicted damages to a trace of calibration text.
 
     Args:
-        trace: with damages of ``kind``, best of labels ``"sampled"``; with the layers' inputs
-            (``hidden``) the prediction looks at them, too.
+        trace: with damages, best of labels ``"sampled"``; with the layers' inputs (``hidden``)
+            the prediction looks at them, too.
         vocabulary: V, ids that the model takes.
         compensation: the one that the trace was recorded with, for the damages with it in place;
             by default those of rescaled cuts.
         passes: over the tokens.
         seed: draws the tokens of each step.
-        progress: called with steps done and in all.
 
     Raises:
         UsageError: the trace has no such damages, or K = 1.
@@ -126,55 +57,91 @@ def fit_damage(
     if trace.top_k == 1:
         raise UsageError("a model with one expert per token has nothing to drop: no damages to fit")
     target = trace.damage[kind].square() / 2  # (L, N, K - 1)
-    scale = None
+    scale = None  # of the layers' inputs
     if trace.hidden is not None:
         scale = torch.stack([1 / layer.float().std().clamp(min=1e-6) for layer in trace.hidden])
     with torch.inference_mode(False), torch.enable_grad():
-        fitted = _Fitted(trace, target, vocabulary, seed)
-        _descend(fitted, trace, target, scale, passes=passes, seed=seed, progress=progress)
-    tensors = {name: value.detach().clone() for name, value in fitted.named_parameters()}
+        parameters = _start(trace, target, vocabulary, seed)
+        _descend(parameters, trace, target, scale, passes=passes, seed=seed)
+    tensors = {name: value.detach().clone() for name, value in parameters.items()}
     if scale is not None:
         tensors["inner"] *= scale[:, None, None]
     return DamageModel(**tensors, compensation=compensation)
 
 
+def _start(
+    trace: RoutingTrace, target: Tensor, vocabulary: int, seed: int
+) -> dict[str, torch.nn.Parameter]:
+    """The tensors of a `DamageModel` as the fit begins: D proportional to the dropped mass^2."""
+    layers, top_k, experts = trace.layers, trace.top_k, int(trace.head["experts"])
+    mean = target.double().mean(dim=1).float().clamp(min=_LEAST)  # (L, K - 1)
+    mass = trace.weight.float().flip(2).cumsum(2).flip(2)[..., 1:].clamp(min=_LEAST_MASS)
+    pairs, singles = (experts**2, 0) if top_k == 2 else (0, experts)
+    size = 0 if trace.hidden is None else trace.hidden.shape[2]
+    width = HEAD_SIZE if size else 0
+    rng = torch.Generator().manual_seed(seed)
+    tensors = {
+        "base": (mean / mass.square().mean(dim=1).clamp(min=_LEAST)).log(),
+        "slope": torch.full((layers, top_k - 1), 2.0),
+        "curve": torch.zeros((layers, top_k - 1)),
+        "pair": torch.zeros((layers, pairs)),
+        "first": torch.zeros((layers, singles)),
+        "dropped": torch.zeros((layers, singles)),
+        "token": torch.zeros((layers, vocabulary)),
+        "inner": torch.randn((layers, width, size), generator=rng) / max(size, 1) ** 0.5,
+        "bias": torch.zeros((layers, width)),
+        "out": torch.zeros((layers, width)),
+    }
+    return {name: torch.nn.Parameter(tensor) for name, tensor in tensors.items()}
+
+
 def _descend(
-    fitted: _Fitted,
+    parameters: Mapping[str, torch.nn.Parameter],
     trace: RoutingTrace,
     target: Tensor,
     scale: Tensor | None,
     *,
     passes: int,
     seed: int,
-    progress: Progress | None,
 ) -> None:
     size = min(_STEP_TOKENS, trace.tokens)
     steps = max(20, passes * trace.tokens // size)
-    tables = [fitted.token]
-    others = [p for p in fitted.parameters() if p is not fitted.token]
-    optimiser = torch.optim.Adam([{"params": others}, {"params": tables}], lr=_RATE)
+    others = [value for name, value in parameters.items() if name != "token"]
+    optimiser = torch.optim.Adam([{"params": others}, {"params": [parameters["token"]]}], lr=_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, max_lr=[_RATE, 3 * _RATE], total_steps=steps
     )
-    dice = torch.Generator().manual_seed(seed)
-    for step in range(steps):
-        at = torch.randint(0, trace.tokens, (size,), generator=dice)
+    rng = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        at = torch.randint(0, trace.tokens, (size,), generator=rng)
         hidden = None
         if trace.hidden is not None and scale is not None:
             hidden = trace.hidden[:, at].float() * scale[:, None, None]
-        some = _Sample(
-            trace.index[:, at].long(), trace.weight[:, at].float(), trace.ids[at], hidden
-        )
-        wanted = target[:, at]
-        found = fitted(some)
-        loss = (found + (wanted * (-found).exp()).clamp(max=_OUTLIER)).mean()
-        loss = loss + _PENALTY / 10 * fitted.penalty()
+        log_damage = _log_damage(parameters, trace, at, hidden)
+        ratio = target[:, at] * (-log_damage).exp()
+        loss = (log_damage + ratio.clamp(max=_OUTLIER)).mean()
+        tables = (parameters[name] for name in ("token", "pair", "first", "dropped"))
+        loss = loss + _PENALTY * sum(table.square().sum() for table in tables)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         schedule.step()
-        if progress:
-            progress(step + 1, steps)
+
+
+def _log_damage(
+    parameters: Mapping[str, Tensor], trace: RoutingTrace, at: Tensor, hidden: Tensor | None
+) -> Tensor:
+    """log D_k of the tokens ``at`` (n,), whose scaled inputs are (L, n, D). (L, n, K - 1)"""
+    layers = []
+    # Taken apart all at once: its gradient is one stack, not a full table for each layer.
+    for layer, tensors in enumerate(zip(*(p.unbind() for p in parameters.values()), strict=True)):
+        part = LayerDamage(
+            **dict(zip(parameters, tensors, strict=True)), experts=int(trace.head["experts"])
+        )
+        hint = None if hidden is None else part.hint(hidden[layer])
+        index, mass = trace.index[layer, at].long(), trace.weight[layer, at].float()
+        layers.append(part.log_damage(index, mass, trace.ids[at], hint))
+    return torch.stack(layers)
 
 
 def predicted(trace: RoutingTrace, damage: DamageModel) -> Tensor:

@@ -7,7 +7,7 @@ Where experts are dropped, the layer's output gets, per unit of the weight w tha
 with h the layer's input, v a vector per pair (of first and dropped expert, or per dropped expert
 where pairs would need too much memory) and A, B a map of rank r for all experts. What is kept has
 the router's own weight: the compensation stands for the dropped part, so nothing is rescaled.
-Rank 0 are the residual means of a profile. It is fitted by `fitting.compensation`.
+Rank 0 are the residual means of a profile. It is fitted by `calibration.fit_compensation`.
 
 Low-rank stand-ins for pruned experts are known for whole experts (MC-SMoE, arXiv:2310.01334;
 residual restoration, ResMoE, arXiv:2503.06881); here one stands in for whatever a decision drops.

@@ -2,8 +2,8 @@
 
 The prediction is VAR's static table with the quantity that matters in place of entropy: the
 expected rise of the loss, in nats, by dropping a token's trailing experts in one layer. It is
-fitted on calibration text (`fitting.damage`) to the second-order (Fisher) estimates that one
-backward pass gives. One tau for all layers lets them share out the budget by themselves.
+fitted (`calibration.fit_damage`) to the second-order (Fisher) estimates that one backward pass
+over calibration text gives. With one tau for all layers, the budget goes where a cut costs least.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Damages without a backward pass, for models that are too large for one.
+"""Damages without a backward pass, for models or machines that allow none.
 
-In place of (g . d)^2 / 2 stands s_l |d|^2: the squared size of the change of a layer's output,
-times a sensitivity of the layer. That is measured: the rise of the loss when every decision of
-layer l alone is cut to the first expert, over the summed squares of those changes. It knows
-neither in which direction an output matters nor for which token, and predicts less well (README).
+In place of (g . d)^2 / 2, with g the gradient at a layer's output and d its change by a cut, stands
+s_l |d|^2, with a sensitivity s_l of the layer: the measured rise of the loss when every decision
+of layer l alone is cut to the first expert, over the summed |d|^2 of these cuts. It does not know
+in which direction an output matters, nor for which token, so it predicts less well.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from var_moe.calibration.distillation import forward
+from var_moe.calibration.statistics import rescaled_change
 from var_moe.evaluation.batching import batches, collate, drawn
+from var_moe.evaluation.perplexity import document_losses
 from var_moe.execution.backends.sorted import weighted_sum
 from var_moe.execution.dispatch import PairBackend, attach, detach, pair_backend
 from var_moe.execution.session import routed
@@ -25,7 +27,6 @@ from var_moe.routing.compensation import Compensation
 from var_moe.routing.decision import ForwardContext, Routing
 from var_moe.routing.keeping import all_pairs, kept_pairs, leading_slots
 from var_moe.routing.ranking import rank_slots, shares
-from var_moe.tracing.loss import loss_and_gradient, scored_targets
 from var_moe.tracing.shards import joined
 from var_moe.tracing.trace import RoutingTrace
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from var_moe.models.loading import LoadedModel
 
 SENSITIVITY_TOKENS = 16_000
-_TOKENS_PER_BATCH = 4096
+"""Tokens on which the layers' sensitivities are measured."""
 _LEAST = 1e-6  # of the mean sensitivity: a layer that seems not to matter still ranks its cuts
 
 
@@ -50,35 +51,38 @@ class _OneLayer(RoutingPolicy):
         return kept_pairs(index, weight, leading_slots(index, weight, 1))
 
 
-class _Norms:
+class _Sizes:
     """The experts session that notes sizes of changes, decisions and the layers' inputs."""
 
     def __init__(self, backend: PairBackend, compensation: Compensation | None) -> None:
         self._backend, self._compensation = backend, compensation
-        self.at = torch.empty(0, dtype=torch.int64)
+        self._at = torch.empty(0, dtype=torch.int64)
         self.rows: list[dict[str, Tensor]] = []
+
+    def begin(self, context: ForwardContext) -> None:
+        """The forward that starts."""
+        self._at, self.rows = context.counted.reshape(-1).nonzero().squeeze(1), []
 
     def experts(
         self, layer: int, module: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor
     ) -> Tensor:
         """One layer: run every pair, and compare with what fewer give."""
         outputs = self._backend(module, hidden, index)
-        at = self.at.to(index.device)
+        at = self._at.to(index.device)
         rank = rank_slots(index[at], weight[at])
         ranked, heavy = index[at].gather(1, rank), weight[at].gather(1, rank).float()
         each = outputs[at].gather(1, rank[:, :, None].expand(-1, -1, outputs.shape[2])).float()
-        each = each * heavy[:, :, None]  # (n, K, D)
         row = {
             "index": ranked.to(torch.int16),
             "weight": shares(heavy).to(torch.float16),
             "entropy": torch.zeros(len(at), dtype=torch.float16),
             "hidden": hidden[at].to(torch.float16),
-            "damage.cut": _rescaled_change(each, heavy),
+            "damage.cut": rescaled_change(each, heavy)[:, :-1].norm(dim=2),
         }
         if self._compensation is not None:
             part = self._compensation.layers[layer].to(hidden.device, torch.float32)
             rows = self._compensation.rows(ranked, ranked[:, 0])
-            changes = []
+            each, changes = each * heavy[:, :, None], []
             for kept in range(1, ranked.shape[1]):
                 dropped = heavy.clone()
                 dropped[:, :kept] = 0
@@ -89,50 +93,40 @@ class _Norms:
         return weighted_sum(outputs, weight, hidden.dtype)
 
 
-def _rescaled_change(each: Tensor, weight: Tensor) -> Tensor:
-    """Size of the change by running the first k experts alone, rescaled. (n, K - 1)"""
-    parts, kept = each.cumsum(dim=1), weight.cumsum(dim=1)
-    scale = kept[:, -1:] / torch.where(kept == 0, 1.0, kept)
-    sizes: Tensor = torch.linalg.vector_norm(parts * scale[:, :, None] - parts[:, -1:], dim=2)
-    return sizes[:, :-1]
-
-
-def norm_trace(
+def trace_without_backward(
     loaded: LoadedModel,
     documents: Sequence[EncodedDocument],
     *,
     compensation: Compensation | None,
     tokens: int,
+    tokens_per_batch: int = 4096,
     seed: int = 0,
-    backend: str = "sorted",
     progress: Callable[[int, int], None] | None = None,
 ) -> RoutingTrace:
-    """What `fit_damage` needs, from forwards alone: L + 2 passes over a small text, one over all.
+    """What `fit_damage` needs, from one pass over the text and L + 1 over a small part of it.
 
     Args:
         loaded: the model.
         documents: calibration text.
         compensation: also take the changes with this in place.
         tokens: at most so many.
+        tokens_per_batch: padded tokens per forward.
         seed: draws the documents.
-        backend: experts backend.
         progress: called with tokens done and in all.
     """
     chosen = list(drawn(documents, tokens, seed).values())
-    session = _Norms(pair_backend(backend), compensation)
-    total, done = sum(len(document.ids) for document in chosen), 0
-    parts = []
+    session = _Sizes(pair_backend("sorted"), compensation)
+    total, done, parts = sum(len(document.ids) for document in chosen), 0, []
     before = attach(loaded.model, session)
     try:
         with torch.no_grad():
-            for rows in batches(chosen, _TOKENS_PER_BATCH, window=loaded.window):
+            for rows in batches(chosen, tokens_per_batch, window=loaded.window):
                 batch = collate(rows)
-                session.at = batch.counted.reshape(-1).nonzero().squeeze(1)
-                session.rows = []
+                session.begin(batch)
                 forward(loaded.model, batch, torch.device(loaded.device), logits_to_keep=1)
                 named = {k: torch.stack([row[k] for row in session.rows]) for k in session.rows[0]}
                 parts.append({"ids": batch.ids[batch.counted], **named})
-                done += len(session.at)
+                done += len(parts[-1]["ids"])
                 if progress:
                     progress(done, total)
     finally:
@@ -140,45 +134,33 @@ def norm_trace(
     columns = joined(parts)
     few = list(drawn(documents, min(tokens, SENSITIVITY_TOKENS), seed).values())
     small = sum(len(document.ids) for document in few)
-    for kind in ("cut", "cut_compensated"):
-        if f"damage.{kind}" in columns:
-            given = compensation if kind == "cut_compensated" else None
-            sizes = columns[f"damage.{kind}"]
-            rise = _rises(loaded, few, given, backend)
-            squares = sizes[:, :, 0].double().square().mean(dim=1) * small
-            sensitivity = rise / squares.clamp(min=1e-12)
+    for kind, given in (("damage.cut", None), ("damage.cut_compensated", compensation)):
+        if kind in columns:
+            squares = columns[kind][:, :, 0].double().square().mean(dim=1) * small  # (L,)
+            sensitivity = _rises(loaded, few, given) / squares.clamp(min=1e-12)
             sensitivity = sensitivity.clamp(min=_LEAST * float(sensitivity.abs().mean()))
             # So that half the square is the damage, as with g . d.
-            columns[f"damage.{kind}"] = sizes * (2 * sensitivity).sqrt().float()[:, None, None]
+            columns[kind] *= (2 * sensitivity).sqrt().float()[:, None, None]
     head = {
         **identity(loaded),
         "compensation_hash": None if compensation is None else compensation.hash,
-        "starts": [0, int(columns["ids"].shape[0])],
+        "starts": [0, len(columns["ids"])],
         "documents": [0],
     }
     return RoutingTrace.of(columns, head)
 
 
 def _rises(
-    loaded: LoadedModel,
-    documents: Sequence[EncodedDocument],
-    compensation: Compensation | None,
-    backend: str,
+    loaded: LoadedModel, documents: Sequence[EncodedDocument], compensation: Compensation | None
 ) -> Tensor:
     """Rise of the summed loss, in nats, when one layer runs first experts alone. (L,)"""
-    layers = loaded.moe_layers
 
-    def loss(policy: RoutingPolicy) -> float:
-        total = 0.0
-        with routed(loaded.model, policy, backend=backend) as session, torch.no_grad():
-            for rows in batches(documents, _TOKENS_PER_BATCH, window=loaded.window):
-                batch = collate(rows)
-                session.announce(batch)
-                logits = forward(loaded.model, batch, torch.device(loaded.device))
-                target = scored_targets(batch.counted)
-                total += float(loss_and_gradient(logits, batch.ids, target)[0].double().sum())
-        return total
+    def loss(layer: int) -> float:
+        policy = _OneLayer(layer, compensation)
+        with routed(loaded.model, policy, backend="sorted") as session:
+            losses = document_losses(loaded.model, documents, window=loaded.window, session=session)
+        return float(losses.nll.sum())
 
-    unchanged = loss(_OneLayer(layers, compensation))  # no layer has that number: none is cut
-    rises = [loss(_OneLayer(layer, compensation)) - unchanged for layer in range(layers)]
+    unchanged = loss(loaded.moe_layers)  # no layer has that number: none is cut
+    rises = [loss(layer) - unchanged for layer in range(loaded.moe_layers)]
     return torch.tensor(rises, dtype=torch.float64)
