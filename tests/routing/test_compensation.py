@@ -10,7 +10,7 @@ import torch
 from damages import compensation_of
 from var_moe.config import VARConfig
 from var_moe.errors import UsageError
-from var_moe.routing.compensation import Compensation, LayerCompensation, split_weights
+from var_moe.routing.compensation import Compensation, LayerCompensation, first_expert
 from var_moe.routing.damage import DamagePolicy
 from var_moe.routing.fast_path import ResidualMeans, RoutingTable
 from var_moe.routing.native import NativePolicy
@@ -26,14 +26,10 @@ def silu(x: float) -> float:
     return x / (1 + math.exp(-x))
 
 
-def test_weights_are_split_between_kept_and_dropped() -> None:
-    index = torch.tensor([[0, 1], [1, 0], [1, 0]])
-    weight = torch.tensor([[0.25, 0.75], [0.5, 0.5], [0.125, 0.25]])
-    kept = torch.tensor([[False, True], [False, True], [True, True]])
-    first, stays, goes = split_weights(index, weight, kept)
-    assert first.tolist() == [1, 0, 0]  # of equal weights, the lower id
-    assert stays.tolist() == [[0, 0.75], [0, 0.5], [0.125, 0.25]]
-    assert goes.tolist() == [[0.25, 0], [0.5, 0], [0, 0]]
+def test_the_first_expert_is_the_heaviest_of_equals_the_lower_id() -> None:
+    index = torch.tensor([[0, 1, 2], [1, 0, 2], [2, 1, 0]])
+    weight = torch.tensor([[0.25, 0.75, 0.5], [0.5, 0.5, 0.25], [0.125, 0.25, 0.25]])
+    assert first_expert(index, weight).tolist() == [1, 0, 0]
 
 
 @DTYPES
@@ -43,10 +39,9 @@ def test_vectors_by_pair(dtype: torch.dtype) -> None:
     index = torch.tensor([[0, 1], [0, 1], [0, 1]])
     weight = torch.tensor([[0.75, 0.25], [0.25, 0.5], [0.5, 0.25]], dtype=dtype)
     kept = torch.tensor([[True, False], [False, True], [True, True]])
-    first, _, dropped = split_weights(index, weight, kept)
-    rows = part.rows(index, first)
+    rows, dropped = part.dropped(index, weight, kept)
     out = torch.tensor([[1.0, 1.0], [1.0, 1.0], [0.3, 0.7]], dtype=dtype)
-    layer = part.to(torch.device("cpu"), dtype).layers[0]
+    layer = part.layers[0].to(torch.device("cpu"), dtype)
     found = layer.add(out, torch.full_like(out, torch.nan), rows, dropped)
     # (0, 1) with 0.25 of (2, -4); (1, 0) with 0.25 of (0, 8).
     assert found[:2].tolist() == [[1.5, 0.0], [1.0, 3.0]]
@@ -61,13 +56,9 @@ def test_vectors_by_dropped_expert(dtype: torch.dtype) -> None:
     index = torch.tensor([[3, 1, 2], [0, 2, 3]])
     weight = torch.tensor([[0.5, 0.25, 0.125], [0.25, 0.5, 1.0]], dtype=dtype)
     kept = torch.tensor([[True, False, False], [False, True, True]])
-    first, _, dropped = split_weights(index, weight, kept)
-    found = part.layers[0].add(
-        torch.zeros((2, 2), dtype=dtype),
-        torch.zeros((2, 2), dtype=dtype),
-        part.rows(index, first),
-        dropped,
-    )
+    rows, dropped = part.dropped(index, weight, kept)
+    nothing = torch.zeros((2, 2), dtype=dtype)
+    found = part.layers[0].add(nothing, nothing, rows, dropped)
     # 0.25 (0, 2) + 0.125 (4, 4); 0.25 (1, 0).
     assert found.tolist() == [[0.5, 1.0], [0.25, 0.0]]
 
@@ -98,7 +89,7 @@ def test_the_map_by_hand(dtype: torch.dtype, close: float) -> None:
 @pytest.mark.parametrize("rank", [0, 3])
 def test_where_nothing_is_dropped_nothing_changes(dtype: torch.dtype, rank: int) -> None:
     whole = compensation_of(layers=1, experts=4, hidden=5, top_k=3, rank=rank)
-    part = whole.to(torch.device("cpu"), dtype).layers[0]
+    part = whole.layers[0].to(torch.device("cpu"), dtype)
     dice = torch.Generator().manual_seed(0)
     out, hidden = (torch.randn((20, 5), generator=dice).to(dtype) for _ in range(2))
     row = torch.randint(0, 4, (20, 3), generator=dice)

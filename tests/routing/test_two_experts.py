@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from damages import damage_model
-from var_moe.routing.compensation import Compensation, LayerCompensation, split_weights
+from var_moe.routing.compensation import Compensation, LayerCompensation, first_expert
 from var_moe.routing.damage import DamagePolicy
 from var_moe.routing.decision import ForwardContext
 from var_moe.routing.keeping import kept_pairs
@@ -69,8 +69,8 @@ def test_what_is_dropped_of_two_is_that_of_any_k(by_pair: bool) -> None:
     kept = kept | torch.zeros_like(index, dtype=torch.bool).scatter(1, rank[:, :1], True)
     out = torch.randn((TOKENS, HIDDEN), generator=dice)
     hidden = torch.randn((TOKENS, HIDDEN), generator=dice)
-    first, _, gone = split_weights(index, weight, kept)
-    wanted = part.add(out, hidden, compensation.rows(index, first), gone)
+    rows = compensation.rows(index, first_expert(index, weight))
+    wanted = part.add(out, hidden, rows, weight.masked_fill(kept, 0))
     found = part.add(out, hidden, *compensation.dropped(index, weight, kept))
     torch.testing.assert_close(found, wanted)
     whole = kept.all(dim=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +11,7 @@ from torch import Tensor
 
 from var_moe.errors import UsageError
 from var_moe.models.identity import difference, identity
-from var_moe.routing.compensation import (
-    Compensation,
-    LayerCompensation,
-    check_no_own_weights,
-)
+from var_moe.routing.compensation import Compensation, check_no_own_weights
 from var_moe.routing.damage import DamageModel
 from var_moe.storage import SCHEMA_VERSION, atomic_write, atomic_write_json, read_json
 
@@ -29,9 +25,7 @@ FOLDER = "compensation"
 LEARNED = "learned"
 _FIT = "make it again with `var-moe fit-compensation`"
 _PROFILE = "make it again with `var-moe profile`"
-_TENSORS = tuple(f.name for f in fields(DamageModel) if f.name != "compensation")
 _HEAD = ("hash", "by_pair", "model", "tokenizer_hash", "layers", "experts", "top_k")
-_PARTS = tuple(f.name for f in fields(LayerCompensation))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +51,7 @@ class FittedCompensation:
         compensation = self.compensation
         folder.mkdir(parents=True, exist_ok=True)
         (folder / HEAD_FILE).unlink(missing_ok=True)
-        tensors = {
-            f"layer.{number}.{name}": value.contiguous()
-            for number, part in enumerate(compensation.layers)
-            for name, value in zip(_PARTS, part.tensors(), strict=True)
-            if value is not None
-        }
+        tensors = {name: t.contiguous() for name, t in compensation.named("layer").items()}
         atomic_write(folder / COMPENSATION_FILE, lambda temporary: save_file(tensors, temporary))
         save_damages({LEARNED: self.damage}, folder / DAMAGE_FILE)
         about = {
@@ -117,10 +106,9 @@ def load_damages(
     damages = {}
     for name in (one for one in compensations if one in note):
         try:
-            own = {part: tensors[f"{name}.{part}"] for part in _TENSORS}
+            damages[name] = DamageModel.of_named(tensors, name, compensations[name])
         except KeyError as error:
             raise UsageError(f"{path}: {error.args[0]!r} is missing; make it again") from None
-        damages[name] = DamageModel(**own, compensation=compensations[name])
         if damages[name].hash != note[name]:
             raise UsageError(
                 f"{path}: its damages {name!r} do not belong to the files beside it; make it again"
@@ -148,12 +136,12 @@ def load_compensation(folder: str | Path, loaded: LoadedModel | None = None) -> 
     check_no_own_weights(folder, head)
     tensors, _ = _read(folder / COMPENSATION_FILE, _FIT)
     try:
-        layers = tuple(_layer(tensors, number) for number in range(head["layers"]))
+        sizes = {name: head[name] for name in ("layers", "by_pair", "experts")}
+        compensation = Compensation.of_named(tensors, "layer", **sizes)
     except KeyError as error:
         raise UsageError(f"{folder}: {error.args[0]!r} is missing; {_FIT}") from None
     except TypeError as error:
         raise UsageError(f"{folder / HEAD_FILE}: damaged ({error}); {_FIT}") from None
-    compensation = Compensation(layers=layers, by_pair=head["by_pair"], experts=head["experts"])
     if compensation.hash != head["hash"]:
         raise UsageError(f"{folder}: {COMPENSATION_FILE} does not belong to {HEAD_FILE}; {_FIT}")
     damages = load_damages(folder / DAMAGE_FILE, {LEARNED: compensation})
@@ -166,11 +154,6 @@ def load_compensation(folder: str | Path, loaded: LoadedModel | None = None) -> 
             f"{loaded.name!r}: {fault}; fit one with `var-moe fit-compensation`"
         )
     return FittedCompensation(damage=damages[LEARNED], head=head)
-
-
-def _layer(tensors: Mapping[str, Tensor], number: int) -> LayerCompensation:
-    vectors, *low_rank = (f"layer.{number}.{name}" for name in _PARTS)
-    return LayerCompensation(tensors[vectors], *(tensors.get(name) for name in low_rank))
 
 
 def _read(path: Path, again: str) -> tuple[dict[str, Tensor], dict[str, str]]:

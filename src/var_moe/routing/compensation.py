@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,9 @@ class LayerCompensation:
         if weight.shape[1] == 1:
             return torch.addcmul(out, self.vectors.index_select(0, row[:, 0]), weight)
         return out + F.embedding_bag(row, self.vectors, mode="sum", per_sample_weights=weight)
+
+
+_FIELDS = tuple(field.name for field in fields(LayerCompensation))
 
 
 @dataclass(frozen=True)
@@ -152,8 +155,7 @@ class Compensation:
             J = K, but 1 for K = 2, where at most one expert is.
         """
         if index.shape[1] != 2:
-            first, _, gone = split_weights(index, weight, kept)
-            return self.rows(index, first), gone
+            return self.rows(index, first_expert(index, weight)), weight.masked_fill(kept, 0)
         # At most one of two: the other is the first, or at any rate the one that runs.
         swapped = ~kept[:, 0]
         lost = torch.where(swapped, index[:, 0], index[:, 1])
@@ -163,10 +165,29 @@ class Compensation:
         gone = weight.masked_fill(kept, 0).sum(dim=1, keepdim=True)
         return row[:, None], gone
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Compensation:
-        """All layers on one device."""
-        layers = tuple(layer.to(device, dtype) for layer in self.layers)
-        return replace(self, layers=layers)
+    def named(self, prefix: str) -> dict[str, Tensor]:
+        """All tensors, for a file: ``<prefix>.<layer>.<field>``."""
+        return {
+            f"{prefix}.{number}.{name}": tensor
+            for number, layer in enumerate(self.layers)
+            for name, tensor in zip(_FIELDS, layer.tensors(), strict=True)
+            if tensor is not None
+        }
+
+    @classmethod
+    def of_named(
+        cls, tensors: Mapping[str, Tensor], prefix: str, *, layers: int, by_pair: bool, experts: int
+    ) -> Compensation:
+        """What `named` gave, with other tensors or without.
+
+        Raises:
+            KeyError: a layer's vectors are missing; names them.
+        """
+        parts = []
+        for number in range(layers):
+            vectors, *low_rank = (f"{prefix}.{number}.{name}" for name in _FIELDS)
+            parts.append(LayerCompensation(tensors[vectors], *(tensors.get(n) for n in low_rank)))
+        return cls(layers=tuple(parts), by_pair=by_pair, experts=experts)
 
     def check(self, *, layers: int, experts: int, hidden: int) -> None:
         """Refuse another model's.
@@ -180,6 +201,12 @@ class Compensation:
                 f"compensation for (layers, experts, hidden size) = {mine} does not fit a model of "
                 f"{(layers, experts, hidden)}; fit one with `var-moe fit-compensation`"
             )
+
+
+def first_expert(index: Tensor, weight: Tensor) -> Tensor:
+    """The heaviest expert of each token, the lower id of equals: (T, K), (T, K) -> (T,)"""
+    heaviest = weight.amax(dim=1, keepdim=True)
+    return index.masked_fill(weight < heaviest, torch.iinfo(index.dtype).max).amin(dim=1)
 
 
 def check_no_own_weights(folder: Path, about: Mapping[str, Any]) -> None:
@@ -197,21 +224,3 @@ def check_no_own_weights(folder: Path, about: Mapping[str, Any]) -> None:
             f"{folder}: its compensation also changes the model's own weights (--heal), which "
             "version 0.1 was the last to do; fit one with `var-moe fit-compensation`"
         )
-
-
-def split_weights(index: Tensor, weight: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What is dropped from a decision of the router.
-
-    Args:
-        index: (T, K) the router's experts.
-        weight: (T, K) the router's weights.
-        kept: (T, K) bool, slots that run.
-
-    Returns:
-        first expert (T,); weights of what is kept (T, K) and of what is dropped (T, K), each zero
-        in the other's slots.
-    """
-    heaviest = weight.amax(dim=1, keepdim=True)
-    # Ties go to the lower id, as everywhere.
-    first = index.masked_fill(weight < heaviest, torch.iinfo(index.dtype).max).amin(dim=1)
-    return first, weight.masked_fill(~kept, 0), weight.masked_fill(kept, 0)

@@ -87,6 +87,19 @@ class DamageModel:
         found = ((field.name, getattr(self, field.name)) for field in fields(self))
         return {name: value for name, value in found if isinstance(value, Tensor)}
 
+    @classmethod
+    def of_named(
+        cls, tensors: Mapping[str, Tensor], prefix: str, compensation: Compensation | None
+    ) -> DamageModel:
+        """From tensors that are named ``<prefix>.<field>``.
+
+        Raises:
+            KeyError: one is missing; names it.
+        """
+        names = (field.name for field in fields(cls) if field.name != "compensation")
+        own = {name: tensors[f"{prefix}.{name}"] for name in names}
+        return cls(**own, compensation=compensation)
+
     def layer(self, number: int, device: torch.device) -> LayerDamage:
         """One layer's part, on its device, in float32."""
         part = {name: t[number].to(device, torch.float32) for name, t in self.tensors().items()}

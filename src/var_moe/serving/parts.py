@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from var_moe.errors import UsageError
-from var_moe.routing.compensation import Compensation, LayerCompensation
+from var_moe.routing.compensation import Compensation
 from var_moe.routing.damage import DamageModel
 from var_moe.routing.fast_path import ResidualMeans, RoutingTable
 from var_moe.routing.layer_sensitivity import LayerSensitivity
@@ -19,8 +19,6 @@ from var_moe.routing.ratios import RatioQuantiles
 
 Tensors = dict[str, Tensor]
 _TABLE = tuple(field.name for field in fields(RoutingTable))
-_DAMAGE = tuple(field.name for field in fields(DamageModel) if field.name != "compensation")
-_LAYER = tuple(field.name for field in fields(LayerCompensation))
 _PLAIN: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "ratios": RatioQuantiles.from_dict,
     "sensitivity": LayerSensitivity.from_dict,
@@ -59,9 +57,12 @@ def pack(calibration: Mapping[str, Any]) -> tuple[Tensors, dict[str, Any]]:
             raise UsageError("the damages were fitted with another compensation than asked for")
         compensation = compensation or damage.compensation
     if compensation is not None:
+        tensors |= compensation.named("compensation")
         about["compensation"] = {
             "asked_for": "compensation" in given,
-            **_pack_compensation(compensation, tensors),
+            "by_pair": compensation.by_pair,
+            "experts": compensation.experts,
+            "layers": len(compensation.layers),
         }
     # Copies: what shares memory cannot be saved, and views drag their whole storage along.
     return {
@@ -87,14 +88,13 @@ def unpack(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> dict[str,
             found[name] = read(about[name])
     compensation = None
     if "compensation" in about:
-        compensation = _unpack_compensation(about["compensation"], tensors)
+        sizes = {name: about["compensation"][name] for name in ("layers", "by_pair", "experts")}
+        compensation = Compensation.of_named(tensors, "compensation", **sizes)
         if about["compensation"]["asked_for"]:
             found["compensation"] = compensation
     if "damage" in about:
-        found["damage"] = DamageModel(
-            **{name: tensors[f"damage.{name}"] for name in _DAMAGE},
-            compensation=compensation if about["damage"]["compensated"] else None,
-        )
+        with_it = compensation if about["damage"]["compensated"] else None
+        found["damage"] = DamageModel.of_named(tensors, "damage", with_it)
     return found
 
 
@@ -109,28 +109,6 @@ def hash_of(tensors: Mapping[str, Tensor]) -> str:
 
 def _hash(compensation: Compensation | None) -> str | None:
     return None if compensation is None else compensation.hash
-
-
-def _pack_compensation(compensation: Compensation, tensors: Tensors) -> dict[str, Any]:
-    for number, layer in enumerate(compensation.layers):
-        for name, value in zip(_LAYER, layer.tensors(), strict=True):
-            if value is not None:
-                tensors[f"compensation.{number}.{name}"] = value
-    return {
-        "by_pair": compensation.by_pair,
-        "experts": compensation.experts,
-        "layers": len(compensation.layers),
-    }
-
-
-def _unpack_compensation(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Compensation:
-    layers = []
-    for number in range(about["layers"]):
-        own = f"compensation.{number}."
-        vectors, *low = _LAYER
-        low_rank = [tensors.get(own + name) for name in low]
-        layers.append(LayerCompensation(tensors[own + vectors], *low_rank))
-    return Compensation(layers=tuple(layers), by_pair=about["by_pair"], experts=about["experts"])
 
 
 def _count(tensors: Mapping[str, Tensor], kind: str) -> int:
