@@ -2,39 +2,55 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 
 from var_moe.analysis import bottlenecks
-from var_moe.analysis.bottlenecks import Facts, find_bottlenecks
+from var_moe.analysis.bottlenecks import find_bottlenecks
 
-WELL = Facts(
-    speedup=1.3,
-    speedup_low=1.25,
-    speedup_high=1.35,
-    backend_factor=1.02,
-    backend_used="sorted",
-    learned_pct=40.0,
-    cached_pct=30.0,
-    cache_hit_rate=0.4,
-    experts_per_token=1.4,
-    top_k=2,
-    router_always_asked=False,
-    uses_cache=True,
-    scaling=[
+WELL = {
+    "speedup": 1.3,
+    "speedup_low": 1.25,
+    "speedup_high": 1.35,
+    "backend_factor": 1.02,
+    "learned_pct": 40.0,
+    "cache_hit_rate": 0.4,
+    "imbalance": 1.4,
+    "routing_share": 0.03,
+    "experts_share": 0.75,
+    "router_always_asked": False,
+    "uses_cache": True,
+    "scaling": [
         {"batch_size": 8, "sequence": 64, "speedup": 1.2},
         {"batch_size": 8, "sequence": 256, "speedup": 1.3},
     ],
-    imbalance=1.4,
-    routing_share=0.03,
-    experts_share=0.75,
-    bound=1.6,
-)
+}
 
 
 def found(**changes):
-    return {one.name: one for one in find_bottlenecks(dataclasses.replace(WELL, **changes))}
+    given = {**WELL, **changes}
+    stats = {"learned_pct": given["learned_pct"], "cached_pct": 30.0, "top_k": 2}
+    stats |= {"cache_hit_rate": given["cache_hit_rate"], "experts_per_token": 1.4}
+    systems = {
+        "comparison": {
+            "actual_speedup": given["speedup"],
+            "actual_speedup_95": [given["speedup_low"], given["speedup_high"]],
+            "backend_factor": {"median": given["backend_factor"]},
+            "largest_speedup": 1.6,
+        },
+        "var": {
+            "backend": "sorted",
+            "var_stats": {**stats, "expert_imbalance": given["imbalance"]},
+        },
+        "scaling": given["scaling"],
+    }
+    rows = find_bottlenecks(
+        systems,
+        policy_share=given["routing_share"],
+        experts_share=given["experts_share"],
+        always_asked=given["router_always_asked"],
+        uses_cache=given["uses_cache"],
+    )
+    return {one.name: one for one in rows}
 
 
 def test_a_good_run_has_none():

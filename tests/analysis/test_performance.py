@@ -78,12 +78,6 @@ def test_what_stands_in_costs_its_cuts():
     assert model.predict_latency(cut) == pytest.approx(50 + 10)
 
 
-def test_another_batch(model):
-    other = model.in_setting(batch_size=1, sequence=10, baseline_s=0.02)
-    assert other.predict_latency(TierDistribution()) == pytest.approx(10 + 2 + 4)
-    assert other.predict_speedup(TierDistribution()) == pytest.approx(20 / 16)
-
-
 @pytest.mark.parametrize(
     ("values", "said"),
     [

@@ -12,7 +12,7 @@ _PUBLIC = {
     "GPUProfiler": "profiler",
     "PerformanceModel": "performance",
     "TierDistribution": "performance",
-    "profile_full_pipeline": "pipeline",
+    "profile_full_pipeline": "systems",
     "profile_components": "components",
     "analyse": "systems",
     "AnalysisSettings": "systems",

@@ -97,24 +97,26 @@ def run_policy(
     experts: int,
 ) -> Ran:
     """One pass over the batches, from empty caches."""
-    device = next(model.parameters()).device
     pairs = torch.zeros((layers, experts), dtype=torch.float64)
-    watched = WatchedPolicy(policy, pairs)
-    memory = PeakMemory(device)
-    with torch.inference_mode(), routed(model, watched, backend=backend) as session:
+    with routed(model, WatchedPolicy(policy, pairs), backend=backend) as session:
         session.reset()
-        for ids in batches:
-            model(input_ids=ids.to(device), use_cache=False)
+        memory = _pass(model, batches)
         report = session.report()
     busiest = pairs.amax(dim=1) / pairs.mean(dim=1).clamp(min=1)
-    return Ran(report=report, imbalance=float(busiest.max()), memory=memory.to_dict())
+    return Ran(report=report, imbalance=float(busiest.max()), memory=memory)
 
 
 def run_baseline(model: Any, batches: Sequence[Tensor], *, backend: str) -> dict[str, Any]:
     """Peak memory of the unmodified model on the batches."""
+    with backend_arm(model, backend)():
+        return _pass(model, batches)
+
+
+def _pass(model: Any, batches: Sequence[Tensor]) -> dict[str, Any]:
+    """Peak memory of forwards of (B, S) ids."""
     device = next(model.parameters()).device
     memory = PeakMemory(device)
-    with torch.inference_mode(), backend_arm(model, backend)():
+    with torch.inference_mode():
         for ids in batches:
             model(input_ids=ids.to(device), use_cache=False)
     return memory.to_dict()

@@ -9,7 +9,7 @@ it runs: FAST and CACHED the leading ceil(K/2), LEARNED all K, unless a distribu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from scipy.optimize import brentq
@@ -251,9 +251,3 @@ class PerformanceModel:
             "largest_speedup": self.largest_speedup(),
             "terms": terms,
         }
-
-    def in_setting(self, *, batch_size: int, sequence: int, baseline_s: float) -> PerformanceModel:
-        """The same for another batch, whose unmodified forward took ``baseline_s`` seconds."""
-        setting = SpeedSetting(batch_size=batch_size, sequence=sequence)
-        other = replace(self.cost, setting=setting, baseline=baseline_s)
-        return PerformanceModel(other, residual=self._residual)

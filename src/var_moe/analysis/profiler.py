@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as torch_profile
 
 from var_moe.errors import UsageError
+from var_moe.optimization.saving import figures_table
 from var_moe.storage import SCHEMA_VERSION, atomic_write_json, provenance
 from var_moe.terminal import show
 
@@ -161,8 +162,14 @@ class GPUProfiler:
         }
 
     def print_summary(self) -> None:
-        """Print the report as a table."""
-        show(section_table(self.get_report()["sections"]))
+        """Print the report as a table, inner stretches indented."""
+        figures = ("total_ms", "mean_ms", "std_ms", "p50_ms", "p99_ms")
+        table = figures_table("Profile", "section", "runs", "total ms", *figures[1:])
+        for path, row in self.get_report()["sections"].items():
+            *outer, name = path.split(SEPARATOR)
+            cells = [f"{row[key]:.3f}" for key in figures]
+            table.add_row("  " * len(outer) + name, str(row["count"]), *cells)
+        show(table)
 
     def save_report(self, path: str | Path) -> None:
         """Write the report as JSON, with where it was made."""
@@ -220,19 +227,3 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
         "p50_ms": float(np.quantile(taken, 0.5)),
         "p99_ms": float(np.quantile(taken, 0.99)),
     }
-
-
-def section_table(sections: Mapping[str, Mapping[str, Any]]) -> Any:
-    """The stretches as a rich table, inner ones indented."""
-    from rich.table import Table
-
-    table = Table(title="Profile", title_justify="left")
-    for heading in ("section", "runs", "total ms", "mean ms", "std", "p50", "p99"):
-        table.add_column(heading, justify="left" if heading == "section" else "right")
-    for path, row in sections.items():
-        *outer, name = path.split(SEPARATOR)
-        names = ("total_ms", "mean_ms", "std_ms", "p50_ms", "p99_ms")
-        table.add_row(
-            "  " * len(outer) + name, str(row["count"]), *(f"{row[key]:.3f}" for key in names)
-        )
-    return table

@@ -10,7 +10,7 @@ counted: they are a few percent of the FLOPs.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,22 +162,47 @@ def active_parameters(model: Any, experts_per_token: float) -> int:
     return round(total)
 
 
-def roofline_arm(
-    model: Any,
-    machine: Machine,
-    work: ForwardWork,
-    *,
-    seconds: float,
-    experts_per_token: float,
-    peak_bytes: int,
+def roofline(
+    model: Any, ids: Tensor, policy: RoutingPolicy, systems: Mapping[str, Any]
 ) -> dict[str, Any]:
+    """What the unmodified model and a policy reach of this machine's peaks.
+
+    Args:
+        model: a transformers MoE causal language model.
+        ids: (B, S) of the forward that was timed.
+        policy: who decides.
+        systems: time and memory of both, as ``baseline`` and ``var`` of the analysis.
+    """
+    weight = next(model.parameters())
+    machine = measure_machine(weight.device, weight.dtype)
+    stats = systems["var"]["var_stats"]
+    kept = {"baseline": stats["top_k"], "var": stats["experts_per_token"]}
+    return {
+        "counted": "multiply-adds and bytes of matrix products and attention, as torch counts them "
+        "(no causal mask); not norms, activations, softmax",
+        "total_parameters": sum(p.numel() for p in model.parameters()),
+        "active_parameters": active_parameters(model, kept["baseline"]),
+        "machine": machine.to_dict(),
+        "setting": {"batch_size": ids.shape[0], "sequence": ids.shape[1]},
+        **{
+            name: {
+                "active_parameters": active_parameters(model, kept[name]),
+                "experts_per_token": float(kept[name]),
+                "peak_memory_bytes": systems[name]["memory"]["peak_bytes"],
+                **reached(
+                    count_work(model, ids, chosen), machine, systems[name]["avg_time_ms"] / 1000
+                ),
+            }
+            for name, chosen in (("baseline", None), ("var", policy))
+        },
+    }
+
+
+def reached(work: ForwardWork, machine: Machine, seconds: float) -> dict[str, Any]:
     """Figures of a forward that took so many seconds, against the machine's peaks."""
     flops, moved = work.total_flops / seconds, work.bytes_moved / seconds
     of_compute, of_memory = flops / machine.flops_per_second, moved / machine.bytes_per_second
     return {
-        "active_parameters": active_parameters(model, experts_per_token),
-        "experts_per_token": experts_per_token,
-        "peak_memory_bytes": peak_bytes,
         "flops": work.flops,
         "bytes": work.bytes_moved,
         "achieved_flops_per_second": flops,

@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from var_moe.analysis.bottlenecks import Bottleneck, Facts, find_bottlenecks
+from var_moe.analysis.bottlenecks import find_bottlenecks
 from var_moe.analysis.components import (
     ComponentTimings,
-    Ran,
     profile_components,
     run_baseline,
     run_policy,
 )
 from var_moe.analysis.performance import PerformanceModel
-from var_moe.analysis.roofline import (
-    active_parameters,
-    count_work,
-    measure_machine,
-    roofline_arm,
-)
-from var_moe.analysis.scaling import BATCH_SIZES, SEQUENCES, measure_scaling
-from var_moe.config import check_number
-from var_moe.evaluation.cost import CostModel, fit_cost_model
-from var_moe.evaluation.evaluator import Evaluator, Progress, Speed
+from var_moe.analysis.roofline import roofline
+from var_moe.config import VARConfig, check_number
+from var_moe.data.documents import require_documents
+from var_moe.data.encoding import as_documents, check_documents
+from var_moe.evaluation.batching import full_batches
+from var_moe.evaluation.cost import fit_cost_model
+from var_moe.evaluation.evaluator import Evaluator, Progress, SpeedSetting
+from var_moe.evaluation.throughput import backend_arm, fastest_backend, policy_arm, time_arms
 from var_moe.execution.session import automatic
 from var_moe.growing import GrowingResult
+from var_moe.models.loading import LoadedModel
 from var_moe.optimization.candidate import Candidate
 from var_moe.optimization.results import jsonable
 from var_moe.storage import SCHEMA_VERSION, atomic_write_json, check_output_folder, provenance
@@ -38,7 +35,11 @@ if TYPE_CHECKING:
     from var_moe.calibration.profile import RoutingProfile
     from var_moe.routing.base import RoutingPolicy
 
+log = logging.getLogger(__name__)
+
 SYSTEMS_FILE, PROFILE_FILE = "systems_analysis.json", "profile_report.json"
+FEW_TOKENS = 1024
+"""Below this many tokens a forward takes a moment: more of them in a block, for the same noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +61,8 @@ class AnalysisSettings:
     rounds: int = 8
     scaling_blocks: int = 5
     cost_blocks: int = 6
-    sequences: Sequence[int] = SEQUENCES
-    batch_sizes: Sequence[int] = BATCH_SIZES
+    sequences: Sequence[int] = (64, 128, 256, 512)
+    batch_sizes: Sequence[int] = (1, 2, 4, 8)
 
     def __post_init__(self) -> None:
         counts = {
@@ -122,8 +123,16 @@ def analyse(
     cost_policies = candidate.cost_policies(profile, evaluator.top_k)
     evaluator = replace(evaluator, cost_policies=cost_policies, progress=progress)
     policy = candidate.make(profile)
-    geometry, batches = evaluator.geometry(), evaluator.timing_batches
+    model, batches, geometry = evaluator.model, evaluator.timing_batches, evaluator.geometry()
     speed = evaluator.speed(policy, blocks=settings.blocks)
+    loaded = evaluator.loaded
+    origin = {
+        "schema_version": SCHEMA_VERSION,
+        "documents": len(evaluator.documents),
+        "setting": evaluator.setting.to_dict(),
+        "model": {"name": loaded.name, "revision": loaded.revision, "dtype": loaded.dtype},
+        "provenance": provenance(),
+    }
     compared: dict[str, Any] = {
         "actual_speedup": speed.speedup.median,
         "actual_speedup_95": [speed.speedup.low, speed.speedup.high],
@@ -131,11 +140,10 @@ def analyse(
         "skipping_factor": speed.skipping_factor and speed.skipping_factor.to_dict(),
     }
     systems: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
+        **origin,
         "comparison": compared,
         "notes": evaluator.timing_notes(),
         "profile_hash": None if profile is None else profile.hash,
-        **_origin(evaluator),
     }
 
     def known(missing: str, **further: Any) -> None:
@@ -144,172 +152,205 @@ def analyse(
             kept.save(jsonable(systems), missing=missing)
 
     known("parts of a forward, scaling, roofline, cost model")
-    report("parts of a forward", 0, 2)
-    parts = _components(evaluator, policy, settings.rounds, report)
+    parts: dict[str, ComponentTimings] = {}
+    for name, chosen, backend in (
+        ("baseline", None, evaluator.baseline_backend),
+        ("var", policy, evaluator.backend),
+    ):
+        report("parts of a forward", len(parts), 2)
+        parts[name] = profile_components(
+            model, batches, policy=chosen, backend=backend, rounds=settings.rounds
+        )
+    report("parts of a forward", 2, 2)
     components: dict[str, Any] = jsonable(
         {
-            "schema_version": SCHEMA_VERSION,
+            **origin,
             "what": "milliseconds per forward; marks and hooks add a few percent of their own",
             **{name: timed.to_dict() for name, timed in parts.items()},
-            **_origin(evaluator),
         }
     )
     if kept is not None:
         atomic_write_json(kept.path.with_name(PROFILE_FILE), components)
-    baseline_memory = run_baseline(evaluator.model, batches, backend=evaluator.baseline_backend)
+    memory = run_baseline(model, batches, backend=evaluator.baseline_backend)
     ran = run_policy(
-        evaluator.model,
+        model,
         batches,
         policy,
         backend=evaluator.backend,
         layers=geometry["layers"],
         experts=geometry["experts"],
     )
-    arms = {
-        "baseline": {
-            **_measured(evaluator, speed.baseline_tps, baseline_memory),
+
+    def measured(tps: float, memory: dict[str, Any]) -> dict[str, Any]:
+        milliseconds = 1000 * batches[0].numel() / tps
+        return {"avg_time_ms": milliseconds, "throughput_tps": tps, "memory": memory}
+
+    known(
+        "scaling, roofline, cost model",
+        baseline={
+            **measured(speed.baseline_tps, memory),
             "backend": speed.baseline_backend,
             "experts_per_token": float(evaluator.top_k),
         },
-        "var": {
-            **_measured(evaluator, speed.tps, ran.memory),
-            "backend": automatic(evaluator.model, evaluator.backend),
+        var={
+            **measured(speed.tps, ran.memory),
+            "backend": automatic(model, evaluator.backend),
             "var_stats": {**ran.report.to_dict(), "expert_imbalance": ran.imbalance},
             "config": candidate.to_dict(),
             "kind": candidate.kind,
         },
-    }
-    known("scaling, roofline, cost model", **arms)
-    scaling = measure_scaling(
-        evaluator,
-        policy,
-        sequences=settings.sequences,
-        batch_sizes=settings.batch_sizes,
-        blocks=settings.scaling_blocks,
-        progress=progress,
     )
+    scaling = measure_scaling(evaluator, policy, settings, progress=progress)
     known("roofline, cost model", scaling=scaling)
     report("fitting the cost model", 0, 1)
-    cost = fitted_cost(evaluator, blocks=settings.cost_blocks)
+    var_all, var_leading = cost_policies or (None, None)
+    cost = fit_cost_model(
+        evaluator, var_all=var_all, var_leading=var_leading, blocks=settings.cost_blocks
+    )
     report("fitting the cost model", 1, 1)
-    model = PerformanceModel(cost, residual=policy.adds_residual)
-    predicted = model.predict_speedup(ran.report)
+    predictor = PerformanceModel(cost, residual=policy.adds_residual)
+    predicted = predictor.predict_speedup(ran.report)
     compared |= {
         "predicted_speedup": predicted,
         "prediction_error_pct": 100 * abs(predicted / speed.speedup.median - 1),
-        "largest_speedup": model.largest_speedup(),
-        "time_by_term": model.analyze_bottleneck(ran.report),
+        "largest_speedup": predictor.largest_speedup(),
+        "time_by_term": predictor.analyze_bottleneck(ran.report),
         "cost_model": cost.to_dict(),
     }
     known("roofline")
-    facts = _facts(evaluator, candidate, policy, speed, ran, parts, scaling, model)
+    found = find_bottlenecks(
+        systems,
+        policy_share=parts["var"].share("policy"),
+        experts_share=parts["baseline"].share("experts"),
+        always_asked=policy.drops_only,
+        uses_cache=candidate.settings.get("cache_size", 0) > 0,
+    )
     systems |= {
-        "roofline": _roofline(evaluator, policy, arms),
-        "bottlenecks": [one.to_dict() for one in find_bottlenecks(facts)],
+        "roofline": roofline(model, batches[0], policy, systems),
+        "bottlenecks": [one.to_dict() for one in found],
     }
     return SystemsAnalysis(systems=jsonable(systems), components=components)
 
 
-def fitted_cost(evaluator: Evaluator, *, blocks: int) -> CostModel:
-    """The cost model of the evaluator's machine, model and policies."""
-    var_all, var_leading = evaluator.cost_policies or (None, None)
-    return fit_cost_model(evaluator, var_all=var_all, var_leading=var_leading, blocks=blocks)
-
-
-def _components(
-    evaluator: Evaluator, policy: RoutingPolicy, rounds: int, report: Progress
-) -> dict[str, ComponentTimings]:
-    """Baseline and policy."""
-    model, batches = evaluator.model, evaluator.timing_batches
-    baseline = profile_components(
-        model, batches, policy=None, backend=evaluator.baseline_backend, rounds=rounds
-    )
-    report("parts of a forward", 1, 2)
-    var = profile_components(
-        model, batches, policy=policy, backend=evaluator.backend, rounds=rounds
-    )
-    report("parts of a forward", 2, 2)
-    return {"baseline": baseline, "var": var}
-
-
-def _measured(evaluator: Evaluator, tps: float, memory: dict[str, Any]) -> dict[str, Any]:
-    tokens = evaluator.timing_batches[0].numel()
-    return {"avg_time_ms": 1000 * tokens / tps, "throughput_tps": tps, "memory": memory}
-
-
-def _roofline(evaluator: Evaluator, policy: RoutingPolicy, arms: dict[str, Any]) -> dict[str, Any]:
-    model, ids = evaluator.model, evaluator.timing_batches[0]
-    weight = next(model.parameters())
-    machine = measure_machine(torch.device(weight.device), weight.dtype)
-    kept = {"baseline": float(evaluator.top_k)}
-    kept["var"] = arms["var"]["var_stats"]["experts_per_token"]
-    return {
-        "counted": "multiply-adds and bytes of matrix products and attention, as torch counts them "
-        "(no causal mask); not norms, activations, softmax",
-        "total_parameters": sum(p.numel() for p in model.parameters()),
-        "active_parameters": active_parameters(model, kept["baseline"]),
-        "machine": machine.to_dict(),
-        "setting": {"batch_size": ids.shape[0], "sequence": ids.shape[1]},
-        **{
-            name: roofline_arm(
-                model,
-                machine,
-                count_work(model, ids, chosen),
-                seconds=arms[name]["avg_time_ms"] / 1000,
-                experts_per_token=kept[name],
-                peak_bytes=arms[name]["memory"]["peak_bytes"],
-            )
-            for name, chosen in (("baseline", None), ("var", policy))
-        },
-    }
-
-
-def _facts(
+def measure_scaling(
     evaluator: Evaluator,
-    candidate: Candidate,
     policy: RoutingPolicy,
-    speed: Speed,
-    ran: Ran,
-    parts: dict[str, ComponentTimings],
-    scaling: list[dict[str, Any]],
-    model: PerformanceModel,
-) -> Facts:
-    assert speed.backend_factor is not None
-    return Facts(
-        speedup=speed.speedup.median,
-        speedup_low=speed.speedup.low,
-        speedup_high=speed.speedup.high,
-        backend_factor=speed.backend_factor.median,
-        backend_used=automatic(evaluator.model, evaluator.backend),
-        learned_pct=ran.report.learned_pct,
-        cached_pct=ran.report.cached_pct,
-        cache_hit_rate=ran.report.cache_hit_rate,
-        experts_per_token=ran.report.experts_per_token,
-        top_k=evaluator.top_k,
-        router_always_asked=policy.drops_only,
-        uses_cache=candidate.settings.get("cache_size", 0) > 0,
-        scaling=scaling,
-        imbalance=ran.imbalance,
-        routing_share=parts["var"].share("policy"),
-        experts_share=parts["baseline"].share("experts"),
-        bound=model.largest_speedup(),
+    settings: AnalysisSettings,
+    *,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Time the unmodified model and a policy, interleaved, by sequence length and batch size.
+
+    Sequence lengths are taken at the evaluator's batch size, batch sizes at its sequence length.
+    The baseline is the fastest backend of each setting.
+
+    Returns:
+        A row per setting: ``varied`` (sequence or batch_size), batch_size, sequence, both
+        throughputs, the backend, speedup and its interval; a length beyond the model's window
+        is left out.
+    """
+    usual, window = evaluator.setting, evaluator.loaded.window
+    shapes = [
+        *(("sequence", usual.batch_size, s) for s in settings.sequences if s <= window),
+        *(("batch_size", b, min(usual.sequence, window)) for b in settings.batch_sizes),
+    ]
+    known: dict[tuple[int, int], dict[str, Any]] = {}
+    rows = []
+    for done, (varied, batch_size, sequence) in enumerate(shapes):
+        if progress:
+            progress("timing sequence lengths and batch sizes", done, len(shapes))
+        at = (batch_size, sequence)
+        if at not in known:
+            known[at] = _timed(evaluator, policy, *at, settings.scaling_blocks)
+        rows.append({"varied": varied, **known[at]})
+    if progress:
+        progress("timing sequence lengths and batch sizes", len(shapes), len(shapes))
+    return rows
+
+
+def _timed(
+    evaluator: Evaluator, policy: RoutingPolicy, batch_size: int, sequence: int, blocks: int
+) -> dict[str, Any]:
+    model = evaluator.model
+    forwards = max(1, min(8, FEW_TOKENS // (batch_size * sequence)))
+    batches = full_batches(
+        evaluator.documents, batch_size=batch_size, sequence=sequence, count=forwards
     )
-
-
-def _origin(evaluator: Evaluator) -> dict[str, Any]:
-    loaded = evaluator.loaded
+    backend, _ = fastest_backend(model, batches, top_k=evaluator.top_k, blocks=min(blocks, 4))
+    arms = {
+        "baseline": backend_arm(model, backend),
+        "var": policy_arm(model, policy, backend=evaluator.backend),
+    }
+    timings = time_arms(model, arms, batches, blocks=blocks)
+    speedup = timings.ratio("baseline", "var")
     return {
-        "documents": len(evaluator.documents),
-        "setting": evaluator.setting.to_dict(),
-        "model": {"name": loaded.name, "revision": loaded.revision, "dtype": loaded.dtype},
-        "provenance": provenance(),
+        "batch_size": batch_size,
+        "sequence": sequence,
+        "tokens": batch_size * sequence,
+        "forwards_per_block": forwards,
+        "blocks": blocks,
+        "baseline_backend": backend,
+        "baseline_throughput_tps": timings.throughput("baseline"),
+        "var_throughput_tps": timings.throughput("var"),
+        "speedup": speedup.median,
+        "speedup_95": [speedup.low, speedup.high],
     }
 
 
-__all__ = [
-    "AnalysisSettings",
-    "Bottleneck",
-    "SystemsAnalysis",
-    "analyse",
-    "fitted_cost",
-]
+def profile_full_pipeline(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str] | Any,
+    *,
+    config: Candidate | VARConfig | None = None,
+    profile: RoutingProfile | None = None,
+    settings: AnalysisSettings | None = None,
+    setting: SpeedSetting | None = None,
+    output: str | Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Profile a model's parts with and without VAR, and compare measured with predicted speedup.
+
+    Args:
+        model: a transformers MoE causal language model.
+        tokenizer: its tokenizer.
+        texts: what `var_moe.data.text.as_documents` takes: texts, or token ids.
+        config: a `VARConfig` or another `Candidate`; by default the balanced preset.
+        profile: routing statistics of other text. Without one, half of the texts are profiled
+            and speed is measured on the other half.
+        settings: how much is measured; by default `AnalysisSettings.quick`.
+        setting: batch and sequence of the timed forwards.
+        output: folder for ``systems_analysis.json`` and ``profile_report.json``.
+        progress: called with a stage's name, steps done and in all.
+
+    Returns:
+        What these files hold: the analysis, with the parts under ``profile``.
+
+    Raises:
+        UsageError: the model is no MoE, or there is too little text.
+    """
+    from var_moe.calibration.collect import collect_profile
+
+    loaded = LoadedModel.of(model, tokenizer)
+    documents = as_documents(texts, tokenizer)
+    check_documents(documents, model, tokenizer, "texts")
+    if profile is None:
+        require_documents(documents, 2, "profiling one half and timing the other")
+        half = len(documents) // 2
+        log.warning("no profile given: %d of the %d documents are profiled", half, len(documents))
+        calibration, documents = documents[:half], documents[half:]
+        profile = collect_profile(
+            loaded, calibration, dataset="texts", data_hash="given", max_tokens=None
+        )
+    else:
+        profile.check_loaded(loaded)
+    found = analyse(
+        Evaluator(loaded, documents, setting=setting or SpeedSetting()),
+        profile,
+        Candidate.of(config or VARConfig.preset("balanced")),
+        settings or AnalysisSettings.quick(),
+        progress=progress,
+    )
+    if output is not None:
+        found.save(output)
+    return {**found.systems, "profile": found.components}
