@@ -39,9 +39,9 @@ from var_moe.evaluation.throughput import (
     policy_arm,
     time_arms,
 )
-from var_moe.execution.dispatch import experts_modules
 from var_moe.execution.session import routed
 from var_moe.models.loading import load_model
+from var_moe.models.moe_layers import experts_modules
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.decision import ForwardContext, Routing
 from var_moe.routing.native import NativePolicy

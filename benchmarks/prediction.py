@@ -127,7 +127,9 @@ def measure(
         arms: dict[str, Any] = {"baseline": backend_arm(model, evaluator.baseline_backend)}
         for case in todo:
             if case.setting == setting:
-                arms[case.name] = policy_arm(model, policies[case.name], backend=evaluator.backend)
+                arms[case.name] = policy_arm(
+                    model, policies[case.name], backend=evaluator.running_backend
+                )
         groups.append(ArmGroup(arms, batches))
     plans = fits(evaluator, profile, todo)
     timed = time_groups(
@@ -149,7 +151,7 @@ def measure(
             model,
             groups[at].batches,
             policies[case.name],
-            backend=evaluator.backend,
+            backend=evaluator.running_backend,
             layers=shape["layers"],
             experts=shape["experts"],
         )

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from var_moe.config import VARConfig
-from var_moe.execution.dispatch import execute, pair_backend
+from var_moe.execution.backends import open_backend
 from var_moe.routing.decision import ForwardContext
 from var_moe.routing.fast_path import ResidualMeans, RoutingTable
 from var_moe.routing.ranking import leading_count
@@ -112,7 +112,7 @@ def measure(tokens: int, experts: int, top_k: int, rounds: int) -> dict[str, Any
     ids = (torch.rand((tokens,), generator=dice).pow(3) * VOCABULARY).long()
     context = ForwardContext.of(ids.view(-1, min(SEQUENCE, tokens)))
     policy = var_policy(experts, top_k, dice)
-    backends = {name: pair_backend(name) for name in (*OWN, "grouped_mm", "eager")}
+    backends = {name: open_backend(name) for name in (*OWN, "grouped_mm", "eager")}
     original = type(module).forward.__wrapped__
 
     def decide() -> None:
@@ -128,7 +128,7 @@ def measure(tokens: int, experts: int, top_k: int, rounds: int) -> dict[str, Any
             kept = index if share == 1 else fewer(index, share, dice)
 
             def run(kept: Tensor = kept, backend: Any = backend) -> object:
-                return execute(module, hidden, kept, weight, backend)
+                return backend.run(module, hidden, kept, weight)
 
             arms[f"{name} {share:.0%}"] = run
     with torch.inference_mode():

@@ -1,6 +1,6 @@
 """The documentation's table of model families, from the results of the contract suite.
 
-    python -m pytest tests/models --junitxml results.xml
+    python -m pytest tests/execution --junitxml results.xml
     python tools/families_table.py results.xml --write docs/families.md
 
 Without ``--write`` the table goes to standard output. Nothing in it is written by hand: a row
@@ -18,11 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "models"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "execution")]
 
-from families import find_families  # noqa: E402
 from test_backends import BACKENDS  # noqa: E402
 from test_router_kinds import KINDS  # noqa: E402
+
+from families import find_families  # noqa: E402
 
 START, END = "<!-- families: tools/families_table.py -->", "<!-- /families -->"
 SCORE_NAMES = {"sqrt_softplus": "square root of softplus"}
@@ -40,7 +41,7 @@ class Row:
 
 
 def read(paths: list[Path]) -> dict[str, Row]:
-    """The rows by family, from JUnit files of `tests/models`."""
+    """The rows by family, from JUnit files of `tests/execution`."""
     rows: dict[str, Row] = defaultdict(Row)
     kind_of = {kind.name.replace(" ", "-"): kind.module for kind in KINDS}
     modules = {family.module for family in find_families()}

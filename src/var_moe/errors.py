@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+LONGEST_LINE = 300
+
 
 class VarMoeError(Exception):
     """A failure while working: the input was understood, the work did not succeed."""
@@ -22,3 +24,9 @@ class UsageError(VarMoeError, ValueError):
     """Bad input: a missing file, an unknown field, a value out of its range."""
 
     exit_code: ClassVar[int] = 2
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text as one line of bounded length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST_LINE else text[: LONGEST_LINE - 4] + " ..."

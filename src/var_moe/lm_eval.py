@@ -13,6 +13,7 @@ from typing import Any
 from var_moe.calibration.fitted_files import load_compensation
 from var_moe.data.encoding import check_ids
 from var_moe.errors import UsageError
+from var_moe.execution.backends import open_backend
 from var_moe.execution.session import Session, routed
 from var_moe.extras import require
 from var_moe.models.loading import DEMO_FOLDER, LoadedModel
@@ -71,6 +72,7 @@ class VarMoeLM(HFLM):  # type: ignore[misc]
         loaded = LoadedModel.of(self.model, self.tokenizer, name=pretrained)
         self.policy = policy_for(loaded, var_config, profile=profile, compensation=compensation)
         self._var_config = var_config
+        self._backend = open_backend("auto", self.model)
         self._tokens = self._pairs = 0.0
 
     def tok_encode(self, *args: Any, **kwargs: Any) -> list[int]:
@@ -80,14 +82,14 @@ class VarMoeLM(HFLM):  # type: ignore[misc]
         return ids
 
     def _model_call(self, *args: Any, **kwargs: Any) -> Any:
-        with routed(self.model, self.policy) as session:
+        with routed(self.model, self.policy, backend=self._backend) as session:
             session.reset()
             out = super()._model_call(*args, **kwargs)
             self._count(session)
         return out
 
     def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
-        with routed(self.model, self.policy) as session:
+        with routed(self.model, self.policy, backend=self._backend) as session:
             session.reset()
             out = super()._model_generate(*args, **kwargs)
             self._count(session)

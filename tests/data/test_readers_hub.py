@@ -156,7 +156,7 @@ def test_what_the_library_raises_is_one_line(served, monkeypatch):
 @pytest.mark.parametrize("call", [check_dataset, lambda name: load_text(name, "test")])
 def test_out_of_reach_is_one_quick_line(monkeypatch, tmp_path, name, call):
     monkeypatch.setattr("var_moe.hub.reachable", lambda: False)
-    monkeypatch.setattr("var_moe.models.hub._datasets_cache", lambda: tmp_path)
+    monkeypatch.setattr("var_moe.hub._datasets_cache", lambda: tmp_path)
     start = time.perf_counter()
     with pytest.raises(UsageError) as caught:
         call(name)

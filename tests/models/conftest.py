@@ -1,38 +1,11 @@
-"""What the modules with the shared suite have in common, and folders to be damaged."""
+"""Folders of models, to be damaged."""
 
 import shutil
 
 import pytest
-import torch
 
 from var_moe.errors import UsageError, VarMoeError
-from var_moe.execution.dispatch import experts_modules
 from var_moe.models.loading import load_model
-
-# Failures inside the suite are explained as in a test module.
-pytest.register_assert_rewrite("contract", "seam_contract")
-
-
-@pytest.fixture(scope="module")
-def backend():
-    """Who executes the pairs, unless a module says otherwise."""
-    return "sorted"
-
-
-@pytest.fixture
-def module(make_tiny_mixtral):
-    return experts_modules(make_tiny_mixtral(top_k=2))[0][1]
-
-
-@pytest.fixture
-def pairs(module):
-    generator = torch.Generator().manual_seed(3)
-    hidden = torch.randn(30, module.gate_up_proj.shape[2], generator=generator)
-    index = torch.rand(30, module.num_experts, generator=generator).argsort(dim=1)[:, :2]
-    index[::3, 1] = -1
-    index[7] = -1  # a token without any expert
-    index[index == 1] = 0  # an expert without any token; also a token with one expert twice
-    return hidden, index
 
 
 @pytest.fixture

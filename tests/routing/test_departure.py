@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from var_moe.routing.counts import TierCounts
-from var_moe.routing.decision import Routing, Tier
+from var_moe.routing.counts import RoutingReport, TierCounts
+from var_moe.routing.decision import ForwardContext, Routing, Tier
 from var_moe.routing.departure import COLUMNS, statistic_names, statistics, summed
 
 FAST, CACHED, LEARNED = Tier.FAST, Tier.CACHED, Tier.LEARNED
@@ -18,6 +19,7 @@ FAST, CACHED, LEARNED = Tier.FAST, Tier.CACHED, Tier.LEARNED
 INDEX = torch.tensor([[1, 2], [3, 0], [5, 4], [6, 7]])
 WEIGHT = torch.tensor([[0.6, 0.2], [0.3, 0.9], [0.5, 0.5], [0.7, 0.3]])
 COUNTED = torch.tensor([True, True, True, False])
+CONTEXT = replace(ForwardContext.of(torch.zeros((1, 4), dtype=torch.int64)), counted=COUNTED[None])
 
 
 def verified() -> Routing:
@@ -37,8 +39,8 @@ def named(row: torch.Tensor) -> dict[str, float]:
 
 def test_by_hand() -> None:
     found = summed(verified(), INDEX, WEIGHT, COUNTED, drops_only=True)
-    # decisions, dropped mass, cuts of fast, cached, learned; offers and agreements of two
-    expected = [1, 1, 1, 0.25, 0.25, 0, 1, 1, 0, 1, 2, 1, 1]
+    # decisions, dropped mass, cuts of fast, cached, learned; offers, agreements of two; pairs
+    expected = [1, 1, 1, 0.25, 0.25, 0, 1, 1, 0, 1, 2, 1, 1, 4]
     assert found.shape == (1, COLUMNS)
     assert found[0].tolist() == pytest.approx(expected)
     seen = named(found)
@@ -49,8 +51,8 @@ def test_by_hand() -> None:
 
 def test_rows_are_summed_apart() -> None:
     rows = summed(verified(), INDEX, WEIGHT, COUNTED, drops_only=True, rows=2)
-    assert rows[0].tolist() == pytest.approx([1, 1, 0, 0.25, 0.25, 0, 1, 1, 0, 1, 1, 1, 1])
-    assert rows[1].tolist() == pytest.approx([0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0])
+    assert rows[0].tolist() == pytest.approx([1, 1, 0, 0.25, 0.25, 0, 1, 1, 0, 1, 1, 1, 1, 2])
+    assert rows[1].tolist() == pytest.approx([0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 2])
 
 
 def test_experts_that_were_not_chosen() -> None:
@@ -87,15 +89,20 @@ def test_padding_and_tokens_without_weight_add_nothing() -> None:
 
 def test_report_over_layers_and_forwards() -> None:
     counts = TierCounts(2)
-    for _ in range(3):
-        counts.add(0, verified(), COUNTED, INDEX, WEIGHT)
     native = Routing(index=INDEX, weight=WEIGHT, tier=torch.full((4,), 2, dtype=torch.uint8))
-    counts.add(1, verified(), COUNTED, INDEX, WEIGHT)
-    counts.add(1, native, COUNTED, INDEX, WEIGHT)  # a guard has fallen back
-    counts.add(1, native, COUNTED, INDEX, WEIGHT)
-    report = counts.report()
+    for second in (verified(), native, native):  # a guard has fallen back
+        counts.begin(CONTEXT)
+        counts.see(0, CONTEXT, verified(), INDEX, WEIGHT)
+        counts.see(1, CONTEXT, second, INDEX, WEIGHT)
+        counts.end()
+    counts.begin(CONTEXT)  # of a forward that fails, nothing is counted
+    counts.see(0, CONTEXT, verified(), INDEX, WEIGHT)
+    counts.begin(CONTEXT)
+    counts.end()
+    report = RoutingReport(**counts.report())
     departure = report.departure
     assert report.tokens == 9
+    assert report.executed_pairs == (12, 4 + 6 + 6)
     assert departure is not None
     assert departure.dropped_mass(layer=0) == pytest.approx(0.5 / 3)
     assert departure.dropped_mass(layer=1) == pytest.approx(0.5 / 9)

@@ -391,10 +391,11 @@ def test_no_decision_waits_for_the_device(name: str, top_k: int) -> None:
     for context, router in stream(top_k):
         policy.begin(context)  # the ids stay on the host, as the cache's walk needs them
         counts = TierCounts(LAYERS, drops_only=policy.drops_only)
+        counts.begin(context)
         for layer, (index, weight) in enumerate(router):
             policy.see(layer, seen(index, weight).to("meta"))
             index, weight = index.to("meta"), weight.to("meta")
             routing = policy.route(context, layer, index, weight)
-            counts.add(layer, routing, context.counted.reshape(-1), index, weight)
-            counts._count(layer)
+            counts.see(layer, context, routing, index, weight)
             assert routing.index.device.type == "meta"
+        counts.end()

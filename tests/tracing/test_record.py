@@ -14,8 +14,9 @@ from var_moe.data.documents import EncodedDocument
 from var_moe.errors import UsageError
 from var_moe.evaluation.batching import batches
 from var_moe.evaluation.perplexity import document_losses
-from var_moe.execution.backends.sorted import weighted_sum
-from var_moe.execution.dispatch import attach, detach, pair_backend
+from var_moe.execution.backends import open_backend
+from var_moe.execution.backends.base import weighted_sum
+from var_moe.execution.dispatch import attach, detach
 from var_moe.execution.session import routed
 from var_moe.models.loading import LoadedModel
 from var_moe.routing.native import NativePolicy
@@ -100,10 +101,10 @@ class Nudged:
         self.at = (layer, token)
         self.vector = vector
         self.calls = {}
-        self._run = pair_backend("sorted")
+        self._run = open_backend("sorted")
 
     def experts(self, layer, module, hidden, index, weight):
-        outputs = self._run(module, hidden, index)
+        outputs = self._run.pairs(module, hidden, index)
         self.calls[layer] = (module, hidden.clone(), outputs.clone(), index, weight)
         out = weighted_sum(outputs, weight, hidden.dtype)
         if layer == self.at[0]:
@@ -193,7 +194,9 @@ def test_foreign_experts_are_none_of_the_chosen(loaded, documents, monkeypatch):
         assert foreign.shape == (20, 1)
         assert not (index == foreign).any()
         module, hidden, outputs, _, weight = whole.calls[layer]
-        theirs = pair_backend("sorted")(module, hidden, foreign)[:, 0] * weight.sum(1)[:, None]
+        theirs = (
+            open_backend("sorted").pairs(module, hidden, foreign)[:, 0] * weight.sum(1)[:, None]
+        )
         change = theirs - weighted_sum(outputs, weight, hidden.dtype)
         up, down = (
             nll_with(loaded.model, ids, Nudged(layer, 7, sign * 1e-3 * change[7]))

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from var_moe.analysis.profiler import PeakMemory, Span, mark, recorded, summary
 from var_moe.errors import UsageError
 from var_moe.evaluation.throughput import backend_arm
-from var_moe.execution.dispatch import experts_modules
+from var_moe.execution.backends.base import ExpertsBackend
 from var_moe.execution.session import routed
-from var_moe.models.router_hooks import router_modules
+from var_moe.models.moe_layers import experts_modules, router_modules
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.counts import RoutingReport
 from var_moe.routing.decision import ForwardContext, Routing
@@ -92,7 +92,7 @@ def run_policy(
     batches: Sequence[Tensor],
     policy: RoutingPolicy,
     *,
-    backend: str,
+    backend: ExpertsBackend,
     layers: int,
     experts: int,
 ) -> Ran:
@@ -266,7 +266,7 @@ def profile_components(
     batches: Sequence[Tensor],
     *,
     policy: RoutingPolicy | None,
-    backend: str,
+    backend: str | ExpertsBackend,
     rounds: int = 5,
 ) -> ComponentTimings:
     """Time the parts of full forwards.
@@ -281,6 +281,7 @@ def profile_components(
     device = next(model.parameters()).device
     found = ComponentTimings()
     if policy is None:
+        assert isinstance(backend, str)
         arm: Any = backend_arm(model, backend)()
     else:
         arm = routed(model, WatchedPolicy(policy), backend=backend)

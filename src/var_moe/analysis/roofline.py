@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
 from var_moe.evaluation.throughput import policy_arm
-from var_moe.execution.dispatch import experts_modules
+from var_moe.models.moe_layers import experts_modules
 from var_moe.routing.base import RoutingPolicy
 
 GEMM_SIZE = 1024

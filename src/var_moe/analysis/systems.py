@@ -24,7 +24,6 @@ from var_moe.evaluation.batching import full_batches
 from var_moe.evaluation.cost import fit_cost_model
 from var_moe.evaluation.evaluator import Evaluator, Progress, SpeedSetting
 from var_moe.evaluation.throughput import backend_arm, fastest_backend, policy_arm, time_arms
-from var_moe.execution.session import automatic
 from var_moe.growing import GrowingResult
 from var_moe.models.loading import LoadedModel
 from var_moe.optimization.candidate import Candidate
@@ -155,7 +154,7 @@ def analyse(
     parts: dict[str, ComponentTimings] = {}
     for name, chosen, backend in (
         ("baseline", None, evaluator.baseline_backend),
-        ("var", policy, evaluator.backend),
+        ("var", policy, evaluator.running_backend),
     ):
         report("parts of a forward", len(parts), 2)
         parts[name] = profile_components(
@@ -176,7 +175,7 @@ def analyse(
         model,
         batches,
         policy,
-        backend=evaluator.backend,
+        backend=evaluator.running_backend,
         layers=geometry["layers"],
         experts=geometry["experts"],
     )
@@ -194,7 +193,7 @@ def analyse(
         },
         var={
             **measured(speed.tps, ran.memory),
-            "backend": automatic(model, evaluator.backend),
+            "backend": speed.backend,
             "var_stats": {**ran.report.to_dict(), "expert_imbalance": ran.imbalance},
             "config": candidate.to_dict(),
             "kind": candidate.kind,
@@ -279,7 +278,7 @@ def _timed(
     backend, _ = fastest_backend(model, batches, top_k=evaluator.top_k, blocks=min(blocks, 4))
     arms = {
         "baseline": backend_arm(model, backend),
-        "var": policy_arm(model, policy, backend=evaluator.backend),
+        "var": policy_arm(model, policy, backend=evaluator.running_backend),
     }
     timings = time_arms(model, arms, batches, blocks=blocks)
     speedup = timings.ratio("baseline", "var")

@@ -15,9 +15,9 @@ from var_moe.calibration.fit_compensation import KEPT_SHARES, FitSettings, fit_c
 from var_moe.calibration.fit_damage import fit_damage, predicted, tau_for
 from var_moe.calibration.fitted_files import FittedCompensation
 from var_moe.calibration.without_backward import trace_without_backward
-from var_moe.execution.dispatch import experts_shape
 from var_moe.models.checks import check_droppable
 from var_moe.models.identity import identity
+from var_moe.models.moe_layers import experts_shape
 from var_moe.routing.compensation import Compensation
 from var_moe.storage import provenance
 from var_moe.tracing.record import NoBackwardError, record_trace

@@ -21,10 +21,11 @@ from var_moe.calibration.statistics import (
 from var_moe.data.documents import ids_hash
 from var_moe.errors import UsageError, VarMoeError
 from var_moe.evaluation.batching import batches, collate, drawn
-from var_moe.execution.backends.sorted import weighted_sum
-from var_moe.execution.dispatch import attach, detach, experts_shape, pair_backend
+from var_moe.execution.backends import open_backend
+from var_moe.execution.backends.base import weighted_sum
+from var_moe.execution.dispatch import attach, detach
 from var_moe.models.identity import identity
-from var_moe.models.router_hooks import RouterLogits
+from var_moe.models.moe_layers import RouterLogits, experts_shape
 from var_moe.routing.decision import ForwardContext
 from var_moe.routing.ranking import leading_count, rank_slots, routing_mass, shares
 from var_moe.storage import SCHEMA_VERSION, atomic_write, provenance, sha256_of
@@ -50,7 +51,7 @@ class _Collector:
         self.ratios = RatioHistogram(layers=layers, top_k=top_k)
         self.changes = OutputChange(layers=layers, top_k=top_k)
         self.logits: RouterLogits | None = None
-        self._backend = pair_backend(backend)
+        self._backend = open_backend(backend)
         self._rows = self._counted = torch.empty(0, dtype=torch.int64)
 
     def begin(self, context: ForwardContext) -> None:
@@ -62,7 +63,7 @@ class _Collector:
         self, layer: int, module: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor
     ) -> Tensor:
         """One layer: run every pair, note the decision and what each expert gave."""
-        outputs = self._backend(module, hidden, index)
+        outputs = self._backend.pairs(module, hidden, index)
         at = self._counted.to(index.device)
         rank = rank_slots(index[at], weight[at])
         ranked_index, ranked_weight = index[at].gather(1, rank), weight[at].gather(1, rank)

@@ -15,14 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from var_moe.execution.backends.sorted import weighted_sum
-from var_moe.execution.dispatch import (
-    ExpertsSession,
-    PairBackend,
-    execute,
-    experts_modules,
-    experts_shape,
-)
+from var_moe.execution.backends.base import ExpertsBackend, weighted_sum
+from var_moe.execution.dispatch import ExpertsSession
+from var_moe.models.moe_layers import experts_modules, experts_shape
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.compensation import Compensation, LayerCompensation
 from var_moe.routing.decision import ForwardContext, Routing
@@ -106,7 +101,7 @@ class Teacher:
         sizes: where the root mean square of each layer's input is noted, if anywhere.
     """
 
-    backend: PairBackend
+    backend: ExpertsBackend
     sizes: list[float] | None = None
 
     def experts(
@@ -115,7 +110,7 @@ class Teacher:
         """One layer."""
         if self.sizes is not None:
             self.sizes.append(float(hidden.float().square().mean().sqrt()))
-        return execute(module, hidden, index, weight, self.backend)
+        return self.backend.run(module, hidden, index, weight)
 
 
 @dataclass(frozen=True)
@@ -129,7 +124,7 @@ class Student:
         compensation: without one, what is kept is rescaled.
     """
 
-    backend: PairBackend
+    backend: ExpertsBackend
     policy: RoutingPolicy
     context: ForwardContext
     compensation: Compensation | None
@@ -140,9 +135,9 @@ class Student:
         """One layer."""
         routing = decided(self.policy, self.context, layer, hidden, index, weight)
         if self.compensation is None:
-            return execute(module, hidden, routing.index, routing.weight, self.backend)
+            return self.backend.run(module, hidden, routing.index, routing.weight)
         row, gone = self.compensation.dropped(index, weight, routing.index >= 0)
-        out = execute(module, hidden, routing.index, weight, self.backend)
+        out = self.backend.run(module, hidden, routing.index, weight)
         part = self.compensation.layers[layer].to(hidden.device, hidden.dtype)
         return part.add(out, hidden, row, gone)
 
@@ -160,7 +155,7 @@ class Regression:
         rng: draws the tokens of each step.
     """
 
-    backend: PairBackend
+    backend: ExpertsBackend
     policy: RoutingPolicy
     context: ForwardContext
     trainable: Trainable
@@ -172,7 +167,7 @@ class Regression:
     ) -> Tensor:
         """One layer: the full output, and some steps of descent on what is dropped."""
         with torch.no_grad():
-            outputs = self.backend(module, hidden, index)
+            outputs = self.backend.pairs(module, hidden, index)
             routing = decided(self.policy, self.context, layer, hidden, index, weight)
             kept = routing.index >= 0
             rows, dropped = self.trainable.compensation().dropped(index, weight, kept)

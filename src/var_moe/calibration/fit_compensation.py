@@ -33,8 +33,10 @@ from var_moe.calibration.distillation import (
 from var_moe.config import check_count, check_seed
 from var_moe.errors import UsageError, VarMoeError
 from var_moe.evaluation.batching import Window, batches, collate
-from var_moe.execution.dispatch import attach, detach, experts_shape, pair_backend
+from var_moe.execution.backends import open_backend
+from var_moe.execution.dispatch import attach, detach
 from var_moe.models.identity import identity
+from var_moe.models.moe_layers import experts_shape
 from var_moe.routing.compensation import Compensation, LayerCompensation
 from var_moe.routing.damage import DamageModel, DamagePolicy
 from var_moe.storage import atomic_write, sha256_of
@@ -184,7 +186,7 @@ class _Fit:
     ) -> None:
         self.loaded, self.damage, self.settings = loaded, damage, settings
         self.checkpoint, self.progress = checkpoint, progress
-        self.backend, self.session = pair_backend("sorted"), Switch()
+        self.backend, self.session = open_backend("sorted"), Switch()
         self.device = torch.device(loaded.device)
         self.low, self.high = min(taus), max(taus)
         self.looks_taus = tuple(np.geomspace(self.low, self.high, 4)[1:].tolist())

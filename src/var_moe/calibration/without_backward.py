@@ -18,8 +18,9 @@ from var_moe.calibration.distillation import forward
 from var_moe.calibration.statistics import rescaled_change
 from var_moe.evaluation.batching import batches, collate, drawn
 from var_moe.evaluation.perplexity import document_losses
-from var_moe.execution.backends.sorted import weighted_sum
-from var_moe.execution.dispatch import PairBackend, attach, detach, pair_backend
+from var_moe.execution.backends import open_backend
+from var_moe.execution.backends.base import ExpertsBackend, weighted_sum
+from var_moe.execution.dispatch import attach, detach
 from var_moe.execution.session import routed
 from var_moe.models.identity import identity
 from var_moe.routing.base import RoutingPolicy
@@ -54,7 +55,7 @@ class _OneLayer(RoutingPolicy):
 class _Sizes:
     """The experts session that notes sizes of changes, decisions and the layers' inputs."""
 
-    def __init__(self, backend: PairBackend, compensation: Compensation | None) -> None:
+    def __init__(self, backend: ExpertsBackend, compensation: Compensation | None) -> None:
         self._backend, self._compensation = backend, compensation
         self._at = torch.empty(0, dtype=torch.int64)
         self.rows: list[dict[str, Tensor]] = []
@@ -67,7 +68,7 @@ class _Sizes:
         self, layer: int, module: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor
     ) -> Tensor:
         """One layer: run every pair, and compare with what fewer give."""
-        outputs = self._backend(module, hidden, index)
+        outputs = self._backend.pairs(module, hidden, index)
         at = self._at.to(index.device)
         rank = rank_slots(index[at], weight[at])
         ranked, heavy = index[at].gather(1, rank), weight[at].gather(1, rank).float()
@@ -115,7 +116,7 @@ def trace_without_backward(
         progress: called with tokens done and in all.
     """
     chosen = list(drawn(documents, tokens, seed).values())
-    session = _Sizes(pair_backend("sorted"), compensation)
+    session = _Sizes(open_backend("sorted"), compensation)
     total, done, parts = sum(len(document.ids) for document in chosen), 0, []
     before = attach(loaded.model, session)
     try:

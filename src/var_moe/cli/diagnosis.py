@@ -162,8 +162,8 @@ def backends() -> list[dict[str, Any]]:
     import torch
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+    from var_moe.execution.backends import IMPLEMENTATION, open_backend
     from var_moe.execution.backends.packed import has_kernels
-    from var_moe.execution.dispatch import IMPLEMENTATION, PACKED, SORTED, execute, pair_backend
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     module, hidden, index, weight = _layer(device)
@@ -174,9 +174,9 @@ def backends() -> list[dict[str, Any]]:
         function = ALL_EXPERTS_FUNCTIONS.get_interface(name, original)
         arms[name] = lambda function=function: function(module, hidden, index, weight)
     packed = device == "cpu" and has_kernels(hidden.dtype)
-    for name in (SORTED, PACKED) if packed else (SORTED,):
-        own = pair_backend(name)
-        arms[f"var_moe {name}"] = lambda own=own: execute(module, hidden, index, weight, own)
+    for name in ("sorted", "packed") if packed else ("sorted",):
+        own = open_backend(name)
+        arms[f"var_moe {name}"] = lambda own=own: own.run(module, hidden, index, weight)
     return _timed(arms, device)
 
 

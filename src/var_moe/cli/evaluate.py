@@ -253,7 +253,12 @@ def _measure(
         row |= {**speed.to_dict(), "decode": []}
     if not decode_blocks:
         return kept.save(ready.result(rows))
-    decoding = Decoding(ready.loaded.model, evaluator.documents, top_k=evaluator.top_k)
+    decoding = Decoding(
+        ready.loaded.model,
+        evaluator.documents,
+        top_k=evaluator.top_k,
+        backend=evaluator.running_backend,
+    )
     for row, (name, _, policy) in zip(rows[1:], policies, strict=True):
         for done, size in enumerate(BATCH_SIZES):
             kept.save(ready.result(rows), missing="generation")

@@ -158,7 +158,7 @@ def _size(
 ) -> str:
     """What will be written, before it is."""
     from var_moe.evaluation.batching import drawn
-    from var_moe.execution.dispatch import experts_modules
+    from var_moe.models.moe_layers import experts_modules
     from var_moe.tracing.trace import bytes_per_token
 
     chosen = drawn(documents, *asked)

@@ -12,8 +12,7 @@ import numpy as np
 from var_moe.config import check_count
 from var_moe.data.columns import table_texts
 from var_moe.data.documents import EncodedDocument, TextDocument, TextSplit, random_subset
-from var_moe.errors import UsageError
-from var_moe.models.hub import one_line
+from var_moe.errors import UsageError, one_line
 
 MIN_TOKENS = 2  # the first token of a document has no loss
 

@@ -265,7 +265,7 @@ def check_hub(dataset: str) -> bool:
     Raises:
         UsageError: it is neither in the local cache nor within reach.
     """
-    from var_moe.models.hub import cache_only
+    from var_moe.hub import cache_only
 
     return cache_only("dataset", dataset, repo=hub_name(dataset)[0])
 
@@ -327,10 +327,12 @@ def _origins(dataset: str, split: str, have: Sequence[str]) -> tuple[list[str], 
 
 def _load_hub(dataset: str, repo: str, config: str | None) -> Any:
     """The data set by the Hub's splits, loaded quietly; from the cache alone where offline."""
-    from var_moe.models.hub import offline, one_line
+    from var_moe.errors import one_line
 
     cached = check_hub(dataset)  # before the import of a library that is slow to import
     import datasets
+
+    from var_moe.hub import datasets_offline
 
     level = datasets.logging.get_verbosity()
     bars = datasets.are_progress_bars_disabled()
@@ -338,7 +340,7 @@ def _load_hub(dataset: str, repo: str, config: str | None) -> Any:
     if cached:
         datasets.disable_progress_bars()  # while downloading they are worth having
     try:
-        with offline(cached):
+        with datasets_offline(cached):
             return datasets.load_dataset(repo, config)
     except Exception as error:
         raise UsageError(f"dataset {dataset!r}: cannot be loaded ({one_line(error)})") from None

@@ -272,7 +272,7 @@ class FitTiming:
         sequence = min(setting.sequence, evaluator.loaded.window)
         size, count = setting.batch_size, setting.forwards
         batches = full_batches(evaluator.documents, batch_size=size, sequence=sequence, count=count)
-        model, own = evaluator.model, evaluator.backend
+        model, own = evaluator.model, evaluator.running_backend
         arms = {"baseline": backend_arm(model, evaluator.baseline_backend)}
         for name, (policy, *_) in self._policies.items():
             arms[name] = policy_arm(model, policy, backend=own)

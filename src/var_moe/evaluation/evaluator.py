@@ -35,8 +35,10 @@ from var_moe.evaluation.throughput import (
     policy_arm,
     time_arms,
 )
-from var_moe.execution.dispatch import experts_modules
-from var_moe.execution.session import automatic, routed
+from var_moe.execution.backends import open_backend
+from var_moe.execution.backends.base import ExpertsBackend
+from var_moe.execution.session import routed
+from var_moe.models.moe_layers import experts_modules
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.counts import RoutingReport
 from var_moe.routing.fixed_k import FixedKPolicy
@@ -152,6 +154,11 @@ class Evaluator:
         return self.loaded.top_k
 
     @cached_property
+    def running_backend(self) -> ExpertsBackend:
+        """Who runs the pairs of every policy: its copies of weights are made once."""
+        return open_backend(self.backend, self.model)
+
+    @cached_property
     def timing_batches(self) -> list[Tensor]:
         """The batches (B, S) that throughput is measured on."""
         return full_batches(
@@ -206,7 +213,7 @@ class Evaluator:
 
         ``stop`` ends the scoring early; see `document_losses`.
         """
-        with routed(self.model, policy, backend=self.backend) as session:
+        with routed(self.model, policy, backend=self.running_backend) as session:
             session.reset()
             return self._losses(what, session=session, stop=stop), session.report()
 
@@ -239,7 +246,7 @@ class Evaluator:
 
         With ``factors``, our path keeping all pairs is timed in the same run.
         """
-        routed_arm = policy_arm(self.model, policy, backend=self.backend)
+        routed_arm = policy_arm(self.model, policy, backend=self.running_backend)
         reports: list[RoutingReport] = []  # every block decides alike
 
         @contextmanager
@@ -250,7 +257,7 @@ class Evaluator:
 
         arms: dict[str, Any] = {"baseline": backend_arm(self.model, self.baseline_backend)}
         if factors:
-            arms["keep_all"] = policy_arm(self.model, None, backend=self.backend)
+            arms["keep_all"] = policy_arm(self.model, None, backend=self.running_backend)
         arms["policy"] = reported
         timings = self._time(arms, blocks, "throughput")
         return Speed(
@@ -261,7 +268,7 @@ class Evaluator:
             tps=timings.throughput("policy"),
             keep_all_tps=timings.throughput("keep_all") if factors else None,
             baseline_backend=self.baseline_backend,
-            backend=automatic(self.model, self.backend),
+            backend=self.running_backend.name,
             blocks=blocks,
             experts_per_token=reports[0].experts_per_token,
         )
@@ -283,8 +290,8 @@ class Evaluator:
         most, least = self.cost_policies or (NativePolicy(), leading)
         arms = {
             "baseline": backend_arm(self.model, self.baseline_backend),
-            "all": policy_arm(self.model, most, backend=self.backend),
-            "half": policy_arm(self.model, least, backend=self.backend),
+            "all": policy_arm(self.model, most, backend=self.running_backend),
+            "half": policy_arm(self.model, least, backend=self.running_backend),
         }
         timings = self._time(arms, 5, "cost of an expert")
         at_all, at_half = (1 / timings.ratio("baseline", arm).median for arm in ("all", "half"))
@@ -320,9 +327,9 @@ class Evaluator:
         }
 
     def with_documents(self, documents: Sequence[EncodedDocument]) -> Evaluator:
-        """The same measurements on other text; the backend choice and pair cost are kept."""
+        """The same measurements on other text; the backends and the pair cost are kept."""
         other = replace(self, documents=documents)
-        for name in ("_fastest", "_pair_cost"):
+        for name in ("_fastest", "_pair_cost", "running_backend"):
             if name in self.__dict__:
                 other.__dict__[name] = self.__dict__[name]
         return other

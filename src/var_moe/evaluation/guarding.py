@@ -16,6 +16,7 @@ from var_moe.evaluation.evaluator import Progress
 from var_moe.execution.session import Session, routed
 from var_moe.models.identity import identity
 from var_moe.routing.base import RoutingPolicy
+from var_moe.routing.departure import Sums
 from var_moe.routing.guard import (
     Expectation,
     Guard,
@@ -24,7 +25,6 @@ from var_moe.routing.guard import (
     check_units,
     policy_facts,
 )
-from var_moe.routing.units import Sums
 from var_moe.routing.watch import GuardReport
 from var_moe.storage import provenance
 

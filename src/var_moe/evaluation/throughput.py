@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from var_moe.execution.dispatch import experts_modules
+from var_moe.execution.backends import open_backend
+from var_moe.execution.backends.base import ExpertsBackend
 from var_moe.execution.session import routed
+from var_moe.models.moe_layers import experts_modules
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.native import NativePolicy
 
@@ -187,10 +189,16 @@ def backend_arm(model: Any, backend: str) -> Arm:
     return arm
 
 
-def policy_arm(model: Any, policy: RoutingPolicy | None, *, backend: str = "auto") -> Arm:
-    """The model routed by ``policy``; None keeps all pairs through the same path."""
+def policy_arm(
+    model: Any, policy: RoutingPolicy | None, *, backend: str | ExpertsBackend = "auto"
+) -> Arm:
+    """The model routed by ``policy``; None keeps all pairs through the same path.
+
+    A backend that is given by its name is opened once, for all blocks of the arm.
+    """
     chosen = policy or NativePolicy()
-    return lambda: routed(model, chosen, backend=backend)
+    opened = open_backend(backend, model) if isinstance(backend, str) else backend
+    return lambda: routed(model, chosen, backend=opened)
 
 
 def usable_backends(model: Any, tokens: int, top_k: int) -> list[str]:
@@ -274,7 +282,7 @@ class Decoding:
         documents: Sequence[EncodedDocument],
         *,
         top_k: int,
-        backend: str = "auto",
+        backend: str | ExpertsBackend = "auto",
     ) -> None:
         self._model, self._documents = model, documents
         self._top_k, self._backend = top_k, backend

@@ -3,54 +3,34 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from pkgutil import resolve_name
+from types import TracebackType
+from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from var_moe.errors import UsageError
-from var_moe.execution.backends.packed import PackedExperts, can_pack
-from var_moe.execution.dispatch import (
-    PACKED,
-    SORTED,
-    PairBackend,
-    attach,
-    detach,
-    execute,
-    experts_modules,
-    pair_backend,
-)
+from var_moe.execution.backends import open_backend
+from var_moe.execution.backends.base import ExpertsBackend
+from var_moe.execution.dispatch import attach, detach
 from var_moe.execution.texts import Texts
 from var_moe.models.loading import LoadedModel
-from var_moe.models.routable import check_given, check_sizes, unwrapped
+from var_moe.models.moe_layers import experts_modules, experts_shape
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.compensation import LayerCompensation
 from var_moe.routing.counts import RoutingReport, TierCounts
-from var_moe.routing.decision import ForwardContext, Residual, Routing
+from var_moe.routing.decision import ForwardContext, Observer, Residual
 from var_moe.routing.guard import Guard, policy_facts
 from var_moe.routing.keeping import all_pairs
-from var_moe.routing.units import Sums, Units
-from var_moe.routing.watch import GuardReport, Watch
-from var_moe.serving.folder import load_exported
+from var_moe.routing.shapes import check_model
+from var_moe.routing.watch import Units, Watch, Watching
 
-
-class Watching(Protocol):
-    """What a session asks of whoever watches its documents."""
-
-    @property
-    def native(self) -> bool:
-        """Whether the model's own routing is to be used from now on."""
-
-    def see(self, unit: Sums) -> None:
-        """A document has ended."""
-
-    def report(self) -> GuardReport | None:
-        """What it says of them."""
-
+_READ_EXPORTED = "var_moe.serving.folder:load_exported"  # of a room above this one
 
 _LOOK_SECONDS = 1.0  # between looks at whether the thread whose turn it is still lives
 
@@ -97,11 +77,11 @@ class _Turn:
 class _Announced(threading.local):
     """The next forward's tokens as this thread has announced them."""
 
-    batch: ForwardContext | None = None
+    context: ForwardContext | None = None
 
 
 class Session:
-    """A routed model's running state: the policy, the tokens of the forward, the counts.
+    """A routed model's running state: the policy, the running forward's context, the observers.
 
     Threads may share it: their forwards run one after another, each with its own tokens.
     """
@@ -109,39 +89,37 @@ class Session:
     def __init__(
         self,
         policy: RoutingPolicy,
-        backend: PairBackend,
+        backend: ExpertsBackend,
         layers: int,
-        watch: Watching | None = None,
+        observers: Sequence[Observer] = (),
     ) -> None:
         self.policy = policy
         self.backend = backend
         self._compensation = policy.compensation
         self._parts: dict[tuple[int, torch.dtype], LayerCompensation] = {}
         self._layers = layers
-        self._counts = TierCounts(layers, drops_only=policy.drops_only)
-        self._watch = watch
-        self._units = Units(layers, drops_only=policy.drops_only) if watch else None
-        self._native = False  # the guard has fallen back to the model's own routing
+        self._observers = (TierCounts(layers, drops_only=policy.drops_only), *observers)
+        self._native = False  # an observer has ended the policy's decisions
         self._announced = _Announced()
         self._turn = _Turn()
         self._closed = False
-        self._counted: Tensor = torch.empty(0, dtype=torch.bool)
-        self._context = ForwardContext.of(torch.empty((0, 0), dtype=torch.int64))
-        self._next_layer = layers  # of the running forward; past the last where none runs
+        self._context: ForwardContext | None = None  # of the running forward
+        self._next_layer = 0
         self.texts = Texts(policy.context_window)
 
-    def announce(self, batch: ForwardContext) -> None:
+    def announce(self, context: ForwardContext) -> None:
         """Describe the next forward's tokens, where ids and mask alone do not tell.
 
         Needed for windows of a longer document (prefix, overlap) and documents over rows.
         """
-        self._announced.batch = batch
+        self._announced.context = context
 
     def report(self) -> RoutingReport:
         """Tiers, executed pairs and departure from the router since the session's start or the
         last `reset`; with a guard, what it has seen since the session's start."""
         with self._turn.taken():
-            return self._counts.report(self._watch.report() if self._watch else None)
+            parts = [observer.report() for observer in self._observers]
+        return RoutingReport(**{name: value for part in parts for name, value in part.items()})
 
     def reset(self) -> None:
         """Empty the policy's caches and clocks, forget texts, set the counts to zero.
@@ -152,7 +130,8 @@ class Session:
             self.end_documents()
             self.policy.reset()
             self.texts.forget()
-            self._counts = TierCounts(self._layers, drops_only=self.policy.drops_only)
+            for observer in self._observers:
+                observer.reset()
 
     def end_documents(self) -> None:
         """Tell the guard that no document goes on: it judges the last ones now.
@@ -160,8 +139,8 @@ class Session:
         Else it does so when the next forward shows which documents go on.
         """
         with self._turn.taken():
-            if self._units is not None:
-                self._judge(self._units.end())
+            for observer in self._observers:
+                observer.end_documents()
 
     def close(self) -> None:
         """End the session: a running forward ends first, another thread's next is refused."""
@@ -179,7 +158,7 @@ class Session:
     # -- called by the model ---------------------------------------------------------------
 
     def before_forward(self, _model: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
-        """The model's forward pre-hook: sees the token ids, once for all layers.
+        """The model's forward pre-hook: makes the context, once for all layers.
 
         The turn that it takes ends in `after_forward`, also where the forward fails.
         """
@@ -190,61 +169,58 @@ class Session:
                 "the routed(...) block was left while another thread went on with its model: "
                 "wait for the threads before leaving"
             )
+        context = self._context_of(args, kwargs)
+        for observer in self._observers:
+            observer.begin(context)
+        self._native = self._native or any(observer.native for observer in self._observers)
+        if not self._native:
+            self.policy.begin(context)
+        self._context, self._next_layer = context, 0
+
+    def _context_of(self, args: tuple[Any, ...], kwargs: Any) -> ForwardContext:
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is None:
             raise UsageError("routed(...) needs input_ids: embeddings do not tell the token ids")
-        batch, self._announced.batch = self._announced.batch, None
-        if batch is None:
+        announced, self._announced.context = self._announced.context, None
+        if announced is None:
             mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
             # transformers 5.24 calls it `cache`, and still takes the earlier name.
             cache = kwargs.get("cache", kwargs.get("past_key_values"))
-            batch = self.texts.batch(ids, mask, cache, kwargs.get("position_ids"))
-        elif batch.ids.shape != ids.shape:
+            return self.texts.context(ids, mask, cache, kwargs.get("position_ids"))
+        if announced.ids.shape != ids.shape:
             raise UsageError(
-                f"announced tokens of shape {tuple(batch.ids.shape)}, but the forward has "
+                f"announced tokens of shape {tuple(announced.ids.shape)}, but the forward has "
                 f"{tuple(ids.shape)}"
             )
-        if self._units is not None:
-            self._judge(self._units.begin(batch))
-        self._counted = batch.counted.reshape(-1)
-        self._context = batch
-        if not self._native:
-            self.policy.begin(batch)
-        self._next_layer = 0
-
-    def _judge(self, ended: list[Sums]) -> None:
-        """Show documents that have ended to the guard, which may end the policy's decisions."""
-        assert self._watch is not None
-        for unit in ended:
-            self._watch.see(unit)
-        if self._watch.native and not self._native:
-            self._native, self._units = True, None
-            if isinstance(self.backend, PackedExperts):
-                self.backend = pair_backend(SORTED)  # which rounds as the unmodified model does
+        return announced
 
     def after_forward(self, _model: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         """The model's forward hook: the output may hold a new KV cache; None after an error."""
-        if self._turn.mine:
-            passed_by = output is not None and self._next_layer == 0
-            self._next_layer = self._layers
-            self.texts.bind(output)
-            self._turn.give()
-            if passed_by:
-                raise UsageError(
-                    "a forward ran none of its experts through routed(...): inside the block, "
-                    "leave the model's experts and their set_experts_implementation alone"
-                )
+        if not self._turn.mine:
+            return
+        passed_by = output is not None and self._context is not None and self._next_layer == 0
+        if output is not None:
+            for observer in self._observers:
+                observer.end()
+        self._context = None
+        self.texts.bind(output)
+        self._turn.give()
+        if passed_by:
+            raise UsageError(
+                "a forward ran none of its experts through routed(...): inside the block, "
+                "leave the model's experts and their set_experts_implementation alone"
+            )
 
     def experts(
         self, layer: int, module: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor
     ) -> Tensor:
-        """One layer: the policy decides, the backend runs what is left, the counts grow.
+        """One layer: the policy decides, the observers see it, the backend runs what is left.
 
         Raises:
             UsageError: the layer does not belong to the forward whose tokens are known.
         """
-        known = self._turn.mine and layer >= self._next_layer
-        if not known or len(hidden) != len(self._counted):
+        context = self._context if self._turn.mine else None
+        if context is None or layer < self._next_layer or len(hidden) != context.size:
             raise UsageError(
                 "a layer runs outside the model's own forward, so that its tokens are not known: "
                 "inside routed(...) call the model itself, model(input_ids), and not a part of it, "
@@ -253,41 +229,25 @@ class Session:
         self._next_layer = layer + 1
         if self._native:
             routing = all_pairs(index, weight)
-            self._counts.add(layer, routing, self._counted, index, weight)
-            return execute(module, hidden, index, weight, self.backend)
-        self.policy.see(layer, hidden)
-        routing = self.policy.route(self._context, layer, index, weight)
-        self._counts.add(layer, routing, self._counted, index, weight)
-        if self._units is not None:
-            self._units.add(layer, routing, index, weight, self._counted)
-        if self._compensation is not None:
-            return self._compensated(layer, module, hidden, index, weight, routing)
-        out = execute(module, hidden, routing.index, routing.weight, self.backend)
-        return out if routing.residual is None else _with_residual(out, routing.residual)
-
-    def _compensated(
-        self,
-        layer: int,
-        module: nn.Module,
-        hidden: Tensor,
-        index: Tensor,
-        weight: Tensor,
-        routing: Routing,
-    ) -> Tensor:
-        """The kept pairs with the router's own weights, and what stands in for the others.
-
-        What the policy itself would do about the dropped weight (rescaling, residual means) is
-        not done.
-        """
-        assert self._compensation is not None
+        else:
+            self.policy.see(layer, hidden)
+            routing = self.policy.route(context, layer, index, weight)
+        for observer in self._observers:
+            observer.see(layer, context, routing, index, weight)
+        if self._native:
+            return self.backend.exact().run(module, hidden, index, weight)
+        if self._compensation is None:
+            out = self.backend.run(module, hidden, routing.index, routing.weight)
+            return out if routing.residual is None else _with_residual(out, routing.residual)
+        # The kept pairs with the router's own weights, and what stands in for the others: what the
+        # policy itself would do about dropped weight (rescaling, residual means) is not done.
         key = (layer, hidden.dtype)
         part = self._parts.get(key)
         if part is None:
             part = self._compensation.layers[layer].to(hidden.device, hidden.dtype)
             self._parts[key] = part
         row, gone = self._compensation.dropped(index, weight, routing.index >= 0)
-        # A dropped pair's output is zero, whatever its weight.
-        out = execute(module, hidden, routing.index, weight, self.backend)
+        out = self.backend.run(module, hidden, routing.index, weight)
         return part.add(out, hidden, row, gone)
 
 
@@ -299,27 +259,37 @@ def _with_residual(out: Tensor, extra: Residual) -> Tensor:
     return out + (means * scale).to(out.dtype)
 
 
-def automatic(model: Any, backend: str) -> str:
-    """The name of the backend that ``"auto"`` stands for on the model's device."""
-    if backend != "auto":
-        return backend
-    if next(model.parameters()).device.type != "cpu":
-        return "grouped_mm"
-    modules = [module for _, module in experts_modules(model)]
-    return PACKED if can_pack(modules) else SORTED
-
-
 _running: WeakSet[Session] = WeakSet()
 
 
-@contextmanager
+class _Block(AbstractContextManager[Session]):
+    """What `routed` returns: a block that is entered once."""
+
+    def __init__(self, block: AbstractContextManager[Session]) -> None:
+        self._block, self._entered = block, False
+
+    def __enter__(self) -> Session:
+        if self._entered:
+            raise UsageError("this routed(...) block was entered before: call routed(...) again")
+        self._entered = True
+        return self._block.__enter__()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool | None:
+        return self._block.__exit__(kind, error, trace)
+
+
 def routed(
     model: Any,
     policy: RoutingPolicy | str | Path,
     *,
-    backend: str | PairBackend = "auto",
+    backend: str | ExpertsBackend = "auto",
     guard: Guard | Watching | None = None,
-) -> Iterator[Session]:
+) -> AbstractContextManager[Session]:
     """Run the model's experts as ``policy`` decides, until the block ends.
 
     Args:
@@ -327,11 +297,13 @@ def routed(
             tokenizer an exported policy is then held against as well.
         policy: which pairs are executed, and what stands in for the others; or the folder that
             `var-moe export` wrote, or its Hub id.
-        backend: who executes them: ``"packed"`` or ``"sorted"`` (ours), ``"grouped_mm"``,
-            ``"eager"``, ...; or a backend itself. ``"auto"`` on CPU is ``"packed"`` (weights in
-            oneDNN's layout, a second copy) where that takes a quarter of the machine's memory at
-            most, else ``"sorted"`` (bit-identical to ``grouped_mm`` where all pairs are kept);
-            on other devices it is ``"grouped_mm"``.
+        backend: who executes them: ``"packed"``, ``"sorted"`` or ``"grouped"`` (ours),
+            ``"grouped_mm"``, ``"eager"``, ... (transformers'); or what `open_backend` returned, so
+            that several blocks share its copies of weights. ``"auto"`` on CPU is ``"packed"``
+            (weights in oneDNN's layout, a second copy for as long as the block) where that takes a
+            quarter of the memory at most, else ``"sorted"`` (bit-identical to ``grouped_mm`` where
+            all pairs are kept); on other devices it is ``"grouped"``, which is ``batched_mm`` for a
+            few tokens and ``grouped_mm`` for many, without their dropped pairs.
         guard: warns, or goes over to the model's own routing, when decisions leave the range
             that it was calibrated on (`calibrate_guard`); its stream of documents is this block.
 
@@ -339,44 +311,117 @@ def routed(
         The `Session`, with `report()` and `reset()`.
 
     Raises:
-        UsageError: the model is no MoE, is routed already, or does not go through the seam; the
+        UsageError: the model is no MoE, is routed already, or does not go through the experts
+            dispatch; the
             policy or its compensation is another model's, or the guard another policy's; no such
             exported folder.
 
     On leaving, also by an exception, the model is what it was before.
     """
-    if isinstance(policy, str | Path):
-        policy = load_exported(policy, model).policy()
+    return _Block(_routed(model, policy, backend, guard))
+
+
+@contextmanager
+def _routed(
+    model: Any,
+    policy: RoutingPolicy | str | Path,
+    backend: str | ExpertsBackend,
+    guard: Guard | Watching | None,
+) -> Iterator[Session]:
+    exported = isinstance(policy, str | Path)
+    chosen: Any = resolve_name(_READ_EXPORTED)(policy, model).policy() if exported else policy
     if isinstance(model, LoadedModel):
         model = model.model
-    check_given(model, policy, backend, guard)
+    check_given(model, chosen, backend, guard)
     model, called = unwrapped(model)
-    run_pairs = pair_backend(automatic(model, backend)) if isinstance(backend, str) else backend
-    modules = [module for _, module in experts_modules(model)]
-    check_sizes(model, policy)
+    layers = len(experts_modules(model))
+    check_sizes(model, chosen)
     if isinstance(guard, Guard):
-        guard.check(policy_facts(policy), layers=len(modules))
-    watch = Watch(guard) if isinstance(guard, Guard) else guard
-    if any(one.policy is policy or one.backend is run_pairs for one in _running):
-        raise UsageError(
-            "the policy, or the backend, is in use by another running routed(...) block, whose "
-            "state it holds: make one for each model"
-        )
-    session = Session(policy, run_pairs, len(modules), watch)
-    before = attach(model, session)
-    _running.add(session)
-    hooks: list[Any] = []
-    try:
+        guard.check(policy_facts(chosen), layers=layers)
+        guard = Watch(guard)
+    observers = [] if guard is None else [Units(guard, layers, drops_only=chosen.drops_only)]
+    with ExitStack() as leaving:
+        if isinstance(backend, str):
+            backend = leaving.enter_context(open_backend(backend, model))
+        if any(one.policy is chosen or one.backend is backend for one in _running):
+            raise UsageError(
+                "the policy, or the backend, is in use by another running routed(...) block, whose "
+                "state it holds: make one for each model"
+            )
+        session = Session(chosen, backend, layers, observers)
+        backend.begin()
+        leaving.callback(detach, model, attach(model, session))
+        _running.add(session)
+        leaving.callback(_running.discard, session)
         for one in called:
-            hooks += [
-                one.register_forward_pre_hook(session.before_forward, with_kwargs=True),
-                one.register_forward_hook(session.after_forward, always_call=True),
-            ]
-        with closing(session), session.texts.watching(model):
-            yield session
-            session.end_documents()
-    finally:
-        _running.discard(session)
-        for hook in hooks:
-            hook.remove()
-        detach(model, before)
+            before = one.register_forward_pre_hook(session.before_forward, with_kwargs=True)
+            leaving.callback(before.remove)
+            after = one.register_forward_hook(session.after_forward, always_call=True)
+            leaving.callback(after.remove)
+        leaving.callback(session.close)
+        leaving.enter_context(session.texts.watching(model))
+        yield session
+        session.end_documents()
+
+
+def check_given(model: Any, policy: Any, backend: Any, guard: Any) -> None:
+    """Refuse what is none of these, before anything is changed.
+
+    Raises:
+        UsageError: names the argument, what was given, and what to give.
+    """
+    kinds = {
+        "model": (
+            hasattr(model, "get_experts_implementation"),
+            "a transformers model, or what load_model returned",
+        ),
+        "policy": (
+            isinstance(policy, RoutingPolicy),
+            "one that make_policy returned, or what `var-moe export` wrote",
+        ),
+        "backend": (
+            isinstance(backend, str | ExpertsBackend),
+            'the name of a backend, such as "auto", or what open_backend returned',
+        ),
+        "guard": (
+            guard is None or isinstance(guard, Guard) or callable(getattr(guard, "see", None)),
+            "one that Guard.load or calibrate_guard returned",
+        ),
+    }
+    given = {"model": model, "policy": policy, "backend": backend, "guard": guard}
+    for name, (right, expected) in kinds.items():
+        if not right:
+            found = given[name]
+            kind = found.__name__ if isinstance(found, type) else type(found).__name__
+            raise UsageError(f"routed(...): {name} is {kind}: expected {expected}")
+
+
+def check_sizes(model: Any, policy: RoutingPolicy) -> None:
+    """Refuse what was calibrated on a model of other sizes.
+
+    Raises:
+        UsageError: names the size.
+    """
+    if policy.compensation is not None:
+        policy.compensation.check(**experts_shape(model))
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", 0)
+    check_model(policy, {**experts_shape(model), "vocabulary": vocabulary})
+
+
+def unwrapped(model: Any) -> tuple[Any, list[Any]]:
+    """The transformers model, and all modules whose call is its forward.
+
+    A `PeftModel` runs that model's forward without calling it, and its `generate` calls it.
+
+    Raises:
+        UsageError: an adapter puts tokens of its own into the forward.
+    """
+    if not (hasattr(model, "peft_config") and hasattr(model, "get_base_model")):
+        return model, [model]
+    if model.active_peft_config.is_prompt_learning:
+        raise UsageError(
+            f"adapter {model.active_peft_config.peft_type.value} adds virtual tokens, whose ids "
+            "routed(...) cannot know; expected an adapter of weights, such as LoRA"
+        )
+    inner = model.get_base_model()
+    return inner, [model, inner]

@@ -81,10 +81,10 @@ class Texts:
         """Forget all texts: a KV cache filled before can then not be continued."""
         self._texts.clear()
 
-    def batch(
+    def context(
         self, ids: Tensor, mask: Any | None, cache: Any | None, positions: Tensor | None = None
     ) -> ForwardContext:
-        """Describe a forward's tokens.
+        """The context of a forward.
 
         Args:
             ids: (B, S) token ids of the forward.
@@ -117,15 +117,15 @@ class Texts:
                 "the policy looks at earlier tokens, and would look past a text's start; give each "
                 "text a row of its own, with padding and an attention_mask"
             )
-        batch = ForwardContext.of(ids, None if mask is None else mask[:, -length:])
+        context = ForwardContext.of(ids, None if mask is None else mask[:, -length:])
         past = 0 if cache is None else int(cache.get_seq_length())
-        text = self._continued(cache, past, batch, step) if past else self._new(ids)
+        text = self._continued(cache, past, context, step) if past else self._new(ids)
         if cache is None:
-            self._unbound = (text, batch)
+            self._unbound = (text, context)
         else:
-            self._texts[cache] = self._after(text, batch)
+            self._texts[cache] = self._after(text, context)
         return replace(
-            batch,
+            context,
             document=text.documents,
             prefix=text.recent if past else None,
             inserting=not self._beams,
@@ -144,32 +144,34 @@ class Texts:
         if unbound is not None and hasattr(cache, "get_seq_length"):
             self._texts[cache] = self._after(*unbound)
 
-    def _after(self, text: _Text, batch: ForwardContext) -> _Text:
+    def _after(self, text: _Text, context: ForwardContext) -> _Text:
         """A text with a forward's tokens added to it."""
         recent = text.recent
 
         def look() -> Tensor:
-            seen = torch.cat((recent, torch.where(batch.valid, batch.ids, -1)), dim=1)
+            seen = torch.cat((recent, torch.where(context.valid, context.ids, -1)), dim=1)
             return _last(seen, self._before)
 
-        return _Text(text.length + batch.ids.shape[1], text.documents, look)
+        return _Text(text.length + context.ids.shape[1], text.documents, look)
 
     def _new(self, ids: Tensor) -> _Text:
         numbers = tuple(next(self._numbers) for _ in range(ids.shape[0]))
         return _Text(0, numbers, lambda: ids.new_full((ids.shape[0], self._before), -1))
 
-    def _continued(self, cache: Any, past: int, batch: ForwardContext, step: _Step | None) -> _Text:
+    def _continued(
+        self, cache: Any, past: int, context: ForwardContext, step: _Step | None
+    ) -> _Text:
         """The text in a KV cache with ``past`` tokens."""
         known = self._texts.get(cache)
         held = 0 if known is None else known.length
-        if known is not None and len(known.documents) != batch.ids.shape[0]:
+        if known is not None and len(known.documents) != context.ids.shape[0]:
             known = None
-        if step is not None and step.ids.shape[1] == past + batch.ids.shape[1]:
-            documents = (known or self._new(batch.ids)).documents
-            earlier = torch.where(step.valid, step.ids, -1)[:, :past].to(batch.ids.device)
+        if step is not None and step.ids.shape[1] == past + context.ids.shape[1]:
+            documents = (known or self._new(context.ids)).documents
+            earlier = torch.where(step.valid, step.ids, -1)[:, :past].to(context.ids.device)
             return _Text(past, documents, lambda: _last(earlier, self._before))
         if not self._looks_back:
-            return replace(known or self._new(batch.ids), length=past)
+            return replace(known or self._new(context.ids), length=past)
         if known is None or held != past or self._beams:
             what = (
                 f"the KV cache holds {past} of the {held} tokens that routed(...) has seen go into "

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from var_moe.errors import UsageError
-from var_moe.models.hub import one_line
+from var_moe.errors import UsageError, one_line
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -79,7 +78,7 @@ def check_config(name: str, config: Any, *, trust_remote_code: bool, dtype: str 
     from transformers import AutoModelForCausalLM
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-    from var_moe.execution.dispatch import REFUSED_BACKENDS, experts_modules
+    from var_moe.models.moe_layers import REFUSED_BACKENDS, experts_modules
 
     label = f"model {name!r} (type {config.model_type!r})"
     method = quantization(config)
@@ -134,7 +133,7 @@ def _is_causal(config: Any) -> bool:
 
 def check_moe(label: str, model: Any) -> None:
     """Refuse a model whose experts transformers does not dispatch."""
-    from var_moe.execution.dispatch import experts_modules
+    from var_moe.models.moe_layers import experts_modules
 
     if not experts_modules(model):
         raise UsageError(
@@ -145,7 +144,7 @@ def check_moe(label: str, model: Any) -> None:
 
 def check_top_k(name: str, model: Any) -> int:
     """K of a model, after refusing a K or E that not all of its layers can have."""
-    from var_moe.execution.dispatch import experts_modules
+    from var_moe.models.moe_layers import experts_modules
 
     top_k = top_k_of(model.config.get_text_config(), name)
     sizes = sorted({int(getattr(one, "num_experts", 0)) for _, one in experts_modules(model)})
@@ -164,7 +163,7 @@ def check_top_k(name: str, model: Any) -> int:
 
 def check_experts(name: str, model: Any, expected: int) -> None:
     """Refuse a model whose experts became others in loading, as quantisation makes them."""
-    from var_moe.execution.dispatch import experts_modules
+    from var_moe.models.moe_layers import experts_modules
 
     found = experts_modules(model)
     odd = [
@@ -177,7 +176,7 @@ def check_experts(name: str, model: Any, expected: int) -> None:
         what = odd[0] if odd else f"{expected - len(found)} of {expected} experts modules"
         method = quantization(model.config) or "the way it is stored"
         raise UsageError(
-            f"model {name!r}: {what} do not go through the seam, for {method}; "
+            f"model {name!r}: {what} do not go through the experts dispatch, for {method}; "
             "use its bfloat16 weights"
         )
 

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 from var_moe.errors import UsageError
-from var_moe.execution.dispatch import experts_modules
-from var_moe.models.router_hooks import router_fingerprint
+from var_moe.models.moe_layers import experts_modules, router_fingerprint
 
 if TYPE_CHECKING:
     from var_moe.models.loading import LoadedModel

@@ -10,9 +10,9 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from var_moe.errors import UsageError, VarMoeError
+from var_moe.errors import UsageError, VarMoeError, one_line
+from var_moe.hub import cache_only, cached_folder
 from var_moe.models import checks, model_files
-from var_moe.models.hub import cache_only, cached_folder, one_line
 from var_moe.storage import sha256_of, version_of
 
 DEMO_FOLDER = Path(__file__).resolve().parents[1] / "demo" / "model"
@@ -81,9 +81,9 @@ class LoadedModel:
         """Wrap a model that is loaded already.
 
         Raises:
-            UsageError: it is no Mixture-of-Experts model that goes through the experts seam.
+            UsageError: it is no Mixture-of-Experts model that goes through the experts dispatch.
         """
-        from var_moe.execution.dispatch import experts_modules
+        from var_moe.models.moe_layers import experts_modules
 
         for given, has, expected in (
             (model, "config", "a transformers model"),

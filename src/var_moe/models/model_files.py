@@ -9,8 +9,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any, NoReturn
 
-from var_moe.errors import UsageError
-from var_moe.models.hub import one_line
+from var_moe.errors import UsageError, one_line
 
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from var_moe.routing.decision import Routing, Tier
-from var_moe.routing.departure import COLUMNS, Departure, summed
+from var_moe.routing.decision import ForwardContext, Observer, Routing, Tier
+from var_moe.routing.departure import COLUMNS, PAIRS, Departure, ForwardDecisions
 
 if TYPE_CHECKING:
     from var_moe.routing.watch import GuardReport
@@ -85,15 +85,11 @@ class RoutingReport:
         }
 
 
-_Waiting = tuple[Routing, Tensor, Tensor, Tensor]
-_AT_MOST = 4096  # tokens of a layer that wait to be counted
+_LARGE = 4096  # tokens of a forward from which on each layer is counted when it is decided
 
 
-class TierCounts:
+class TierCounts(Observer):
     """Running sums per layer, kept on the layer's device until a report is asked for.
-
-    Small forwards, as in generation, are counted together: the count of each would cost as
-    much as that of all.
 
     Args:
         layers: L.
@@ -101,86 +97,50 @@ class TierCounts:
     """
 
     def __init__(self, layers: int, *, drops_only: bool = True) -> None:
-        self._drops_only = drops_only
-        self._sums: list[Tensor | None] = [None] * layers
-        self._facts: list[Tensor | None] = [None] * layers
-        self._waiting: list[list[_Waiting]] = [[] for _ in range(layers)]
+        self._number, self._drops_only = layers, drops_only
+        self._decisions = ForwardDecisions()
+        self._context: ForwardContext | None = None
+        # (N, 14) of layers that are summed together, on their device.
+        self._sums: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
         self._top_k = 0
 
-    def add(
-        self, layer: int, routing: Routing, counted: Tensor, index: Tensor, weight: Tensor
+    def begin(self, context: ForwardContext) -> None:
+        self._decisions.clear()
+        self._context = context
+
+    def see(
+        self, layer: int, context: ForwardContext, routing: Routing, index: Tensor, weight: Tensor
     ) -> None:
-        """Count one layer of one forward.
-
-        Args:
-            layer: its number.
-            routing: the decision.
-            counted: (T,) bool, tokens that count.
-            index: (T, K) the router's experts.
-            weight: (T, K) the router's weights.
-        """
         self._top_k = routing.index.shape[1]
-        waiting = self._waiting[layer]
-        waiting.append((routing, counted, index, weight))
-        if len(waiting) * len(counted) >= _AT_MOST:
-            self._count(layer)
+        self._decisions.add(layer, routing, index, weight)
+        if context.size >= _LARGE:
+            self._count(context)
 
-    def _count(self, layer: int) -> None:
-        waiting = self._waiting[layer]
-        if not waiting:
-            return
-        routing, counted, router, weight = _joined(waiting)
-        waiting.clear()
-        tier, index = routing.tier, routing.index
-        row = torch.zeros(4, dtype=torch.int64, device=tier.device)
-        row.scatter_add_(0, tier.long(), counted.long())
-        row[3] = ((index >= 0) & counted[:, None]).sum()
-        before = self._sums[layer]
-        self._sums[layer] = row if before is None else before + row
-        found = summed(routing, router, weight, counted, drops_only=self._drops_only)
-        total = found[0].double()  # float32 holds the counts of a forward, not those of many
-        known = self._facts[layer]
-        self._facts[layer] = total if known is None else known + total
+    def end(self) -> None:
+        if self._context is not None:
+            self._count(self._context)
 
-    def report(self, guard: GuardReport | None = None) -> RoutingReport:
-        """Read the sums (waits for the device)."""
-        for layer in range(len(self._sums)):
-            self._count(layer)
-        rows = [[0, 0, 0, 0] if row is None else row.tolist() for row in self._sums]
-        sums = [[0.0] * COLUMNS if row is None else row.tolist() for row in self._facts]
-        return RoutingReport(
-            tokens=sum(rows[0][:3]) if rows else 0,
-            top_k=self._top_k,
-            tier_counts=tuple((row[0], row[1], row[2]) for row in rows),
-            executed_pairs=tuple(row[3] for row in rows),
-            departure=Departure(tuple(tuple(row) for row in sums)),
-            guard=guard,
-        )
+    def _count(self, context: ForwardContext) -> None:
+        for layers, sums in self._decisions.take(context, drops_only=self._drops_only):
+            total = sums[:, 0].double()  # float32 holds the counts of a forward, not those of many
+            key = (tuple(layers), sums.device)
+            known = self._sums.get(key)
+            self._sums[key] = total if known is None else known + total
 
+    def reset(self) -> None:
+        self._sums.clear()
 
-def _joined(waiting: list[_Waiting]) -> tuple[Routing, Tensor, Tensor, Tensor]:
-    """Decisions of one layer and several forwards as one: without weights and residuals.
-
-    Returns:
-        The decisions; counted (T,), index (T, K) and weight (T, K) of the router.
-    """
-    tier = torch.cat([routing.tier for routing, *_ in waiting])
-    offer = agrees = None
-    if any(routing.offer is not None for routing, *_ in waiting):
-        # A session may go over to the model's own routing, which offers nothing.
-        offer = torch.cat([_or(r.offer, r.tier, Tier.LEARNED) for r, *_ in waiting])
-        agrees = torch.cat([_or(r.agrees, r.tier, False).bool() for r, *_ in waiting])
-    weight = torch.cat([entry[3] for entry in waiting])
-    routing = Routing(
-        index=torch.cat([routing.index for routing, *_ in waiting]),
-        weight=weight,
-        tier=tier,
-        offer=offer,
-        agrees=agrees,
-    )
-    counted = torch.cat([entry[1] for entry in waiting]).to(tier.device)
-    return routing, counted, torch.cat([entry[2] for entry in waiting]), weight
-
-
-def _or(values: Tensor | None, like: Tensor, default: int) -> Tensor:
-    return torch.full_like(like, default) if values is None else values
+    def report(self) -> dict[str, Any]:
+        """Read the sums (waits for the device): the fields of a `RoutingReport`."""
+        sums = torch.zeros((self._number, COLUMNS), dtype=torch.float64)
+        for (layers, _), part in self._sums.items():
+            sums[list(layers)] += part.cpu()
+        rows = tuple(tuple(row) for row in sums.tolist())
+        tiers = tuple((int(row[0]), int(row[1]), int(row[2])) for row in rows)
+        return {
+            "tokens": sum(tiers[0]) if tiers else 0,
+            "top_k": self._top_k,
+            "tier_counts": tiers,
+            "executed_pairs": tuple(int(row[PAIRS]) for row in rows),
+            "departure": Departure(rows),
+        }

@@ -1,9 +1,10 @@
-"""What a routing policy is given for a forward, and what it returns for a layer."""
+"""What a routing policy is given for a forward and returns for a layer, and who observes that."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,3 +99,33 @@ class ForwardContext:
     def size(self) -> int:
         """T, padding included."""
         return self.ids.numel()
+
+
+class Observer:
+    """Follows the decisions of a routed model. Every method is optional."""
+
+    def begin(self, context: ForwardContext) -> None:
+        """A forward starts; one before it that `end` was not called for has failed."""
+
+    def see(
+        self, layer: int, context: ForwardContext, routing: Routing, index: Tensor, weight: Tensor
+    ) -> None:
+        """A layer is decided: ``routing``, for the router's own (T, K) index and weight."""
+
+    def end(self) -> None:
+        """The forward has ended."""
+
+    def end_documents(self) -> None:
+        """No document goes on."""
+
+    def reset(self) -> None:
+        """The session's counts start again from zero; it calls `end_documents` before."""
+
+    @property
+    def native(self) -> bool:
+        """Whether the model's own routing is to be used from now on."""
+        return False
+
+    def report(self) -> dict[str, Any]:
+        """Its part of the session's report, by field of `RoutingReport`."""
+        return {}

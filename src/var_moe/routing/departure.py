@@ -12,6 +12,7 @@ that run. Per decision (layer, token) there are three facts:
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +21,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from var_moe.routing.decision import Routing, Tier
+from var_moe.routing.decision import ForwardContext, Routing, Tier
 
 TIERS = tuple(tier.name.lower() for tier in Tier)
 OFFERING = TIERS[:2]  # those that can offer an expert
-# Columns of `summed`: three per tier, then two per tier that offers.
-_DECISIONS, _DROPPED, _CUT, _OFFERED, _AGREED = 0, 3, 6, 9, 11
-COLUMNS = 13
+# Columns of `summed`: three per tier, two per tier that offers, executed pairs.
+_DECISIONS, _DROPPED, _CUT, _OFFERED, _AGREED, PAIRS = 0, 3, 6, 9, 11, 13
+COLUMNS = 14
+
+Sums = NDArray[np.float64]
+"""(L, 14) sums of `summed` over a text."""
 
 
 def summed(
@@ -49,8 +53,8 @@ def summed(
         rows: B, parts of equal length to be summed apart.
 
     Returns:
-        (B, 13) float32: decisions, dropped mass and cuts, each of the three tiers; offers and
-        agreements, each of the table and the cache.
+        (B, 14) float32: decisions, dropped mass and cuts, each of the three tiers; offers and
+        agreements, each of the table and the cache; executed pairs.
     """
     if drops_only:
         runs = routing.index >= 0
@@ -65,11 +69,73 @@ def summed(
     own = (routing.tier == number) & counted  # (3, T)
     each = torch.stack((torch.ones_like(lost), lost, (~runs).any(1).float()))  # (3, T)
     parts = (each[:, None] * own).view(9, rows, -1).sum(2)
+    pairs = ((routing.index >= 0).sum(1) * counted).view(1, rows, -1).sum(2)
     if routing.offer is None or routing.agrees is None:
-        return torch.cat((parts, parts.new_zeros((COLUMNS - len(parts), rows)))).t()
-    offered = (routing.offer == number[: len(OFFERING)]) & counted  # (2, T)
-    both = torch.cat((offered, offered & routing.agrees)).view(4, rows, -1).sum(2)
-    return torch.cat((parts, both)).t()
+        both = parts.new_zeros((PAIRS - len(parts), rows))
+    else:
+        offered = (routing.offer == number[: len(OFFERING)]) & counted  # (2, T)
+        both = torch.cat((offered, offered & routing.agrees)).view(4, rows, -1).sum(2)
+    return torch.cat((parts, both, pairs)).t()
+
+
+class ForwardDecisions:
+    """The decisions of the running forward, held until all its layers are summed at once.
+
+    In generation, summing each layer apart would cost as much as deciding it.
+    """
+
+    def __init__(self) -> None:
+        self._layers: dict[Any, list[tuple[int, Routing, Tensor, Tensor]]] = {}
+
+    def clear(self) -> None:
+        """Forget them."""
+        self._layers.clear()
+
+    def add(self, layer: int, routing: Routing, index: Tensor, weight: Tensor) -> None:
+        """Hold a layer's decision; ``index`` and ``weight`` (T, K) are the router's."""
+        # What is alike stands in one tensor: layers may lie on several devices.
+        kind = (index.device, index.shape, routing.index.shape, routing.offer is None)
+        self._layers.setdefault(kind, []).append((layer, routing, index, weight))
+
+    def take(
+        self, context: ForwardContext, *, drops_only: bool, rows: int = 1
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """The layers that are alike, and forget them.
+
+        Args:
+            context: the forward's.
+            drops_only: whether decisions keep the router's slots.
+            rows: B, parts of the forward to be summed apart.
+
+        Yields:
+            Numbers of N layers, and `summed` of each (N, B, 14).
+        """
+        held, self._layers = self._layers, {}
+        for entries in held.values():
+            numbers = [layer for layer, *_ in entries]
+            parts = [routing for _, routing, *_ in entries]
+            index = torch.cat([entry[2] for entry in entries])
+            offered = parts[0].offer is not None and parts[0].agrees is not None
+            routing = Routing(
+                index=torch.cat([one.index for one in parts]),
+                weight=parts[0].weight,  # not looked at
+                tier=torch.cat([one.tier for one in parts]),
+                offer=torch.cat([one.offer for one in parts if one.offer is not None])
+                if offered
+                else None,
+                agrees=torch.cat([one.agrees for one in parts if one.agrees is not None])
+                if offered
+                else None,
+            )
+            sums = summed(
+                routing,
+                index,
+                torch.cat([entry[3] for entry in entries]),
+                context.counted_on(index.device).repeat(len(numbers)),
+                drops_only=drops_only,
+                rows=len(numbers) * rows,
+            )
+            yield numbers, sums.view(len(numbers), rows, -1)
 
 
 def statistic_names(layers: int) -> tuple[str, ...]:
@@ -88,7 +154,7 @@ def statistics(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     """Means over the decisions of a text, by `statistic_names`, each in [0, 1].
 
     Args:
-        sums: (L, 13) sums of `summed`.
+        sums: (L, 14) sums of `summed`.
 
     Returns:
         (2 L + 7,); NaN where there is no such decision.
@@ -99,7 +165,7 @@ def statistics(sums: NDArray[np.float64]) -> NDArray[np.float64]:
         (
             [whole[_DROPPED:_CUT].sum(), whole[_CUT:_OFFERED].sum()],
             whole[_DROPPED:_CUT],
-            whole[_AGREED:],
+            whole[_AGREED:PAIRS],
             sums[:, _DROPPED:_CUT].sum(axis=1),
             sums[:, _CUT:_OFFERED].sum(axis=1),
         )
@@ -123,7 +189,7 @@ class Departure:
     """The counted decisions' departure from the router's own.
 
     Args:
-        sums: (L, 13) sums of `summed`.
+        sums: (L, 14) sums of `summed`.
     """
 
     sums: tuple[tuple[float, ...], ...]

@@ -17,9 +17,8 @@ import numpy as np
 
 from var_moe.config import check_number
 from var_moe.errors import UsageError
-from var_moe.routing.departure import statistic_names, statistics
+from var_moe.routing.departure import Sums, statistic_names, statistics
 from var_moe.routing.shapes import check_keys
-from var_moe.routing.units import Sums
 from var_moe.routing.wager import Floats, mean_range
 from var_moe.storage import SCHEMA_VERSION, atomic_write_json, read_json
 
@@ -103,7 +102,7 @@ class Expectation:
         too few documents have (an agreement where hardly anything is offered) is left out.
 
         Args:
-            units: (L, 13) sums of each.
+            units: (L, 14) sums of each.
             alpha: false-alarm rate.
             policy: `policy_facts` of the policy that decided.
             head: what else is to be known about them.

@@ -1,17 +1,28 @@
-"""A guard at work: it bets on each document that ends, and says when the bets are won."""
+"""A guard at work: it bets on each document that ends, and says when the bets are won.
+
+A unit is a document as the session tells documents apart: a row of a forward, with all later
+forwards that go on from its KV cache, or all rows that were announced under one number. It ends
+with the first forward that has no part of it. Texts that take turns (several KV caches in one
+session) count up to their first pause: the rest is no new document.
+"""
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from var_moe.routing.departure import statistic_names, statistics
+from var_moe.routing.decision import ForwardContext, Observer, Routing
+from var_moe.routing.departure import COLUMNS, ForwardDecisions, Sums, statistic_names, statistics
 from var_moe.routing.guard import Guard
-from var_moe.routing.units import Sums
 from var_moe.routing.wager import Wager
+
+_GIVEN = 2**40
+"""Numbers of documents from here on are given by a session, ascending, and never again."""
 
 
 class DriftWarning(UserWarning):
@@ -144,3 +155,94 @@ class Watch:
                 for j, row in enumerate(self.guard.expectation.statistics)
             ),
         )
+
+
+class Watching(Protocol):
+    """Whoever is shown documents."""
+
+    @property
+    def native(self) -> bool:
+        """Whether the model's own routing is to be used from now on."""
+
+    def see(self, unit: Sums) -> None:
+        """A document has ended."""
+
+    def report(self) -> GuardReport | None:
+        """What it says of them."""
+
+
+class Units(Observer):
+    """Adds up decisions by document, and shows each document that has ended to a guard.
+
+    Args:
+        watch: who is shown them.
+        layers: L.
+        drops_only: whether decisions keep the router's slots.
+    """
+
+    def __init__(self, watch: Watching, layers: int, *, drops_only: bool) -> None:
+        self._watch, self._layers, self._drops_only = watch, layers, drops_only
+        self._decisions = ForwardDecisions()
+        self._open: dict[int, Sums] = {}
+        # The documents of the last forward, and sums of layers that are alike: (N, B, 14).
+        self._last: tuple[ForwardContext, list[tuple[list[int], Tensor]]] | None = None
+        self._context: ForwardContext | None = None
+        self._newest = _GIVEN - 1
+
+    @property
+    def native(self) -> bool:
+        return self._watch.native
+
+    def report(self) -> dict[str, Any]:
+        return {"guard": self._watch.report()}
+
+    def begin(self, context: ForwardContext) -> None:
+        self._decisions.clear()
+        self._collect()
+        going_on = {number for number in context.document if number >= 0}
+        self._show([number for number in self._open if number not in going_on])
+        self._context = context
+
+    def see(
+        self, layer: int, context: ForwardContext, routing: Routing, index: Tensor, weight: Tensor
+    ) -> None:
+        if not self.native:
+            self._decisions.add(layer, routing, index, weight)
+
+    def end(self) -> None:
+        # Beams are drafts of one text: none of them is a document.
+        if self._context is not None and self._context.inserting:
+            sums = self._decisions.take(
+                self._context, drops_only=self._drops_only, rows=len(self._context.ids)
+            )
+            self._last = self._context, list(sums)
+
+    def end_documents(self) -> None:
+        self._collect()
+        self._show(list(self._open))
+
+    def _show(self, numbers: list[int]) -> None:
+        """Show documents that have ended; those of padding alone are none."""
+        for sums in [self._open.pop(number) for number in numbers]:
+            if sums[:, :3].any():
+                self._watch.see(sums)
+
+    def _collect(self) -> None:
+        """Add the last forward's rows to their documents (waits for the device)."""
+        if self._last is None:
+            return
+        (context, parts), self._last = self._last, None
+        by_row = torch.zeros((self._layers, len(context.document), COLUMNS), dtype=torch.float64)
+        for layers, sums in parts:
+            by_row[layers] += sums.double().cpu()
+        newest = self._newest
+        for row, number in enumerate(context.document):
+            sums_of_row = by_row[:, row].numpy()
+            if number in self._open:
+                self._open[number] += sums_of_row
+            elif number <= self._newest and number >= _GIVEN:
+                continue  # it has ended already, and comes back
+            else:
+                self._open[number] = sums_of_row.copy()
+            newest = max(newest, number)
+        self._newest = newest

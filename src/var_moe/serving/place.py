@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from var_moe import hub
-from var_moe.errors import UsageError
-from var_moe.models.hub import one_line
+from var_moe.errors import UsageError, one_line
 
 HEAD_FILE, PARTS_FILE, CARD_FILE = "var_moe.json", "var_moe.safetensors", "README.md"
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from var_moe.execution.dispatch import PairBackend
+from var_moe.execution.backends.base import ExpertsBackend
 from var_moe.routing.compensation import Compensation
 from var_moe.routing.fast_path import ResidualMeans
 from var_moe.routing.ranking import leading_count, rescaled
@@ -59,7 +59,7 @@ class DamageProbe:
 
     def __init__(
         self,
-        backend: PairBackend,
+        backend: ExpertsBackend,
         *,
         residuals: ResidualMeans | None,
         compensation: Compensation | None,
@@ -191,7 +191,7 @@ class DamageProbe:
         count = note.foreign.shape[1]
         index = note.foreign.new_full((note.hidden.shape[0], count), -1)
         index[note.at] = note.foreign
-        outputs = self._backend(note.module, note.hidden, index)[note.at].float()
+        outputs = self._backend.pairs(note.module, note.hidden, index)[note.at].float()
         theirs = torch.einsum("nd,nkd->nk", g, outputs)
         total = note.weight.sum(dim=1)
         lent = note.weight[:, :count]  # each takes the weight of the expert in whose place it is

@@ -218,11 +218,15 @@ def evaluate_policy(
     cuts = _CutSums(trace, policy)
     with torch.inference_mode():
         for one in decisions(trace, policy):
-            counts.add(one.layer, one.routing, one.counted, one.index, one.weight)
+            if one.layer == 0:
+                counts.begin(one.context)
+            counts.see(one.layer, one.context, one.routing, one.index, one.weight)
+            if one.layer == trace.layers - 1:
+                counts.end()
             cuts.add(one)
     known = cuts.known
     return Replay(
-        report=counts.report(),
+        report=RoutingReport(**counts.report()),
         scored=trace.scored,
         first={"cut": cuts.first} if known else None,
         squares={"cut": cuts.squares} if known else None,
@@ -234,12 +238,12 @@ def evaluate_policy(
 class Decided:
     """What a policy decides of T tokens, some of them padding, in one layer."""
 
+    context: ForwardContext
     layer: int
     index: Tensor  # (T, K) the router's experts by rank
     weight: Tensor  # (T, K) float32 shares
     routing: Routing
     position: Tensor  # (T,) of the tokens in the trace
-    counted: Tensor  # (T,) bool, False for padding
 
 
 def decisions(trace: RoutingTrace, policy: RoutingPolicy) -> Iterator[Decided]:
@@ -254,14 +258,13 @@ def decisions(trace: RoutingTrace, policy: RoutingPolicy) -> Iterator[Decided]:
     policy.reset()
     for context, position in _chunks(trace, policy.ids_before):
         policy.begin(context)
-        counted = context.counted.reshape(-1)
         for layer in range(trace.layers):
             index = trace.index[layer][position].long()
             weight = trace.weight[layer][position].float()
             if hint is not None and isinstance(policy, DamagePolicy):
                 policy.see_hint(hint[layer][position])
             routing = policy.route(context, layer, index, weight)
-            yield Decided(layer, index, weight, routing, position, counted)
+            yield Decided(context, layer, index, weight, routing, position)
     policy.reset()
 
 
@@ -308,7 +311,8 @@ class _CutSums:
 
     def add(self, one: Decided) -> None:
         """One layer of a chunk."""
-        index, weight, routing, counted = one.index, one.weight, one.routing, one.counted
+        index, weight, routing = one.index, one.weight, one.routing
+        counted = one.context.counted_on(index.device)
         runs = routing.index >= 0  # (T, K)
         self.known = self.known and _runs_first_experts(
             index, weight, routing, runs, counted, rescaled_weights=not self._compensated

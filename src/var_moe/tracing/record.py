@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from var_moe.data.documents import ids_hash
 from var_moe.errors import UsageError, VarMoeError
 from var_moe.evaluation.batching import Window, batches, collate, drawn
-from var_moe.execution.backends.sorted import weighted_sum
-from var_moe.execution.dispatch import attach, detach, experts_shape, pair_backend
+from var_moe.execution.backends import open_backend
+from var_moe.execution.backends.base import weighted_sum
+from var_moe.execution.dispatch import attach, detach
 from var_moe.models.identity import identity
-from var_moe.models.router_hooks import RouterLogits
+from var_moe.models.moe_layers import RouterLogits, experts_shape
 from var_moe.routing.compensation import Compensation
 from var_moe.routing.damage import DamageModel
 from var_moe.routing.decision import ForwardContext
@@ -49,7 +50,7 @@ class _Recorder:
         self.sampled: int | None = None  # the seed of sampled labels
         self.predictor: DamageModel | None = None
         self.keep_hidden = False
-        self._backend = pair_backend(backend)
+        self._backend = open_backend(backend)
         self._at = torch.empty(0, dtype=torch.int64)
         self._rows: list[dict[str, Tensor]] = []
 
@@ -67,7 +68,7 @@ class _Recorder:
                 f"MoE layer {layer} runs {index.shape[1]} experts per token and the model's "
                 f"configuration says {self.top_k}; a trace needs the same K in all layers"
             )
-        outputs = self._backend(module, hidden, index)
+        outputs = self._backend.pairs(module, hidden, index)
         out = weighted_sum(outputs, weight, hidden.dtype)
         with torch.no_grad():
             at = self._at.to(index.device)
@@ -197,7 +198,7 @@ def record_trace(
     if damage:
         means = profile.residuals if profile is not None else None
         recorder.probe = DamageProbe(
-            pair_backend(backend),
+            open_backend(backend),
             residuals=means,
             compensation=compensation,
             stored=stored,

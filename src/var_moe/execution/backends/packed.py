@@ -5,8 +5,8 @@ one by the plain weight, most of all for the few rows that an expert gets; and t
 the gate's product, are done where the product is written. PyTorch's Inductor serves frozen models
 so (``torch/_inductor/mkldnn_lowerings.py``); these are the same operators.
 
-The reordered weights are a second copy, kept as long as the model's own. So this is the choice of
-``"auto"`` only where the experts take little of the machine's memory; and rounding differs from
+The reordered weights are a second copy, kept as long as the backend. So this is the choice of
+``"auto"`` only where the experts take little of the memory that there is; and rounding differs from
 ``grouped_mm``'s, as between any two kernels.
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,24 +23,110 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
-from torch.utils.weak import WeakIdKeyDictionary
 
+from var_moe.execution.backends.base import ExpertsBackend, activate, is_plain_silu
 from var_moe.execution.backends.sorted import (
-    SortedExperts,
-    activate,
-    biases_of,
-    is_plain_silu,
+    Scratch,
+    SortedBackend,
+    SortedPairs,
+    lone_token,
     pieces,
-    weights_of,
+    sort_pairs,
+    sum_pairs,
 )
+from var_moe.models.moe_layers import biases_of, weights_of
 
 MEMORY_SHARE = 0.25
-"""Of the machine's memory, at most so much is taken for copies."""
+"""Of the memory that this process may use, at most so much is taken for copies."""
 _ROWS = 256  # that oneDNN lays weights out for; other numbers of rows run on the same layout
 _SAMPLE = 1024
 
-# Experts module -> its copies. A copy belongs to the values that it was made of.
-_copies: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+class PackedBackend(ExpertsBackend):
+    """Runs experts on weights laid out for oneDNN; where that is impossible, on plain ones."""
+
+    name = "packed"
+
+    def __init__(self) -> None:
+        self._plain = SortedBackend()
+        self._scratch = Scratch()
+        self._copies: dict[int, _Copy] = {}
+        self._checked: set[int] = set()  # copies whose values this session has compared
+
+    def exact(self) -> ExpertsBackend:
+        return self._plain
+
+    def begin(self) -> None:
+        self._checked.clear()
+
+    def close(self) -> None:
+        self._plain.close()
+        self._scratch = Scratch()
+        self._copies.clear()
+
+    def run(self, module: Any, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        if not _serves(module, hidden):
+            return self._plain.run(module, hidden, index, weight)
+        experts = self._copy(module).experts
+        if len(index) == 1:
+            return lone_token(
+                lambda number, target: target.copy_(experts[number].run(module, hidden)),
+                *(hidden, index, weight),
+            )
+        found = sort_pairs(index, module.num_experts)
+        size = len(found.token)
+        # With room for the padding of the last expert's rows.
+        rows = self._scratch.take("rows", hidden, size + _step(size), hidden.shape[1])
+        torch.index_select(hidden, 0, found.token, out=rows[:size])
+        out = self._scratch.take("out", hidden, size, hidden.shape[1])
+        for number, a, b in pieces(module, found.counts):
+            # Padded by rows of the next expert, or by what was there before.
+            padding = rows[a : a + padded(b - a)]
+            out[a:b] = experts[number].run(module, padding)[: b - a]
+        if not size:
+            return torch.zeros_like(hidden)
+        if {hidden.dtype, weight.dtype} == {torch.float32}:
+            return _sum_as_bags(found, out, index, weight)
+        return sum_pairs(found, out, index, weight, self._scratch)
+
+    def _copy(self, module: Any) -> _Copy:
+        """The module's copies, made anew where its weights have changed."""
+        key, state = id(module), _state(module)
+        found = self._copies.get(key)
+        fresh = found is not None and found.state == state
+        if found is None or not fresh or key not in self._checked:
+            sample = _sample(module)
+            if found is None or not fresh or not torch.equal(found.sample, sample):
+                # Ordinary tensors, so that they serve inside and outside inference mode.
+                with torch.inference_mode(False), torch.no_grad():
+                    experts = tuple(_pack(module, number) for number in range(module.num_experts))
+                found = self._copies[key] = _Copy(experts, state, sample)
+            self._checked.add(key)
+        return found
+
+
+def _serves(module: Any, hidden: Tensor) -> bool:
+    """Whether the layer can run on copies of its weights."""
+    if torch.is_grad_enabled() or hidden.device.type != "cpu":
+        return False
+    # An adapter on experts makes their weights anew for each forward.
+    own = hidden.dtype == module.down_proj.dtype and not parametrize.is_parametrized(module)
+    return own and has_kernels(hidden.dtype)
+
+
+def _sum_as_bags(found: SortedPairs, out: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """`sum_pairs` in one kernel: a token is a bag of its executed pairs' rows."""
+    runs = index.numpy() >= 0  # (T, K)
+    place = np.empty(runs.size, dtype=np.int64)  # a slot's row
+    place[found.kept.numpy()] = np.arange(len(found.kept))
+    ends = runs.sum(axis=1).cumsum()
+    return F.embedding_bag(
+        torch.from_numpy(place[runs.reshape(-1)]),
+        out,
+        torch.from_numpy(np.concatenate(([0], ends[:-1]))),
+        mode="sum",
+        per_sample_weights=torch.from_numpy(weight.numpy()[runs]),
+    )
 
 
 @dataclass(frozen=True)
@@ -74,87 +161,6 @@ class _Copy:
     sample: Tensor
 
 
-class PackedExperts(SortedExperts):
-    """Runs the pairs of experts modules on weights laid out for oneDNN. One per session."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._seen: dict[int, _Copy] = {}
-
-    def weighted(self, module: Any, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        """The layer's output: executed pairs, summed by (T, K) weights. (T, D)"""
-        plain = torch.is_grad_enabled() or len(index) == 1 or hidden.device.type != "cpu"
-        if plain or {hidden.dtype, weight.dtype} != {torch.float32}:
-            return super().weighted(module, hidden, index, weight)
-        found = self.gathered(module, hidden, index)
-        if not len(found.kept):
-            return torch.zeros_like(hidden)
-        out = self.products(module, found.rows, found.counts)
-        # One kernel gathers, weighs and sums: a token is a bag of its executed pairs' rows.
-        runs = index.numpy() >= 0  # (T, K)
-        place = np.empty(runs.size, dtype=np.int64)  # a slot's row
-        place[found.kept.numpy()] = np.arange(len(found.kept))
-        ends = runs.sum(axis=1).cumsum()
-        return F.embedding_bag(
-            torch.from_numpy(place[runs.reshape(-1)]),
-            out,
-            torch.from_numpy(np.concatenate(([0], ends[:-1]))),
-            mode="sum",
-            per_sample_weights=torch.from_numpy(weight.numpy()[runs]),
-        )
-
-    def _gather(self, hidden: Tensor, token: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            return super()._gather(hidden, token)
-        # With room for the padding of the last expert's rows.
-        rows = self._buffer("rows", hidden, len(token) + _step(len(token)), hidden.shape[1])
-        return torch.index_select(hidden, 0, token, out=rows[: len(token)])
-
-    def products(self, module: Any, rows: Tensor, counts: list[int]) -> Tensor:
-        """The experts' own work: (P, D) rows sorted by expert, so many for each -> (P, D)."""
-        if not self._serves(module, rows):
-            return super().products(module, rows, counts)
-        experts = self._copy(module).experts
-        whole = self._buffer("out", rows, *rows.shape)
-        width, start = rows.shape[1], rows.storage_offset()
-        there = rows.untyped_storage().nbytes() // rows.element_size() - start
-        for number, a, b in pieces(module, counts):
-            # Rows of the next expert, or what was there before: theirs is not copied.
-            more = min(padded(b - a), there // width - a)
-            padding = rows.as_strided((more, width), (width, 1), start + a * width)
-            whole[a:b] = experts[number].run(module, padding)[: b - a]
-        return whole
-
-    def _one_expert(self, module: Any, rows: Tensor, number: int, target: Tensor | None) -> Tensor:
-        """A lone token's; `products` serves all others."""
-        if target is None or not self._serves(module, rows):
-            return super()._one_expert(module, rows, number, target)
-        return target.copy_(self._copy(module).experts[number].run(module, rows))
-
-    @staticmethod
-    def _serves(module: Any, rows: Tensor) -> bool:
-        right = rows.device.type == "cpu" and rows.dtype == module.down_proj.dtype
-        # An adapter on experts makes their weights anew for each forward.
-        own = right and not parametrize.is_parametrized(module)
-        return own and not torch.is_grad_enabled() and has_kernels(rows.dtype)
-
-    def _copy(self, module: Any) -> _Copy:
-        """The module's copies, made anew where its weights have changed."""
-        state = _state(module)
-        found = self._seen.get(id(module))
-        if found is not None and found.state == state:
-            return found
-        found = _copies.get(module)
-        if found is None or found.state != state or not torch.equal(found.sample, _sample(module)):
-            # Ordinary tensors, so that they serve inside and outside inference mode.
-            with torch.inference_mode(False), torch.no_grad():
-                experts = tuple(_pack(module, number) for number in range(module.num_experts))
-            found = _Copy(experts, state, _sample(module))
-            _copies[module] = found
-        self._seen[id(module)] = found
-        return found
-
-
 def padded(rows: int) -> int:
     """So many rows are run for so many: at most 3% more.
 
@@ -171,12 +177,12 @@ def _step(rows: int) -> int:
 
 
 def can_pack(modules: list[Any]) -> bool:
-    """Whether this machine has the kernels for these experts, and the memory for their copies."""
+    """Whether there are kernels for these experts here, and memory for their copies."""
     weights = [weight for module in modules for weight in weights_of(module)]
     if not weights or any(weight.device.type != "cpu" for weight in weights):
         return False
     size = sum(weight.numel() * weight.element_size() for weight in weights)
-    fits = size <= MEMORY_SHARE * _machine_memory()
+    fits = size <= MEMORY_SHARE * _memory()
     return fits and all(has_kernels(dtype) for dtype in {weight.dtype for weight in weights})
 
 
@@ -186,8 +192,8 @@ def has_kernels(dtype: torch.dtype) -> bool:
     if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
         return False
     ops = torch.ops.mkldnn
-    dice = torch.Generator().manual_seed(0)
-    rows, weight = (torch.randn(n, 64, generator=dice).to(dtype) for n in (8, 32))
+    rng = torch.Generator().manual_seed(0)
+    rows, weight = (torch.randn(n, 64, generator=rng).to(dtype) for n in (8, 32))
     try:
         if dtype == torch.bfloat16 and not ops._is_mkldnn_bf16_supported():
             return False
@@ -203,12 +209,42 @@ def has_kernels(dtype: torch.dtype) -> bool:
 
 
 @cache
-def _machine_memory() -> int:
-    """Bytes; of the machine, not of what is free now, so that the same choice is made each time."""
+def _memory() -> int:
+    return memory_limit()
+
+
+def memory_limit(root: Path = Path("/")) -> int:
+    """Bytes that this process may use: the machine's, or less where a control group limits it.
+
+    Not what is free now, so that the same choice is made each time.
+
+    Args:
+        root: where ``proc`` and ``sys`` lie.
+    """
     try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     except (AttributeError, ValueError, OSError):  # not a Unix
         return 0
+    try:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        groups = []
+    for group in groups:  # number:controllers:path, without controllers in version 2
+        _, controllers, own = (*group.split(":", 2), "", "")[:3]
+        if not controllers:
+            top, name = root / "sys/fs/cgroup", "memory.max"
+        elif "memory" in controllers.split(","):
+            top, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+        else:
+            continue
+        # The groups above limit it, too. In a container its own may be the one at the top.
+        place = top / own.strip("/")
+        for folder in (place, *place.parents[: len(place.relative_to(top).parts)]):
+            try:
+                limits.append(int((folder / name).read_text()))
+            except (OSError, ValueError):  # no such group, or "max"
+                continue
+    return min(limits)
 
 
 def _state(module: Any) -> tuple[tuple[int, int], ...]:

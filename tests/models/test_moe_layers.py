@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from var_moe.models.router_scores import entropy, find_score
+from var_moe.models.moe_layers import entropy, find_score
 
 SCORES = {
     "softmax": lambda logits: logits.softmax(1),

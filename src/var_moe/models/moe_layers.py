@@ -1,19 +1,69 @@
-"""Watching the routers: forward hooks where the model itself says its router logits are.
+"""A model's MoE layers: its experts modules, its routers, and what the routers' logits mean.
 
-``output_router_logits=True`` would also compute the load-balancing loss and keep every
-layer's logits; a hook keeps one layer at a time.
+An experts module is one that transformers dispatches (``use_experts_implementation``). Routers are
+watched by forward hooks where the model itself says that its router logits are:
+``output_router_logits=True`` would also compute the load-balancing loss and keep every layer's
+logits, and a hook keeps one layer at a time.
+
+Families turn router logits into weights in a few ways (softmax, sigmoid, the square root of a
+softplus, or probabilities already), and their configurations mostly do not say which. The
+router's own decision does: the weights of the experts that it chose stand in the ratio of
+their scores, whether they are normalised, scaled or neither.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from var_moe.errors import UsageError
-from var_moe.execution.dispatch import experts_modules
-from var_moe.models.router_scores import Score, entropy, find_score
+
+REFUSED_BACKENDS = ("deepgemm_megamoe",)
+"""Experts backends of transformers that are fixed when a model is loaded."""
+
+
+def experts_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The model's experts modules with their names, in layer order."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if hasattr(module, "_is_expert_parallel") and hasattr(type(module).forward, "__wrapped__")
+    ]
+
+
+def experts_shape(model: nn.Module) -> dict[str, int]:
+    """``layers``, ``experts``, and ``hidden``: the size of what the experts are given.
+
+    It is not the model's own hidden size where experts work in a smaller space.
+    """
+    modules: list[Any] = [module for _, module in experts_modules(model)]
+    if not modules:
+        return {"layers": 0, "experts": 0, "hidden": 0}
+    one = modules[0]
+    first = weights_of(one)[0][0]
+    return {
+        "layers": len(modules),
+        "experts": int(getattr(one, "num_experts", 0)),
+        "hidden": int(first.shape[0 if one.is_transposed else 1]),
+    }
+
+
+def weights_of(module: Any) -> tuple[Tensor, Tensor]:
+    """All experts' first (gate and up in one, where there is a gate) and second weights."""
+    return (module.gate_up_proj if module.has_gate else module.up_proj), module.down_proj
+
+
+def biases_of(module: Any) -> tuple[Tensor, ...]:
+    """The biases of `weights_of`, or none."""
+    if not module.has_bias:
+        return ()
+    first = module.gate_up_proj_bias if module.has_gate else module.up_proj_bias
+    return first, module.down_proj_bias
 
 
 def router_fingerprint(model: Any) -> list[float]:
@@ -137,3 +187,68 @@ def _recorder(model: Any) -> Any:
             known = isinstance(recorder, OutputRecorder)
             return recorder if known else OutputRecorder(recorder, index=0)
     return None
+
+
+Score = Callable[[Tensor], Tensor]  # (T, E) logits -> (T, E) scores, not negative
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    return logits.softmax(dim=-1)
+
+
+def _sigmoid(logits: Tensor) -> Tensor:
+    return logits.sigmoid()
+
+
+def _sqrt_softplus(logits: Tensor) -> Tensor:
+    return F.softplus(logits).sqrt()
+
+
+def _probabilities(logits: Tensor) -> Tensor:
+    return logits.clamp(min=0.0)
+
+
+# A rival must explain the weights to this much of the chosen experts' mass; the coarsest dtype
+# that weights come in, bfloat16, rounds them to 0.4%.
+_TOLERANCE = 0.01
+_RIVALS: tuple[Score, ...] = (_sigmoid, _sqrt_softplus)
+
+
+def find_score(logits: Tensor, index: Tensor, weight: Tensor) -> Score:
+    """The score that explains a router's decision.
+
+    Args:
+        logits: (T, E) what the router recorded; probabilities are known by their sum of one.
+        index: (T, K) the experts that it chose.
+        weight: (T, K) their weights.
+
+    Returns:
+        The score. Softmax unless another one explains the weights, and better; with K = 1 there
+        is no ratio to see, and it is softmax.
+    """
+    logits, weight = logits.float(), weight.float()
+    if bool((logits >= 0).all()) and bool(((logits.sum(dim=-1) - 1).abs() < _TOLERANCE).all()):
+        return _probabilities
+    best: Score = _softmax
+    least = _misfit(_softmax(logits), index, weight)
+    for score in _RIVALS:
+        misfit = _misfit(score(logits), index, weight)
+        if misfit < min(least, _TOLERANCE):
+            best, least = score, misfit
+    return best
+
+
+def _misfit(scores: Tensor, index: Tensor, weight: Tensor) -> float:
+    """How far the chosen scores are from the weights, as shares; all but the worst 1%."""
+    chosen = scores.gather(1, index)
+    expected = chosen / chosen.sum(dim=1, keepdim=True)
+    seen = weight / weight.sum(dim=1, keepdim=True)
+    worst = (expected - seen).abs().amax(dim=1).nan_to_num(0.0)
+    return float(worst.quantile(0.99))
+
+
+def entropy(scores: Tensor) -> Tensor:
+    """Entropy in nats of the shares of (T, E) scores. (T,)"""
+    shares = scores / scores.sum(dim=-1, keepdim=True)
+    total: Tensor = torch.special.entr(shares).sum(dim=-1)
+    return total

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from families import find_families, tiny_model
 from torch import Tensor
 from transformers import GenerationConfig
 
+from families import find_families, tiny_model
 from var_moe.config import VARConfig
 from var_moe.errors import UsageError
-from var_moe.execution.dispatch import experts_modules
 from var_moe.execution.session import routed
 from var_moe.models.loading import load_model
+from var_moe.models.moe_layers import experts_modules
 from var_moe.routing.decision import ForwardContext, Routing, Tier
 from var_moe.routing.fast_path import RoutingTable
 from var_moe.routing.var import VARPolicy

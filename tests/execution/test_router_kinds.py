@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from contract import Call, logits, watched
-from families import find_families, tiny_model
-from seam_contract import SeamContract, Tiny
+from dispatch_contract import DispatchContract, Tiny
 from torch import Tensor
+
+from families import find_families, tiny_model
 
 TOP_K, KIND_EXPERTS = 8, 32
 
@@ -87,7 +88,7 @@ def tiny(kind):
 
 
 @pytest.mark.slow
-class TestRouterKinds(SeamContract):
+class TestRouterKinds(DispatchContract):
     def test_the_router_is_of_its_kind(self, kind, tiny):
         with watched(tiny.model) as calls:
             logits(tiny.model, tiny.ids, "grouped_mm")

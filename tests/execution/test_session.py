@@ -10,8 +10,8 @@ from contract import DropLastPair, Failing, logits
 
 from var_moe.config import VARConfig
 from var_moe.errors import UsageError
-from var_moe.execution.dispatch import experts_modules
 from var_moe.execution.session import routed
+from var_moe.models.moe_layers import experts_modules
 from var_moe.routing.decision import Tier
 from var_moe.routing.fast_path import ResidualMeans, RoutingTable
 from var_moe.routing.native import NativePolicy
@@ -106,7 +106,7 @@ def test_a_dense_model_is_refused():
 
 def test_an_unknown_backend_is_refused(model):
     with (
-        pytest.raises(UsageError, match="'bogus': expected one of sorted, packed, eager"),
+        pytest.raises(UsageError, match="'bogus': expected one of sorted, packed, grouped, eager"),
         routed(model, NativePolicy(), backend="bogus"),
     ):
         pass

@@ -1,4 +1,4 @@
-"""What the tests of the experts seam share: policies, and looking at what is executed."""
+"""What the tests of the experts dispatch share: policies, and looking at what is executed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from var_moe.execution.dispatch import OWN_BACKENDS, experts_modules
+from var_moe.execution.backends import OWN
+from var_moe.models.moe_layers import experts_modules
 from var_moe.routing.decision import ForwardContext, Routing
 from var_moe.routing.native import NativePolicy
 
@@ -107,7 +108,7 @@ def spied(inner: str) -> Iterator[SpyBackend]:
     """A `SpyBackend` as ``spy`` among transformers' experts backends."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    spy = SpyBackend("grouped_mm" if inner in OWN_BACKENDS else inner)
+    spy = SpyBackend("grouped_mm" if inner in OWN else inner)
     ALL_EXPERTS_FUNCTIONS["spy"] = spy
     try:
         yield spy

@@ -15,8 +15,8 @@ from torch import Tensor
 from var_moe.config import VARConfig
 from var_moe.errors import UsageError
 from var_moe.execution.backends import packed as packed_experts
-from var_moe.execution.dispatch import experts_modules
 from var_moe.execution.session import routed
+from var_moe.models.moe_layers import experts_modules
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.decision import ForwardContext, Routing
 from var_moe.routing.fast_path import RoutingTable

@@ -64,6 +64,35 @@ def test_other_things_are_refused_by_name(model, change, said):
         pass
 
 
+@pytest.mark.parametrize("which", ["register_forward_pre_hook", "register_forward_hook"])
+def test_a_hook_that_cannot_be_registered_leaves_nothing_behind(model, ids, which, monkeypatch):
+    before, hooks = model.get_experts_implementation(), dict(model._forward_pre_hooks)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no more hooks")
+
+    policy = NativePolicy()
+    with monkeypatch.context() as patch:
+        patch.setattr(model, which, refuse)
+        with pytest.raises(RuntimeError, match="no more hooks"), routed(model, policy):
+            pass
+    assert dict(model._forward_pre_hooks) == hooks
+    assert model.get_experts_implementation() == before
+    with routed(model, policy):
+        model(ids)
+
+
+def test_a_block_is_entered_once(model, ids):
+    block = routed(model, NativePolicy())
+    with block as session:
+        with pytest.raises(UsageError, match="entered before"), block:
+            pass
+        model(ids)
+        assert session.report().tokens == ids.numel()
+    with pytest.raises(UsageError, match="call routed"), block:
+        pass
+
+
 def test_our_own_dispatch_is_no_backend(model):
     with pytest.raises(UsageError, match="expected one of"):
         routed(model, NativePolicy(), backend="var_moe").__enter__()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from dispatch_contract import DispatchContract, Tiny
+
 from families import find_families, tiny_model
-from seam_contract import SeamContract, Tiny
 
 BACKENDS = ("eager", "batched_mm", "grouped_mm", "packed")
 MODULES = ("mixtral", "olmoe", "qwen3_moe", "gpt_oss", "deepseek_v3")
@@ -23,5 +24,5 @@ def tiny(request):
 
 
 @pytest.mark.slow
-class TestBackends(SeamContract):
+class TestBackends(DispatchContract):
     """Nothing more than the suite."""

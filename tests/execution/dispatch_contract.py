@@ -1,4 +1,4 @@
-"""The contract of the experts seam, as a suite that every set of models inherits.
+"""The contract of the experts dispatch, as a suite that every set of models inherits.
 
 A module with a class that inherits has a fixture ``tiny``, and may have a ``backend`` of its own.
 """
@@ -24,17 +24,17 @@ from contract import (
     spied,
     watched,
 )
-from families import EXPERTS, VOCABULARY, Family, in_dtype, tiny_ids
 from torch import Tensor
 
+from families import EXPERTS, VOCABULARY, Family, in_dtype, tiny_ids
 from var_moe.calibration.collect import collect_profile
 from var_moe.config import VARConfig
 from var_moe.data.documents import TextDocument
 from var_moe.data.encoding import encode
 from var_moe.evaluation.perplexity import document_losses
-from var_moe.execution.dispatch import experts_modules
 from var_moe.execution.session import routed
 from var_moe.models.loading import LoadedModel
+from var_moe.models.moe_layers import experts_modules
 from var_moe.routing.decision import ForwardContext, Routing, Tier
 from var_moe.routing.fast_path import ResidualMeans, RoutingTable
 from var_moe.routing.native import NativePolicy
@@ -178,7 +178,7 @@ def check_keep_all(tiny: Tiny, dtype: torch.dtype, backend: str) -> None:
         assert relative(call.output[:-1], meant[:-1]) <= TOLERANCE[dtype]
 
 
-class SeamContract:
+class DispatchContract:
     """What must hold for every model whose experts transformers dispatches."""
 
     @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

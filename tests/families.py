@@ -1,4 +1,4 @@
-"""Tiny random models of every family that the experts seam can reach.
+"""Tiny random models of every family that the experts dispatch can reach.
 
 The families are found in transformers itself: the modeling files with an experts class under
 `use_experts_implementation` that also hold a class of the causal language model mapping. What

@@ -1,7 +1,7 @@
 """Every causal language model family of transformers with dispatched experts keeps the contract.
 
 One row per family, on a tiny random model of its own configuration class. What the library
-promises for Mixtral must hold wherever the experts seam is, without code for any family.
+promises for Mixtral must hold wherever the experts dispatch is, without code for any family.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from contract import logits, watched
+from dispatch_contract import DTYPES, NO_FLOAT16, DispatchContract, Tiny, check_keep_all
+
 from families import (
     EXPERTS,
     FAST,
@@ -20,9 +22,7 @@ from families import (
     find_modules,
     tiny_model,
 )
-from seam_contract import DTYPES, NO_FLOAT16, SeamContract, Tiny, check_keep_all
-
-from var_moe.models.router_hooks import RouterLogits
+from var_moe.models.moe_layers import RouterLogits
 
 ENTROPY_UNKNOWN = {
     "phimoe": "sparsemixer normalises each choice over other experts: no one score fits both",
@@ -55,7 +55,7 @@ def test_nearly_all_families_are_served():
     assert names >= FAST | set(FIXED_TOP_K)
 
 
-class TestFamilies(SeamContract):
+class TestFamilies(DispatchContract):
     @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
     def test_keep_all_through_grouped_mm_itself(self, tiny, dtype):
         check_keep_all(tiny, dtype, "grouped_mm")

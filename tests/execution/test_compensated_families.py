@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from contract import Failing, differences, eager, logits, snapshot, watched
-from families import find_families, tiny_ids, tiny_model
 
 from damages import compensation_of, damage_model
+from families import find_families, tiny_ids, tiny_model
 from var_moe.calibration.calibrate import calibration_trace
 from var_moe.calibration.collect import collect_profile
 from var_moe.calibration.fit_compensation import FitSettings, fit_compensation
@@ -23,9 +23,9 @@ from var_moe.config import VARConfig
 from var_moe.data.documents import TextDocument
 from var_moe.data.encoding import encode
 from var_moe.errors import UsageError
-from var_moe.execution.dispatch import experts_shape
 from var_moe.execution.session import routed
 from var_moe.models.loading import LoadedModel
+from var_moe.models.moe_layers import experts_shape
 from var_moe.routing.compensation import Compensation
 from var_moe.routing.damage import DamageModel, DamagePolicy
 from var_moe.routing.native import NativePolicy
