@@ -105,7 +105,7 @@ def test_unknown_preset():
 @pytest.mark.parametrize("seed", [-1, 2**32, 2**64, 1.5, True, "3"])
 def test_a_seed_is_checked_wherever_it_is_taken(seed):
     from var_moe.calibration.fit_compensation import FitSettings
-    from var_moe.certification.settings import CertifySettings
+    from var_moe.certification.plan import CertifySettings
     from var_moe.evaluation.batching import drawn
     from var_moe.optimization.preparation import sample_documents
     from var_moe.optimization.settings import TuneSettings

@@ -17,10 +17,9 @@ from benchmarks.certification.population import (
 )
 from scipy import stats
 
+from var_moe.certification.inference import bootstrap_p_value, fixed_sequence, t_p_value, with_worst
 from var_moe.certification.judging import FIRST_LOOK
-from var_moe.certification.statistics import bootstrap_p_value, t_p_value, with_worst
-from var_moe.certification.testing import fixed_sequence
-from var_moe.certification.units import CHUNK_UNITS
+from var_moe.certification.scoring import CHUNK_UNITS
 from var_moe.evaluation.sequential import margin
 
 BOUND = 0.01

@@ -8,9 +8,14 @@ import json
 import pytest
 from certification_helpers import point, skip
 
-from var_moe.certification.candidates import Named, find_candidates
-from var_moe.certification.frozen import FROZEN_FILE, Study
-from var_moe.certification.ledger import LEDGER_FILE, Ledger
+from var_moe.certification.plan import (
+    FROZEN_FILE,
+    LEDGER_FILE,
+    Ledger,
+    Named,
+    Study,
+    find_candidates,
+)
 from var_moe.config import VARConfig
 from var_moe.errors import UsageError
 from var_moe.optimization.candidate import Candidate

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from var_moe.certification.power import Pilot
-from var_moe.certification.statistics import (
+from var_moe.certification.inference import (
     below_zero,
     bootstrap_p_value,
     degradation_interval,
@@ -17,6 +16,7 @@ from var_moe.certification.statistics import (
     t_p_value,
     with_worst,
 )
+from var_moe.certification.ordering import Pilot
 from var_moe.errors import UsageError
 from var_moe.evaluation.perplexity import DocumentLosses, degradation
 

@@ -6,8 +6,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from var_moe.certification.speedup import blocks_needed, median_lower_bound
-from var_moe.certification.testing import fixed_sequence, holm, split_alpha
+from var_moe.certification.inference import (
+    blocks_needed,
+    fixed_sequence,
+    holm,
+    median_lower_bound,
+    split_alpha,
+)
 
 
 def test_a_fixed_sequence_ends_at_the_first_failure():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from var_moe.calibration.collect import collect_profile
-from var_moe.certification.units import UnitScorer
+from var_moe.certification.scoring import UnitScorer
 from var_moe.config import VARConfig
 from var_moe.data.documents import EncodedDocument, shuffled_pages
 from var_moe.evaluation.evaluator import Evaluator, SpeedSetting

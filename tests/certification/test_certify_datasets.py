@@ -10,9 +10,8 @@ import pytest
 from certification_helpers import point, skip
 
 from texts import WORDS, write_data_set
-from var_moe.certification.apart import judge_apart, judged_apart
-from var_moe.certification.judging import worst_test
-from var_moe.certification.units import Measured
+from var_moe.certification.judging import judge_apart, judged_apart, worst_test
+from var_moe.certification.scoring import Measured
 from var_moe.cli import main
 from var_moe.data.documents import EncodedDocument
 

@@ -13,7 +13,7 @@ import pytest
 from certification_helpers import point, skip
 
 from var_moe.certification import certify as room
-from var_moe.certification.units import UnitScorer
+from var_moe.certification.scoring import UnitScorer
 from var_moe.cli import main
 
 NATIVE = {"policy": "native", "settings": {}}
@@ -275,7 +275,7 @@ def test_a_speedup_is_claimed_by_its_lower_bound(
     results, tiny_model_folder, certify_text, certify_profile
 ):
     from var_moe.certification.certify import NotCertifiedError, certify
-    from var_moe.certification.settings import CertifySettings
+    from var_moe.certification.plan import CertifySettings
     from var_moe.evaluation.evaluator import SpeedSetting
     from var_moe.models.loading import load_model
 

@@ -8,12 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from var_moe.calibration.fitted_files import load_compensation
 from var_moe.calibration.profile import RoutingProfile
-from var_moe.certification.apart import judged_apart
-from var_moe.certification.candidates import Named, find_candidates
-from var_moe.certification.conclusion import Work, conclusion, head, too_few
-from var_moe.certification.frozen import Study
-from var_moe.certification.judging import judge_all
-from var_moe.certification.ledger import Ledger
+from var_moe.certification.inference import LEARNED, QUALITY, SPEEDUP, blocks_needed, split_alpha
+from var_moe.certification.judging import judge_all, judged_apart
 from var_moe.certification.ordering import (
     LEAST_POWER,
     order_candidates,
@@ -21,11 +17,9 @@ from var_moe.certification.ordering import (
     power_line,
     units_there,
 )
-from var_moe.certification.settings import CertifySettings
-from var_moe.certification.speedup import blocks_needed
-from var_moe.certification.statement import ONE_TEXT
-from var_moe.certification.testing import LEARNED, QUALITY, SPEEDUP, split_alpha
-from var_moe.certification.units import Unit, UnitScorer
+from var_moe.certification.plan import CertifySettings, Ledger, Named, Study, find_candidates
+from var_moe.certification.scoring import Unit, UnitScorer
+from var_moe.certification.statement import ONE_TEXT, Work, conclusion, head, too_few
 from var_moe.data.documents import shuffled_pages
 from var_moe.errors import UsageError, VarMoeError
 from var_moe.evaluation.evaluator import Evaluator, Progress
@@ -44,11 +38,11 @@ if TYPE_CHECKING:
     from var_moe.data.documents import EncodedDocument
     from var_moe.models.loading import LoadedModel
 
+
 CERTIFICATE_FILE = "certificate.json"
 PAGE_FILE = "certificate.html"
 CERTIFIED_CONFIG_FILE = "certified_config.json"
 LEAST_UNITS = 10
-
 Say = Callable[[str], None]
 
 
@@ -312,6 +306,3 @@ def _write(
             f"{clean['sentence']}; it is saved in {work.folder / CERTIFICATE_FILE}", clean
         )
     return clean
-
-
-__all__ = ["CertifySettings", "NotCertifiedError", "certify"]

@@ -1,23 +1,94 @@
-"""Safest to fastest on the ordering part, and how much text each candidate will need."""
+"""The order of the candidates, safest first, and how much text each of them needs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
-from var_moe.certification.apart import WHOLE, parts_of
-from var_moe.certification.candidates import Named
-from var_moe.certification.power import POWER, Pilot
-from var_moe.certification.statistics import degradation_interval, excess
-from var_moe.certification.units import Measured, UnitScorer
+from var_moe.certification.inference import Floats, degradation_interval, excess
+from var_moe.certification.judging import WHOLE, parts_of
+from var_moe.certification.plan import Named
+from var_moe.certification.scoring import Measured, UnitScorer
 from var_moe.evaluation.perplexity import Groups
+from var_moe.evaluation.sequential import LEAST_DOCUMENTS, margin
 from var_moe.routing.base import RoutingPolicy
 
 LEAST_POWER = 0.5
 """Where no candidate has this chance, the certify part is not opened."""
+POWER = 0.8
+"""The probability of a certificate that the number of units needed is stated for."""
+_MOST_UNITS = 10_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pilot:
+    """Mean and spread of Z on the ordering part, to plan the test by normal theory.
+
+    The pilot's worst page stands for the test's.
+    """
+
+    mean: float
+    deviation: float
+    worst: float
+    sequential: bool
+
+    @classmethod
+    def of(cls, z: Floats, *, sequential: bool) -> Pilot:
+        """From the pilot's values of Z."""
+        return cls(
+            mean=float(z.mean()),
+            deviation=float(z.std(ddof=1)),
+            worst=float(z.max()),
+            sequential=sequential,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For result files."""
+        return {
+            "excess_mean": self.mean,
+            "excess_deviation": self.deviation,
+            "excess_worst": self.worst,
+        }
+
+    def chance(self, units: int, *, alpha: float) -> float:
+        """Probability that so many units certify; in sequential mode, by their end."""
+        n = units + 1
+        if self.sequential and n < LEAST_DOCUMENTS:
+            return 0.0
+        mean = (units * self.mean + self.worst) / n
+        spread = math.sqrt(self.deviation**2 + (self.worst - self.mean) ** 2 / n)
+        if spread <= 1e-12 * abs(mean):
+            return 1.0 if mean < 0 else 0.0
+        if self.sequential:
+            level = math.sqrt(n) * float(margin(np.array([float(n)]), alpha=alpha, best_at=n)[0])
+        else:
+            level = float(stats.norm.ppf(1 - alpha))
+        return float(stats.norm.cdf(-mean / spread * math.sqrt(n) - level))
+
+    def units_needed(self, *, alpha: float) -> int | None:
+        """Units for a chance of `POWER`; None where the pilot's mean is not below zero."""
+        if self.mean >= 0:
+            return None
+        return _smallest(lambda units: self.chance(units, alpha=alpha) >= POWER)
+
+
+def _smallest(holds: Callable[[int], bool]) -> int | None:
+    """The smallest number of units, at least 2, for which a monotone condition holds."""
+    low, high = 1, 2
+    while not holds(high):
+        low, high = high, 2 * high
+        if high > _MOST_UNITS:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
 
 
 def order_candidates(
@@ -32,8 +103,8 @@ def order_candidates(
     """Rows, safest first, with the degradation on the ordering part and the units needed.
 
     Safest: the smallest upper bound of the degradation, of the worst data set where a claim is
-    about each. A candidate that is not faster than a
-    safer one is left out: it could only end the sequence.
+    about each. A candidate that is not faster than a safer one is left out: it could only end
+    the sequence.
 
     Args:
         scorer: of the ordering part.
@@ -106,7 +177,7 @@ def pilot_of(row: Mapping[str, Any], *, sequential: bool) -> Pilot:
 
 
 def power_line(row: Mapping[str, Any], units: int, chances: float) -> str:
-    """What is said about a candidate before the certify part is opened."""
+    """A candidate's outlook, printed before the certify part is opened."""
     where = f", worst data set {row['worst_dataset']}" if "worst_dataset" in row else ""
     head = f"{row['name']}: {100 * row['degradation']:+.2f}% on the ordering part{where}"
     if row["units_needed"] is None:

@@ -81,11 +81,13 @@ def certify(
     check_dataset(dataset)
     if not quiet:
         print(f"loading model {model} ...", file=sys.stderr, flush=True)
-    from var_moe.certification.candidates import find_candidates
-    from var_moe.certification.certify import CERTIFICATE_FILE, PAGE_FILE, NotCertifiedError
+    from var_moe.certification.certify import (
+        CERTIFICATE_FILE,
+        PAGE_FILE,
+        NotCertifiedError,
+    )
     from var_moe.certification.certify import certify as run_certify
-    from var_moe.certification.ledger import Ledger
-    from var_moe.certification.settings import CertifySettings
+    from var_moe.certification.plan import CertifySettings, Ledger, find_candidates
     from var_moe.cli.progress import StageProgress
     from var_moe.cli.report import make_report
     from var_moe.cli.tables import print_described

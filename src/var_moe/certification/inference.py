@@ -1,4 +1,6 @@
-"""The test of one configuration: is the corpus perplexity ratio below a bound?
+"""Tests with a known error rate: of one configuration, of several, and of a speedup.
+
+The test of one configuration asks whether the corpus perplexity ratio is below a bound.
 
 With ``d_u`` the change of unit u's summed loss and ``T_u`` its scored tokens, the hypothesis
 that the ratio is at or over the bound is ``E[Z] >= 0`` for ``Z_u = d_u - ln(1 + bound) T_u``.
@@ -22,6 +24,7 @@ studies where 5% were promised.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -37,6 +40,12 @@ Floats = NDArray[np.float64]
 RESAMPLES = 9_999
 SKEW_RULE = 25
 """Cochran's rule (1977, 2.15): normal theory serves from n > 25 skewness^2 on."""
+
+
+QUALITY, SPEEDUP, LEARNED = "quality", "speedup", "learned_pct"
+QUALITY_SHARE = 0.8
+"""Share of alpha that quality has where more than quality is claimed: quality alone needs text,
+the other claims only more timed blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,15 +88,13 @@ class Interval:
 
 
 def excess(change: Floats, tokens: NDArray[np.int64], bound: float) -> Floats:
-    """Z: what each unit's loss rose by over what the bound allows it, in nats."""
-    found: Floats = change - math.log1p(bound) * tokens
-    return found
+    """Z: how far each unit's loss rose above what the bound allows, in nats."""
+    return np.asarray(change - math.log1p(bound) * tokens)
 
 
 def with_worst(values: Floats) -> Floats:
     """The values, and the largest of them once more, along the first axis."""
-    found: Floats = np.concatenate([values, values.max(axis=0, keepdims=True)])
-    return found
+    return np.concatenate([values, values.max(axis=0, keepdims=True)])
 
 
 def t_statistic(values: Floats) -> Any:
@@ -113,10 +120,10 @@ def t_p_value(values: Floats) -> Any:
 @lru_cache(maxsize=8)
 def _counts(n: int, resamples: int, seed: int) -> NDArray[np.float32]:
     """How often each of n values is drawn in each resample. (resamples, n)"""
-    dice = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     drawn = np.zeros((resamples, n), dtype=np.float32)
     for row in drawn:
-        row += np.bincount(dice.integers(n, size=n), minlength=n)
+        row += np.bincount(rng.integers(n, size=n), minlength=n)
     return drawn
 
 
@@ -192,3 +199,65 @@ def degradation_interval(
         high=math.expm1(ratio + wide),
         upper=math.expm1(ratio + float(stats.t.ppf(1 - alpha, n - 1)) * error),
     )
+
+
+def fixed_sequence(tests: Iterable[Callable[[], bool]]) -> list[bool]:
+    """Make the tests in their order and stop at the first that does not reject.
+
+    Each at the full level: the first true hypothesis of the order is reached at all only when
+    those before it were rejected, and rejecting it is the only way to a first error (Maurer,
+    Hothorn, Lehmacher 1995). The order must not depend on the text that is tested on.
+
+    Returns:
+        Whether each test that was made rejects: all True, but perhaps the last.
+    """
+    rejected = []
+    for test in tests:
+        rejected.append(test())
+        if not rejected[-1]:
+            break
+    return rejected
+
+
+def holm(p_values: Sequence[float], alpha: float) -> list[bool]:
+    """Which hypotheses Holm's step-down procedure rejects (Holm 1979): needs no order."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    rejected = [False] * len(p_values)
+    for step, at in enumerate(order):
+        if p_values[at] > alpha / (len(p_values) - step):
+            break
+        rejected[at] = True
+    return rejected
+
+
+def split_alpha(alpha: float, claims: Sequence[str]) -> Mapping[str, float]:
+    """Share alpha out over the claims that are made, so that all hold together (Bonferroni).
+
+    Quality alone gets all of it; with others it keeps `QUALITY_SHARE`, and the others share the
+    rest equally.
+    """
+    others = [claim for claim in claims if claim != QUALITY]
+    if not others:
+        return {QUALITY: alpha}
+    rest = alpha * (1 - QUALITY_SHARE) / len(others)
+    return {QUALITY: alpha * QUALITY_SHARE, **dict.fromkeys(others, rest)}
+
+
+def blocks_needed(alpha: float) -> int:
+    """The fewest blocks from which a bound at ``alpha`` exists."""
+    return math.ceil(math.log(alpha) / math.log(0.5))
+
+
+def median_lower_bound(ratios: Sequence[float], alpha: float) -> float | None:
+    """The lower bound of the median of block ratios, at error ``alpha``; None with too few.
+
+    An order statistic: the median lies below the k-th smallest of n blocks only if fewer than k
+    blocks fell below it, which has binomial probability. Exact for any distribution of
+    independent blocks, where the percentile bootstrap of a median over ten blocks is not.
+    """
+    n = len(ratios)
+    # The largest k with P(Binomial(n, 1/2) <= k - 1) <= alpha.
+    k = int(stats.binom.ppf(alpha, n, 0.5))
+    if stats.binom.cdf(k, n, 0.5) <= alpha:
+        k += 1
+    return sorted(ratios)[k - 1] if k >= 1 else None

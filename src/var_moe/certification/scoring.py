@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from var_moe.data.documents import EncodedDocument
     from var_moe.evaluation.evaluator import Evaluator
 
+
 Unit = Sequence["EncodedDocument"]
 """The documents of one page: what is drawn independently of the rest."""
 
