@@ -62,7 +62,9 @@ class Table:
             more: further fields.
         """
         cells = [
-            [one.format(**row) if isinstance(one, str) else one(row) for one in columns.values()]
+            tuple(
+                one.format(**row) if isinstance(one, str) else one(row) for one in columns.values()
+            )
             for row in rows
         ]
         return cls(title=title, headings=list(columns), rows=cells, **more) if cells else None

@@ -131,24 +131,16 @@ def _lines(
     return found
 
 
-def _table(found: Mapping[str, Any], target: float) -> Table:
+def _table(found: Mapping[str, Any], target: float) -> Table | None:
     rows = [row for row in found["rows"] if row["target_experts_per_token"] == target]
-    rows.sort(key=lambda row: row["degradation"])
-    timed = any(row["speedup"] is not None for row in rows)
-    headings = ("policy", "experts per token", "perplexity change", "± s.e.", "random skipping")
-    return Table(
-        title=f"At {target:g} experts per token",
-        headings=(*headings, *(["speedup [95%]"] if timed else [])),
-        rows=[
-            (
-                row["name"],
-                f"{row['experts_per_token']:.3f}",
-                percent(row["degradation"]),
-                f"{100 * row['degradation_standard_error']:.2f}",
-                percent(row["degradation_of_random_skip"]),
-                *([speedup(row)] if timed else []),
-            )
-            for row in rows
-        ],
-        marked=0 if rows else None,
-    )
+    columns: dict[str, Any] = {
+        "policy": "{name}",
+        "experts per token": "{experts_per_token:.3f}",
+        "perplexity change": lambda row: percent(row["degradation"]),
+        "± s.e.": lambda row: f"{100 * row['degradation_standard_error']:.2f}",
+        "random skipping": lambda row: percent(row["degradation_of_random_skip"]),
+    }
+    if any(row["speedup"] is not None for row in rows):
+        columns["speedup [95%]"] = speedup
+    ordered = sorted(rows, key=lambda row: row["degradation"])
+    return Table.of(f"At {target:g} experts per token", ordered, columns, marked=0)

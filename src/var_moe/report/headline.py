@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from var_moe.report.blocks import BAD, GOOD, Answer, Card, Headline
+from var_moe.report.blocks import BAD, GOOD, PLAIN, Answer, Card, Headline
 from var_moe.report.folder import Results
 from var_moe.report.wording import between, factor, kind, limit, percent, speedup
 
@@ -27,16 +27,17 @@ def headline(results: Results) -> Headline:
         if results.get(name) is not None:
             return made(results)
     if results.unfinished:
-        return Headline(
-            title="Unfinished results",
-            question="What was measured before the command ended?",
-            answers=(),
-        )
-    return Headline(
-        title="Routing profile",
-        question="How does the unmodified model route this text?",
-        answers=(),
-    )
+        return _headline("Unfinished results", "What was measured before the command ended?")
+    return _headline("Routing profile", "How does the unmodified model route this text?")
+
+
+def _headline(
+    title: str, question: str, *sentences: str, good: bool | None = None, **more: Any
+) -> Headline:
+    """One whose answers are all of one tone."""
+    tone = {None: PLAIN, True: GOOD, False: BAD}[good]
+    answers = tuple(Answer(sentence=one, tone=tone) for one in sentences)
+    return Headline(title=title, question=question, answers=answers, **more)
 
 
 def _certified(certificate: Mapping[str, Any] | None) -> tuple[Answer, ...]:
@@ -44,6 +45,29 @@ def _certified(certificate: Mapping[str, Any] | None) -> tuple[Answer, ...]:
         return ()
     tone = GOOD if certificate["certified"] else BAD
     return (Answer(sentence=certificate["sentence"], tone=tone),)
+
+
+def _held_out(
+    found: Mapping[str, Any] | None, known: tuple[Any, ...] | None = None
+) -> tuple[Answer, ...]:
+    """The answer on held-out text, which may be of none of the ``known`` configurations."""
+    if found is None:
+        return ()
+    own = known is None or found["config"] in known
+    which = "it" if own else f"another ({kind(found['config'])})"
+    chosen = "was profiled or" if found.get("seen") else "nothing was"
+    kept = found["degradation_upper_95"] < found["max_degradation"]
+    return (
+        Answer(
+            sentence=f"On {found['text']['split']}, which {chosen} chosen on, "
+            f"{which} "
+            f"{'keeps' if kept else 'breaks'} the bound of {limit(found['max_degradation'])}: "
+            f"{percent(found['degradation'])} (95% upper bound "
+            f"{percent(found['degradation_upper_95'])}) at {factor(found['speedup'])} "
+            f"{between(found['speedup_95'])}.",
+            tone=GOOD if kept else BAD,
+        ),
+    )
 
 
 def _certificate_cards(results: Results) -> tuple[Card, ...]:
@@ -54,177 +78,123 @@ def _certificate_cards(results: Results) -> tuple[Card, ...]:
     name = certificate["certified_name"]
     test = next(row for row in certificate["tests"] if row["name"] == name)
     ends = between([100 * end for end in test["degradation_interval"]], digits=2)
+    bound = limit(certificate["max_degradation"])
     cards = [
         Card(
             label="certified perplexity rise",
-            value=f"< {limit(certificate['max_degradation'])}",
+            value=f"< {bound}",
             detail=f"measured {percent(test['degradation'])} {ends}",
             tone=GOOD,
         )
     ]
     speed = next((c for c in certificate["claims"] if c["name"] == "speedup"), None)
     if speed is not None and speed.get("at_least"):
-        cards.append(
-            Card(
-                label="certified speed",
-                value=f"≥ {factor(speed['at_least'])}",
-                detail=f"measured {factor(speed['measured'])} {between(speed['speedup_95'])}",
-                tone=GOOD,
-            )
-        )
+        told = f"measured {factor(speed['measured'])} {between(speed['speedup_95'])}"
+        value = f"≥ {factor(speed['at_least'])}"
+        cards.append(Card(label="certified speed", value=value, detail=told, tone=GOOD))
     geometry = (results.get("metadata") or {}).get("geometry", {})
     return (*cards, _experts_card(test, geometry.get("top_k")))
 
 
 def _experts_card(row: Mapping[str, Any], top_k: int | None) -> Card:
+    of = f"of {top_k}" if top_k else ""
     return Card(
-        label="executed experts per token",
-        value=f"{row['experts_per_token']:.2f}",
-        detail=f"of {top_k}" if top_k else "",
+        label="executed experts per token", value=f"{row['experts_per_token']:.2f}", detail=of
     )
 
 
 def _measured_cards(row: Mapping[str, Any], top_k: int, bound: float, where: str) -> list[Card]:
-    kept = row["degradation_upper_95"] < bound
     cards = []
     if row.get("speedup") is not None:
-        cards.append(
-            Card(
-                label=f"speedup, {where}",
-                value=factor(row["speedup"]),
-                detail=f"95% interval {between(row['speedup_95'])}",
-            )
-        )
-    cards += [
+        ends = f"95% interval {between(row['speedup_95'])}"
+        cards = [Card(label=f"speedup, {where}", value=factor(row["speedup"]), detail=ends)]
+    upper = row["degradation_upper_95"]
+    return [
+        *cards,
         Card(
             label=f"perplexity, {where}",
             value=percent(row["degradation"]),
-            detail=f"95% upper bound {percent(row['degradation_upper_95'])}, limit {limit(bound)}",
-            tone=GOOD if kept else BAD,
+            detail=f"95% upper bound {percent(upper)}, limit {limit(bound)}",
+            tone=GOOD if upper < bound else BAD,
         ),
         _experts_card(row, top_k),
     ]
-    return cards
 
 
 def _of_search(results: Results) -> Headline:
     search, metadata = results.get("search"), results.get("metadata")
-    if "identity" not in metadata:
-        return _of_own_search(search)
-    settings, identity = metadata["settings"], metadata["identity"]
-    bound, top_k = metadata["max_degradation"], metadata["geometry"]["top_k"]
     best = search["best_params"]
-    what = kind(best) if best else _asked(settings)
-    row = results.winner
-    cards = _measured_cards(row, top_k, bound, "validation") if row else []
-    validation, certificate = results.get("validation"), results.get("certificate")
+    if "identity" not in metadata:  # a program's own search: what it searched is not known
+        score = f"The best score is {search['best_score']:.4g}."
+        return _headline(
+            f"Search by the {search['method']} method",
+            "Which parameters score best?",
+            score if best else "No parameters keep the bound.",
+            good=bool(best),
+            configuration=best,
+        )
+    identity, bound = metadata["identity"], metadata["max_degradation"]
+    policy = metadata["settings"].get("policy")
+    what = kind(best) if best else f"policy {policy}" if policy else "VAR"
+    row, certificate = results.winner, results.get("certificate")
+    certified = (certificate or {}).get("certified_config")
     chosen = metadata["answer"]
-    if certificate and certificate.get("certified_config") not in (None, best):
+    if certified not in (None, best):
         chosen = f"Chosen by the search, not certified: {chosen[:1].lower()}{chosen[1:]}"
-    answers = (
-        *_certified(certificate),
-        *_held_out(validation, known=(best, (certificate or {}).get("certified_config"))),
-        Answer(sentence=chosen, tone=GOOD if best else BAD),
-    )
+    cards: Sequence[Card] = _certificate_cards(results)
+    if not cards and row:  # they may be of another configuration: figures of one alone
+        cards = _measured_cards(row, metadata["geometry"]["top_k"], bound, "validation")
+    nearest = metadata.get("search", {}).get("nearest_miss", {}).get("config")
     return Headline(
         title=f"{identity['model']} on {identity['dataset']}",
         question=f"Which configuration ({what}) runs the model {identity['model']} fastest, "
         f"while its perplexity on {identity['dataset']} text rises by less than {limit(bound)}?",
-        answers=answers,
-        # The search's winner and the certified configuration are not one: figures of one alone.
-        cards=_certificate_cards(results) or tuple(cards),
-        configuration=(certificate or {}).get("certified_config")
-        or best
-        or metadata.get("search", {}).get("nearest_miss", {}).get("config"),
-    )
-
-
-def _of_own_search(search: Mapping[str, Any]) -> Headline:
-    """Of a search that a program made and saved: what it searched is not known."""
-    best = search["best_params"]
-    found = (
-        f"The best score is {search['best_score']:.4g}."
-        if best
-        else "No parameters keep the bound."
-    )
-    return Headline(
-        title=f"Search by the {search['method']} method",
-        question="Which parameters score best?",
-        answers=(Answer(sentence=found, tone=GOOD if best else BAD),),
-        configuration=best,
+        answers=(
+            *_certified(certificate),
+            *_held_out(results.get("validation"), known=(best, certified)),
+            Answer(sentence=chosen, tone=GOOD if best else BAD),
+        ),
+        cards=tuple(cards),
+        configuration=certified or best or nearest,
     )
 
 
 def _of_bound(results: Results) -> Headline:
     found = results.get("metadata")
-    identity = found["identity"]
-    return Headline(
-        title=f"{identity['model']} on {identity['dataset']}",
-        question="Which verified configuration of an earlier search runs fastest, while perplexity "
-        f"rises by less than {limit(found['max_degradation'])}?",
-        answers=(Answer(sentence=found["answer"], tone=GOOD),),
+    return _headline(
+        f"{found['identity']['model']} on {found['identity']['dataset']}",
+        "Which verified configuration of an earlier search runs fastest, while perplexity rises "
+        f"by less than {limit(found['max_degradation'])}?",
+        found["answer"],
+        good=True,
     )
 
 
 def _of_guard(results: Results) -> Headline:
     rows = results.get("guard")["checks"]
     told = [f"{row['text']}: {'no alarm' if row['alarm_at'] is None else 'alarm'}" for row in rows]
-    return Headline(
-        title="Guard",
-        question="Does the guard tell other text from that it was calibrated on?",
-        answers=(Answer(sentence=f"{'; '.join(told)}."),),
-    )
-
-
-def _asked(settings: Mapping[str, Any]) -> str:
-    return f"policy {settings['policy']}" if settings.get("policy") else "VAR"
-
-
-def _held_out(
-    found: Mapping[str, Any] | None, known: tuple[Any, ...] | None = None
-) -> tuple[Answer, ...]:
-    """The answer on held-out text, which may be of none of the ``known`` configurations."""
-    if found is None:
-        return ()
-    what = (
-        "it" if known is None or found["config"] in known else f"another ({kind(found['config'])})"
-    )
-    chosen = "was profiled or" if found.get("seen") else "nothing was"
-    kept = found["degradation_upper_95"] < found["max_degradation"]
-    split = found["text"]["split"]
-    return (
-        Answer(
-            sentence=f"On {split}, which {chosen} chosen on, {what} "
-            f"{'keeps' if kept else 'breaks'} the bound of {limit(found['max_degradation'])}: "
-            f"{percent(found['degradation'])} (95% upper bound "
-            f"{percent(found['degradation_upper_95'])}) at {factor(found['speedup'])} "
-            f"{between(found['speedup_95'])}.",
-            tone=GOOD if kept else BAD,
-        ),
-    )
+    question = "Does the guard tell other text from that it was calibrated on?"
+    return _headline("Guard", question, f"{'; '.join(told)}.")
 
 
 def _of_validation(results: Results) -> Headline:
     found = results.get("validation")
-    text, config = found["text"], found["config"]
+    text, config, bound = found["text"], found["config"], found["max_degradation"]
     return Headline(
         title=f"{found['model']['name']} on {text['dataset']} ({text['split']})",
-        question=f"Does the configuration ({kind(config)}) keep perplexity within "
-        f"{limit(found['max_degradation'])} on {text['split']}, and how fast is it?",
+        question=f"Does the configuration ({kind(config)}) keep perplexity within {limit(bound)} "
+        f"on {text['split']}, and how fast is it?",
         answers=(*_certified(results.get("certificate")), *_held_out(found)),
-        cards=tuple(
-            _measured_cards(found, found["top_k"], found["max_degradation"], text["split"])
-        ),
+        cards=tuple(_measured_cards(found, found["top_k"], bound, text["split"])),
         configuration=config,
     )
 
 
 def _of_certificate(results: Results) -> Headline:
     found = results.get("certificate")
-    text = found["text"]
     return Headline(
-        title=f"Certificate: {found['identity']['model']} on {text['dataset']}",
-        question=f"Which configuration surely keeps perplexity within "
+        title=f"Certificate: {found['identity']['model']} on {found['text']['dataset']}",
+        question="Which configuration surely keeps perplexity within "
         f"{limit(found['max_degradation'])}?",
         answers=_certified(found),
         cards=_certificate_cards(results),
@@ -244,10 +214,11 @@ def _of_seeds(results: Results) -> Headline:
             f"{factor(speed['max'])} ({100 * speed['spread_relative']:.1f}%, which is partly the "
             "machine's timing)"
         )
-    return Headline(
-        title=f"Seeds: {found['model']} on {found['dataset']}",
-        question="Does the answer depend on the seed of the search?",
-        answers=(Answer(sentence=f"{sentence}.", tone=GOOD if kept == runs else BAD),),
+    return _headline(
+        f"Seeds: {found['model']} on {found['dataset']}",
+        "Does the answer depend on the seed of the search?",
+        f"{sentence}.",
+        good=kept == runs,
     )
 
 
@@ -261,15 +232,13 @@ def _of_comparison(results: Results) -> Headline:
             best = min(rows, key=lambda row: row["degradation"])
             told = f"{percent(best['degradation'])} at {target:g}"
             least.setdefault(best["name"], []).append(told)
-    sentence = "; ".join(f"{name} ({', '.join(told)})" for name, told in least.items())
-    return Headline(
-        title=f"Policies: {found['model']['name']} on {text['dataset']} ({text['split']})",
-        question="At equally many executed experts per token, which policy costs least?",
-        answers=(
-            Answer(sentence=f"At equal experts per token, least costs {sentence}.", tone=GOOD),
-        )
-        if least
-        else (),
+    ahead = "; ".join(f"{name} ({', '.join(told)})" for name, told in least.items())
+    sentences = [f"At equal experts per token, least costs {ahead}."] if least else []
+    return _headline(
+        f"Policies: {found['model']['name']} on {text['dataset']} ({text['split']})",
+        "At equally many executed experts per token, which policy costs least?",
+        *sentences,
+        good=True,
     )
 
 
@@ -283,32 +252,25 @@ def _of_evaluation(results: Results) -> Headline:
         for row in found["rows"]
         if row["name"] != "baseline"
     ]
-    return Headline(
-        title=f"{found['model']['name']} on {text['dataset']} ({text['split']})",
-        question="What does each policy cost, and what does it bring?",
-        answers=tuple(Answer(sentence=line) for line in told),
+    return _headline(
+        f"{found['model']['name']} on {text['dataset']} ({text['split']})",
+        "What does each policy cost, and what does it bring?",
+        *told,
     )
 
 
 def _of_analysis(results: Results) -> Headline:
     found = results.get("analysis")
-    compared, name = found["comparison"], found["model"]["name"]
-    worst = [
-        row["name"].replace("_", " ") for row in found["bottlenecks"] if row["severity"] != "info"
-    ]
-    bounds = f" What bounds it: {', '.join(worst)}." if worst else " No bottleneck was found."
-    faster = compared["actual_speedup_95"][0] > 1
-    return Headline(
-        title=f"Systems analysis of {name}",
-        question=f"Where does the time of a forward go with {found['var']['kind']}?",
-        answers=(
-            Answer(
-                sentence=f"{factor(compared['actual_speedup'])} "
-                f"{between(compared['actual_speedup_95'])} the speed of the unmodified model at "
-                f"{found['var']['var_stats']['experts_per_token']:.2f} experts per token.{bounds}",
-                tone=GOOD if faster else BAD,
-            ),
-        ),
+    compared, stats = found["comparison"], found["var"]["var_stats"]
+    rows = [row for row in found["bottlenecks"] if row["severity"] != "info"]
+    named = ", ".join(row["name"].replace("_", " ") for row in rows)
+    bounds = f"What bounds it: {named}." if rows else "No bottleneck was found."
+    return _headline(
+        f"Systems analysis of {found['model']['name']}",
+        f"Where does the time of a forward go with {found['var']['kind']}?",
+        f"{factor(compared['actual_speedup'])} {between(compared['actual_speedup_95'])} the speed "
+        f"of the unmodified model at {stats['experts_per_token']:.2f} experts per token. {bounds}",
+        good=compared["actual_speedup_95"][0] > 1,
         configuration=found["var"]["config"],
     )
 
@@ -316,8 +278,8 @@ def _of_analysis(results: Results) -> Headline:
 def _of_routing(results: Results) -> Headline:
     found = results.get("routing")
     told = "; ".join(f"{row['claim']}: {row['verdict']}" for row in found["hypotheses"])
-    return Headline(
-        title=f"Routing of {found['model']} on {found['dataset']}",
-        question="Is routing predictable enough for a static table?",
-        answers=(Answer(sentence=f"{told[:1].upper()}{told[1:]}."),),
+    return _headline(
+        f"Routing of {found['model']} on {found['dataset']}",
+        "Is routing predictable enough for a static table?",
+        f"{told[:1].upper()}{told[1:]}.",
     )

@@ -18,20 +18,18 @@ def held_out_section(results: Results) -> Section | None:
     if found is None:
         return None
     text = found["text"]
+    criteria: dict[str, Any] = {
+        "criterion": "{name}",
+        "measured": "{measured}",
+        "met": lambda row: _MET[row["met"]],
+    }
     return section(
         "held-out",
         f"On {'text that was seen' if found.get('seen') else 'held-out text'} ({text['split']})",
         [
             _figures(found),
-            Table(
-                title="Success criteria",
-                headings=("criterion", "measured", "met"),
-                words=2,
-                rows=[
-                    (row["name"], row["measured"], _MET[row["met"]]) for row in found["criteria"]
-                ],
-            ),
-            datasets_table(found.get("by_dataset") or ()),
+            Table.of("Success criteria", found["criteria"], criteria, words=2),
+            datasets_table(found.get("by_dataset")),
             Notes(lines=found["notes"]) if found["notes"] else None,
         ],
         intro=f"{text['dataset']}, {text['split']}: {found['documents']:,} documents, perplexity "
@@ -40,19 +38,20 @@ def held_out_section(results: Results) -> Section | None:
 
 
 def _figures(found: Mapping[str, Any]) -> Table:
-    control, noise = found["random_skip"], found["noise_floor"]
-    back, skip = found["backend_factor"], found["skipping_factor"]
     rows = [
         ("perplexity", f"{found['perplexity']:.3f}"),
         ("change (95% upper bound)", change(found)),
-        ("random skipping at as many experts, the control", percent(control["degradation"])),
+        (
+            "random skipping at as many experts, the control",
+            percent(found["random_skip"]["degradation"]),
+        ),
         ("experts per token", f"{found['experts_per_token']:.3f} of {found['top_k']}"),
         (f"speedup against {found['baseline_backend']} [95%]", speedup(found)),
-        ("  of which our path keeping all pairs", _ratio(back)),
-        ("  of which skipping", _ratio(skip)),
+        ("  of which our path keeping all pairs", _ratio(found["backend_factor"])),
+        ("  of which skipping", _ratio(found["skipping_factor"])),
         ("predicted from executed pairs", factor(found["predicted_speedup"])),
         ("single runs", ", ".join(factor(run["speedup"]) for run in found["runs"])),
-        ("baseline against itself, the noise", _ratio(noise)),
+        ("baseline against itself, the noise", _ratio(found["noise_floor"])),
     ]
     return Table(title="Measured", headings=("", ""), rows=rows)
 
@@ -63,25 +62,17 @@ def _ratio(value: Mapping[str, float]) -> str:
 
 def datasets_table(rows: Any, *, title: str = "Each data set by itself") -> Table | None:
     """One row per data set, from what ``evaluation.evaluator.Apart.to_dict`` gives."""
-    if not rows:
-        return None
-    return Table(
-        title=title,
-        headings=(
-            *("data set", "documents", "perplexity before", "after", "change (95% upper)"),
-            "experts per token",
-        ),
-        rows=[
-            (
-                row["dataset"],
-                f"{row['documents']:,}",
-                f"{row['baseline_perplexity']:.3f}",
-                f"{row['perplexity']:.3f}",
-                change(row),
-                f"{row['experts_per_token']:.3f}",
-            )
-            for row in rows
-        ],
+    return Table.of(
+        title,
+        rows or (),
+        {
+            "data set": "{dataset}",
+            "documents": "{documents:,}",
+            "perplexity before": "{baseline_perplexity:.3f}",
+            "after": "{perplexity:.3f}",
+            "change (95% upper)": change,
+            "experts per token": "{experts_per_token:.3f}",
+        },
     )
 
 
@@ -90,21 +81,19 @@ def seeds_section(results: Results) -> Section | None:
     found = results.get("stability")
     if found is None:
         return None
-    rows = [
-        (
-            str(run["seed"]),
-            change(run),
-            speedup(run),
-            f"{run['experts_per_token']:.3f}",
-            settings(run["config"]),
-        )
-        if run["found"]
-        else (str(run["seed"]), "nothing kept the bound", "", "", "")
-        for run in found["runs"]
-    ]
-    headings = ("seed", "change (95% upper)", "speedup [95%]", "experts per token", "winner")
-    table = Table(title="Winners", headings=headings, rows=rows)
-    return section("seeds", f"{len(rows)} seeds", [table])
+
+    def known(one: Any) -> Any:
+        return lambda run: one(run) if run["found"] else ""
+
+    columns = {
+        "seed": "{seed}",
+        "change (95% upper)": lambda run: change(run) if run["found"] else "nothing kept the bound",
+        "speedup [95%]": known(speedup),
+        "experts per token": known("{experts_per_token:.3f}".format_map),
+        "winner": known(lambda run: settings(run["config"])),
+    }
+    table = Table.of("Winners", found["runs"], columns)
+    return section("seeds", f"{len(found['runs'])} seeds", [table])
 
 
 def evaluation_section(results: Results) -> Section | None:
@@ -113,56 +102,48 @@ def evaluation_section(results: Results) -> Section | None:
     if found is None:
         return None
     text = found["text"]
-    own = [row for row in found["rows"] if row["name"] != "baseline"]
+
+    def other(one: Any) -> Any:
+        return lambda row: "" if row["name"] == "baseline" else one(row)
+
+    columns = {
+        "": lambda r: f"unmodified ({r['backend']})" if r["name"] == "baseline" else r["name"],
+        "perplexity": "{perplexity:.3f}",
+        "change (95% upper)": other(change),
+        "tokens/s": lambda r: f"{r['throughput_tps']:,.0f}" if r.get("throughput_tps") else "",
+        "speedup [95%]": lambda r: "1" if r["name"] == "baseline" else speedup(r),
+        "experts per token": "{experts_per_token:.3f}",
+        "fast / cached / learned, %": other(tiers),
+    }
+    generation = [
+        {"name": row["name"], **one} for row in found["rows"] for one in row.get("decode") or ()
+    ]
     return section(
         "evaluation",
         "Beside the unmodified model",
         [
-            Table(
-                title="Measured on the same tokens",
-                headings=(
-                    *("", "perplexity", "change (95% upper)", "tokens/s", "speedup [95%]"),
-                    *("experts per token", "fast / cached / learned, %"),
-                ),
-                rows=[_row(row) for row in found["rows"]],
-            ),
+            Table.of("Measured on the same tokens", found["rows"], columns),
             *(
                 datasets_table(row.get("by_dataset"), title=f"{row['name']}, each data set")
-                for row in own
+                for row in found["rows"]
+                if row["name"] != "baseline"
             ),
-            _generation(found),
+            Table.of(
+                "Generation, greedy, with a KV cache",
+                generation,
+                {
+                    "": "{name}",
+                    "batch": "{batch_size}",
+                    "new tokens": "{new_tokens}",
+                    "tokens/s": "{throughput_tps:,.0f}",
+                    "speedup [95%]": speedup,
+                    "against": "{baseline_backend}",
+                },
+            ),
         ],
         intro=f"{found['model']['name']} on {text['dataset']} ({text['split']}), "
         f"{found['documents']:,} documents.",
     )
-
-
-def _row(row: Mapping[str, Any]) -> tuple[str, ...]:
-    name, perplexity = row["name"], f"{row['perplexity']:.3f}"
-    speed = "" if row.get("throughput_tps") is None else f"{row['throughput_tps']:,.0f}"
-    experts = f"{row['experts_per_token']:.3f}"
-    if name == "baseline":
-        return (f"unmodified ({row['backend']})", perplexity, "", speed, "1", experts, "")
-    return (name, perplexity, change(row), speed, speedup(row), experts, tiers(row))
-
-
-def _generation(found: Mapping[str, Any]) -> Table | None:
-    rows = [
-        (
-            row["name"],
-            str(one["batch_size"]),
-            str(one["new_tokens"]),
-            f"{one['throughput_tps']:,.0f}",
-            f"{factor(one['speedup'])} {between(one['speedup_95'])}",
-            one["baseline_backend"],
-        )
-        for row in found["rows"]
-        for one in row.get("decode") or ()
-    ]
-    if not rows:
-        return None
-    headings = ("", "batch", "new tokens", "tokens/s", "speedup [95%]", "against")
-    return Table(title="Generation, greedy, with a KV cache", headings=headings, rows=rows)
 
 
 def guard_section(results: Results) -> Section | None:
@@ -170,16 +151,11 @@ def guard_section(results: Results) -> Section | None:
     found = results.get("guard")
     if found is None:
         return None
-    rows = [
-        (
-            row["text"],
-            f"{row['documents']:,}",
-            "no" if row["alarm_at"] is None else f"after {row['alarm_at']:,}",
-        )
-        for row in found["checks"]
-    ]
-    return section(
-        "guard",
-        "The guard",
-        [Table(title="Played to it", headings=("text", "documents", "alarm"), rows=rows)],
-    )
+    columns: dict[str, Any] = {
+        "text": "{text}",
+        "documents": "{documents:,}",
+        "alarm": lambda row: (
+            "no" if row["alarm_at"] is None else "after {alarm_at:,}".format_map(row)
+        ),
+    }
+    return section("guard", "The guard", [Table.of("Played to it", found["checks"], columns)])

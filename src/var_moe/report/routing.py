@@ -140,21 +140,26 @@ def hypotheses_section(results: Results) -> Section | None:
     found = results.get("routing")
     if found is None:
         return None
+
+    def shown(name: str, digits: int = 3, scale: float = 1) -> Any:
+        return lambda row: "-" if row[name] is None else f"{scale * row[name]:.{digits}f}"
+
+    columns = {"": "{name}", "claim": "{claim}", "test": "{test}", "found": "{evidence}"}
+    columns["verdict"] = "{verdict}"
+    layers = {
+        "layer": "{layer}",
+        "mean entropy, nats": shown("mean_entropy_nats"),
+        "Spearman's rho": shown("spearman_rho", 2),
+        "consistency": shown("consistency"),
+        "covered, %": shown("coverage_default", 1, scale=100),
+    }
     return section(
         "hypotheses",
         "Is routing what the fast path needs?",
         [
-            Table(
-                title="Hypotheses",
-                headings=("", "claim", "test", "found", "verdict"),
-                rows=[
-                    (row["name"], row["claim"], row["test"], row["evidence"], row["verdict"])
-                    for row in found["hypotheses"]
-                ],
-                words=5,
-            ),
+            Table.of("Hypotheses", found["hypotheses"], columns, words=5),
             pictures(coverage_figure(found)),
-            _layers(found),
+            Table.of("Layers", found["layers"], layers),
         ],
         intro=f"{found['model']} on {found['tokens']:,} tokens of {found['dataset']}.",
     )
@@ -187,24 +192,4 @@ def coverage_figure(found: Mapping[str, Any]) -> Picture:
         title="Coverage of the fast path",
         caption="Share of (layer, token) that the static table would serve.",
         figure=figure,
-    )
-
-
-def _layers(found: Mapping[str, Any]) -> Table:
-    def shown(value: float | None, digits: int = 3) -> str:
-        return "-" if value is None else f"{value:.{digits}f}"
-
-    return Table(
-        title="Layers",
-        headings=("layer", "mean entropy, nats", "Spearman's rho", "consistency", "covered, %"),
-        rows=[
-            (
-                str(row["layer"]),
-                shown(row["mean_entropy_nats"]),
-                shown(row["spearman_rho"], 2),
-                shown(row["consistency"]),
-                shown(100 * row["coverage_default"], 1),
-            )
-            for row in found["layers"]
-        ],
     )

@@ -218,50 +218,36 @@ def _certified(certificate: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return {**test, "speedup": speed["measured"], "speedup_95": speed["speedup_95"]}
 
 
-def measured_table(metadata: Mapping[str, Any], best: Mapping[str, Any] | None) -> Table:
+def measured_table(metadata: Mapping[str, Any], best: Mapping[str, Any] | None) -> Table | None:
     """What was measured on text that was not searched on.
 
     Args:
         metadata: of the search.
         best: the winner's configuration, where there is one.
     """
-    rows = metadata["remeasured"]
+    rows, baseline = metadata["remeasured"], metadata["baseline"]
     winner = next((number for number, row in enumerate(rows) if row["config"] == best), None)
-    worst = any(row.get("worst_dataset") for row in rows)
-    tiered = any(row["learned_pct"] < 100 for row in rows)
-    baseline = metadata["baseline"]
-    table = [
-        (
-            "unmodified model",
-            f"{baseline['perplexity']:.3f}",
-            "",
-            f"1 ({baseline['backend']})",
-            f"{metadata['geometry']['top_k']:.2f}",
-            *(["0 / 0 / 100"] if tiered else []),
-            *([""] if worst else []),
-        )
-    ]
-    for row in rows:
-        table.append(
-            (
-                row["name"],
-                f"{row['perplexity']:.3f}",
-                change(row),
-                speedup(row),
-                f"{row['experts_per_token']:.3f}",
-                *([tiers(row)] if tiered else []),
-                *([_worst(row)] if worst else []),
-            )
-        )
-    headings = ("", "perplexity", "change (95% upper)", "speedup [95%]", "experts per token")
-    return Table(
-        title="Measured on text that was not searched on",
-        headings=(
-            *headings,
-            *(["fast / cached / learned, %"] if tiered else []),
-            *(["worst data set"] if worst else []),
-        ),
-        rows=table,
+    unmodified = {"name": "unmodified model", "perplexity": baseline["perplexity"]}
+    unmodified |= {"experts_per_token": metadata["geometry"]["top_k"]}
+
+    def other(one: Any, of_baseline: str = "") -> Any:
+        return lambda row: of_baseline if row is unmodified else one(row)
+
+    columns: dict[str, Any] = {
+        "": "{name}",
+        "perplexity": "{perplexity:.3f}",
+        "change (95% upper)": other(change),
+        "speedup [95%]": other(speedup, f"1 ({baseline['backend']})"),
+        "experts per token": "{experts_per_token:.3f}",
+    }
+    if any(row["learned_pct"] < 100 for row in rows):
+        columns["fast / cached / learned, %"] = other(tiers, "0 / 0 / 100")
+    if any(row.get("worst_dataset") for row in rows):
+        columns["worst data set"] = _worst
+    return Table.of(
+        "Measured on text that was not searched on",
+        [unmodified, *rows],
+        columns,
         marked=None if winner is None else winner + 1,
         caption=f"{metadata['ordering_documents']:,} documents. The marked row wins: the fewest "
         "executed experts among those whose upper bound keeps "

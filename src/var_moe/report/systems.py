@@ -48,14 +48,13 @@ def systems_section(results: Results) -> Section | None:
 
 
 def _bottlenecks(found: Mapping[str, Any]) -> Table | None:
-    rows = [
-        (row["severity"], row["name"].replace("_", " "), row["evidence"], row["recommendation"])
-        for row in found["bottlenecks"]
-    ]
-    headings = ("severity", "bottleneck", "evidence", "what to do")
-    if not rows:
-        return None
-    return Table(title="What bounds it", headings=headings, rows=rows, words=4)
+    columns: dict[str, Any] = {
+        "severity": "{severity}",
+        "bottleneck": lambda row: row["name"].replace("_", " "),
+        "evidence": "{evidence}",
+        "what to do": "{recommendation}",
+    }
+    return Table.of("What bounds it", found["bottlenecks"], columns, words=4)
 
 
 def components_figure(parts: Mapping[str, Any]) -> Picture:
@@ -141,34 +140,26 @@ def roofline_figure(found: Mapping[str, Any]) -> Picture:
     )
 
 
-def _roofline_table(found: Mapping[str, Any]) -> Table:
-    roof = found["roofline"]
-    rows = []
-    for arm, (title, _) in _ARMS.items():
-        row, measured = roof[arm], found[arm]
-        rows.append(
-            (
-                title,
-                f"{measured['avg_time_ms']:.1f}",
-                f"{measured['throughput_tps']:,.0f}",
-                f"{row['active_parameters'] / 1e6:,.1f}M",
-                _of(row["achieved_flops_per_second"], row["share_of_gemm"]),
-                _of(row["achieved_bytes_per_second"], row["share_of_copy"]),
-                f"{row['peak_memory_bytes'] / 2**20:,.0f}",
-            )
-        )
+def _roofline_table(found: Mapping[str, Any]) -> Table | None:
+    rows = [{"arm": _ARMS[arm][0], **found[arm], **found["roofline"][arm]} for arm in _ARMS]
     compared = found["comparison"]
-    return Table(
-        title="Measured",
-        headings=(
-            *("", "ms", "tokens/s", "active parameters", "GFLOP/s (of a matrix product)"),
-            *("GB/s (of a copy)", "peak MiB"),
-        ),
-        rows=rows,
+    return Table.of(
+        "Measured",
+        rows,
+        {
+            "": "{arm}",
+            "ms": "{avg_time_ms:.1f}",
+            "tokens/s": "{throughput_tps:,.0f}",
+            "active parameters": lambda row: f"{row['active_parameters'] / 1e6:,.1f}M",
+            "GFLOP/s (of a matrix product)": lambda row: _of(row, "flops", "gemm"),
+            "GB/s (of a copy)": lambda row: _of(row, "bytes", "copy"),
+            "peak MiB": lambda row: f"{row['peak_memory_bytes'] / 2**20:,.0f}",
+        },
         caption=f"Speedup {factor(compared['actual_speedup'])} "
         f"{between(compared['actual_speedup_95'])} against {found['baseline']['backend']}.",
     )
 
 
-def _of(reached: float, share: float) -> str:
+def _of(row: Mapping[str, Any], what: str, peak: str) -> str:
+    reached, share = row[f"achieved_{what}_per_second"], row[f"share_of_{peak}"]
     return f"{reached / 1e9:,.1f} ({100 * share:.0f}%)"
