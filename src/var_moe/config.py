@@ -18,6 +18,8 @@ from var_moe.storage import atomic_write_json, read_json
 
 MODES = ("verified", "plain")
 SEEDS = 2**32  # numpy, torch, Optuna and scikit-optimize take as many
+MAX_DEGRADATION = 0.01
+"""The bound on the relative perplexity change, wherever none is given."""
 CACHE_SCOPES = ("shared", "document")
 DOCUMENTED_FIELDS = (
     "frequency_threshold",

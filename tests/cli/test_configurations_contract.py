@@ -33,6 +33,10 @@ KINDS = {
     "compensated": {"policy": "naee", "settings": {"quantile": 0.3}, "compensation": "means"},
     "certified": {"policy": "native", "settings": {}},
     "miss": {"config": WHOLE, "degradation": 0.2},
+    "miss of a policy": {"config": {"policy": "top_p", "settings": {"p": 0.7}}, "degradation": 0.2},
+    "plain": {**SIX, "mode": "plain"},
+    "variant": {"policy": "var_plain", "settings": SIX},
+    "compensated VAR": {"policy": "var", "settings": SIX, "compensation": "means"},
     "tuned": None,  # what `tune` left
 }
 

@@ -11,7 +11,7 @@ import torch
 from var_moe.errors import UsageError
 from var_moe.evaluation.cost import TERMS, CostModel
 from var_moe.evaluation.evaluator import SpeedSetting
-from var_moe.optimization.forecast import TraceForecaster
+from var_moe.optimization.replay_run import TraceForecaster
 from var_moe.optimization.settings import TuneSettings
 from var_moe.routing import registry
 from var_moe.routing.fixed_k import FixedKPolicy

@@ -20,7 +20,7 @@ from var_moe.routing.damage import DamagePolicy
 from var_moe.routing.keeping import all_pairs
 from var_moe.routing.native import NativePolicy
 from var_moe.routing.ranking import rank_slots
-from var_moe.tracing.loss import loss_and_gradient
+from var_moe.tracing.first_order import loss_and_gradient
 from var_moe.tracing.policies import evaluate_policy
 from var_moe.tracing.record import _dice, record_trace
 from var_moe.tracing.trace import RoutingTrace

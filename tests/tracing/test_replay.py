@@ -20,7 +20,7 @@ from var_moe.routing.native import NativePolicy
 from var_moe.routing.random_skip import RandomSkipPolicy
 from var_moe.routing.var import VARPolicy
 from var_moe.tracing import policies
-from var_moe.tracing.policies import replay_policy
+from var_moe.tracing.policies import evaluate_policy
 from var_moe.tracing.replay import TraceReplay
 
 SETTINGS = settings(
@@ -200,17 +200,17 @@ def test_the_policy_itself_on_the_trace(recorded, mode, scope, chunk, monkeypatc
         residuals=False,
         cache_scope=scope,
     )
-    report = replay_policy(recorded, VARPolicy(config, table))
+    report = evaluate_policy(recorded, VARPolicy(config, table)).report
     assert min(report.fast_pct, report.cached_pct, report.learned_pct) > 1
     assert TraceReplay.of_table(recorded, table).evaluate(config).report == report
 
 
 def test_other_policies(recorded):
-    report = replay_policy(recorded, NativePolicy())
+    report = evaluate_policy(recorded, NativePolicy()).report
     assert report.tokens == recorded.tokens
     assert report.experts_per_token == 2.0
-    assert replay_policy(recorded, FixedKPolicy(1)).experts_per_token == 1.0
-    near = replay_policy(recorded, RandomSkipPolicy(0.5)).experts_per_token
+    assert evaluate_policy(recorded, FixedKPolicy(1)).report.experts_per_token == 1.0
+    near = evaluate_policy(recorded, RandomSkipPolicy(0.5)).report.experts_per_token
     assert near == pytest.approx(1.5, abs=0.05)
 
 

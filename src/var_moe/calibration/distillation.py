@@ -21,7 +21,7 @@ from var_moe.models.moe_layers import experts_modules, experts_shape
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.compensation import Compensation, LayerCompensation
 from var_moe.routing.decision import ForwardContext, Routing
-from var_moe.tracing.loss import scored_targets
+from var_moe.tracing.first_order import scored_targets
 
 COST_SHARE = 0.03
 """What the map may cost, as a share of the multiply-adds that it helps to save."""

@@ -28,8 +28,7 @@ from var_moe.routing.compensation import Compensation
 from var_moe.routing.decision import ForwardContext, Routing
 from var_moe.routing.keeping import all_pairs, kept_pairs, leading_slots
 from var_moe.routing.ranking import rank_slots, shares
-from var_moe.tracing.shards import joined
-from var_moe.tracing.trace import RoutingTrace
+from var_moe.tracing.trace import RoutingTrace, joined
 
 if TYPE_CHECKING:
     from var_moe.data.documents import EncodedDocument

@@ -25,10 +25,10 @@ from var_moe.errors import UsageError, VarMoeError
 from var_moe.evaluation.evaluator import Evaluator, Progress
 from var_moe.evaluation.perplexity import Groups
 from var_moe.models.checks import check_droppable
+from var_moe.optimization.objective_protocol import check_robust
 from var_moe.optimization.preparation import EncodedText, halves, read_text, sample_documents
 from var_moe.optimization.results import jsonable
 from var_moe.optimization.saving import CONFIG_FILE
-from var_moe.optimization.settings import check_robust
 from var_moe.optimization.validation import find_profile
 from var_moe.report.certificate import certificate_page
 from var_moe.routing.base import RoutingPolicy

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from var_moe.config import check_count, check_seed
+from var_moe.config import MAX_DEGRADATION, check_count, check_seed
 from var_moe.errors import UsageError
 from var_moe.evaluation.evaluator import SpeedSetting
 from var_moe.optimization.candidate import Candidate, load_candidate
@@ -55,7 +55,7 @@ class CertifySettings:
         UsageError: a value out of its range; names it.
     """
 
-    max_degradation: float = 0.01
+    max_degradation: float = MAX_DEGRADATION
     alpha: float = 0.05
     sequential: bool = False
     ordered: bool = True

@@ -92,7 +92,7 @@ def certify(
     from var_moe.cli.report import make_report
     from var_moe.cli.tables import print_described
     from var_moe.models.loading import load_model
-    from var_moe.optimization.settings import check_robust
+    from var_moe.optimization.objective_protocol import check_robust
     from var_moe.optimization.validation import find_profile
 
     settings = CertifySettings(

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from var_moe.cli.compensation import parse_compensation
 from var_moe.cli.output import Answer
-from var_moe.config import check_count
+from var_moe.config import MAX_DEGRADATION, check_count
 from var_moe.errors import UsageError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def compare(
     output: Path = Path("results/compare"),
     max_samples: int | None = 400,
     blocks: int = 8,
-    max_degradation: float = 0.01,
+    max_degradation: float = MAX_DEGRADATION,
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from var_moe.cli.output import Answer
+from var_moe.config import MAX_DEGRADATION
 from var_moe.errors import UsageError
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def replay(
     mode: Literal["verified", "plain"] | None = None,
     cost: Path | None = None,
     output: Path = Path("results/replay"),
-    max_degradation: float = 0.01,
+    max_degradation: float = MAX_DEGRADATION,
     quiet: bool = False,
 ) -> Answer:
     """Predict tiers, experts per token, degradation and speedup from a trace.

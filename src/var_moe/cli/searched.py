@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-DEFAULT_BOUND = 0.01
+from var_moe.config import MAX_DEGRADATION
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +14,7 @@ class Searched:
 
     model: str = "demo"
     dataset: str = "demo"
-    max_degradation: float = DEFAULT_BOUND
+    max_degradation: float = MAX_DEGRADATION
     robust: bool = False
 
 

@@ -135,7 +135,7 @@ def _fit_cost(
     from var_moe.evaluation.cost import fit_cost_model
     from var_moe.evaluation.evaluator import Evaluator
     from var_moe.optimization.candidate import preset
-    from var_moe.optimization.forecast import COST_FILE
+    from var_moe.optimization.replay_run import COST_FILE
     from var_moe.storage import atomic_write_json
 
     if not quiet:
@@ -181,7 +181,7 @@ def _print(trace: RoutingTrace, output: Path, profile: Path | None) -> None:
     from rich.table import Table
 
     from var_moe.terminal import show
-    from var_moe.tracing.shards import folder_size
+    from var_moe.tracing.trace import folder_size
 
     head = trace.head
     perplexity = ""

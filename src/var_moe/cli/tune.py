@@ -11,14 +11,11 @@ from cyclopts import Parameter
 from var_moe.cli.answer import answer
 from var_moe.cli.compensation import parse_compensation
 from var_moe.cli.output import Answer
-from var_moe.cli.searched import DEFAULT_BOUND
 from var_moe.cli.validate import validate as run_validation
 from var_moe.errors import UsageError
 
 if TYPE_CHECKING:
     from var_moe.optimization.settings import TuneSettings
-
-DEFAULT_OUTPUT = Path("results/phase3")
 
 
 def tune(
@@ -39,7 +36,7 @@ def tune(
     mode: Literal["verified", "plain"] | None = None,
     policy: str | None = None,
     compensation: str | None = None,
-    engine: Literal["optuna", "skopt"] = "optuna",
+    engine: Literal["optuna", "skopt"] | None = None,
     max_samples: int | None = None,
     final_samples: int | None = None,
     bounds: Annotated[list[str] | None, Parameter(consume_multiple=False)] = None,
@@ -83,7 +80,7 @@ def tune(
             ser, top_p, ...).
         compensation: what stands in for dropped experts: none, means, learned, or the folder of a
             fitted one; by default all that the profile has are searched.
-        engine: of the bayesian method.
+        engine: of the bayesian method: optuna (default) or skopt.
         max_samples: documents that each evaluation (or --validate) scores.
         final_samples: documents of the last measurement; by default half of validation.
         bounds: name=low:high, expands or narrows the search space; may be repeated.
@@ -127,42 +124,44 @@ def tune(
         )
     if from_ is not None:
         return answer(from_, max_degradation, output)
-    from var_moe.calibration.collect import DEFAULT_TOKENS
     from var_moe.data.text import check_dataset
     from var_moe.optimization.seeds import STABILITY_FILE, parse_seeds, seeds_table, tune_seeds
-    from var_moe.optimization.settings import DEFAULT_SAMPLES, TuneSettings
+    from var_moe.optimization.settings import TuneSettings
 
     # Everything that can be wrong is looked at before the model is loaded.
-    model, dataset, output = model or "demo", dataset or "demo", output or DEFAULT_OUTPUT
+    model = model or "demo"
     if seeds is not None and seed is not None:
         raise UsageError("--seeds and --seed do not belong together: give one of them")
     several = parse_seeds(seeds) if seeds is not None else ()
     stand_in, place = parse_compensation(compensation)
     check_name(model)
-    check_dataset(dataset)
-    settings = TuneSettings(
-        method=method,
-        engine=engine,
-        exhaustive=exhaustive,
-        dataset=dataset,
-        robust=robust,
-        n_calls=n_calls,
-        n_points=n_points,
-        max_degradation=DEFAULT_BOUND if max_degradation is None else max_degradation,
-        output=output,
-        seed=seed,
-        mode=mode,
-        policy=policy,
-        compensation=stand_in,
-        compensation_folder=place,
-        max_samples=DEFAULT_SAMPLES if max_samples is None else max_samples,
-        final_samples=final_samples,
-        bounds=bounds or (),
-        storage=storage,
-        resume=resume,
-        profile=profile,
-        calibration_tokens=DEFAULT_TOKENS if calibration_tokens is None else calibration_tokens,
-    )
+    check_dataset(dataset or TuneSettings.dataset)
+    asked: dict[str, Any] = {
+        "method": method,
+        "engine": engine,
+        "exhaustive": exhaustive,
+        "dataset": dataset,
+        "robust": robust,
+        "n_calls": n_calls,
+        "n_points": n_points,
+        "max_degradation": max_degradation,
+        "output": output,
+        "seed": seed,
+        "mode": mode,
+        "policy": policy,
+        "compensation": stand_in,
+        "compensation_folder": place,
+        "max_samples": max_samples,
+        "final_samples": final_samples,
+        "bounds": bounds,
+        "storage": storage,
+        "resume": resume,
+        "profile": profile,
+        "calibration_tokens": calibration_tokens,
+    }
+    # What is not asked for is left to the settings, which Python callers use as well.
+    settings = TuneSettings(**{name: value for name, value in asked.items() if value is not None})
+    output = settings.output
     if settings.method == "grid" and settings.exhaustive and not yes:
         _confirm_grid(settings)
     if not quiet:

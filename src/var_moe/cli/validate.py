@@ -33,8 +33,7 @@ def validate(
     from var_moe.data.text import check_dataset, names_of
     from var_moe.models.loading import check_name
     from var_moe.optimization.candidate import load_candidate
-    from var_moe.optimization.objective_protocol import check_bound
-    from var_moe.optimization.settings import check_robust
+    from var_moe.optimization.objective_protocol import check_bound, check_robust
     from var_moe.storage import check_output_folder
 
     load_candidate(config)

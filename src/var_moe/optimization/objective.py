@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from var_moe.calibration.profile import RoutingProfile
-from var_moe.config import check_count, check_number, check_seed
+from var_moe.config import MAX_DEGRADATION, check_count, check_number, check_seed
 from var_moe.errors import UsageError
 from var_moe.evaluation.evaluator import Evaluator, Speed, SpeedSetting
 from var_moe.models.checks import check_droppable
@@ -56,7 +56,7 @@ class PolicyObjective:
         *,
         fixed: Mapping[str, Any] | None = None,
         compensations: tuple[str | None, ...] = (None,),
-        max_degradation: float = 0.01,
+        max_degradation: float = MAX_DEGRADATION,
         blocks: int = SEARCH_BLOCKS,
         stop_early: bool = False,
         confirmation: Evaluator | None = None,
@@ -224,7 +224,7 @@ def create_objective_function(
     validation_data: Any,
     baseline_perplexity: float | None = None,
     baseline_throughput: float | None = None,
-    max_quality_degradation: float = 0.01,
+    max_quality_degradation: float = MAX_DEGRADATION,
     profile: RoutingProfile | None = None,
     max_samples: int | None = None,
     mode: str = "verified",

@@ -85,6 +85,21 @@ def check_bound(value: float) -> float:
     return float(value)
 
 
+def check_robust(robust: bool, dataset: str) -> None:
+    """Refuse to judge the worst of one data set.
+
+    Raises:
+        UsageError: ``robust`` with one data set.
+    """
+    from var_moe.data.text import names_of
+
+    if robust and len(names_of(dataset)) < 2:
+        raise UsageError(
+            f"--robust judges the worst of several data sets, and {dataset!r} is one; give "
+            "--dataset a,b"
+        )
+
+
 def run_evaluation(objective: Objective, params: Mapping[str, Any]) -> Evaluation:
     """Evaluate one point, its wall time included.
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from var_moe.config import check_seed
 from var_moe.errors import UsageError, VarMoeError
 from var_moe.evaluation.evaluator import Progress
-from var_moe.optimization.forecast import COST_FILE
 from var_moe.optimization.measure_again import NothingFitsError
+from var_moe.optimization.replay_run import COST_FILE
 from var_moe.optimization.run import prepare, tune
 from var_moe.optimization.saving import METADATA_FILE, RESULTS_FILE, UNFINISHED, figures_table
 from var_moe.optimization.settings import TuneSettings

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from var_moe.calibration.collect import DEFAULT_TOKENS
-from var_moe.config import check_count, check_seed
-from var_moe.data.text import names_of
+from var_moe.config import MAX_DEGRADATION, check_count, check_seed
 from var_moe.errors import UsageError
 from var_moe.evaluation.evaluator import SpeedSetting
 from var_moe.extras import require
 from var_moe.optimization.candidate import VAR
-from var_moe.optimization.objective_protocol import check_bound
+from var_moe.optimization.objective_protocol import check_bound, check_robust
 from var_moe.optimization.results import jsonable
 from var_moe.optimization.search_space import SearchSpace, check_grid, parse_bounds
 from var_moe.optimization.trial_log import LOG_NAME, check_storage, shown
@@ -24,7 +23,6 @@ from var_moe.storage import check_output_folder
 METHODS = ("replay", "bayesian", "grid", "random")
 BEST_POLICY = "damage"
 CALLS, FORECAST_CALLS = 50, 10
-DEFAULT_SAMPLES = 200
 _AT_LEAST = {
     **dict.fromkeys(("n_calls", "n_points", "final_blocks", "candidates"), 1),
     **dict.fromkeys(("max_samples", "final_samples"), 2),  # an error needs two documents
@@ -82,7 +80,7 @@ class TuneSettings:
     robust: bool = False
     n_calls: int | None = None
     n_points: int | None = None
-    max_degradation: float = 0.01
+    max_degradation: float = MAX_DEGRADATION
     output: Path = Path("results/phase3")
     shared: Path | None = None
     storage: str | None = None
@@ -90,7 +88,7 @@ class TuneSettings:
     mode: str | None = None
     compensation: str | None = None
     compensation_folder: Path | None = None
-    max_samples: int = DEFAULT_SAMPLES
+    max_samples: int = 200
     final_samples: int | None = None
     space: SearchSpace | None = None
     bounds: Sequence[str] = ()
@@ -212,16 +210,3 @@ def not_replayable(policy: str) -> str:
         f"policy {policy!r} is not searched by replay: a trace does not tell what its decisions "
         "cost; use --method bayesian"
     )
-
-
-def check_robust(robust: bool, dataset: str) -> None:
-    """Refuse to judge the worst of one data set.
-
-    Raises:
-        UsageError: ``robust`` with one data set.
-    """
-    if robust and len(names_of(dataset)) < 2:
-        raise UsageError(
-            f"--robust judges the worst of several data sets, and {dataset!r} is one; give "
-            "--dataset a,b"
-        )

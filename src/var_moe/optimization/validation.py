@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from var_moe.calibration.fitted_files import load_compensation
 from var_moe.calibration.profile import RoutingProfile
+from var_moe.config import MAX_DEGRADATION
 from var_moe.errors import UsageError
 from var_moe.evaluation.evaluator import Evaluator, Progress, Speed, SpeedSetting, measure_apart
 from var_moe.growing import GrowingResult
@@ -82,7 +83,7 @@ def validate(
     *,
     dataset: str,
     split: str = "test",
-    max_degradation: float = 0.01,
+    max_degradation: float = MAX_DEGRADATION,
     robust: bool = False,
     output: Path | None = None,
     profile_path: Path | None = None,

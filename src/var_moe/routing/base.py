@@ -122,15 +122,6 @@ class RoutingPolicy(ABC):
         return {}
 
     @classmethod
-    def complete(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings as a file holds them: checked, with defaults where they have some.
-
-        Raises:
-            UsageError: a setting is unknown, or out of its range.
-        """
-        return dict(settings)
-
-    @classmethod
     def presets(cls) -> Mapping[str, Mapping[str, Any]]:
         """Named settings that a search measures beside its own candidates."""
         return {}

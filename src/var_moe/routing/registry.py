@@ -34,6 +34,8 @@ class PolicySpec:
         summary: one line for people.
         needs: names of `CALIBRATION` without which it can't be made.
         settings: settings that make it this policy and no other of its class.
+        settings_type: ``"module:class"`` of its settings, where they have a type of their own: with
+            `from_dict`, which checks them and takes defaults, and `to_dict`.
         variant_of: the policy that it is with these settings.
         replay: ``"module:class"`` of a `tracing.replay.Replayer` of its own. Without one, the
             policy's own code decides on the trace.
@@ -44,6 +46,7 @@ class PolicySpec:
     summary: str
     needs: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    settings_type: str | None = None
     variant_of: str | None = None
     replay: str | None = None
 
@@ -62,13 +65,17 @@ class PolicySpec:
         return self.load().needed({**settings, **self.settings}, self.needs)
 
     def complete(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings as a file holds them; see `RoutingPolicy.complete`.
+        """The settings as a file holds them: with `settings_type`, checked and with its defaults.
 
         Raises:
-            UsageError: a setting is not this policy's.
+            UsageError: a setting is not this policy's, or out of its range.
         """
         self._check_own(settings)
-        return self.load().complete({**settings, **self.settings})
+        whole = {**settings, **self.settings}
+        if self.settings_type is None:
+            return whole
+        found: dict[str, Any] = load_target(self.settings_type).from_dict(whole).to_dict()
+        return found
 
     def _check_own(self, settings: Mapping[str, Any]) -> None:
         for name, value in self.settings.items():
@@ -223,6 +230,7 @@ for _spec in (
     PolicySpec(
         name="var",
         target="var_moe.routing.var:VARPolicy",
+        settings_type="var_moe.config:VARConfig",
         summary="VAR: six thresholds of a table, a cache and the router, in plain or verified mode",
         needs=("table", "residuals"),
         replay="var_moe.tracing.replay:TraceReplay",
@@ -230,6 +238,7 @@ for _spec in (
     PolicySpec(
         name="var_plain",
         target="var_moe.routing.var:VARPolicy",
+        settings_type="var_moe.config:VARConfig",
         summary="VAR: the table's and the cache's experts run unseen",
         needs=("table",),
         settings={"mode": "plain"},
@@ -238,6 +247,7 @@ for _spec in (
     PolicySpec(
         name="var_verified",
         target="var_moe.routing.var:VARPolicy",
+        settings_type="var_moe.config:VARConfig",
         summary="VAR: table and cache license a cut, the router chooses",
         needs=("table", "residuals"),
         settings={"mode": "verified"},

@@ -128,10 +128,6 @@ class VARPolicy(RoutingPolicy):
         return self.residuals is not None or self.compensation is not None
 
     @classmethod
-    def complete(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
-        return VARConfig.from_dict(settings).to_dict()
-
-    @classmethod
     def presets(cls) -> Mapping[str, Mapping[str, Any]]:
         return PRESETS
 

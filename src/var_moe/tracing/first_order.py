@@ -15,7 +15,7 @@ experts' outputs, so that one product of g with each expert's output serves them
 The last two are what plain VAR does when a stored decision is not the token's own.
 
 Over many tokens these changes largely cancel in a trained model; what is left of a cut's cost is
-of second order, which the squares of g . d estimate (see `decisions.DamageSums`).
+of second order, which the squares of g . d estimate (see `tracing.policies.predicted_degradation`).
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from var_moe.execution.backends.base import ExpertsBackend
 from var_moe.routing.compensation import Compensation
 from var_moe.routing.fast_path import ResidualMeans
 from var_moe.routing.ranking import leading_count, rescaled
+
+_STEP_BYTES = 64 * 2**20  # float32 logits held at once
 
 
 @dataclass(frozen=True)
@@ -222,3 +224,52 @@ def _own(weight: Tensor, effect: Tensor) -> dict[str, Tensor]:
         "cut": torch.stack(cut, dim=1) if cut else weight[:, :0],
         "next": running([rank % top_k for rank in range(lead, 2 * lead)]),
     }
+
+
+def scored_targets(counted: Tensor) -> Tensor:
+    """Positions of the tokens that have a loss, in the flattened rows of ``counted`` (B, S). (P,)
+
+    All that count but a row's first token: it is a document's first, as later windows of a
+    document start with an overlap.
+    """
+    targets = counted.clone()
+    targets[:, :1] = False
+    return targets.reshape(-1).nonzero().squeeze(1)
+
+
+def loss_and_gradient(
+    logits: Tensor, ids: Tensor, target: Tensor, *, sample: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Loss of each scored target, and the gradient of their sum with respect to the logits.
+
+    In steps, so that logits are held in float32 in parts.
+
+    With ``sample``, the gradient is of targets drawn from the model itself instead.
+
+    Args:
+        logits: (B, S, V) detached.
+        ids: (B, S) token ids.
+        target: (P,) positions of the targets in the flattened rows; each is predicted by the
+            position before it.
+        sample: dice, on the CPU.
+
+    Returns:
+        (P,) float32 losses in nats; (B, S, V) gradient in the dtype of the logits.
+    """
+    flat = logits.reshape(-1, logits.shape[-1])
+    target = target.to(logits.device)
+    right = ids.reshape(-1).to(logits.device)[target]
+    gradient = torch.zeros_like(flat)
+    losses = torch.empty(len(target), dtype=torch.float32, device=logits.device)
+    step = max(1, _STEP_BYTES // (4 * flat.shape[1]))
+    for at in range(0, len(target), step):
+        part = slice(at, at + step)
+        rows, answer = target[part] - 1, right[part, None]
+        shares = flat[rows].float().log_softmax(dim=-1)
+        losses[part] = -shares.gather(1, answer)[:, 0]
+        shares = shares.exp_()
+        if sample is not None:
+            answer = torch.multinomial(shares.cpu(), 1, generator=sample).to(shares.device)
+        shares.scatter_add_(1, answer, torch.full_like(shares[:, :1], -1.0))
+        gradient[rows] = shares.to(gradient.dtype)
+    return losses, gradient.view_as(logits)

@@ -186,13 +186,6 @@ class PolicyReplayer:
         return {name: np.array(column).reshape(shape) for name, column in columns.items()}
 
 
-def replay_policy(
-    trace: RoutingTrace, policy: RoutingPolicy, profile: ProfileView | None = None
-) -> RoutingReport:
-    """What ``policy`` decides, from empty caches; see `evaluate_policy`."""
-    return evaluate_policy(trace, policy, profile).report
-
-
 def evaluate_policy(
     trace: RoutingTrace, policy: RoutingPolicy, profile: ProfileView | None = None
 ) -> Replay:

@@ -22,10 +22,8 @@ from var_moe.routing.damage import DamageModel
 from var_moe.routing.decision import ForwardContext
 from var_moe.routing.ranking import rank_slots, shares
 from var_moe.storage import SCHEMA_VERSION, provenance
-from var_moe.tracing.first_order import DamageProbe
-from var_moe.tracing.loss import loss_and_gradient, scored_targets
-from var_moe.tracing.shards import Writer, joined, key_of
-from var_moe.tracing.trace import ProfileView, RoutingTrace
+from var_moe.tracing.first_order import DamageProbe, loss_and_gradient, scored_targets
+from var_moe.tracing.trace import ProfileView, RoutingTrace, Writer, joined, key_of
 
 if TYPE_CHECKING:
     from var_moe.data.documents import EncodedDocument
