@@ -11,14 +11,14 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias, TypedDict, Unpack, runtime_checkable
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from var_moe.config import VARConfig, check_seed
 from var_moe.errors import UsageError
@@ -55,10 +55,10 @@ from var_moe.optimization.trials import (
     VOID,
     WORKER,
     Trials,
+    close,
     constraints,
     has_ended,
     is_lost,
-    tell,
     worker,
 )
 
@@ -169,10 +169,23 @@ def run_search(
                 if (listener := options.get("on_evaluation")) is not None:
                     listener(evaluation, number, header.total)
         evaluations = Trials.of(study).evaluations
-    result = _result(evaluations, space, header=header, bound=bound, mode=mode)
-    result = result.replace(
-        optimization_time=_seconds(before) + time.perf_counter() - started,
-        extra={**result.extra, "resumed": len(before)},
+    result = OptimizationResult(
+        **_best(evaluations, space, mode),
+        optimization_time=time.perf_counter()
+        - started
+        + sum(e.seconds + e.suggestion_seconds for e in before),
+        evaluations=tuple(evaluations),
+        converged=has_converged(evaluations),
+        method=method.partition("-")[0],
+        seed=header.seed,
+        max_degradation=bound,
+    )
+    result.extra.update(
+        suggestion_seconds=sum(e.suggestion_seconds for e in evaluations),
+        total=header.total,
+        failed=sum(e.failed for e in evaluations),
+        resumed=len(before),
+        stopped_early=len(evaluations) < header.total,
     )
     if options.get("confirm", True) and isinstance(objective, Confirming):
         return objective.confirm(result) if is_config_space(space) else result
@@ -209,43 +222,17 @@ def as_best_params(space: SearchSpace, params: Params, mode: str) -> VARConfig |
     return VARConfig.from_dict({**params, "mode": mode})
 
 
-def _seconds(evaluations: Sequence[Evaluation]) -> float:
-    return sum(e.seconds + e.suggestion_seconds for e in evaluations)
-
-
-def _result(
-    evaluations: list[Evaluation],
-    space: SearchSpace,
-    *,
-    header: SearchHeader,
-    bound: float | None,
-    mode: str,
-) -> OptimizationResult:
+def _best(evaluations: list[Evaluation], space: SearchSpace, mode: str) -> dict[str, Any]:
+    """The best of a result: the winner, or the default and what comes nearest to the bound."""
     best = best_evaluation(evaluations)
-    extra: dict[str, Any] = {
-        "suggestion_seconds": sum(e.suggestion_seconds for e in evaluations),
-        "total": header.total,
-        "failed": sum(e.failed for e in evaluations),
-        "stopped_early": len(evaluations) < header.total,
+    if best is not None:
+        return {"best_params": as_best_params(space, best.params, mode), "best_score": best.score}
+    miss = nearest_miss(evaluations)
+    return {
+        "best_params": as_best_params(space, defaults(space), mode),
+        "best_score": highest_score(evaluations),
+        "extra": {} if miss is None else {"nearest_miss": miss.to_dict()},
     }
-    miss = nearest_miss(evaluations) if best is None else None
-    if miss is not None:
-        extra["nearest_miss"] = miss.to_dict()
-    if best is not None and best.score is not None:
-        params, score = best.params, best.score
-    else:
-        params, score = defaults(space), highest_score(evaluations)
-    return OptimizationResult(
-        best_params=as_best_params(space, params, mode),
-        best_score=score,
-        optimization_time=_seconds(evaluations),
-        evaluations=tuple(evaluations),
-        converged=has_converged(evaluations),
-        method=header.method.partition("-")[0],
-        seed=header.seed,
-        max_degradation=bound,
-        extra=extra,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,7 +306,7 @@ class _Worker:
             evaluation = run_evaluation(objective, claim.params)
         except BaseException:
             self._trial = None
-            self._fail(trial.number)  # whoever goes on makes it again
+            close(self.study, trial.number, None)  # whoever goes on makes it again
             raise
         evaluation = evaluation.replace(suggestion_seconds=claim.seconds)
         stored = evaluation.to_dict()
@@ -333,7 +320,7 @@ class _Worker:
             return None
         finally:
             self._trial = None
-        tell(self.study, trial.number, evaluation)
+        close(self.study, trial.number, evaluation)
         return evaluation
 
     @property
@@ -348,10 +335,7 @@ class _Worker:
         dead = [trial for trial in now.running if is_lost(trial)]
         for trial in dead:
             stored = trial.user_attrs.get(EVALUATION)
-            if stored is None:
-                self._fail(trial.number)
-            else:
-                tell(self.study, trial.number, Evaluation.from_dict(stored))
+            close(self.study, trial.number, Evaluation.from_dict(stored) if stored else None)
         if dead:
             now = Trials.of(self.study)
         lost = now.lost
@@ -381,10 +365,10 @@ class _Worker:
                 return None
             if self._taken_meanwhile(trial, params):
                 self.study.enqueue_trial({}, user_attrs={AGAIN: trial.number})
-                self._fail(trial.number)
+                close(self.study, trial.number, None)
                 return None
         except BaseException:
-            self._fail(trial.number)
+            close(self.study, trial.number, None)
             raise
         return _Claim(trial=trial, params=params, seconds=self._sampler.seconds)
 
@@ -398,11 +382,7 @@ class _Worker:
 
     def _void(self, trial: optuna.Trial, why: str) -> None:
         trial.set_user_attr(VOID, why)
-        self._fail(trial.number)
-
-    def _fail(self, number: int) -> None:
-        with suppress(UpdateFinishedTrialError):
-            self.study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
+        close(self.study, trial.number, None)
 
     def _beat(self) -> None:
         """Say from time to time that this process is still at work."""

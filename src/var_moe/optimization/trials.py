@@ -168,14 +168,16 @@ def told_value(evaluation: Evaluation) -> float:
     return value if value is not None and math.isfinite(value) else 1.0
 
 
-def tell(study: optuna.Study, number: int, evaluation: Evaluation) -> None:
-    """Close a trial with its evaluation, unless it is closed."""
+def close(study: optuna.Study, number: int, evaluation: Evaluation | None) -> None:
+    """Close a trial with its evaluation, or without one, unless it is closed."""
+    from optuna.exceptions import UpdateFinishedTrialError
     from optuna.trial import TrialState
 
-    if evaluation.failed:
-        study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
-    else:
-        study.tell(number, told_value(evaluation), skip_if_finished=True)
+    with suppress(UpdateFinishedTrialError):
+        if evaluation is None or evaluation.failed:
+            study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
+        else:
+            study.tell(number, told_value(evaluation), skip_if_finished=True)
 
 
 _runs: set[str] = set()  # searches at work in this process
