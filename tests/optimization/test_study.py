@@ -66,7 +66,15 @@ def unbroken():
 
 
 @pytest.mark.parametrize("stop_at", [1, 4, 7])
-def test_a_resumed_search_equals_an_unbroken_one(stop_at, storage, unbroken):
+def test_a_resumed_search_equals_an_unbroken_one(stop_at, log, unbroken):
+    _stop_and_resume(stop_at, log, unbroken)
+
+
+def test_a_search_in_a_database_is_resumed(tmp_path, unbroken):
+    _stop_and_resume(4, f"sqlite:///{tmp_path}/t.db", unbroken)
+
+
+def _stop_and_resume(stop_at, storage, unbroken):
     with pytest.raises(KeyboardInterrupt):
         search(SmallObjective(stop_at=stop_at), storage=storage)
     rest = SmallObjective()
@@ -111,9 +119,20 @@ def test_a_trial_that_was_lost_while_its_point_was_proposed_is_proposed_anew(log
         with pytest.raises(SystemExit):
             search(SmallObjective(), storage=log)
     assert set(load(log).trials[6].params) == {"x"}
-    assert kept(search(SmallObjective(), storage=log, resume=True)) == kept(
-        search(SmallObjective())
-    )
+    resumed = search(SmallObjective(), storage=log, resume=True)
+    assert kept(resumed) == kept(search(SmallObjective()))
+    assert load(log).trials[7].system_attrs["fixed_params"] == {}
+
+
+def test_two_processes_that_found_the_same_trial_lost_make_it_again_once(log, unbroken):
+    with pytest.raises(KeyboardInterrupt):
+        search(SmallObjective(stop_at=3), storage=log)
+    study = load(log)
+    for _ in range(2):
+        study.enqueue_trial(study.trials[2].params, user_attrs={"again": 2})
+    resumed = search(SmallObjective(), storage=log, resume=True)
+    assert kept(resumed) == kept(unbroken)
+    assert load(log).trials[4].user_attrs["void"] == "made again already"
 
 
 def test_what_the_study_holds(log):
@@ -175,6 +194,7 @@ class Process:
             self.process.wait()
 
 
+@pytest.mark.slow
 def test_a_killed_search_is_resumed(storage):
     Process(storage, calls=6, hang_at=4).kill_when_hanging()
     if "://" not in storage:
@@ -221,6 +241,7 @@ def test_what_a_killed_process_leaves_is_evaluated_by_the_other(storage):
     assert len(share) == 9  # the killed one had finished one
 
 
+@pytest.mark.slow
 def test_threads_evaluate_each_point_once(tmp_path):
     """Far more often at the same step than processes that evaluate a model would be."""
     url, results, errors = f"sqlite:///{tmp_path}/t.db", [], []
@@ -242,6 +263,25 @@ def test_threads_evaluate_each_point_once(tmp_path):
         assert [e.params for e in result.evaluations] == [
             sample(SMALL_SPACE, 5, number) for number in range(20)
         ]
+
+
+def test_the_last_evaluation_is_made_by_one_process(log, monkeypatch):
+    """Two see that one is left, and both take a trial."""
+    ask = optuna.Study.ask
+    taken = []
+
+    def as_another_does(self):
+        if not taken and len(self.trials) == 2:
+            taken.append(1)
+            search(SmallObjective(), 3, storage=log, resume=True)
+        return ask(self)
+
+    monkeypatch.setattr(optuna.Study, "ask", as_another_does)
+    objective = SmallObjective()
+    result = search(objective, 3, storage=log)
+    assert kept(result) == kept(search(SmallObjective(), 3))
+    assert len(objective.seen) == 2
+    assert load(log).trials[3].user_attrs["void"] == "one too many"
 
 
 def test_the_same_point_is_not_taken_twice_at_once(log, monkeypatch):
