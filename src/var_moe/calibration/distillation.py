@@ -129,6 +129,9 @@ class Student:
     context: ForwardContext
     compensation: Compensation | None
 
+    def __post_init__(self) -> None:
+        self.policy.begin(self.context)
+
     def experts(
         self, layer: int, module: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor
     ) -> Tensor:
@@ -161,6 +164,9 @@ class Regression:
     trainable: Trainable
     optimiser: torch.optim.Optimizer
     rng: torch.Generator
+
+    def __post_init__(self) -> None:
+        self.policy.begin(self.context)
 
     def experts(
         self, layer: int, module: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor

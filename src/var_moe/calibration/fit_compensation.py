@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     from var_moe.models.loading import LoadedModel
     from var_moe.routing.decision import ForwardContext
 
-DEFAULT_TOKENS, DEFAULT_REGRESS_TOKENS = 400_000, 800_000
 KEPT_SHARES = (0.55, 0.8)
 """Experts per token during fitting, as shares of K."""
 _SAVE_EVERY = 20  # steps of the layer-wise part
@@ -75,8 +74,8 @@ class FitSettings:
     """
 
     rank: int | None = None
-    regress_tokens: int = DEFAULT_REGRESS_TOKENS
-    tokens: int = DEFAULT_TOKENS
+    regress_tokens: int = 800_000
+    tokens: int = 400_000
     tokens_per_batch: int = 4096
     rate: float = 1e-3
     seed: int = 0
@@ -173,6 +172,8 @@ class _State:
 
 
 class _Fit:
+    """One fit: its text, what is trained, and how far it is."""
+
     def __init__(
         self,
         loaded: LoadedModel,
@@ -185,7 +186,8 @@ class _Fit:
         progress: Progress | None,
     ) -> None:
         self.loaded, self.damage, self.settings = loaded, damage, settings
-        self.checkpoint, self.progress = checkpoint, progress
+        self.checkpoint = checkpoint
+        self.tell = progress or (lambda what, done, total: None)
         self.backend, self.session = open_backend("sorted"), Switch()
         self.device = torch.device(loaded.device)
         self.low, self.high = min(taus), max(taus)
@@ -203,6 +205,7 @@ class _Fit:
         self.key = sha256_of([str(about), str(model), *text])
 
     def run(self) -> FitResult:
+        """Both parts, from a checkpoint on where there is one."""
         settings, state = self.settings, self.state
         self.trainable = Trainable(
             self.start, rank=self.rank or 0, scale=self._input_scale(), seed=settings.seed
@@ -212,7 +215,8 @@ class _Fit:
             "regression": torch.optim.Adam(parameters, lr=REGRESSION_RATE),
             "distillation": torch.optim.Adam(parameters, lr=settings.rate),
         }
-        nothing, begun = self._look(None), self._look(self.trainable.compensation())
+        start = self.trainable.compensation()
+        before = {"nothing": self._look(None), "start": self._look(start)}
         self.best = self.trainable.frozen()
         self._resume()
         self._regress()
@@ -222,7 +226,7 @@ class _Fit:
                 state.best, self.best = state.regressed, self.trainable.frozen()
                 self._save()
         self._distil()
-        worst = min(nothing, begun)
+        worst = min(before.values())
         if not state.best < worst:
             if self.checkpoint is not None:
                 self.checkpoint.unlink(missing_ok=True)
@@ -236,12 +240,7 @@ class _Fit:
             stopped = f"no improvement on held-out text in {_PATIENCE} looks"
         return FitResult(
             compensation=self.best,
-            held_out={
-                "nothing": nothing,
-                "start": begun,
-                "regressed": state.regressed,
-                "fitted": state.best,
-            },
+            held_out=before | {"regressed": state.regressed, "fitted": state.best},
             curve=state.curve,
             tokens=state.regress_tokens + state.tokens,
             taus=self.looks_taus,
@@ -256,17 +255,16 @@ class _Fit:
             if state.regress_tokens >= wanted:
                 break
             batch, rng = collate(rows), self._rng(8, state.regress_steps)
-            policy = self._policy(self._tau(rng), batch)
+            policy = DamagePolicy(self._tau(rng), damage=self.damage)
             tokens = torch.Generator().manual_seed(int(rng.integers(2**62)))
             set_rate(optimiser, REGRESSION_RATE, state.regress_tokens / wanted)
-            self.session.inner = Regression(
-                self.backend, policy, batch, self.trainable, optimiser, tokens
-            )
+            parts = (self.trainable, optimiser, tokens)
+            self.session.inner = Regression(self.backend, policy, batch, *parts)
             with torch.no_grad():
                 forward(self.loaded.model, batch, self.device, logits_to_keep=1)
             state.regress_steps += 1
             state.regress_tokens += int(batch.counted.sum())
-            self._tell("fitting layer by layer", state.regress_tokens, wanted)
+            self.tell("fitting layer by layer", min(state.regress_tokens, wanted), wanted)
             if state.regress_steps % _SAVE_EVERY == 0:
                 self._save()
 
@@ -278,7 +276,7 @@ class _Fit:
             if state.tokens >= wanted or state.since >= _PATIENCE:
                 break
             self._step(collate(rows))
-            self._tell("distilling", state.tokens, wanted)
+            self.tell("distilling", min(state.tokens, wanted), wanted)
             if state.tokens < wanted and state.tokens // each == len(state.curve):
                 continue
             here = self._look(self.trainable.compensation())
@@ -292,7 +290,7 @@ class _Fit:
         """One step of descent, at a tau of its own."""
         state, optimiser = self.state, self.optimisers["distillation"]
         set_rate(optimiser, self.settings.rate, state.tokens / self.settings.tokens)
-        policy = self._policy(self._tau(self._rng(7, state.steps)), batch)
+        policy = DamagePolicy(self._tau(self._rng(7, state.steps)), damage=self.damage)
         teacher = self._teacher(batch)
         with torch.enable_grad():
             compensation = self.trainable.compensation()
@@ -316,7 +314,7 @@ class _Fit:
             for batch in self.held_out:
                 teacher = self._teacher(batch)
                 for tau in self.looks_taus:
-                    policy = self._policy(tau, batch)
+                    policy = DamagePolicy(tau, damage=self.damage)
                     self.session.inner = Student(self.backend, policy, batch, compensation)
                     student = forward(self.loaded.model, batch, self.device)
                     loss, _ = divergence(student, teacher, batch, gradient=False)
@@ -333,11 +331,6 @@ class _Fit:
         sizes: list[float] = []
         self._teacher(self.held_out[0], sizes)
         return torch.tensor([1 / max(size, 1e-6) for size in sizes])
-
-    def _policy(self, tau: float, batch: ForwardContext) -> DamagePolicy:
-        policy = DamagePolicy(tau, damage=self.damage)
-        policy.begin(batch)
-        return policy
 
     def _rng(self, part: int, step: int) -> np.random.Generator:
         """Random numbers of one step, so that a resumed fit draws the same."""
@@ -357,10 +350,6 @@ class _Fit:
             order = np.random.default_rng([self.settings.seed, part, number])
             yield from (rows[at] for at in order.permutation(len(rows)))
             number += 1
-
-    def _tell(self, what: str, done: int, wanted: int) -> None:
-        if self.progress:
-            self.progress(what, min(done, wanted), wanted)
 
     def _save(self) -> None:
         """Write a checkpoint, from which `_resume` goes on."""
