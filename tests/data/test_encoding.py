@@ -37,19 +37,10 @@ def test_encode_is_what_the_tokenizer_does_to_each_text(documents, tiny_tokenize
 def test_encode_drops_short_documents_and_cuts_long_ones(documents, tiny_tokenizer):
     short = [TextDocument("empty", "s", ""), *documents[:3]]  # the start token alone
     assert [d.id for d in encode(short, tiny_tokenizer)] == ["d0", "d1", "d2"]
-    assert len(encode(short, tiny_tokenizer, min_tokens=1)) == 4
     cut = encode(short, tiny_tokenizer, max_tokens=7)
     assert ids_of(cut) == [ids[:7] for ids in ids_of(encode(short, tiny_tokenizer))]
     with pytest.raises(UsageError, match="max_tokens = 0"):
         encode(short, tiny_tokenizer, max_tokens=0)
-
-
-def test_encode_takes_a_seeded_subset_in_order(documents, tiny_tokenizer):
-    names = [d.id for d in encode(documents, tiny_tokenizer, max_documents=9, seed=5)]
-    assert len(names) == 9
-    assert names == sorted(names, key=lambda name: int(name[1:]))
-    assert names == [d.id for d in encode(documents, tiny_tokenizer, max_documents=9, seed=5)]
-    assert names != [d.id for d in encode(documents, tiny_tokenizer, max_documents=9, seed=6)]
 
 
 # -- as_documents ----------------------------------------------------------------------------

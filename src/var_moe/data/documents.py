@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from var_moe.config import check_count, check_seed
+from var_moe.config import check_seed
 from var_moe.errors import UsageError
 from var_moe.storage import sha256_of
 
@@ -138,19 +138,6 @@ def one_per_page(documents: Sequence[EncodedDocument], seed: int = 0) -> list[En
     """One random section of each page, in random order."""
     order = np.random.default_rng(check_seed(seed)).permutation(len(documents))
     return [sections[0] for sections in by_page([documents[position] for position in order])]
-
-
-def random_subset(
-    documents: Sequence[TextDocument], at_most: int | None, seed: int | None
-) -> Sequence[TextDocument]:
-    """At most so many documents, drawn at random and kept in order; None takes all."""
-    if at_most is None:
-        return documents
-    check_count("max_documents", at_most)
-    if at_most >= len(documents):
-        return documents
-    drawn = np.random.default_rng(check_seed(seed)).permutation(len(documents))[:at_most]
-    return [documents[i] for i in sorted(drawn)]
 
 
 def in_turn(groups: Sequence[Sequence[Item]], *, equal: bool = False) -> list[Item]:

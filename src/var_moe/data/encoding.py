@@ -11,7 +11,7 @@ import numpy as np
 
 from var_moe.config import check_count
 from var_moe.data.columns import table_texts
-from var_moe.data.documents import EncodedDocument, TextDocument, TextSplit, random_subset
+from var_moe.data.documents import EncodedDocument, TextDocument, TextSplit
 from var_moe.errors import UsageError, one_line
 
 MIN_TOKENS = 2  # the first token of a document has no loss
@@ -26,29 +26,23 @@ def encode(
     documents: TextSplit | Sequence[TextDocument],
     tokenizer: Any,
     *,
-    max_documents: int | None = None,
-    seed: int | None = 0,
-    min_tokens: int = MIN_TOKENS,
     max_tokens: int | None = None,
 ) -> list[EncodedDocument]:
     """Tokenise each document by itself, special tokens included.
 
     Chats are rendered with the tokenizer's chat template; token ids are taken as they are.
+    Documents of fewer than two tokens have no loss and are dropped.
 
     Args:
         documents: a split, or documents.
         tokenizer: a transformers tokenizer.
-        max_documents: take a random subset of so many, as `load_text` does, before tokenising.
-        seed: draws the subset.
-        min_tokens: shorter documents are dropped; one token alone has no loss.
         max_tokens: longer documents are cut to their first ``max_tokens``; None keeps all.
 
     Raises:
-        UsageError: ``max_documents`` or ``max_tokens`` is below 1; or there are chats, and no
-            chat template that takes them.
+        UsageError: ``max_tokens`` is below 1; or there are chats, and no chat template that takes
+            them.
     """
     chosen = documents.documents if isinstance(documents, TextSplit) else documents
-    chosen = random_subset(chosen, max_documents, seed)
     check_count("max_tokens", max_tokens)
     return [
         EncodedDocument(
@@ -58,7 +52,7 @@ def encode(
             document.dataset,
         )
         for document, row in zip(chosen, _token_ids(chosen, tokenizer), strict=True)
-        if len(row) >= min_tokens
+        if len(row) >= MIN_TOKENS
     ]
 
 

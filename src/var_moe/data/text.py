@@ -6,7 +6,10 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from var_moe.data.documents import SPLITS, TextDocument, TextSplit, in_turn, random_subset
+import numpy as np
+
+from var_moe.config import check_count, check_seed
+from var_moe.data.documents import SPLITS, TextDocument, TextSplit, in_turn
 from var_moe.data.readers import check_hub, check_local, exists, hub_split, local_split, looks_local
 from var_moe.errors import UsageError
 
@@ -64,7 +67,11 @@ def load_text(
     text = _load_one(dataset, split) if len(names) == 1 else _load_mixture(dataset, names, split)
     if not text.documents:
         raise UsageError(f"{dataset}: no text in split {split!r}; expected non-empty documents")
-    return replace(text, documents=tuple(random_subset(text.documents, max_documents, seed)))
+    at_most = check_count("max_documents", max_documents)
+    if at_most is None or at_most >= len(text.documents):
+        return text
+    drawn = np.random.default_rng(check_seed(seed)).permutation(len(text.documents))[:at_most]
+    return replace(text, documents=tuple(text.documents[i] for i in sorted(drawn)))
 
 
 # -- names -----------------------------------------------------------------------------------
