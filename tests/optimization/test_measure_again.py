@@ -41,7 +41,7 @@ def run(monkeypatch):
             passed = change.upper < objective.max_degradation
             pace = truth[number].predicted_speedup
             speed = SimpleNamespace(speedup=SimpleNamespace(median=pace)) if passed else None
-            return room.Measured(
+            return room.Remeasured(
                 name=name,
                 config=config,
                 quality=SimpleNamespace(
@@ -103,7 +103,7 @@ def test_no_more_than_asked_but_for_the_calmest(run):
 
 @pytest.mark.parametrize(("upper", "passes"), [(0.0099, True), (BOUND, False), (0.02, False)])
 def test_the_bound_itself_is_not_below_the_bound(upper, passes):
-    measured = room.Measured(
+    measured = room.Remeasured(
         name="one",
         config=Candidate(policy="var"),
         quality=SimpleNamespace(
@@ -122,7 +122,7 @@ def test_a_lucky_timing_does_not_win():
     def measured(executed, pace):
         change = SimpleNamespace(value=0.005, upper=0.008)
         report = SimpleNamespace(learned_pct=90, experts_per_token=executed)
-        return room.Measured(
+        return room.Remeasured(
             name=str(executed),
             config=Candidate(policy="var"),
             quality=SimpleNamespace(judged=change, report=report),
@@ -169,7 +169,7 @@ def test_of_equally_many_pairs_the_compensation_that_costs_less_wins(monkeypatch
 
     def measure(_evaluator, objective, config, *, name, blocks):
         value = 0.0 if config.compensation == "none" else 0.02
-        return room.Measured(
+        return room.Remeasured(
             name=name,
             config=config,
             quality=SimpleNamespace(

@@ -17,7 +17,7 @@ import numpy as np
 from var_moe.errors import UsageError
 from var_moe.optimization.candidate import Candidate
 from var_moe.optimization.forecast import Floats, Forecast, non_dominated
-from var_moe.optimization.measure_again import Measured
+from var_moe.optimization.measure_again import Remeasured
 from var_moe.optimization.objective_protocol import check_bound
 from var_moe.optimization.results import jsonable
 from var_moe.optimization.search_space import Params
@@ -82,7 +82,7 @@ def to_verify(front: Sequence[FrontPoint], bound: float) -> list[FrontPoint]:
 def save_front(
     folder: Path,
     front: Sequence[FrontPoint],
-    measured: Sequence[Measured],
+    measured: Sequence[Remeasured],
     *,
     candidate: Callable[[Params], Candidate],
     max_degradation: float,

@@ -48,7 +48,7 @@ Closer: TypeAlias = Callable[[list[tuple[Params, float]]], Params | None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class Remeasured:
     """A configuration measured again, on more text and with more blocks."""
 
     name: str
@@ -103,14 +103,14 @@ def measure(
     name: str,
     blocks: int,
     always_time: bool = False,
-) -> Measured:
+) -> Remeasured:
     """Measure one configuration: quality first, throughput where it keeps the bound."""
     quality = evaluator.quality(objective.policy(config), what=f"{name}: perplexity")
     passed = quality.judged.upper < objective.max_degradation
     speed = None
     if passed or always_time:
         speed = evaluator.speed(objective.policy(config), blocks=blocks)
-    return Measured(
+    return Remeasured(
         name=name,
         config=config,
         quality=quality,
@@ -127,8 +127,8 @@ def remeasure(
     blocks: int,
     at_most: int,
     closer: Closer | None = None,
-    done: list[Measured] | None = None,
-) -> list[Measured]:
+    done: list[Remeasured] | None = None,
+) -> list[Remeasured]:
     """Measure a search's evaluations again until no faster one is likely to keep the bound.
 
     A candidate's upper bound on the new text is predicted as its degradation in the search
@@ -193,17 +193,17 @@ def remeasure(
     return done
 
 
-def best_measured(measured: Sequence[Measured]) -> Measured | None:
+def best_measured(measured: Sequence[Remeasured]) -> Remeasured | None:
     """The one that wins by the rule of `selection.winner`; None where none keeps the bound."""
     return winner(measured, lambda one: one.standing)
 
 
-def nearest(measured: Sequence[Measured]) -> Measured:
+def nearest(measured: Sequence[Remeasured]) -> Remeasured:
     """What comes nearest to keeping the bound."""
     return min(measured, key=lambda one: one.quality.judged.upper)
 
 
-def best_or_nearest(measured: Sequence[Measured]) -> Measured:
+def best_or_nearest(measured: Sequence[Remeasured]) -> Remeasured:
     """The winner; where nothing keeps the bound, what comes nearest to it."""
     return best_measured(measured) or nearest(measured)
 
@@ -213,8 +213,8 @@ class TuneOutcome:
     """What `tune` found."""
 
     result: OptimizationResult
-    best: Measured
-    others: tuple[Measured, ...]
+    best: Remeasured
+    others: tuple[Remeasured, ...]
     answer: str
     parts: tuple[Any, ...]
 
@@ -230,8 +230,8 @@ class NothingFitsError(VarMoeError):
 def conclude(
     result: OptimizationResult,
     *,
-    measured: Sequence[Measured],
-    presets: Sequence[Measured],
+    measured: Sequence[Remeasured],
+    presets: Sequence[Remeasured],
     apart: Sequence[Apart] = (),
     output: Path,
     max_degradation: float,
@@ -284,7 +284,7 @@ def conclude(
 @contextmanager
 def unfinished(
     result: OptimizationResult,
-    *measured: Sequence[Measured],
+    *measured: Sequence[Remeasured],
     output: Path,
     metadata: Mapping[str, Any],
 ) -> Iterator[None]:
@@ -317,7 +317,7 @@ def unfinished(
         ) from error
 
 
-def _nothing_fits(near: Measured, limit: str, output: Path) -> str:
+def _nothing_fits(near: Remeasured, limit: str, output: Path) -> str:
     return (
         f"All configurations violate constraint: the smallest degradation is "
         f"{100 * near.quality.judged.value:+.2f}% (95% upper bound "
@@ -328,7 +328,7 @@ def _nothing_fits(near: Measured, limit: str, output: Path) -> str:
     )
 
 
-def _found(best: Measured, default: Measured | None, limit: str, top_k: int) -> str:
+def _found(best: Remeasured, default: Remeasured | None, limit: str, top_k: int) -> str:
     assert best.speed is not None
     answer = (
         f"Fastest configuration with degradation below {limit}: "
@@ -348,13 +348,13 @@ def _found(best: Measured, default: Measured | None, limit: str, top_k: int) -> 
     )
 
 
-def _judged_on(one: Measured) -> str:
+def _judged_on(one: Remeasured) -> str:
     """Where the worst of several data sets is judged, which that is."""
     worst = one.quality.worst
     return "" if worst is None else f", on the worst data set, {worst.dataset}"
 
 
-def _no_better(best: Measured, default: Measured | None) -> bool:
+def _no_better(best: Remeasured, default: Remeasured | None) -> bool:
     """Whether the winner is the default, or within its timings, or slower than the baseline."""
     assert best.speed is not None
     if best.speed.speedup.median <= 1.0:

@@ -16,7 +16,7 @@ from var_moe.evaluation.cost import CostModel, fit_cost_model
 from var_moe.evaluation.evaluator import Evaluator, Progress
 from var_moe.optimization.forecast import Floats, Forecast, ForecastGrid
 from var_moe.optimization.front import FrontPoint, feasible_front, to_verify
-from var_moe.optimization.measure_again import Measured, measure
+from var_moe.optimization.measure_again import Remeasured, measure
 from var_moe.optimization.methods import replay_search
 from var_moe.optimization.objective import PolicyObjective
 from var_moe.optimization.replay_sampler import Forecasts, ReplaySampler, pool_points
@@ -325,10 +325,10 @@ def verify_front(
     search: ReplaySearch,
     evaluator: Evaluator,
     objective: PolicyObjective,
-    measured: Sequence[Measured],
+    measured: Sequence[Remeasured],
     *,
     blocks: int,
-    done: list[Measured],
+    done: list[Remeasured],
 ) -> None:
     """Measure points of the front that lie far from what is measured already, into ``done``."""
     known = [one.config for one in measured]

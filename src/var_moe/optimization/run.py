@@ -15,7 +15,7 @@ from var_moe.models.checks import check_droppable
 from var_moe.optimization.candidate import Candidate
 from var_moe.optimization.front import PARETO_FILE, save_front
 from var_moe.optimization.measure_again import (
-    Measured,
+    Remeasured,
     TuneOutcome,
     best_or_nearest,
     conclude,
@@ -123,8 +123,8 @@ def _tune(
     result, replayed = _found(ready, settings, progress=progress, verbose=verbose)
     (settings.output / PARETO_FILE).unlink(missing_ok=True)  # an earlier search's
     settings = replace(settings, n_calls=result.extra["total"])
-    measured: list[Measured] = []
-    presets: list[Measured] = []
+    measured: list[Remeasured] = []
+    presets: list[Remeasured] = []
     about = _about(ready, settings)
     with unfinished(result, measured, presets, output=settings.output, metadata=about):
         remeasure(
@@ -338,11 +338,11 @@ def _found(
 def _preset(
     name: str,
     config: Candidate,
-    measured: Sequence[Measured],
+    measured: Sequence[Remeasured],
     final: Evaluator,
     objective: PolicyObjective,
     settings: TuneSettings,
-) -> Measured:
+) -> Remeasured:
     """A preset's measurement: the candidate's, where the search proposed the same."""
     for one in measured:
         if one.config == config:

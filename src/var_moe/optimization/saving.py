@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from var_moe.evaluation.evaluator import Apart
     from var_moe.evaluation.throughput import Ratio
-    from var_moe.optimization.measure_again import Measured
+    from var_moe.optimization.measure_again import Remeasured
 
 CONFIG_FILE = "best_config.json"
 RESULTS_FILE = "optimization_results.json"
@@ -140,7 +140,7 @@ MET = {True: "yes", False: "NO", None: "-"}
 """How a criterion's `met` is shown."""
 
 
-def result_table(rows: Sequence[Measured], *, baseline_tps: float | None, top_k: int) -> Any:
+def result_table(rows: Sequence[Remeasured], *, baseline_tps: float | None, top_k: int) -> Any:
     """One row per configuration, the unmodified model first."""
     from rich.table import Table
 
@@ -176,7 +176,7 @@ def result_table(rows: Sequence[Measured], *, baseline_tps: float | None, top_k:
     return table
 
 
-def _worst(row: Measured) -> list[str]:
+def _worst(row: Remeasured) -> list[str]:
     worst = row.quality.worst
     if worst is None:
         return []
@@ -216,8 +216,8 @@ def apart_table(rows: Sequence[Mapping[str, Any]], *, title: str) -> Any:
 
 def summary_parts(
     *,
-    best: Measured | None,
-    others: Sequence[Measured],
+    best: Remeasured | None,
+    others: Sequence[Remeasured],
     apart: Sequence[Apart] = (),
     answer: str,
     notes: Sequence[str],

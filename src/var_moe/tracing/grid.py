@@ -21,7 +21,7 @@ from var_moe.errors import UsageError
 from var_moe.routing.decision import Tier
 from var_moe.tracing.policies import FIGURES, Times, predicted_degradation
 from var_moe.tracing.replay import TraceReplay, damage_effects, damage_kinds, stored_counts
-from var_moe.tracing.stays import Hits, Ints
+from var_moe.tracing.stays import Ints, SlotHits
 
 if TYPE_CHECKING:
     from var_moe.evaluation.evaluator import Progress
@@ -158,7 +158,7 @@ class ThresholdGrid:
         token = np.flatnonzero(replay.match[layer])
         return self._licensed(config, kinds, layer, token)
 
-    def _hit(self, config: VARConfig, kinds: tuple[str, ...], layer: int, hits: Hits) -> Floats:
+    def _hit(self, config: VARConfig, kinds: tuple[str, ...], layer: int, hits: SlotHits) -> Floats:
         """The tokens that the cache decides where they are not on the fast path. (Q, B)"""
         if config.mode == "plain":
             run = self.replay.index[layer][hits.source, : self.replay.lead] if kinds else None

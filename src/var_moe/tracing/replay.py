@@ -23,7 +23,7 @@ from var_moe.routing.fast_path import RoutingTable
 from var_moe.routing.keys import stream_keys
 from var_moe.routing.ranking import leading_count
 from var_moe.tracing.policies import Replay, Settings, Times
-from var_moe.tracing.stays import Bools, Hits, Recency, Stays, layer_hits
+from var_moe.tracing.stays import Bools, Recency, SlotHits, Stays, layer_hits
 
 if TYPE_CHECKING:
     from var_moe.evaluation.evaluator import Progress
@@ -88,7 +88,7 @@ class _Kept:
     """What the configuration before left, for one that shares it: one item of each kind."""
 
     stays: tuple[Any, Stays] | None = None
-    hits: tuple[Any, list[Hits]] | None = None
+    hits: tuple[Any, list[SlotHits]] | None = None
     recency: dict[Any, Recency] = field(default_factory=dict)
 
 
@@ -186,7 +186,7 @@ class TraceReplay:
         """The table's leading experts of each id that occurs. (U, lead)"""
         return self.table.index[layer].numpy().astype(np.int16)
 
-    def hits(self, config: VARConfig) -> list[Hits]:
+    def hits(self, config: VARConfig) -> list[SlotHits]:
         """Per layer, which tokens hit a filled slot."""
         key = (*_stays_key(config), config.confidence_threshold)
         if self._kept.hits is None or self._kept.hits[0] != key:
@@ -216,7 +216,9 @@ class TraceReplay:
             else:
                 yield self._verified(layer, fast, hits, self.confident(config, layer))
 
-    def _verified(self, layer: int, fast: Bools, hits: Hits, confident: Bools) -> LayerDecisions:
+    def _verified(
+        self, layer: int, fast: Bools, hits: SlotHits, confident: Bools
+    ) -> LayerDecisions:
         """The table, else the slot, licenses the cut if it agrees with the router."""
         tier = np.full(len(fast), Tier.LEARNED, dtype=np.uint8)
         tier[hits.token[hits.licensed]] = Tier.CACHED
@@ -228,7 +230,7 @@ class TraceReplay:
         none = np.zeros(len(fast), dtype=np.int64)
         return LayerDecisions(layer, tier, cut, next_count=none, foreign_count=none)
 
-    def _plain(self, layer: int, fast: Bools, hits: Hits, kinds: bool) -> LayerDecisions:
+    def _plain(self, layer: int, fast: Bools, hits: SlotHits, kinds: bool) -> LayerDecisions:
         """The table's experts, else the slot's, run unseen."""
         tier = np.full(len(fast), Tier.LEARNED, dtype=np.uint8)
         tier[hits.token] = Tier.CACHED

@@ -40,7 +40,7 @@ class Stays:
 
 
 @dataclass(frozen=True)
-class Hits:
+class SlotHits:
     """The tokens that hit a filled slot of one layer."""
 
     token: Ints  # (H,) positions in the stream
@@ -48,7 +48,7 @@ class Hits:
     licensed: Bools  # (H,) the slot's first expert is among the token's own leading ones
 
 
-def layer_hits(stays: Stays, confident: Bools, index: NDArray[np.int16], lead: int) -> Hits:
+def layer_hits(stays: Stays, confident: Bools, index: NDArray[np.int16], lead: int) -> SlotHits:
     """One layer's hits: the first confident token of a stay fills, those after it hit.
 
     Args:
@@ -60,14 +60,14 @@ def layer_hits(stays: Stays, confident: Bools, index: NDArray[np.int16], lead: i
     size = len(stays.token)
     if not size:
         none = stays.token
-        return Hits(token=none, source=none, licensed=np.zeros(0, dtype=bool))
+        return SlotHits(token=none, source=none, licensed=np.zeros(0, dtype=bool))
     place = np.arange(size)
     filling = np.where(confident[stays.token], place, size)
     filler = np.repeat(np.minimum.reduceat(filling, stays.first), stays.sizes)
     hit = filler < place
     token, source = stays.token[hit], stays.token[filler[hit]]
     licensed = (index[token, :lead] == index[source, 0][:, None]).any(axis=1)
-    return Hits(token=token, source=source, licensed=licensed)
+    return SlotHits(token=token, source=source, licensed=licensed)
 
 
 @dataclass(frozen=True)
