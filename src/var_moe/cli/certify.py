@@ -62,7 +62,7 @@ def certify(
         trust_remote_code: run a Hub model's own code.
         quiet: no progress.
     """
-    from var_moe.cli.searched import search_of
+    from var_moe.cli.validate import search_of
     from var_moe.data.text import check_dataset
     from var_moe.errors import UsageError
     from var_moe.models.loading import check_name

@@ -64,7 +64,7 @@ def guard(
         quiet: no progress.
     """
     from var_moe.cli.report import make_report
-    from var_moe.cli.searched import search_of
+    from var_moe.cli.validate import search_of
     from var_moe.config import check_number
     from var_moe.data.text import check_dataset, load_text
     from var_moe.errors import UsageError
