@@ -156,7 +156,7 @@ def test_one_that_changes_the_models_weights(folder):
     edit_head(folder, healed={"file": "healed.safetensors", "adapter": None, "hash": "0"})
     message = refused(load_compensation, folder, names=folder)
     assert "changes the model's own weights (--heal)" in message
-    assert "version 0.1 was the last" in message
+    assert "no version since 0.1.0 does" in message
 
 
 def test_a_head_that_is_no_object(folder):

@@ -152,13 +152,13 @@ def predicted(trace: RoutingTrace, damage: DamageModel) -> Tensor:
     """
     if trace.hidden is None and damage.out.shape[1]:
         raise UsageError("the damage model looks at the layers' inputs; record them (hidden=True)")
-    found = []
+    layers = []
     for layer in range(trace.layers):
         part = damage.layer(layer, trace.ids.device)
         hint = None if trace.hidden is None else part.hint(trace.hidden[layer])
         index, mass = trace.index[layer].long(), trace.weight[layer].float()
-        found.append(part.log_damage(index, mass, trace.ids, hint))
-    return torch.stack(found)
+        layers.append(part.log_damage(index, mass, trace.ids, hint))
+    return torch.stack(layers)
 
 
 def tau_for(log_damage: Tensor, experts_per_token: float) -> float:

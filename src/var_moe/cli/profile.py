@@ -71,7 +71,7 @@ def profile(
         loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         text = tokenised(texts, loaded)
         output.mkdir(parents=True, exist_ok=True)
-        found = collect_profile(
+        made = collect_profile(
             loaded,
             text.documents,
             dataset=dataset,
@@ -83,20 +83,20 @@ def profile(
             if quiet
             else lambda done, total: progress("profiling the routing", done, total),
         )
-        found.save(output)
-        found = with_damages(
+        made.save(output)
+        made = with_damages(
             loaded,
-            found,
+            made,
             text.documents,
             data={"dataset": dataset, "data_hash": text.data_hash},
             tokens=DAMAGE_TOKENS if damage_tokens is None else damage_tokens,
             folder=output / DAMAGE_FOLDER,
             progress=None if quiet else progress,
         )
-        found.save(output)
-    _print(found, output)
+        made.save(output)
+    _print(made, output)
     make_report(output)
-    return Answer(found.head)
+    return Answer(made.head)
 
 
 def _print(profile: object, output: Path) -> None:

@@ -217,10 +217,10 @@ def check_no_own_weights(folder: Path, about: Mapping[str, Any]) -> None:
         about: its head.
 
     Raises:
-        UsageError: it was fitted with recovery fine-tuning (``--heal`` of version 0.1).
+        UsageError: it was fitted with recovery fine-tuning (``--heal``, before version 0.1.0).
     """
     if about.get("healed"):
         raise UsageError(
-            f"{folder}: its compensation also changes the model's own weights (--heal), which "
-            "version 0.1 was the last to do; fit one with `var-moe fit-compensation`"
+            f"{folder}: its compensation also changes the model's own weights (--heal), which no "
+            "version since 0.1.0 does; fit one with `var-moe fit-compensation`"
         )
