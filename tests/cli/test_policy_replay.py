@@ -124,6 +124,31 @@ def test_killed_and_resumed(common, profile, tmp_path):
     assert len(rows) == len({tuple(sorted(row["params"].items())) for row in rows}) == 6
 
 
+@pytest.mark.slow
+def test_runs_with_folders_of_their_own_share_a_database(common, profile, tmp_path, capsys):
+    words = ["tune", *common, *profile, "--policy", "naee", "--seed", "5"]
+    words += ["--max_degradation", BOUND, "--quiet", "--storage", f"sqlite:///{tmp_path}/t.db"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main([*words, "--output", str(first), "--n_calls", "3"]) == 0
+    assert not (first / "optuna_study.log").exists()
+    assert main([*words, "--output", str(second)]) == 2
+    assert "t.db: holds a search already" in capsys.readouterr().err
+    assert main([*words, "--output", str(second), "--resume", "--n_calls", "4"]) == 0
+    results = [read(folder / "optimization_results.json") for folder in (first, second)]
+    assert results[1]["all_results"][:3] == results[0]["all_results"]
+    assert results[1]["num_evaluations"] == 4
+    metadata = read(first / "optimization_metadata.json")
+    assert metadata["settings"]["storage"] == f"sqlite:///{tmp_path}/t.db"
+
+
+def test_a_database_that_cannot_be_used_is_one_line(tmp_path, capsys):
+    words = ["tune", "--storage", "postgresql://ann:secret@127.0.0.1:9/t", "--output"]
+    assert main([*words, str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "postgresql://ann:***@127.0.0.1:9/t" in error
+
+
 def test_replay_is_the_default_where_a_trace_tells_what_decisions_cost(tmp_path, monkeypatch):
     def method(policy):
         return TuneSettings(policy=policy, output=tmp_path).method

@@ -221,13 +221,10 @@ def test_a_storage_of_optuna(tmp_path):
         ("postgresql://ann:secret@127.0.0.1:9/db", "its driver is not installed"),
     ],
 )
-def test_a_database_that_cannot_be_used(url, says, monkeypatch, tmp_path):
+def test_a_database_that_cannot_be_used(url, says, monkeypatch):
     monkeypatch.setitem(sys.modules, "psycopg2", None)
     monkeypatch.setitem(sys.modules, "psycopg", None)
-    for attempt in (
-        lambda: search(url, 1),
-        lambda: TuneSettings(storage=url, output=tmp_path),
-    ):
+    for attempt in (lambda: search(url, 1), lambda: check_storage(url, resume=False)):
         with pytest.raises(UsageError) as caught:
             attempt()
         assert says in str(caught.value)

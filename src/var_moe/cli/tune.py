@@ -127,6 +127,7 @@ def tune(
     from var_moe.data.text import check_dataset
     from var_moe.optimization.seeds import STABILITY_FILE, parse_seeds, seeds_table, tune_seeds
     from var_moe.optimization.settings import TuneSettings
+    from var_moe.optimization.trial_log import check_storage
 
     # Everything that can be wrong is looked at before the model is loaded.
     model = model or "demo"
@@ -162,6 +163,7 @@ def tune(
     # What is not asked for is left to the settings, which Python callers use as well.
     settings = TuneSettings(**{name: value for name, value in asked.items() if value is not None})
     output = settings.output
+    check_storage(settings.trial_log, resume=settings.resume)
     if settings.method == "grid" and settings.exhaustive and not yes:
         _confirm_grid(settings)
     if not quiet:

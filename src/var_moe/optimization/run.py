@@ -44,7 +44,7 @@ from var_moe.optimization.search_space import (
     point_count,
 )
 from var_moe.optimization.settings import TuneSettings
-from var_moe.optimization.trial_log import alone_in, has_search, shown
+from var_moe.optimization.trial_log import alone_in, check_storage, has_search, shown
 
 if TYPE_CHECKING:
     from var_moe.models.loading import LoadedModel
@@ -97,6 +97,7 @@ def tune(
             every evaluation failed, or the last measurement did; what was measured is saved.
     """
     settings = settings or TuneSettings()
+    check_storage(settings.trial_log, resume=settings.resume)
     with alone_in(settings.output):
         return _tune(loaded, settings, ready, progress=progress, say=say, verbose=verbose)
 

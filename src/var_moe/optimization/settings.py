@@ -16,7 +16,7 @@ from var_moe.optimization.candidate import VAR
 from var_moe.optimization.objective_protocol import check_bound, check_robust
 from var_moe.optimization.results import jsonable
 from var_moe.optimization.search_space import SearchSpace, check_grid, parse_bounds
-from var_moe.optimization.trial_log import LOG_NAME, check_storage, shown
+from var_moe.optimization.trial_log import LOG_NAME, shown
 from var_moe.routing.registry import PolicySpec, policy_spec
 from var_moe.storage import check_output_folder
 
@@ -191,8 +191,6 @@ class TuneSettings:
         if self.method == "bayesian" and self.engine == "skopt":
             require("skopt")
         check_output_folder(self.output)
-        if self.storage is not None:
-            check_storage(self.storage, resume=self.resume)
 
     def to_dict(self) -> dict[str, Any]:
         """For result files."""
