@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from pkgutil import resolve_name
-from types import TracebackType
 from typing import Any
 from weakref import WeakSet
 
@@ -20,11 +19,11 @@ from var_moe.execution.backends.base import ExpertsBackend
 from var_moe.execution.dispatch import attach, detach
 from var_moe.execution.texts import Texts
 from var_moe.models.loading import LoadedModel
-from var_moe.models.moe_layers import experts_modules, experts_shape
+from var_moe.models.moe_layers import experts_shape
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.compensation import LayerCompensation
 from var_moe.routing.counts import RoutingReport, TierCounts
-from var_moe.routing.decision import ForwardContext, Observer, Residual
+from var_moe.routing.decision import ForwardContext, Observer
 from var_moe.routing.guard import Guard, policy_facts
 from var_moe.routing.keeping import all_pairs
 from var_moe.routing.shapes import check_model
@@ -238,7 +237,7 @@ class Session:
             return self.backend.exact().run(module, hidden, index, weight)
         if self._compensation is None:
             out = self.backend.run(module, hidden, routing.index, routing.weight)
-            return out if routing.residual is None else _with_residual(out, routing.residual)
+            return out if routing.residual is None else routing.residual.added_to(out)
         # The kept pairs with the router's own weights, and what stands in for the others: what the
         # policy itself would do about dropped weight (rescaling, residual means) is not done.
         key = (layer, hidden.dtype)
@@ -249,14 +248,6 @@ class Session:
         row, gone = self._compensation.dropped(index, weight, routing.index >= 0)
         out = self.backend.run(module, hidden, routing.index, weight)
         return part.add(out, hidden, row, gone)
-
-
-def _with_residual(out: Tensor, extra: Residual) -> Tensor:
-    means, scale = extra.table[extra.row], extra.scale[:, None].to(extra.table.dtype)
-    if out.dtype == means.dtype:
-        return torch.addcmul(out, means, scale)
-    # The means are float32; what they are added to must keep the model's dtype.
-    return out + (means * scale).to(out.dtype)
 
 
 _running: WeakSet[Session] = WeakSet()
@@ -274,13 +265,8 @@ class _Block(AbstractContextManager[Session]):
         self._entered = True
         return self._block.__enter__()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> bool | None:
-        return self._block.__exit__(kind, error, trace)
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._block.__exit__(*error)
 
 
 def routed(
@@ -332,14 +318,19 @@ def _routed(
     chosen: Any = resolve_name(_READ_EXPORTED)(policy, model).policy() if exported else policy
     if isinstance(model, LoadedModel):
         model = model.model
-    check_given(model, chosen, backend, guard)
-    model, called = unwrapped(model)
-    layers = len(experts_modules(model))
-    check_sizes(model, chosen)
+    _check_given(model, chosen, backend, guard)
+    model, called = _unwrapped(model)
+    sizes = experts_shape(model)
+    if chosen.compensation is not None:
+        chosen.compensation.check(**sizes)
+    words = getattr(model.config.get_text_config(), "vocab_size", 0)
+    check_model(chosen, {**sizes, "vocabulary": words})
     if isinstance(guard, Guard):
-        guard.check(policy_facts(chosen), layers=layers)
+        guard.check(policy_facts(chosen), layers=sizes["layers"])
         guard = Watch(guard)
-    observers = [] if guard is None else [Units(guard, layers, drops_only=chosen.drops_only)]
+    observers = (
+        [] if guard is None else [Units(guard, sizes["layers"], drops_only=chosen.drops_only)]
+    )
     with ExitStack() as leaving:
         if isinstance(backend, str):
             backend = leaving.enter_context(open_backend(backend, model))
@@ -348,7 +339,7 @@ def _routed(
                 "the policy, or the backend, is in use by another running routed(...) block, whose "
                 "state it holds: make one for each model"
             )
-        session = Session(chosen, backend, layers, observers)
+        session = Session(chosen, backend, sizes["layers"], observers)
         backend.begin()
         leaving.callback(detach, model, attach(model, session))
         _running.add(session)
@@ -364,51 +355,25 @@ def _routed(
         session.end_documents()
 
 
-def check_given(model: Any, policy: Any, backend: Any, guard: Any) -> None:
-    """Refuse what is none of these, before anything is changed.
+def _check_given(model: Any, policy: Any, backend: Any, guard: Any) -> None:
+    """Refuse what is none of these, before anything is changed; names what to give."""
 
-    Raises:
-        UsageError: names the argument, what was given, and what to give.
-    """
-    kinds = {
-        "model": (
-            hasattr(model, "get_experts_implementation"),
-            "a transformers model, or what load_model returned",
-        ),
-        "policy": (
-            isinstance(policy, RoutingPolicy),
-            "one that make_policy returned, or what `var-moe export` wrote",
-        ),
-        "backend": (
-            isinstance(backend, str | ExpertsBackend),
-            'the name of a backend, such as "auto", or what open_backend returned',
-        ),
-        "guard": (
-            guard is None or isinstance(guard, Guard) or callable(getattr(guard, "see", None)),
-            "one that Guard.load or calibrate_guard returned",
-        ),
-    }
-    given = {"model": model, "policy": policy, "backend": backend, "guard": guard}
-    for name, (right, expected) in kinds.items():
+    def expect(right: bool, name: str, given: Any, expected: str) -> None:
         if not right:
-            found = given[name]
-            kind = found.__name__ if isinstance(found, type) else type(found).__name__
+            kind = given.__name__ if isinstance(given, type) else type(given).__name__
             raise UsageError(f"routed(...): {name} is {kind}: expected {expected}")
 
-
-def check_sizes(model: Any, policy: RoutingPolicy) -> None:
-    """Refuse what was calibrated on a model of other sizes.
-
-    Raises:
-        UsageError: names the size.
-    """
-    if policy.compensation is not None:
-        policy.compensation.check(**experts_shape(model))
-    vocabulary = getattr(model.config.get_text_config(), "vocab_size", 0)
-    check_model(policy, {**experts_shape(model), "vocabulary": vocabulary})
+    dispatched = hasattr(model, "get_experts_implementation")
+    expect(dispatched, "model", model, "a transformers model, or what load_model returned")
+    made = "one that make_policy returned, or what `var-moe export` wrote"
+    expect(isinstance(policy, RoutingPolicy), "policy", policy, made)
+    named = 'the name of a backend, such as "auto", or what open_backend returned'
+    expect(isinstance(backend, str | ExpertsBackend), "backend", backend, named)
+    watches = isinstance(guard, Guard | None) or callable(getattr(guard, "see", None))
+    expect(watches, "guard", guard, "one that Guard.load or calibrate_guard returned")
 
 
-def unwrapped(model: Any) -> tuple[Any, list[Any]]:
+def _unwrapped(model: Any) -> tuple[Any, list[Any]]:
     """The transformers model, and all modules whose call is its forward.
 
     A `PeftModel` runs that model's forward without calling it, and its `generate` calls it.

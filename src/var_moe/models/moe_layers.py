@@ -14,7 +14,6 @@ their scores, whether they are normalised, scaled or neither.
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -113,12 +112,7 @@ class RouterLogits:
             self._handles.append(module.register_forward_hook(self._keep(layer, position)))
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

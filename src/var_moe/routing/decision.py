@@ -26,6 +26,13 @@ class Residual:
     row: Tensor  # (T,) int64, R - 1 where nothing is added
     scale: Tensor  # (T,) weight of what was dropped
 
+    def added_to(self, out: Tensor) -> Tensor:
+        """With the layer's output (T, D), in its dtype."""
+        means, scale = self.table[self.row], self.scale[:, None].to(self.table.dtype)
+        if out.dtype == means.dtype:
+            return torch.addcmul(out, means, scale)
+        return out + (means * scale).to(out.dtype)
+
 
 @dataclass(frozen=True)
 class Routing:
