@@ -60,14 +60,10 @@ class TierDistribution:
     @classmethod
     def of(cls, report: RoutingReport) -> TierDistribution:
         """What a session counted; every tier gets the experts per token of all."""
-        shares = [report.fast_pct / 100, report.cached_pct / 100, report.learned_pct / 100]
-        each = report.experts_per_token
-        return cls(
-            **dict(zip(("fast", "cached", "learned"), shares, strict=True)),
-            experts_fast=each,
-            experts_cached=each,
-            experts_learned=each,
-        )
+        tiers = ("fast", "cached", "learned")
+        shares = {name: getattr(report, f"{name}_pct") / 100 for name in tiers}
+        each = {f"experts_{name}": report.experts_per_token for name in tiers}
+        return cls(**shares, **each)
 
     def experts_per_token(self, top_k: int) -> float:
         """Executed pairs per layer and token, for a model with K = ``top_k``."""
@@ -137,9 +133,8 @@ class PerformanceModel:
         """
         for name, value in seconds.items():
             if name not in TERMS:
-                raise UsageError(
-                    f"set_costs: unknown term {name!r}; expected some of {', '.join(TERMS)}"
-                )
+                known = ", ".join(TERMS)
+                raise UsageError(f"set_costs: unknown term {name!r}; expected some of {known}")
             check_number(f"set_costs: seconds[{name!r}]", value, low=0)
         check_number("set_costs: baseline_s", baseline_s, low=0, open_low=True)
         counts = {"layers": layers, "experts": experts, "top_k": top_k}
@@ -207,9 +202,8 @@ class PerformanceModel:
         check_number("max_learned", max_learned, low=0, high=1)
 
         def at(learned: float) -> TierDistribution:
-            return TierDistribution(
-                fast=1 - learned, learned=learned, experts_learned=experts_learned
-            )
+            fast = 1 - learned
+            return TierDistribution(fast=fast, learned=learned, experts_learned=experts_learned)
 
         def missing(learned: float) -> float:
             return target_speedup - self.predict_speedup(at(learned))

@@ -87,45 +87,43 @@ def hypotheses(
         consistency: ``mean``: share of occurrences that go to a token's usual first expert.
         covered: ``share`` of tokens on the fast path at the default thresholds.
     """
-    tests = max(len(layers), 1)
     # Bonferroni over the layers: each is a test of its own.
-    agree = [
-        row["spearman_rho"] < WEAK_RHO and row["p_value"] < ALPHA / tests
-        for row in layers
-        if row["spearman_rho"] is not None
-    ]
+    most = ALPHA / max(len(layers), 1)
+    tested = [row for row in layers if row["spearman_rho"] is not None]
+    agree = sum(row["spearman_rho"] < WEAK_RHO and row["p_value"] < most for row in tested)
+    mean = consistency["mean"]
+    rows = (
+        (
+            "frequent tokens have lower router entropy",
+            f"Spearman's rho below {WEAK_RHO} with p < {ALPHA} (Bonferroni over layers) in most "
+            "layers",
+            f"{agree} of {len(layers)} layers",
+            2 * agree > len(layers),
+        ),
+        (
+            "routing of a token is consistent across contexts",
+            f"at least {CONSISTENT:.0%} of occurrences go to the token's usual first expert, of "
+            f"tokens seen {AT_LEAST} times or more",
+            "no token seen often enough" if mean is None else f"{mean:.1%}",
+            (mean or 0.0) >= CONSISTENT,
+        ),
+        (
+            "a useful share of tokens is covered by the fast path at the default thresholds",
+            f"at least {USEFUL_COVERAGE:.0%} of (layer, token)",
+            f"{covered['share']:.1%}",
+            covered["share"] >= USEFUL_COVERAGE,
+        ),
+    )
     return [
         {
-            "name": "H1",
-            "claim": "frequent tokens have lower router entropy",
-            "test": f"Spearman's rho below {WEAK_RHO} with p < {ALPHA} (Bonferroni over layers) "
-            "in most layers",
-            "evidence": f"{sum(agree)} of {len(layers)} layers",
-            "verdict": _verdict(2 * sum(agree) > len(layers)),
-        },
-        {
-            "name": "H2",
-            "claim": "routing of a token is consistent across contexts",
-            "test": f"at least {CONSISTENT:.0%} of occurrences go to the token's usual first "
-            f"expert, of tokens seen {AT_LEAST} times or more",
-            "evidence": "no token seen often enough"
-            if consistency["mean"] is None
-            else f"{consistency['mean']:.1%}",
-            "verdict": _verdict((consistency["mean"] or 0.0) >= CONSISTENT),
-        },
-        {
-            "name": "H3",
-            "claim": "a useful share of tokens is covered by the fast path at the default "
-            "thresholds",
-            "test": f"at least {USEFUL_COVERAGE:.0%} of (layer, token)",
-            "evidence": f"{covered['share']:.1%}",
-            "verdict": _verdict(covered["share"] >= USEFUL_COVERAGE),
-        },
+            "name": f"H{number}",
+            "claim": claim,
+            "test": test,
+            "evidence": evidence,
+            "verdict": "supported" if holds else "not supported",
+        }
+        for number, (claim, test, evidence, holds) in enumerate(rows, start=1)
     ]
-
-
-def _verdict(holds: bool) -> str:
-    return "supported" if holds else "not supported"
 
 
 def _column(rows: pd.DataFrame, name: str) -> Floats:

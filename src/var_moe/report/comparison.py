@@ -45,25 +45,18 @@ def _compensations(found: Mapping[str, Any]) -> list[str | None]:
 
 def experts_figure(found: Mapping[str, Any], compensation: str | None) -> Picture:
     """Degradation against executed experts per token, of one compensation."""
-    figure = empty_figure("experts per token", "perplexity change, %", height=520)
-    alone = len(_compensations(found)) == 1
-    for name, style, points in _lines(found["rows"]):
-        if points[0].get("compensation") != compensation:
-            continue
-        style = style if alone else {**style, "line": {**style["line"], "dash": "solid"}}
-        name = name if alone else name.removesuffix(f" + {compensation}")
-        figure.add_scatter(
-            x=[point["experts_per_token"] for point in points],
-            y=[100 * point["degradation"] for point in points],
-            error_y={"array": [196 * point["degradation_standard_error"] for point in points]},
-            text=[f"{name}<br>{settings(point['settings'])}" for point in points],
-            name=name,
-            **style,
-        )
-    line_at(figure, f"bound {limit(found['max_degradation'])}", y=100 * found["max_degradation"])
+    rows, alone = found["rows"], len(_compensations(found)) == 1
+    lines = []
+    for name, style, points in _lines(rows):
+        if alone:
+            lines.append((name, style, points))
+        elif points[0].get("compensation") == compensation:
+            solid = {**style, "line": {**style["line"], "dash": "solid"}}
+            lines.append((name.removesuffix(f" + {compensation}"), solid, points))
+    figure = _figure(found, "experts per token", lines)
     # One scale for all, so that the eye compares them.
-    most = max(row["degradation"] + 2 * row["degradation_standard_error"] for row in found["rows"])
-    least = min(row["degradation"] - 2 * row["degradation_standard_error"] for row in found["rows"])
+    most = max(row["degradation"] + 2 * row["degradation_standard_error"] for row in rows)
+    least = min(row["degradation"] - 2 * row["degradation_standard_error"] for row in rows)
     figure.update_yaxes(range=[100 * (min(least, 0) - 0.03 * most), 103 * most])
     figure.update_xaxes(autorange="reversed")
     return Picture(
@@ -80,30 +73,43 @@ def speed_figure(found: Mapping[str, Any]) -> Picture | None:
     lines = [line for line in _lines(found["rows"]) if all(p["speedup"] for p in line[2])]
     if not lines:
         return None
-    figure = empty_figure("speedup", "perplexity change, %", height=520)
-    for name, style, points in lines:
-        speeds = [point["speedup"] for point in points]
-        figure.add_scatter(
-            x=speeds,
-            y=[100 * point["degradation"] for point in points],
-            error_x=interval_bars(speeds, [p["speedup_95"] for p in points], thickness=1),
-            text=[f"{name}<br>{settings(point['settings'])}" for point in points],
-            name=name,
-            **style,
-        )
-    line_at(figure, f"bound {limit(found['max_degradation'])}", y=100 * found["max_degradation"])
     return Picture(
         name="policies-speed",
         title="What cuts bring",
         caption="Measured speedup against the unmodified model; bars are 95% intervals over "
         "interleaved blocks.",
-        figure=figure,
+        figure=_figure(found, "speedup", lines),
     )
 
 
-def _lines(
-    rows: Sequence[Mapping[str, Any]],
-) -> list[tuple[str, dict[str, Any], list[Mapping[str, Any]]]]:
+_Line = tuple[str, dict[str, Any], list[Mapping[str, Any]]]
+"""Name, style and points."""
+
+
+def _figure(found: Mapping[str, Any], x: str, lines: Sequence[_Line]) -> Any:
+    """Perplexity change against experts per token or speedup, which has the error bars."""
+    figure = empty_figure(x, "perplexity change, %", height=520)
+    for name, style, points in lines:
+        values = [point[x.replace(" ", "_")] for point in points]
+        if x == "speedup":
+            ends = [point["speedup_95"] for point in points]
+            bars: dict[str, Any] = {"error_x": interval_bars(values, ends, thickness=1)}
+        else:
+            errors = [196 * point["degradation_standard_error"] for point in points]
+            bars = {"error_y": {"array": errors}}
+        figure.add_scatter(
+            x=values,
+            y=[100 * point["degradation"] for point in points],
+            text=[f"{name}<br>{settings(point['settings'])}" for point in points],
+            name=name,
+            **bars,
+            **style,
+        )
+    line_at(figure, f"bound {limit(found['max_degradation'])}", y=100 * found["max_degradation"])
+    return figure
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> list[_Line]:
     """Name, style and points of each policy and way of turning it, most experts first.
 
     A policy has one colour, and a dash for each compensation.
