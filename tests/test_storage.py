@@ -6,6 +6,7 @@ import pytest
 
 from var_moe.errors import UsageError, VarMoeError
 from var_moe.storage import (
+    alone_in,
     atomic_write,
     atomic_write_json,
     atomic_write_text,
@@ -97,3 +98,14 @@ def test_tensors_that_do_not_fit_on_the_disk_name_their_file(tmp_path):
     with pytest.raises(VarMoeError, match=r"x\.safetensors: cannot be written .*No space left"):
         atomic_write(tmp_path / "x.safetensors", fail)
     assert not list(tmp_path.iterdir())
+
+
+def test_one_run_at_a_time_is_in_a_folder(tmp_path):
+    folder = tmp_path / "a" / "results"
+    with alone_in(folder), pytest.raises(UsageError, match="results: another run"):  # noqa: SIM117
+        with alone_in(folder):
+            pass
+    assert not folder.exists()  # nothing was written
+    with alone_in(folder):
+        (folder / "x").write_text("")
+    assert folder.is_dir()

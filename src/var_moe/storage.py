@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import re
@@ -11,7 +12,7 @@ import shlex
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache
 from importlib import metadata
@@ -19,6 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from var_moe.errors import UsageError, VarMoeError
+
+try:
+    import fcntl
+except ImportError:  # no Unix
+    fcntl = None  # type: ignore[assignment]
+
+_LOG = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 
@@ -203,3 +211,35 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor()
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Within it, no other run may write a results folder; it is made where there is none.
+
+    The lock is on the folder itself, ends with the process, and leaves no file.
+
+    Raises:
+        UsageError: another run is there.
+    """
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = None
+    try:
+        if fcntl is not None:
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(
+                    f"{folder}: another run is using it; wait for it or choose another folder"
+                ) from None
+            except OSError:
+                _LOG.debug("%s: its file system has no locks on folders", folder)
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+        if made:
+            with suppress(OSError):  # results are in it
+                folder.rmdir()

@@ -15,7 +15,6 @@ from var_moe.optimization.settings import TuneSettings
 from var_moe.optimization.trial_log import (
     LOG_NAME,
     SearchHeader,
-    alone_in,
     check_storage,
     has_search,
     open_study,
@@ -161,6 +160,8 @@ def test_a_search_of_an_earlier_version_is_not_gone_on_with(tmp_path):
     (tmp_path / "trials.jsonl").write_text("{}\n")
     with pytest.raises(UsageError, match=r"trials\.jsonl: the search of an earlier version"):
         search(tmp_path / LOG_NAME)
+    with pytest.raises(UsageError, match=r"trials\.jsonl"):
+        check_storage(tmp_path / LOG_NAME, resume=True)
     assert search(tmp_path / LOG_NAME, 1, resume=False).num_evaluations == 1
 
 
@@ -246,14 +247,3 @@ def test_a_study_of_another_program(tmp_path):
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
     with pytest.raises(UsageError, match="holds a study of another program"):
         search(url, 1)
-
-
-def test_one_run_at_a_time_is_in_a_folder(tmp_path):
-    folder = tmp_path / "a" / "results"
-    with alone_in(folder), pytest.raises(UsageError, match="results: another run"):  # noqa: SIM117
-        with alone_in(folder):
-            pass
-    assert not folder.exists()  # nothing was written
-    with alone_in(folder):
-        (folder / "x").write_text("")
-    assert folder.is_dir()

@@ -44,7 +44,8 @@ from var_moe.optimization.search_space import (
     point_count,
 )
 from var_moe.optimization.settings import TuneSettings
-from var_moe.optimization.trial_log import alone_in, check_storage, has_search, shown
+from var_moe.optimization.trial_log import check_storage, has_search, shown
+from var_moe.storage import alone_in
 
 if TYPE_CHECKING:
     from var_moe.models.loading import LoadedModel

@@ -37,7 +37,7 @@ LOG_NAME = "optuna_study.log"
 STUDY_NAME = "var_moe"
 _EARLIER_LOG = "trials.jsonl"  # of versions before Optuna kept all trials
 
-_HEADER = "header"
+_HEADER = "header"  # user attribute of a study
 _HEADER_SECONDS = 5.0  # from the creation of a study until its header is written, at the most
 
 Storage: TypeAlias = Union[str, Path, "optuna.storages.BaseStorage", None]
@@ -178,14 +178,17 @@ def has_search(storage: Storage) -> bool:
 
 
 def check_storage(storage: Storage, *, resume: bool) -> None:
-    """Refuse, before any work is done, a database that can't be used or holds another search.
+    """Refuse, before any work is done, what can't be searched in.
 
     Raises:
-        UsageError: its driver is missing, it can't be reached, or a search is not resumed.
+        UsageError: a database can't be used or holds a search that is not resumed, or the search
+            in a folder is of an earlier version.
     """
     path = _path(storage)
     if path is not None:
         check_output_folder(path.parent)
+        if resume:
+            _refuse_earlier(path)
     elif has_search(storage) and not resume:
         raise _in_use(shown(storage))
 
@@ -280,11 +283,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _database(url: str) -> optuna.storages.BaseStorage:
-    """A database, by the URL that SQLAlchemy knows it by.
-
-    Raises:
-        UsageError: its driver is missing, or it can't be reached; in one line.
-    """
+    """A database, by its URL; UsageError where its driver is missing or it can't be reached."""
     from optuna.storages import RDBStorage
     from sqlalchemy.exc import IntegrityError
 
@@ -319,12 +318,7 @@ def _file(path: Path, *, resume: bool) -> optuna.storages.BaseStorage:
     if path.is_dir():
         raise UsageError(f"{path}: is a folder; expected a file")
     if resume:
-        earlier = path.with_name(_EARLIER_LOG)
-        if not path.exists() and earlier.exists():
-            raise UsageError(
-                f"{earlier}: the search of an earlier version of var_moe, which can't be gone on "
-                "with; start anew without resume"
-            )
+        _refuse_earlier(path)
     elif path.is_file() and path.stat().st_size > 0:
         if _at_work(path):
             raise UsageError(
@@ -342,6 +336,15 @@ def _file(path: Path, *, resume: bool) -> optuna.storages.BaseStorage:
             f"{path}: damaged, or not a study of this version ({type(error).__name__}: {error}); "
             "start anew without resume"
         ) from error
+
+
+def _refuse_earlier(path: Path) -> None:
+    earlier = path.with_name(_EARLIER_LOG)
+    if not path.exists() and earlier.exists():
+        raise UsageError(
+            f"{earlier}: the search of an earlier version of var_moe, which can't be gone on "
+            "with; start anew without resume"
+        )
 
 
 def _journal(path: Path) -> optuna.storages.BaseStorage:
@@ -398,35 +401,3 @@ def _is_whole(line: bytes) -> bool:
         json.loads(line)
         return line.endswith(b"\n")
     return False
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Within it, no other run may write a results folder; it is made where there is none.
-
-    The lock is on the folder itself, ends with the process, and leaves no file.
-
-    Raises:
-        UsageError: another run is there.
-    """
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = None
-    try:
-        if fcntl is not None:
-            handle = os.open(folder, os.O_RDONLY)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(
-                    f"{folder}: another run is using it; wait for it or choose another folder"
-                ) from None
-            except OSError:
-                _LOG.debug("%s: its file system has no locks on folders", folder)
-        yield
-    finally:
-        if handle is not None:
-            os.close(handle)
-        if made:
-            with suppress(OSError):  # results are in it
-                folder.rmdir()
