@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from var_moe.calibration.profile import RoutingProfile
 from var_moe.config import VARConfig
 from var_moe.errors import VarMoeError
 from var_moe.evaluation.evaluator import Apart, Evaluator, Quality, Speed
+from var_moe.execution.session import Session, routed
 from var_moe.optimization.candidate import Candidate
 from var_moe.optimization.objective import PolicyObjective
 from var_moe.optimization.objective_protocol import INFEASIBLE_PENALTY, documented_score
@@ -42,6 +43,9 @@ from var_moe.optimization.selection import (
     promise,
     winner,
 )
+
+if TYPE_CHECKING:
+    from var_moe.models.loading import LoadedModel
 
 Closer: TypeAlias = Callable[[list[tuple[Params, float]]], Params | None]
 """From points and the upper bounds of their degradation to another point; None ends it."""
@@ -210,13 +214,33 @@ def best_or_nearest(measured: Sequence[Remeasured]) -> Remeasured:
 
 @dataclass(frozen=True, kw_only=True)
 class TuneOutcome:
-    """What `tune` found."""
+    """What `tune` found.
 
-    result: OptimizationResult
+    Args:
+        best: the winner, ``best.config`` with its ``best.quality`` and ``best.speed``.
+        others: what was measured beside it.
+        answer: the answer in a sentence.
+        parts: what a command prints.
+        result: the search, as the documented API returns it.
+        profile: what its policies were calibrated to.
+    """
+
     best: Remeasured
     others: tuple[Remeasured, ...]
     answer: str
     parts: tuple[Any, ...]
+    result: OptimizationResult
+    profile: RoutingProfile = field(repr=False)
+
+    def policy(
+        self, model: LoadedModel, *, backend: str = "auto"
+    ) -> AbstractContextManager[Session]:
+        """The block in which ``model`` runs as the winner decides; see `routed`.
+
+        Raises:
+            UsageError: as `routed` does.
+        """
+        return routed(model, self.best.config.make(self.profile), backend=backend)
 
 
 class NothingFitsError(VarMoeError):
@@ -237,6 +261,7 @@ def conclude(
     max_degradation: float,
     notes: Sequence[str],
     metadata: Mapping[str, Any],
+    profile: RoutingProfile,
     top_k: int,
 ) -> TuneOutcome:
     """Choose the answer and write every file.
@@ -278,7 +303,14 @@ def conclude(
     )
     if best is None:
         raise NothingFitsError(answer, parts)
-    return TuneOutcome(result=result, best=best, others=others, answer=answer, parts=tuple(parts))
+    return TuneOutcome(
+        best=best,
+        others=others,
+        answer=answer,
+        parts=tuple(parts),
+        result=result,
+        profile=profile,
+    )
 
 
 @contextmanager

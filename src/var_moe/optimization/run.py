@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from var_moe.calibration.fitted_files import load_compensation
 from var_moe.calibration.profile import RoutingProfile
+from var_moe.errors import UsageError
 from var_moe.evaluation.evaluator import Evaluator, Progress, measure_apart
 from var_moe.evaluation.perplexity import datasets_of
 from var_moe.models.checks import check_droppable
@@ -75,32 +77,55 @@ class PreparedSearch:
 
 def tune(
     loaded: LoadedModel,
-    settings: TuneSettings | None = None,
+    asked: str | Path | TuneSettings | None = None,
     *,
     ready: PreparedSearch | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda _line: None,
     verbose: bool = True,
+    **options: Any,
 ) -> TuneOutcome:
     """Find the fastest configuration that keeps the bound, and write the result files.
 
     Args:
-        loaded: the model.
-        settings: what to do; by default what `var-moe tune` does.
+        loaded: the model, as `load_model` returns it.
+        asked: name or path of the text; or settings, in place of ``options``. By default what
+            `var-moe tune` does.
         ready: what an earlier search of the same model, text and policy prepared.
         progress: called with a stage's name, steps done and in all.
         say: called with each line worth showing.
         verbose: show the search's own progress.
+        options: any of `TuneSettings`, such as ``max_degradation=0.01``.
 
     Raises:
         UsageError: bad input, too little text.
         VarMoeError: no configuration keeps the bound (``nearest_miss.json`` holds the closest),
             every evaluation failed, or the last measurement did; what was measured is saved.
     """
-    settings = settings or TuneSettings()
+    settings = _settings(asked, options)
     check_storage(settings.trial_log, resume=settings.resume)
     with alone_in(settings.output):
         return _tune(loaded, settings, ready, progress=progress, say=say, verbose=verbose)
+
+
+def _settings(asked: str | Path | TuneSettings | None, options: Mapping[str, Any]) -> TuneSettings:
+    """What `tune` is given, as settings."""
+    if isinstance(asked, TuneSettings):
+        if options:
+            raise UsageError(
+                f"tune: {', '.join(options)} given beside TuneSettings; put all into the settings"
+            )
+        return asked
+    known = [field.name for field in fields(TuneSettings)]
+    for name in options:
+        if name not in known:
+            near = get_close_matches(name, known, n=1) or known
+            raise UsageError(f"tune: no option {name!r}; expected {' or '.join(near[:3])}, ...")
+    if asked is None:
+        return TuneSettings(**options)
+    if "dataset" in options:
+        raise UsageError(f"tune: the text is given twice, {asked} and {options['dataset']}")
+    return TuneSettings(dataset=str(asked), **options)
 
 
 def _tune(
@@ -180,6 +205,7 @@ def _tune(
         max_degradation=settings.max_degradation,
         notes=notes,
         metadata=metadata,
+        profile=ready.profile,
         top_k=evaluator.top_k,
     )
 

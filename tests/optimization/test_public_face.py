@@ -1,0 +1,68 @@
+"""Load, tune, apply, generate: the eight lines that a new user writes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from var_moe import UsageError, load_model, tune
+from var_moe.optimization.settings import TuneSettings
+
+SMALL = {
+    "method": "random",
+    "policy": "damage",
+    "n_calls": 1,
+    "max_samples": 12,
+    "final_samples": 12,
+    "final_blocks": 1,
+    "candidates": 1,
+    "calibration_tokens": 4_000,
+    "seed": 1,
+    "verbose": False,
+}
+
+
+@pytest.mark.slow
+def test_load_tune_apply_generate(tmp_path):
+    model = load_model("demo")
+    before = model.generate("SELECT the rows of", max_new_tokens=8, do_sample=False)
+    result = tune(model, "demo", max_degradation=0.9, output=tmp_path, **SMALL)
+    with result.policy(model) as session:
+        text = model.generate("SELECT the rows of", max_new_tokens=8, do_sample=False)
+    report = session.report()
+    assert text
+    assert report.tokens > 8
+    assert report.experts_per_token < report.top_k
+    # The block is over: the model is what it was.
+    assert model.generate("SELECT the rows of", max_new_tokens=8, do_sample=False) == before
+
+
+@pytest.mark.slow
+def test_a_folder_and_a_file_of_text(tiny_model_folder, tmp_path):
+    text = tmp_path / "text.jsonl"
+    rows = [{"text": f"the router sends token {n} to a table"} for n in range(400)]
+    text.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    model = load_model(str(tiny_model_folder))
+    result = tune(model, text, max_degradation=0.9, output=tmp_path / "out", **SMALL)
+    with result.policy(model) as session:
+        assert model.generate("the router", max_new_tokens=3, min_new_tokens=3)
+    assert session.report().tokens > 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "options", "expected"),
+    [
+        ("demo", {"max_degradaton": 0.01}, "no option 'max_degradaton'; expected max_degradation"),
+        (TuneSettings(), {"seed": 1}, "seed given beside TuneSettings"),
+        ("demo", {"max_degradation": -1}, "max_degradation = -1"),
+        ("demo", {"dataset": "demo-kjv"}, "the text is given twice"),
+        ("no-such-file.txt", {"seed": 1}, "no-such-file.txt"),
+    ],
+)
+def test_options_are_checked(make_tiny_mixtral, tiny_tokenizer, asked, options, expected):
+    from var_moe.models.loading import LoadedModel
+
+    loaded = LoadedModel.of(make_tiny_mixtral(), tiny_tokenizer, name="tiny")
+    with pytest.raises(UsageError, match=expected):
+        tune(loaded, asked, **options)
