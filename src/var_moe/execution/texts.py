@@ -239,13 +239,13 @@ class Texts:
         return prepare
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Call:
     """One call of `generate`."""
 
-    def __init__(self, *, beams: bool, ends: tuple[int, ...], prompt: int) -> None:
-        self.beams = beams
-        self._ends = ends
-        self._prompt = prompt  # tokens that were there before
+    beams: bool
+    ends: tuple[int, ...]  # ids that end a row
+    prompt: int  # tokens that were there before
 
     @classmethod
     def of(cls, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
@@ -282,9 +282,9 @@ class _Call:
         A row that a stopping criterion of the user's ends counts on, until the batch is done.
         """
         out = torch.ones_like(ids, dtype=torch.bool)
-        if ids.shape[1] > self._prompt and self._ends:
-            ended = torch.isin(ids[:, self._prompt :], ids.new_tensor(self._ends)).long()
-            out[:, self._prompt :] = ended.cumsum(dim=1) == ended
+        if ids.shape[1] > self.prompt and self.ends:
+            ended = torch.isin(ids[:, self.prompt :], ids.new_tensor(self.ends)).long()
+            out[:, self.prompt :] = ended.cumsum(dim=1) == ended
         return out
 
 
@@ -296,7 +296,7 @@ def _config(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _uncompiled(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """With a static cache, `generate` would compile the model on a GPU: see `seam.attach`."""
+    """With a static cache, `generate` would compile the model on a GPU: see `dispatch.attach`."""
     given = _config(args, kwargs)
     if given is None:
         return args, {"disable_compile": True, **kwargs}

@@ -1,1 +1,1 @@
-"""Models: loading them, and the one seam through which routing reaches their experts."""
+"""Models: loading them, what is refused, and where their experts and routers are."""
