@@ -44,8 +44,7 @@ from var_moe.models.loading import load_model
 from var_moe.models.moe_layers import experts_modules
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.decision import ForwardContext, Routing
-from var_moe.routing.native import NativePolicy
-from var_moe.routing.random_skip import RandomSkipPolicy
+from var_moe.routing.simple import NativePolicy, RandomSkipPolicy
 from var_moe.routing.var import VARPolicy
 from var_moe.storage import atomic_write_json, provenance
 

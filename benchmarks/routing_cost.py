@@ -26,10 +26,10 @@ from torch import Tensor
 
 from var_moe.config import VARConfig
 from var_moe.execution.backends import open_backend
+from var_moe.routing.compensation import ResidualMeans
 from var_moe.routing.decision import ForwardContext
-from var_moe.routing.fast_path import ResidualMeans, RoutingTable
-from var_moe.routing.ranking import leading_count
-from var_moe.routing.var import VARPolicy
+from var_moe.routing.keeping import leading_count
+from var_moe.routing.var import RoutingTable, VARPolicy
 from var_moe.storage import atomic_write_json, provenance
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 128, 1024, 4096

@@ -13,8 +13,7 @@ from var_moe.analysis.components import (
     run_policy,
 )
 from var_moe.analysis.profiler import Span
-from var_moe.routing.fixed_k import FixedKPolicy
-from var_moe.routing.native import NativePolicy
+from var_moe.routing.simple import FixedKPolicy, NativePolicy
 
 LAYERS = 3
 

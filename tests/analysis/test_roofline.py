@@ -14,7 +14,7 @@ from var_moe.analysis.roofline import (
     measure_machine,
     reached,
 )
-from var_moe.routing.fixed_k import FixedKPolicy
+from var_moe.routing.simple import FixedKPolicy
 
 HIDDEN, WIDE, VOCABULARY, LAYERS, EXPERTS = 64, 96, 300, 3, 8
 EXPERT = 3 * HIDDEN * WIDE

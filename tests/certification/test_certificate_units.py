@@ -11,7 +11,7 @@ from var_moe.config import VARConfig
 from var_moe.data.documents import EncodedDocument, shuffled_pages
 from var_moe.evaluation.evaluator import Evaluator, SpeedSetting
 from var_moe.models.loading import LoadedModel
-from var_moe.routing.top_p import TopPPolicy
+from var_moe.routing.simple import TopPPolicy
 from var_moe.routing.var import VARPolicy
 
 

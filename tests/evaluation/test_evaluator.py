@@ -10,9 +10,7 @@ import pytest
 from var_moe.data.documents import EncodedDocument
 from var_moe.evaluation.evaluator import Evaluator, SpeedSetting, measure_apart
 from var_moe.models.loading import LoadedModel
-from var_moe.routing.fixed_k import FixedKPolicy
-from var_moe.routing.native import NativePolicy
-from var_moe.routing.top_p import TopPPolicy
+from var_moe.routing.simple import FixedKPolicy, NativePolicy, TopPPolicy
 
 
 @pytest.fixture(scope="module")

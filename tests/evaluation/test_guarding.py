@@ -18,7 +18,7 @@ from var_moe.models.loading import LoadedModel, load_model
 from var_moe.routing.compensation import Compensation, LayerCompensation
 from var_moe.routing.decision import Tier
 from var_moe.routing.guard import Guard
-from var_moe.routing.top_p import TopPPolicy
+from var_moe.routing.simple import TopPPolicy
 from var_moe.routing.watch import DriftWarning
 
 
@@ -186,8 +186,7 @@ class TestOnTheDemo:
 
     def var(self, loaded, config):
         from var_moe.models.identity import identity
-        from var_moe.routing.fast_path import RoutingTable
-        from var_moe.routing.var import VARPolicy
+        from var_moe.routing.var import RoutingTable, VARPolicy
 
         layers, size = identity(loaded)["layers"], loaded.model.config.vocab_size
         empty = torch.zeros((layers, size), dtype=torch.float64)

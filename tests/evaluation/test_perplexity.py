@@ -22,7 +22,7 @@ from var_moe.evaluation.perplexity import (
     worst_of,
 )
 from var_moe.execution.session import routed
-from var_moe.routing.native import NativePolicy
+from var_moe.routing.simple import NativePolicy
 
 
 def document(number, size, seed=0):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from var_moe.execution.backends import OWN
 from var_moe.models.moe_layers import experts_modules
 from var_moe.routing.decision import ForwardContext, Routing
-from var_moe.routing.native import NativePolicy
+from var_moe.routing.simple import NativePolicy
 
 
 class DropLastPair(NativePolicy):

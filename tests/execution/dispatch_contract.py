@@ -35,11 +35,11 @@ from var_moe.evaluation.perplexity import document_losses
 from var_moe.execution.session import routed
 from var_moe.models.loading import LoadedModel
 from var_moe.models.moe_layers import experts_modules
+from var_moe.routing.compensation import ResidualMeans
 from var_moe.routing.decision import ForwardContext, Routing, Tier
-from var_moe.routing.fast_path import ResidualMeans, RoutingTable
-from var_moe.routing.native import NativePolicy
-from var_moe.routing.ranking import leading_count
-from var_moe.routing.var import VARPolicy
+from var_moe.routing.keeping import leading_count
+from var_moe.routing.simple import NativePolicy
+from var_moe.routing.var import RoutingTable, VARPolicy
 from var_moe.tracing.record import record_trace
 from var_moe.tracing.replay import TraceReplay
 

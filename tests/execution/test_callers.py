@@ -19,10 +19,8 @@ from var_moe.execution.session import routed
 from var_moe.models.moe_layers import experts_modules
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.decision import ForwardContext, Routing
-from var_moe.routing.fast_path import RoutingTable
-from var_moe.routing.native import NativePolicy
-from var_moe.routing.top_p import TopPPolicy
-from var_moe.routing.var import VARPolicy
+from var_moe.routing.simple import NativePolicy, TopPPolicy
+from var_moe.routing.var import RoutingTable, VARPolicy
 
 THREADS, CALLS = 6, 4
 

@@ -28,7 +28,7 @@ from var_moe.models.loading import LoadedModel
 from var_moe.models.moe_layers import experts_shape
 from var_moe.routing.compensation import Compensation
 from var_moe.routing.damage import DamageModel, DamagePolicy
-from var_moe.routing.native import NativePolicy
+from var_moe.routing.simple import NativePolicy
 from var_moe.routing.var import VARPolicy
 
 DATA = {"dataset": "tiny", "data_hash": "h"}

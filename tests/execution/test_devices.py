@@ -8,9 +8,9 @@ from contract import DropLastPair, logits
 
 from var_moe.config import VARConfig
 from var_moe.execution.session import routed
-from var_moe.routing.fast_path import ResidualMeans, RoutingTable
-from var_moe.routing.native import NativePolicy
-from var_moe.routing.var import VARPolicy
+from var_moe.routing.compensation import ResidualMeans
+from var_moe.routing.simple import NativePolicy
+from var_moe.routing.var import RoutingTable, VARPolicy
 
 VOCABULARY, EXPERTS, LAYERS, WIDTH = 300, 8, 3, 64
 

@@ -17,8 +17,7 @@ from var_moe.execution.session import routed
 from var_moe.models.loading import load_model
 from var_moe.models.moe_layers import experts_modules
 from var_moe.routing.decision import ForwardContext, Routing, Tier
-from var_moe.routing.fast_path import RoutingTable
-from var_moe.routing.var import VARPolicy
+from var_moe.routing.var import RoutingTable, VARPolicy
 
 MODULES = ("mixtral", "olmoe", "qwen3_moe", "gpt_oss")
 PAD, END = 0, 7
@@ -344,7 +343,7 @@ def test_leaving_takes_the_listeners_away(model: Any) -> None:
 
 
 def test_keep_all_generates_what_the_model_does(model: Any) -> None:
-    from var_moe.routing.native import NativePolicy
+    from var_moe.routing.simple import NativePolicy
 
     given = prompts((9, 14, 5))
     options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": END, "pad_token_id": PAD}

@@ -19,11 +19,9 @@ from var_moe.errors import UsageError
 from var_moe.execution.session import routed
 from var_moe.routing.damage import DamagePolicy
 from var_moe.routing.decision import ForwardContext
-from var_moe.routing.fixed_k import FixedKPolicy
 from var_moe.routing.guard import Guard
-from var_moe.routing.layer_sensitivity import LayerSensitivity
-from var_moe.routing.native import NativePolicy
-from var_moe.routing.per_layer_k import PerLayerKPolicy
+from var_moe.routing.per_layer_k import LayerSensitivity, PerLayerKPolicy
+from var_moe.routing.simple import FixedKPolicy, NativePolicy
 from var_moe.routing.var import VARPolicy
 
 LAYERS, EXPERTS, HIDDEN, WORDS = 3, 8, 64, 300

@@ -14,7 +14,7 @@ from var_moe.execution.session import routed
 from var_moe.routing.counts import TierCounts
 from var_moe.routing.decision import ForwardContext, Observer
 from var_moe.routing.keeping import all_pairs
-from var_moe.routing.top_p import TopPPolicy
+from var_moe.routing.simple import TopPPolicy
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from var_moe.execution.backends.packed import PackedBackend, can_pack, has_kerne
 from var_moe.execution.backends.sorted import SortedBackend
 from var_moe.execution.session import routed
 from var_moe.models.moe_layers import experts_modules
-from var_moe.routing.native import NativePolicy
+from var_moe.routing.simple import NativePolicy
 
 pytestmark = pytest.mark.skipif(
     not has_kernels(torch.float32), reason="this build of torch has no oneDNN products"

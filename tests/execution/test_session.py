@@ -12,10 +12,10 @@ from var_moe.config import VARConfig
 from var_moe.errors import UsageError
 from var_moe.execution.session import routed
 from var_moe.models.moe_layers import experts_modules
+from var_moe.routing.compensation import ResidualMeans
 from var_moe.routing.decision import Tier
-from var_moe.routing.fast_path import ResidualMeans, RoutingTable
-from var_moe.routing.native import NativePolicy
-from var_moe.routing.var import VARPolicy
+from var_moe.routing.simple import NativePolicy
+from var_moe.routing.var import RoutingTable, VARPolicy
 
 
 @pytest.fixture(params=[1, 2, 8], ids=lambda k: f"top{k}")

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from damaged import change, rewrite
-from families import find_families, tiny_model
 
+from families import find_families, tiny_model
 from var_moe.errors import UsageError
 from var_moe.models.checks import top_k_of
 from var_moe.models.loading import LoadedModel, load_model

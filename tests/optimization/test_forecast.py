@@ -12,7 +12,7 @@ from var_moe.evaluation.evaluator import SpeedSetting
 from var_moe.optimization.forecast import non_dominated
 from var_moe.optimization.replay_run import TraceForecaster
 from var_moe.optimization.search_space import grid_points
-from var_moe.routing.fast_path import RoutingTable
+from var_moe.routing.var import RoutingTable
 from var_moe.tracing.trace import RoutingTrace
 
 LAYERS, TOKENS, EXPERTS = 2, 600, 4

@@ -14,10 +14,9 @@ from var_moe.evaluation.evaluator import SpeedSetting
 from var_moe.optimization.replay_run import TraceForecaster
 from var_moe.optimization.settings import TuneSettings
 from var_moe.routing import registry
-from var_moe.routing.fixed_k import FixedKPolicy
-from var_moe.routing.ratios import RatioQuantiles
+from var_moe.routing.naee import RatioQuantiles
 from var_moe.routing.registry import PolicySpec
-from var_moe.routing.top_p import TopPPolicy
+from var_moe.routing.simple import FixedKPolicy, TopPPolicy
 from var_moe.tracing.policies import PolicyReplayer, evaluate_policy
 from var_moe.tracing.trace import RoutingTrace
 

@@ -13,8 +13,7 @@ from oracle import Decision, ReferenceRow, ReferenceVAR, RouterChoice, TableEntr
 from var_moe.config import VARConfig
 from var_moe.routing.arrays import NUMPY, TORCH
 from var_moe.routing.decision import ForwardContext, Routing, Tier
-from var_moe.routing.fast_path import RoutingTable
-from var_moe.routing.var import VARPolicy
+from var_moe.routing.var import RoutingTable, VARPolicy
 
 Table = dict[tuple[int, int], TableEntry]
 

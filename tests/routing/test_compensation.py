@@ -10,12 +10,16 @@ import torch
 from damages import compensation_of
 from var_moe.config import VARConfig
 from var_moe.errors import UsageError
-from var_moe.routing.compensation import Compensation, LayerCompensation, first_expert
+from var_moe.routing.compensation import (
+    Compensation,
+    LayerCompensation,
+    ResidualMeans,
+    first_expert,
+)
 from var_moe.routing.damage import DamagePolicy
-from var_moe.routing.fast_path import ResidualMeans, RoutingTable
-from var_moe.routing.native import NativePolicy
 from var_moe.routing.registry import policy_names, policy_spec
-from var_moe.routing.var import VARPolicy
+from var_moe.routing.simple import NativePolicy
+from var_moe.routing.var import RoutingTable, VARPolicy
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 PAIRS = torch.tensor([[1.0, 0.0], [2.0, -4.0], [0.0, 8.0], [16.0, 1.0], [0.0, 0.0]])  # E = 2

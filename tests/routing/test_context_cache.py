@@ -9,8 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from var_moe.routing.clock import Clock, TokenClock, WallClock
 from var_moe.routing.context_cache import ContextCache
+from var_moe.routing.lru import Clock, TokenClock, WallClock
 
 NONE = -1  # no hit
 

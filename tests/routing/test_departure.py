@@ -9,9 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from var_moe.routing.counts import RoutingReport, TierCounts
+from var_moe.routing.counts import (
+    COLUMNS,
+    RoutingReport,
+    TierCounts,
+    statistic_names,
+    statistics,
+    summed,
+)
 from var_moe.routing.decision import ForwardContext, Routing, Tier
-from var_moe.routing.departure import COLUMNS, statistic_names, statistics, summed
 
 FAST, CACHED, LEARNED = Tier.FAST, Tier.CACHED, Tier.LEARNED
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from var_moe.errors import UsageError
-from var_moe.routing.departure import COLUMNS
+from var_moe.routing.counts import COLUMNS
 from var_moe.routing.guard import Expectation, Guard
 from var_moe.routing.watch import DriftWarning, Watch
 

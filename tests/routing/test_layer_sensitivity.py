@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from var_moe.errors import UsageError
-from var_moe.routing.layer_sensitivity import LayerSensitivity, allocate_experts
+from var_moe.routing.per_layer_k import LayerSensitivity, allocate_experts
 
 
 @pytest.mark.parametrize(

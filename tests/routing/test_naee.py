@@ -7,8 +7,7 @@ import torch
 
 from var_moe.errors import UsageError
 from var_moe.routing.decision import ForwardContext
-from var_moe.routing.naee import NAEEPolicy
-from var_moe.routing.ratios import RatioQuantiles
+from var_moe.routing.naee import NAEEPolicy, RatioQuantiles
 
 CONTEXT = ForwardContext.of(torch.zeros((1, 1), dtype=torch.int64))  # no ids are looked at
 INDEX = torch.tensor([[9, 3, 12, 0, 5, 7, 1, 30]])

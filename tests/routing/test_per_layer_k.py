@@ -7,8 +7,7 @@ import torch
 
 from var_moe.errors import UsageError
 from var_moe.routing.decision import ForwardContext
-from var_moe.routing.layer_sensitivity import LayerSensitivity
-from var_moe.routing.per_layer_k import PerLayerKPolicy
+from var_moe.routing.per_layer_k import LayerSensitivity, PerLayerKPolicy
 
 CONTEXT = ForwardContext.of(torch.zeros((1, 1), dtype=torch.int64))  # no ids are looked at
 TWO_LAYERS = LayerSensitivity(measure="made up", loss=((3.0, 1.0, 0.0), (1.0, 0.5, 0.0)))

@@ -16,17 +16,16 @@ from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.counts import TierCounts
 from var_moe.routing.damage import DamagePolicy
 from var_moe.routing.decision import ForwardContext, Routing, Tier
-from var_moe.routing.fast_path import RoutingTable
-from var_moe.routing.fixed_k import FixedKPolicy
-from var_moe.routing.layer_sensitivity import LayerSensitivity
-from var_moe.routing.naee import NAEEPolicy
-from var_moe.routing.native import NativePolicy
-from var_moe.routing.per_layer_k import PerLayerKPolicy
-from var_moe.routing.random_skip import RandomSkipPolicy
-from var_moe.routing.ratios import RatioQuantiles
-from var_moe.routing.ser import SERPolicy
-from var_moe.routing.top_p import TopPPolicy
-from var_moe.routing.var import VARPolicy
+from var_moe.routing.naee import NAEEPolicy, RatioQuantiles
+from var_moe.routing.per_layer_k import LayerSensitivity, PerLayerKPolicy
+from var_moe.routing.simple import (
+    FixedKPolicy,
+    NativePolicy,
+    RandomSkipPolicy,
+    SERPolicy,
+    TopPPolicy,
+)
+from var_moe.routing.var import RoutingTable, VARPolicy
 
 LAYERS, VOCABULARY, EXPERTS = 2, 8, 10
 BATCH, LENGTH, FORWARDS = 3, 9, 4

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from var_moe.routing.ranking import leading_count, rank_slots, rescaled, routing_mass, shares
+from var_moe.routing.keeping import leading_count, rank_slots, rescaled, routing_mass, shares
 
 
 @pytest.mark.parametrize(("top_k", "leading"), [(1, 1), (2, 1), (3, 2), (4, 2), (5, 3), (8, 4)])

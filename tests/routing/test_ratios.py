@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from var_moe.errors import UsageError
-from var_moe.routing.ratios import RatioQuantiles
+from var_moe.routing.naee import RatioQuantiles
 
 
 def test_between_two_levels_a_straight_line() -> None:

@@ -13,10 +13,9 @@ from damages import damage_model
 from var_moe.errors import UsageError
 from var_moe.optimization.search_space import SEARCH_SPACE, defaults, validate_space
 from var_moe.routing.base import RoutingPolicy
-from var_moe.routing.fast_path import ResidualMeans, RoutingTable
-from var_moe.routing.layer_sensitivity import LayerSensitivity
-from var_moe.routing.native import NativePolicy
-from var_moe.routing.ratios import RatioQuantiles
+from var_moe.routing.compensation import ResidualMeans
+from var_moe.routing.naee import RatioQuantiles
+from var_moe.routing.per_layer_k import LayerSensitivity
 from var_moe.routing.registry import (
     CALIBRATION,
     PolicySpec,
@@ -25,6 +24,8 @@ from var_moe.routing.registry import (
     policy_spec,
     register,
 )
+from var_moe.routing.simple import NativePolicy
+from var_moe.routing.var import RoutingTable
 
 NAMES = (
     "native",

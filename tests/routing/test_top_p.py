@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from var_moe.routing.decision import ForwardContext
-from var_moe.routing.top_p import TopPPolicy
+from var_moe.routing.simple import TopPPolicy
 
 CONTEXT = ForwardContext.of(torch.zeros((1, 1), dtype=torch.int64))  # no ids are looked at
 INDEX = torch.tensor([[9, 3, 12, 0, 5, 7, 1, 30]])

@@ -9,8 +9,7 @@ from damages import damage_model
 from var_moe.routing.compensation import Compensation, LayerCompensation, first_expert
 from var_moe.routing.damage import DamagePolicy
 from var_moe.routing.decision import ForwardContext
-from var_moe.routing.keeping import kept_pairs
-from var_moe.routing.ranking import rank_slots, shares
+from var_moe.routing.keeping import kept_pairs, rank_slots, shares
 
 TOKENS, EXPERTS, HIDDEN, VOCABULARY = 200, 8, 16, 50
 

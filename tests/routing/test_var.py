@@ -10,8 +10,8 @@ from routing_streams import Table, dense_table
 
 from var_moe.config import VARConfig
 from var_moe.errors import UsageError
+from var_moe.routing.compensation import ResidualMeans
 from var_moe.routing.decision import ForwardContext, Routing, Tier
-from var_moe.routing.fast_path import ResidualMeans
 from var_moe.routing.var import VARPolicy
 
 FAST, CACHED, LEARNED = (int(tier) for tier in (Tier.FAST, Tier.CACHED, Tier.LEARNED))

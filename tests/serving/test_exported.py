@@ -14,9 +14,10 @@ from var_moe.errors import UsageError
 from var_moe.execution.session import routed
 from var_moe.models.identity import identity
 from var_moe.models.loading import LoadedModel
-from var_moe.routing.fast_path import ResidualMeans, RoutingTable
-from var_moe.routing.layer_sensitivity import LayerSensitivity
+from var_moe.routing.compensation import ResidualMeans
+from var_moe.routing.per_layer_k import LayerSensitivity
 from var_moe.routing.registry import make_policy
+from var_moe.routing.var import RoutingTable
 from var_moe.serving.folder import load_exported, save_exported
 
 LAYERS, EXPERTS, VOCABULARY, HIDDEN = 3, 8, 300, 64

@@ -17,9 +17,8 @@ from var_moe.execution.session import routed
 from var_moe.models.loading import LoadedModel
 from var_moe.routing.compensation import Compensation
 from var_moe.routing.damage import DamagePolicy
-from var_moe.routing.keeping import all_pairs
-from var_moe.routing.native import NativePolicy
-from var_moe.routing.ranking import rank_slots
+from var_moe.routing.keeping import all_pairs, rank_slots
+from var_moe.routing.simple import NativePolicy
 from var_moe.tracing.first_order import loss_and_gradient
 from var_moe.tracing.policies import evaluate_policy
 from var_moe.tracing.record import _dice, record_trace

@@ -14,12 +14,9 @@ from damages import damage_model
 from var_moe.config import VARConfig
 from var_moe.models.loading import LoadedModel
 from var_moe.optimization.replay_sampler import pool_points
-from var_moe.routing.fixed_k import FixedKPolicy
 from var_moe.routing.naee import NAEEPolicy
-from var_moe.routing.native import NativePolicy
-from var_moe.routing.random_skip import RandomSkipPolicy
 from var_moe.routing.registry import policy_names, policy_spec
-from var_moe.routing.top_p import TopPPolicy
+from var_moe.routing.simple import FixedKPolicy, NativePolicy, RandomSkipPolicy, TopPPolicy
 from var_moe.routing.var import VARPolicy
 from var_moe.tracing.policies import evaluate_policy
 from var_moe.tracing.record import record_trace

@@ -19,8 +19,8 @@ from var_moe.execution.backends.base import weighted_sum
 from var_moe.execution.dispatch import attach, detach
 from var_moe.execution.session import routed
 from var_moe.models.loading import LoadedModel
-from var_moe.routing.native import NativePolicy
-from var_moe.routing.ranking import leading_count, rank_slots
+from var_moe.routing.keeping import leading_count, rank_slots
+from var_moe.routing.simple import NativePolicy
 from var_moe.tracing import record
 from var_moe.tracing.record import record_trace
 

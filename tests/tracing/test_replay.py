@@ -14,11 +14,8 @@ from oracle import ReferenceRow, ReferenceVAR, RouterChoice, TableEntry
 from var_moe.config import VARConfig
 from var_moe.errors import UsageError
 from var_moe.routing.decision import Tier
-from var_moe.routing.fast_path import RoutingTable
-from var_moe.routing.fixed_k import FixedKPolicy
-from var_moe.routing.native import NativePolicy
-from var_moe.routing.random_skip import RandomSkipPolicy
-from var_moe.routing.var import VARPolicy
+from var_moe.routing.simple import FixedKPolicy, NativePolicy, RandomSkipPolicy
+from var_moe.routing.var import RoutingTable, VARPolicy
 from var_moe.tracing import policies
 from var_moe.tracing.policies import evaluate_policy
 from var_moe.tracing.replay import TraceReplay

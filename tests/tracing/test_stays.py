@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from var_moe.routing.clock import TokenClock
-from var_moe.routing.lru import Stream, Walk
+from var_moe.routing.lru import Stream, TokenClock, Walk
 from var_moe.tracing.stays import Recency, smaller_before
 
 SETTINGS = settings(max_examples=300, deadline=None, derandomize=True)

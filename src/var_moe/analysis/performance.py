@@ -19,7 +19,7 @@ from var_moe.errors import UsageError
 from var_moe.evaluation.cost import TERMS, CostModel, Work
 from var_moe.evaluation.evaluator import SpeedSetting
 from var_moe.routing.counts import RoutingReport
-from var_moe.routing.ranking import leading_count
+from var_moe.routing.keeping import leading_count
 
 _SUM_TOLERANCE = 1e-6
 

@@ -27,7 +27,7 @@ from var_moe.execution.dispatch import attach, detach
 from var_moe.models.identity import identity
 from var_moe.models.moe_layers import RouterLogits, experts_shape
 from var_moe.routing.decision import ForwardContext
-from var_moe.routing.ranking import leading_count, rank_slots, routing_mass, shares
+from var_moe.routing.keeping import leading_count, rank_slots, routing_mass, shares
 from var_moe.storage import SCHEMA_VERSION, atomic_write, provenance, sha256_of
 
 if TYPE_CHECKING:

@@ -22,12 +22,12 @@ from var_moe.calibration.fitted_files import (
 )
 from var_moe.errors import UsageError
 from var_moe.models.identity import check_fits
-from var_moe.routing.compensation import Compensation
+from var_moe.routing.base import check_keys
+from var_moe.routing.compensation import Compensation, ResidualMeans
 from var_moe.routing.damage import DamageModel
-from var_moe.routing.fast_path import ResidualMeans, RoutingTable
-from var_moe.routing.layer_sensitivity import LayerSensitivity
-from var_moe.routing.ratios import RatioQuantiles
-from var_moe.routing.shapes import check_keys
+from var_moe.routing.naee import RatioQuantiles
+from var_moe.routing.per_layer_k import LayerSensitivity
+from var_moe.routing.var import RoutingTable
 from var_moe.storage import SCHEMA_VERSION, atomic_write, atomic_write_json, read_json, sha256_of
 
 if TYPE_CHECKING:

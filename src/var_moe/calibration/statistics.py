@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from var_moe.routing.fast_path import ResidualMeans
-from var_moe.routing.layer_sensitivity import LayerSensitivity
-from var_moe.routing.ratios import RatioQuantiles
+from var_moe.routing.compensation import ResidualMeans
+from var_moe.routing.naee import RatioQuantiles
+from var_moe.routing.per_layer_k import LayerSensitivity
 
 if TYPE_CHECKING:
     import pandas as pd

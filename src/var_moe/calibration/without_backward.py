@@ -26,8 +26,7 @@ from var_moe.models.identity import identity
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.compensation import Compensation
 from var_moe.routing.decision import ForwardContext, Routing
-from var_moe.routing.keeping import all_pairs, kept_pairs, leading_slots
-from var_moe.routing.ranking import rank_slots, shares
+from var_moe.routing.keeping import all_pairs, kept_pairs, leading_slots, rank_slots, shares
 from var_moe.tracing.trace import RoutingTrace, joined
 
 if TYPE_CHECKING:

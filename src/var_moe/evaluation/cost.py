@@ -24,10 +24,8 @@ from var_moe.evaluation.evaluator import Evaluator, SpeedSetting
 from var_moe.evaluation.throughput import ArmGroup, Timings, backend_arm, policy_arm, time_groups
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.counts import RoutingReport
-from var_moe.routing.fixed_k import FixedKPolicy
-from var_moe.routing.native import NativePolicy
-from var_moe.routing.random_skip import RandomSkipPolicy
-from var_moe.routing.ranking import leading_count
+from var_moe.routing.keeping import leading_count
+from var_moe.routing.simple import FixedKPolicy, NativePolicy, RandomSkipPolicy
 
 Floats = NDArray[np.float64]
 

@@ -41,9 +41,8 @@ from var_moe.execution.session import routed
 from var_moe.models.moe_layers import experts_modules
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.counts import RoutingReport
-from var_moe.routing.fixed_k import FixedKPolicy
-from var_moe.routing.native import NativePolicy
-from var_moe.routing.ranking import leading_count
+from var_moe.routing.keeping import leading_count
+from var_moe.routing.simple import FixedKPolicy, NativePolicy
 
 if TYPE_CHECKING:
     from var_moe.data.documents import EncodedDocument

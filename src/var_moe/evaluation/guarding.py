@@ -16,7 +16,7 @@ from var_moe.evaluation.evaluator import Progress
 from var_moe.execution.session import Session, routed
 from var_moe.models.identity import identity
 from var_moe.routing.base import RoutingPolicy
-from var_moe.routing.departure import Sums
+from var_moe.routing.counts import Sums
 from var_moe.routing.guard import (
     Expectation,
     Guard,

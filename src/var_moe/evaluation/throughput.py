@@ -21,7 +21,7 @@ from var_moe.execution.backends.base import ExpertsBackend
 from var_moe.execution.session import routed
 from var_moe.models.moe_layers import experts_modules
 from var_moe.routing.base import RoutingPolicy
-from var_moe.routing.native import NativePolicy
+from var_moe.routing.simple import NativePolicy
 
 if TYPE_CHECKING:
     from var_moe.data.documents import EncodedDocument

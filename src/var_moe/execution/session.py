@@ -20,13 +20,12 @@ from var_moe.execution.dispatch import attach, detach
 from var_moe.execution.texts import Texts
 from var_moe.models.loading import LoadedModel
 from var_moe.models.moe_layers import experts_shape
-from var_moe.routing.base import RoutingPolicy
+from var_moe.routing.base import RoutingPolicy, check_model
 from var_moe.routing.compensation import LayerCompensation
 from var_moe.routing.counts import RoutingReport, TierCounts
 from var_moe.routing.decision import ForwardContext, Observer
 from var_moe.routing.guard import Guard, policy_facts
 from var_moe.routing.keeping import all_pairs
-from var_moe.routing.shapes import check_model
 from var_moe.routing.watch import Units, Watch, Watching
 
 _READ_EXPORTED = "var_moe.serving.folder:load_exported"  # of a room above this one

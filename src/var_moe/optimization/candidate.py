@@ -101,8 +101,8 @@ class Candidate:
             return nothing, everything
         if self.compensation is None and "damage" not in self.needs:
             return None
-        from var_moe.routing.overhead import Overhead
-        from var_moe.routing.ranking import leading_count
+        from var_moe.routing.keeping import leading_count
+        from var_moe.routing.simple import Overhead
 
         everything = Overhead(self.make(profile), leading_count(top_k))
         return Overhead(self.make(profile), top_k), everything

@@ -16,8 +16,8 @@ from var_moe.optimization.objective_protocol import check_bound
 from var_moe.optimization.preparation import PROFILE_FOLDER, read_text, sample_documents
 from var_moe.optimization.results import jsonable
 from var_moe.optimization.saving import METADATA_FILE, success_criteria
-from var_moe.routing.random_skip import RandomSkipPolicy
-from var_moe.routing.ranking import leading_count
+from var_moe.routing.keeping import leading_count
+from var_moe.routing.simple import RandomSkipPolicy
 from var_moe.storage import SCHEMA_VERSION, entries_of, provenance, read_json
 
 if TYPE_CHECKING:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import fields
 from inspect import Parameter, signature
 from typing import Any, Self
 
@@ -22,30 +23,19 @@ class RoutingPolicy(ABC):
 
     In each forward, ``begin(context)`` is called once, then ``route(context, layer, ...)`` for each
     MoE layer in order. A policy looks at no future token and changes neither the model nor its
-    inputs; the context holds the forward's facts, and is not kept.
+    inputs, and keeps no context.
     """
 
     context_window: int = 0
     """Token ids that a decision depends on, the token's own included; 0: it depends on no ids, and
     on nothing that an earlier forward left."""
 
-    @property
-    def ids_before(self) -> int:
-        """Ids before a token that its decision depends on."""
-        return max(self.context_window - 1, 0)
-
     compensation: Compensation | None = None
     """What stands in for the pairs that it drops; see `compensated`."""
 
-    @property
-    def adds_residual(self) -> bool:
-        """Whether something is added in place of the pairs that it drops."""
-        return self.compensation is not None
-
     cuts_only: bool = False
     """Whether every decision runs some of the token's first experts, at least one, rescaled to the
-    full decision's sum or with a compensation: then a trace tells what it costs, and the policy
-    is tuned by replay."""
+    full decision's sum or with a compensation. A policy that does can be tuned by replay."""
 
     @abstractmethod
     def route(self, context: ForwardContext, layer: int, index: Tensor, weight: Tensor) -> Routing:
@@ -59,15 +49,28 @@ class RoutingPolicy(ABC):
         """
 
     def begin(self, context: ForwardContext) -> None:  # noqa: B027 - optional by design
-        """A forward starts: what the policy remembers of earlier ones (a cache) moves on."""
+        """A forward starts: update what is kept between forwards (a cache)."""
 
     def see(self, layer: int, hidden: Tensor) -> None:  # noqa: B027 - optional by design
         """See the layer's input (T, D), just before its `route`."""
 
+    def reset(self) -> None:  # noqa: B027 - optional by design
+        """Forget everything that earlier forwards left (caches, clocks)."""
+
+    @property
+    def ids_before(self) -> int:
+        """Ids before a token that its decision depends on."""
+        return max(self.context_window - 1, 0)
+
+    @property
+    def adds_residual(self) -> bool:
+        """Whether something is added in place of the pairs that it drops."""
+        return self.compensation is not None
+
     @property
     def made_for(self) -> Mapping[str, int]:
-        """Sizes of the model that it was calibrated on, as far as it knows them: ``layers``,
-        ``experts``, ``hidden``, ``vocabulary``."""
+        """Known sizes of the model that it was calibrated on: ``layers``, ``experts``,
+        ``hidden``, ``vocabulary``."""
         return {}
 
     @property
@@ -97,9 +100,6 @@ class RoutingPolicy(ABC):
         self.compensation = compensation
         return self
 
-    def reset(self) -> None:  # noqa: B027 - optional by design
-        """Forget everything that earlier forwards left (caches, clocks)."""
-
     @classmethod
     def search_space(cls, top_k: int) -> dict[str, dict[str, Any]]:
         """What a tuner may vary, for a model with K = ``top_k`` experts per token.
@@ -116,8 +116,8 @@ class RoutingPolicy(ABC):
         """Ways from mild to hard, for comparing policies at equal experts per token.
 
         Returns:
-            Name -> strength in [0, 1] to settings; executed pairs fall with strength. A policy
-            with one knob has one way, named ``""``; empty where there is nothing to turn.
+            Name -> function from strength in [0, 1] to settings; executed pairs fall with
+            strength. A policy with one way names it ``""``; empty where there is none.
         """
         return {}
 
@@ -128,8 +128,7 @@ class RoutingPolicy(ABC):
 
     @classmethod
     def needed(cls, settings: Mapping[str, Any], needs: Collection[str]) -> tuple[str, ...]:
-        """Of the calibration inputs that the registry names for the policy, those that these
-        settings use."""
+        """Those of the calibration inputs ``needs`` that these settings use."""
         return tuple(needs)
 
     @classmethod
@@ -141,11 +140,7 @@ class RoutingPolicy(ABC):
     def milder(
         cls, settings: Mapping[str, Any], strength: float, top_k: int
     ) -> dict[str, Any] | None:
-        """Settings that cut ``strength`` times as hard, by the policy's one dial.
-
-        Returns:
-            None where the policy has no dial that sets all of its settings.
-        """
+        """Settings that cut ``strength`` times as hard; None where no dial sets them all."""
         dial = cls.dials(top_k).get("")
         if dial is None or len(settings) != 1 or set(dial(0.5)) != set(settings):
             return None
@@ -158,10 +153,10 @@ class RoutingPolicy(ABC):
     def cost_settings(
         cls, settings: Mapping[str, Any]
     ) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """Settings with which the policy does all of its work and cuts nothing, and everything.
+        """Settings that do all of the policy's work and cut nothing, and those that cut all.
 
-        A cost model is fitted to both. None where no settings do so: then the policy's decisions
-        are timed with a compensation only (see `routing.overhead`).
+        A cost model is fitted to both. None where there are none: then decisions are timed with
+        a compensation only (see `routing.simple.Overhead`).
         """
         return None
 
@@ -177,12 +172,9 @@ class RoutingPolicy(ABC):
             UsageError: a setting is unknown or missing, or out of its range.
         """
         cls.check_settings(settings, calibration)
-        parameters = signature(cls).parameters
-        for name in parameters:
-            if (
-                name not in (*settings, *calibration)
-                and parameters[name].default is Parameter.empty
-            ):
+        for name, parameter in signature(cls).parameters.items():
+            given = name in settings or name in calibration
+            if not given and parameter.default is Parameter.empty:
                 raise UsageError(f"{cls.__name__}: setting {name!r} is missing")
         return cls(**settings, **calibration)
 
@@ -199,3 +191,37 @@ class RoutingPolicy(ABC):
                 raise UsageError(
                     f"{cls.__name__}: unknown setting {name!r}; expected {', '.join(own) or 'none'}"
                 )
+
+
+def check_calibrated(policy: object, layer: int, index: Tensor, *, layers: int, top_k: int) -> None:
+    """Raise UsageError unless ``layer`` and the K of ``index`` (T, K) are those calibrated."""
+    name = type(policy).__name__
+    if index.shape[1] != top_k:
+        raise UsageError(
+            f"{name}: calibrated for K = {top_k}, the model has K = {index.shape[1]}; "
+            "calibrate on this model"
+        )
+    if layer >= layers:
+        raise UsageError(
+            f"{name}: calibrated for {layers} MoE layers, the model has a layer {layer}; "
+            "calibrate on this model"
+        )
+
+
+def check_model(policy: RoutingPolicy, sizes: Mapping[str, int]) -> None:
+    """Raise UsageError unless a model of these sizes can be the one that was calibrated on."""
+    for what, mine in policy.made_for.items():
+        theirs = sizes[what]
+        # A tokenizer may have more ids than its model takes.
+        if mine < theirs if what == "vocabulary" else mine != theirs:
+            raise UsageError(
+                f"{type(policy).__name__}: calibrated for {what} = {mine}, the model has {theirs}; "
+                "calibrate on this model"
+            )
+
+
+def check_keys(kind: type[Any], values: Mapping[str, Any]) -> None:
+    """Raise UsageError unless the keys are the fields of the dataclass ``kind``."""
+    wrong = sorted(set(values) ^ {f.name for f in fields(kind)})
+    if wrong:
+        raise UsageError(f"{kind.__name__}: {wrong[0]!r} is missing or unknown")

@@ -27,7 +27,29 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from var_moe.errors import UsageError
-from var_moe.routing.fast_path import ResidualMeans
+from var_moe.routing.arrays import TORCH, Array, Operations
+
+
+@dataclass(frozen=True)
+class ResidualMeans:
+    """What a dropped expert would have added, on average, per unit of its weight.
+
+    ``table[l]`` is keyed by ``(first, dropped)`` (row ``first * E + dropped``) when K = 2 and
+    the budget allows, else by the first expert alone. The last row is zero.
+    """
+
+    table: tuple[Tensor, ...]  # L tensors (rows + 1, D)
+    by_pair: bool
+    experts: int
+
+    def row(
+        self, first: Array, dropped: Array | None, cut: Array, ops: Operations = TORCH
+    ) -> Array:
+        """Row per token: its pair or first expert where cut, else the zero row. (T,)"""
+        if not self.by_pair:
+            return ops.where(cut, first, self.experts)
+        assert dropped is not None
+        return ops.where(cut, first * self.experts + dropped, self.experts**2)
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from var_moe.routing.arrays import NUMPY, TORCH, Array, Operations
-from var_moe.routing.clock import Clock
-from var_moe.routing.lru import GONE, NEW, Stream, Walk
+from var_moe.routing.lru import GONE, NEW, Clock, Stream, Walk
 
 _SHARED = 0  # number of the one stream of a cache that all documents share
 _DOCUMENTS_KEPT = 32  # streams kept for documents that later forwards may continue

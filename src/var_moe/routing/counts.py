@@ -1,35 +1,253 @@
-"""Counting tiers and executed pairs, on the device, without waiting for it."""
+"""Counts of a session: tiers, executed pairs, and how decisions depart from the router's own.
+
+The model's router is always asked, so each token's K experts are known beside those that run.
+Per decision (layer, token) there are three facts:
+
+- dropped mass: the routing mass of the router's experts that do not run;
+- cut: whether there is one;
+- agreement: whether the first expert that the static table or the context cache named is among
+  the router's leading ones; none where neither named one.
+
+They are summed on the device, without waiting for it, until a report is asked for.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from var_moe.routing.decision import ForwardContext, Observer, Routing, Tier
-from var_moe.routing.departure import COLUMNS, PAIRS, Departure, ForwardDecisions
 
 if TYPE_CHECKING:
     from var_moe.routing.watch import GuardReport
 
 
+TIERS = tuple(tier.name.lower() for tier in Tier)
+OFFERING = TIERS[:2]  # tiers that name a first expert
+# Columns of `summed`: three for each tier, two for each that offers, executed pairs.
+_DECISIONS, _DROPPED, _CUT, _OFFERED, _AGREED, PAIRS = 0, 3, 6, 9, 11, 13
+COLUMNS = 14
+
+Sums = NDArray[np.float64]
+"""(L, 14) sums of `summed` over a text."""
+
+
+def summed(
+    routing: Routing,
+    index: Tensor,
+    weight: Tensor,
+    counted: Tensor,
+    *,
+    drops_only: bool,
+    rows: int = 1,
+) -> Tensor:
+    """Sums of the facts of one layer's decisions.
+
+    Args:
+        routing: the decisions.
+        index: (T, K) the router's experts.
+        weight: (T, K) the router's weights.
+        counted: (T,) bool, tokens that count.
+        drops_only: whether the decisions keep the router's slots.
+        rows: B parts of equal length, each summed apart.
+
+    Returns:
+        (B, 14) float32: decisions, dropped mass and cuts, each of the three tiers; offers and
+        agreements, each of the table and the cache; executed pairs.
+    """
+    if drops_only:
+        runs = routing.index >= 0
+    else:
+        runs = (index[:, :, None] == routing.index[:, None, :]).any(2)
+    full = weight.float()
+    total = full.sum(1)
+    # A router may give a token no weight at all; padding may have any, NaN as well.
+    lost = full.masked_fill(runs, 0).sum(1) / total.masked_fill(total == 0, 1)
+    lost = lost.masked_fill(~counted, 0)
+    number = torch.arange(len(Tier), device=index.device, dtype=torch.uint8)[:, None]
+    own = (routing.tier == number) & counted  # (3, T)
+    each = torch.stack((torch.ones_like(lost), lost, (~runs).any(1).float()))  # (3, T)
+    parts = (each[:, None] * own).view(9, rows, -1).sum(2)
+    pairs = ((routing.index >= 0).sum(1) * counted).view(1, rows, -1).sum(2)
+    if routing.offer is None or routing.agrees is None:
+        both = parts.new_zeros((PAIRS - len(parts), rows))
+    else:
+        offered = (routing.offer == number[: len(OFFERING)]) & counted  # (2, T)
+        both = torch.cat((offered, offered & routing.agrees)).view(4, rows, -1).sum(2)
+    return torch.cat((parts, both, pairs)).t()
+
+
+class ForwardDecisions:
+    """The decisions of the running forward, held until all its layers are summed at once.
+
+    In generation, summing each layer apart would cost as much as deciding it.
+    """
+
+    def __init__(self) -> None:
+        self._layers: dict[Any, list[tuple[int, Routing, Tensor, Tensor]]] = {}
+
+    def clear(self) -> None:
+        """Forget them."""
+        self._layers.clear()
+
+    def add(self, layer: int, routing: Routing, index: Tensor, weight: Tensor) -> None:
+        """Hold a layer's decision; ``index`` and ``weight`` (T, K) are the router's."""
+        # Layers of one kind are summed in one tensor; they may lie on several devices.
+        kind = (index.device, index.shape, routing.index.shape, routing.offer is None)
+        self._layers.setdefault(kind, []).append((layer, routing, index, weight))
+
+    def take(
+        self, context: ForwardContext, *, drops_only: bool, rows: int = 1
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Yield the numbers of N layers of one kind and their `summed` (N, rows, 14); forget them.
+
+        The arguments are those of `summed`.
+        """
+        held, self._layers = self._layers, {}
+        for entries in held.values():
+            layers, routings, index, weight = zip(*entries, strict=True)
+            offers = [one.offer for one in routings if one.offer is not None]
+            agrees = [one.agrees for one in routings if one.agrees is not None]
+            together = Routing(
+                index=torch.cat([one.index for one in routings]),
+                weight=routings[0].weight,  # not used
+                tier=torch.cat([one.tier for one in routings]),
+                offer=torch.cat(offers) if offers else None,
+                agrees=torch.cat(agrees) if agrees else None,
+            )
+            sums = summed(
+                together,
+                torch.cat(index),
+                torch.cat(weight),
+                context.counted_on(index[0].device).repeat(len(layers)),
+                drops_only=drops_only,
+                rows=len(layers) * rows,
+            )
+            yield list(layers), sums.view(len(layers), rows, -1)
+
+
+def statistic_names(layers: int) -> tuple[str, ...]:
+    """Names of what `statistics` returns, in its order."""
+    return (
+        "dropped_mass",
+        "cut_share",
+        *(f"dropped_mass.{tier}" for tier in TIERS),
+        *(f"agreement.{tier}" for tier in OFFERING),
+        *(f"dropped_mass.layer{layer}" for layer in range(layers)),
+        *(f"cut_share.layer{layer}" for layer in range(layers)),
+    )
+
+
+def statistics(sums: Sums) -> NDArray[np.float64]:
+    """Means over the decisions of a text, by `statistic_names`, each in [0, 1].
+
+    Args:
+        sums: (L, 14) sums of `summed`.
+
+    Returns:
+        (2 L + 7,); NaN where there is no such decision.
+    """
+    whole = sums.sum(axis=0)
+    by_layer = sums[:, :_DROPPED].sum(axis=1)
+    above = np.concatenate(
+        (
+            [whole[_DROPPED:_CUT].sum(), whole[_CUT:_OFFERED].sum()],
+            whole[_DROPPED:_CUT],
+            whole[_AGREED:PAIRS],
+            sums[:, _DROPPED:_CUT].sum(axis=1),
+            sums[:, _CUT:_OFFERED].sum(axis=1),
+        )
+    )
+    below = np.concatenate(
+        (
+            [by_layer.sum(), by_layer.sum()],
+            whole[_DECISIONS:_DROPPED],
+            whole[_OFFERED:_AGREED],
+            by_layer,
+            by_layer,
+        )
+    )
+    means: NDArray[np.float64] = np.full(len(above), np.nan)
+    np.divide(above, below, out=means, where=below > 0)
+    return means
+
+
+@dataclass(frozen=True)
+class Departure:
+    """The counted decisions' departure from the router's own.
+
+    Args:
+        sums: (L, 14) sums of `summed`.
+    """
+
+    sums: tuple[tuple[float, ...], ...]
+
+    def _ratio(
+        self, above: int, below: int, tiers: int, tier: Tier | None, layer: int | None
+    ) -> Any:
+        rows = self.sums if layer is None else (self.sums[layer],)
+        which = range(tiers) if tier is None else (int(tier),)
+        total = sum(row[below + n] for row in rows for n in which)
+        part = sum(row[above + n] for row in rows for n in which)
+        return part / total if total else math.nan
+
+    def dropped_mass(self, tier: Tier | None = None, layer: int | None = None) -> float:
+        """Mean routing mass of the router's experts that did not run; NaN without decisions."""
+        return float(self._ratio(_DROPPED, _DECISIONS, 3, tier, layer))
+
+    def cut_share(self, tier: Tier | None = None, layer: int | None = None) -> float:
+        """Share of decisions in which an expert of the router's did not run."""
+        return float(self._ratio(_CUT, _DECISIONS, 3, tier, layer))
+
+    def agreement(self, tier: Tier | None = None, layer: int | None = None) -> float:
+        """Of the first experts that table (FAST) or cache (CACHED) offered, the share among the
+        router's leading ones; NaN where none was offered, as by policies without either."""
+        if tier == Tier.LEARNED:
+            return math.nan
+        return float(self._ratio(_AGREED, _OFFERED, 2, tier, layer))
+
+    def to_dict(self) -> dict[str, Any]:
+        """For result files; None where there is nothing to take a mean of."""
+        layers = range(len(self.sums))
+
+        def number(value: float) -> float | None:
+            return None if math.isnan(value) else value
+
+        return {
+            "dropped_mass": number(self.dropped_mass()),
+            "cut_share": number(self.cut_share()),
+            "dropped_mass_by_tier": {n: number(self.dropped_mass(Tier[n.upper()])) for n in TIERS},
+            "agreement_by_tier": {n: number(self.agreement(Tier[n.upper()])) for n in OFFERING},
+            "dropped_mass_by_layer": [number(self.dropped_mass(layer=n)) for n in layers],
+            "cut_share_by_layer": [number(self.cut_share(layer=n)) for n in layers],
+            "agreement_by_layer": [
+                {n: number(self.agreement(Tier[n.upper()], layer)) for n in OFFERING}
+                for layer in layers
+            ],
+        }
+
+
 @dataclass(frozen=True)
 class RoutingReport:
-    """What was executed, per layer and over all: padding and overlaps left out.
+    """What was executed, per layer and over all, without padding and overlaps.
 
-    Reports are equal where what was executed is: departure has sums of floats, and a guard its own
-    stream.
+    Reports are equal where tokens, tiers and executed pairs are; `departure` and `guard` are
+    not compared.
     """
 
     tokens: int  # counted tokens, per layer
     top_k: int
     tier_counts: tuple[tuple[int, int, int], ...]  # per layer: fast, cached, learned
     executed_pairs: tuple[int, ...]  # per layer
-    # From the router's own decisions, where they were seen.
     departure: Departure | None = field(default=None, compare=False)
-    # Where one is set: its stream, which outlives `reset`.
+    # Of the session's guard, whose counts a `reset` does not clear.
     guard: GuardReport | None = field(default=None, compare=False)
 
     def _share(self, tier: Tier) -> float:
@@ -85,11 +303,11 @@ class RoutingReport:
         }
 
 
-_LARGE = 4096  # tokens of a forward from which on each layer is counted when it is decided
+_LARGE = 4096  # a forward of so many tokens is summed layer by layer, to hold no decisions
 
 
 class TierCounts(Observer):
-    """Running sums per layer, kept on the layer's device until a report is asked for.
+    """Observer that keeps running sums per layer, on the layer's device, until a report.
 
     Args:
         layers: L.

@@ -22,12 +22,10 @@ from torch.nn import functional as F
 from var_moe.config import check_number
 from var_moe.errors import UsageError
 from var_moe.routing.arrays import NUMPY, Array, Operations, operations
-from var_moe.routing.base import Dial, RoutingPolicy
+from var_moe.routing.base import Dial, RoutingPolicy, check_calibrated
 from var_moe.routing.compensation import Compensation
 from var_moe.routing.decision import ForwardContext, Routing, Tier
-from var_moe.routing.keeping import all_pairs, kept_pairs
-from var_moe.routing.ranking import rank_slots, shares
-from var_moe.routing.shapes import check_calibrated
+from var_moe.routing.keeping import all_pairs, kept_pairs, rank_slots, shares
 
 TAU_LOW, TAU_HIGH, TAU_DEFAULT = 1e-7, 1.0, 3e-3
 _LEAST_MASS = 1e-6  # a share that float16 holds; its logarithm is finite

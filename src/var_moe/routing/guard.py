@@ -17,8 +17,8 @@ import numpy as np
 
 from var_moe.config import check_number
 from var_moe.errors import UsageError
-from var_moe.routing.departure import Sums, statistic_names, statistics
-from var_moe.routing.shapes import check_keys
+from var_moe.routing.base import check_keys
+from var_moe.routing.counts import Sums, statistic_names, statistics
 from var_moe.routing.wager import Floats, mean_range
 from var_moe.storage import SCHEMA_VERSION, atomic_write_json, read_json
 

@@ -1,24 +1,69 @@
-"""From a choice of slots to a `Routing`: what every policy that only drops pairs has in common."""
+"""Ranking a token's experts, and from a choice of slots to a `Routing`.
+
+Order among a token's experts is by weight descending, ties to the lower id.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from var_moe.routing.arrays import TORCH, Array, Operations
 from var_moe.routing.decision import Routing, Tier
-from var_moe.routing.ranking import rank_slots, rescaled
 
 
-def all_pairs(index: Tensor, weight: Tensor) -> Routing:
-    """The router's own decision: (T, K) index and weight, unchanged."""
-    tier = torch.full_like(index[:, 0], Tier.LEARNED, dtype=torch.uint8)
-    return Routing(index=index, weight=weight, tier=tier)
+def leading_count(top_k: int) -> int:
+    """How many of K experts lead: ``ceil(K / 2)``."""
+    return (top_k + 1) // 2
+
+
+def rank_slots(index: Array, weight: Array, ops: Operations = TORCH) -> Array:
+    """Slots by rank: ``out[t, 0]`` is the slot of token t's first expert. (T, K) int64."""
+    if index.shape[1] == 2:
+        heavier, equal = weight[:, 1] > weight[:, 0], weight[:, 1] == weight[:, 0]
+        first = ops.where(heavier | (equal & (index[:, 1] < index[:, 0])), 1, 0)
+        return ops.stack(first, 1 - first)
+    by_id = ops.order(index)
+    by_weight = ops.order(ops.take(weight, by_id), descending=True)
+    return ops.take(by_id, by_weight)
 
 
 def leading_slots(index: Tensor, weight: Tensor, count: int) -> Tensor:
     """Which slots hold the first ``count`` experts. (T, K) bool"""
     first = rank_slots(index, weight)[:, :count]
     return torch.zeros_like(index, dtype=torch.bool).scatter(1, first, True)
+
+
+def routing_mass(leading_weight: Tensor, weight: Tensor) -> Tensor:
+    """Routing mass of the leading experts: their share of the token's weights. (T,)"""
+    if leading_weight.shape[1] == weight.shape[1]:
+        return weight.new_ones(len(weight))
+    return leading_weight.sum(dim=1) / weight.sum(dim=1)
+
+
+def shares(weight: Array, ops: Operations = TORCH) -> Array:
+    """Each weight's share of the token's sum; zeros where the sum is zero. (T, K)
+
+    The sum is zero where the router of a family may skip all experts.
+    """
+    return weight / _not_zero(weight.sum(1), ops)[:, None]
+
+
+def rescaled(weight: Array, kept: Array, total: Array, ops: Operations = TORCH) -> Array:
+    """Weights (T, K) scaled so that a part that sums to ``kept`` (T,) sums to ``total`` (T,).
+
+    Divided first, so that a lone expert gets exactly the sum, in any dtype.
+    """
+    return weight / _not_zero(kept, ops)[:, None] * total[:, None]
+
+
+def _not_zero(divisor: Array, ops: Operations) -> Array:
+    return ops.where(divisor == 0, 1.0, divisor)
+
+
+def all_pairs(index: Tensor, weight: Tensor) -> Routing:
+    """The router's own decision: (T, K) index and weight, unchanged."""
+    return Routing(index=index, weight=weight, tier=learned_tier(index))
 
 
 def kept_pairs(index: Tensor, weight: Tensor, keep: Tensor) -> Routing:
@@ -33,5 +78,10 @@ def kept_pairs(index: Tensor, weight: Tensor, keep: Tensor) -> Routing:
     return Routing(
         index=index.masked_fill(~keep, -1),
         weight=torch.where(unchanged, weight, scaled),
-        tier=torch.full_like(index[:, 0], Tier.LEARNED, dtype=torch.uint8),
+        tier=learned_tier(index),
     )
+
+
+def learned_tier(index: Tensor) -> Tensor:
+    """`Tier.LEARNED` for each token of (T, K). (T,) uint8"""
+    return torch.full_like(index[:, 0], Tier.LEARNED, dtype=torch.uint8)

@@ -8,16 +8,78 @@ Mixture-of-Experts Large Language Models", ACL 2024, arXiv:2402.14800, and its c
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from var_moe.config import check_number
-from var_moe.routing.base import Dial, RoutingPolicy
+from var_moe.errors import UsageError
+from var_moe.routing.base import Dial, RoutingPolicy, check_calibrated, check_keys
 from var_moe.routing.decision import ForwardContext, Routing
 from var_moe.routing.keeping import kept_pairs
-from var_moe.routing.ratios import RatioQuantiles
-from var_moe.routing.shapes import check_calibrated
+
+
+@dataclass(frozen=True, kw_only=True)
+class RatioQuantiles:
+    """Per layer, quantiles of ``w_j / w_1`` over the experts after the first, on calibration text.
+
+    Args:
+        top_k: K of the model.
+        tokens: calibration tokens behind each layer.
+        quantiles: L rows of values at evenly spaced levels from 0 to 1, each row non-decreasing
+            in [0, 1].
+
+    Raises:
+        UsageError: names the field, what it holds and what is expected.
+    """
+
+    top_k: int
+    tokens: int
+    quantiles: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        check_number("RatioQuantiles.top_k", self.top_k, integer=True, low=1)
+        check_number("RatioQuantiles.tokens", self.tokens, integer=True, low=1)
+        if not self.quantiles:
+            raise UsageError("RatioQuantiles.quantiles = (): expected a row for each layer")
+        for layer, row in enumerate(self.quantiles):
+            where = f"RatioQuantiles.quantiles[{layer}]"
+            if len(row) < 2:
+                raise UsageError(f"{where} = {row!r}: expected at least 2 values")
+            for value in row:
+                check_number(where, value, low=0, high=1)
+            if list(row) != sorted(row):
+                raise UsageError(f"{where}: expected values that do not decrease")
+
+    @property
+    def layers(self) -> int:
+        """L."""
+        return len(self.quantiles)
+
+    def at(self, quantile: float) -> tuple[float, ...]:
+        """Per layer, the ratio at ``quantile`` in [0, 1], interpolated linearly."""
+        check_number("quantile", quantile, low=0, high=1)
+        return tuple(_interpolated(row, quantile) for row in self.quantiles)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a file."""
+        rows = [list(row) for row in self.quantiles]
+        return {"top_k": self.top_k, "tokens": self.tokens, "quantiles": rows}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RatioQuantiles:
+        """Read what `to_dict` gave; a missing or unknown key is a UsageError."""
+        check_keys(cls, values)
+        rows = tuple(tuple(row) for row in values["quantiles"])
+        return cls(**{**values, "quantiles": rows})
+
+
+def _interpolated(row: tuple[float, ...], level: float) -> float:
+    place = level * (len(row) - 1)
+    left = min(int(place), len(row) - 2)
+    part = place - left
+    return row[left] * (1 - part) + row[left + 1] * part
 
 
 class NAEEPolicy(RoutingPolicy):

@@ -1,4 +1,4 @@
-"""A budget of experts per token, shared out over the layers by what each of them loses.
+"""Sharing out a budget of experts per token over the layers by what each of them loses.
 
 After LExI (Chitty-Venkata et al., "LExI: Layer-Adaptive Active Experts for Efficient MoE Model
 Inference", 2025, arXiv:2509.02753), which measures how much a layer's output changes for every
@@ -10,17 +10,122 @@ arXiv:2604.08133), which finds it by dynamic programming over sensitivities.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from torch import Tensor
 
 from var_moe.config import check_number
-from var_moe.routing.base import Dial, RoutingPolicy
+from var_moe.errors import UsageError
+from var_moe.routing.base import Dial, RoutingPolicy, check_calibrated, check_keys
 from var_moe.routing.decision import ForwardContext, Routing
 from var_moe.routing.keeping import all_pairs, kept_pairs, leading_slots
-from var_moe.routing.layer_sensitivity import LayerSensitivity, allocate_experts
-from var_moe.routing.shapes import check_calibrated
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSensitivity:
+    """The loss of running only the first k experts, layer by layer.
+
+    Any measure will do whose sum over layers stands for the damage to the model. LExI takes the
+    Frobenius norm of the change of a layer's output.
+
+    Args:
+        measure: what the numbers are, in a few words.
+        loss: L rows of K values >= 0; ``loss[l][k - 1]`` belongs to k experts in layer l.
+
+    Raises:
+        UsageError: names the field, what it holds and what is expected.
+    """
+
+    measure: str
+    loss: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        if not self.loss or not self.loss[0]:
+            raise UsageError("LayerSensitivity.loss = (): expected a row of K values per layer")
+        for layer, row in enumerate(self.loss):
+            where = f"LayerSensitivity.loss[{layer}]"
+            if len(row) != self.top_k:
+                raise UsageError(f"{where} = {row!r}: expected {self.top_k} values")
+            for value in row:
+                check_number(where, value, low=0)
+
+    @property
+    def layers(self) -> int:
+        """L."""
+        return len(self.loss)
+
+    @property
+    def top_k(self) -> int:
+        """K."""
+        return len(self.loss[0])
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a file."""
+        return {"measure": self.measure, "loss": [list(row) for row in self.loss]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LayerSensitivity:
+        """Read what `to_dict` gave; a missing or unknown key is a UsageError."""
+        check_keys(cls, values)
+        rows = tuple(tuple(row) for row in values["loss"])
+        return cls(measure=values["measure"], loss=rows)
+
+
+def allocate_experts(loss: Sequence[Sequence[float]], total: int) -> tuple[int, ...]:
+    """Experts per layer, ``total`` in all, of the smallest summed loss.
+
+    Exact, by dynamic programming over the layers: losses need not be convex nor decreasing. Of
+    equally good ways the most even one is taken (smallest sum of squares), then the one that
+    gives more to earlier layers.
+
+    Args:
+        loss: L rows of K values; ``loss[l][k - 1]`` belongs to k experts in layer l.
+        total: experts to share out, from L (one per layer) to L * K.
+
+    Returns:
+        k per layer, each in [1, K].
+
+    Raises:
+        UsageError: the total is out of its range.
+    """
+    layers, top_k = len(loss), len(loss[0])
+    check_number("total experts", total, integer=True, low=layers, high=layers * top_k)
+    rows = _exact(loss)
+    # best[n]: (loss, sum of squares) of the layers done so far, n experts spent on them.
+    best: dict[int, tuple[int, int]] = {0: (0, 0)}
+    chosen: list[dict[int, int]] = []
+    for layer in reversed(range(layers)):
+        done = layers - layer
+        # What the layers before this one, at one to K each, can leave to those done.
+        low, high = max(done, total - layer * top_k), min(done * top_k, total - layer)
+        reached: dict[int, tuple[int, int]] = {}
+        choice: dict[int, int] = {}
+        for spent in range(low, high + 1):
+            for k in range(top_k, 0, -1):  # of equals the first found stays: more, earlier
+                rest = best.get(spent - k)
+                if rest is None:
+                    continue
+                cost = (rest[0] + rows[layer][k - 1], rest[1] + k * k)
+                if spent not in reached or cost < reached[spent]:
+                    reached[spent], choice[spent] = cost, k
+        best = reached
+        chosen.append(choice)
+    left, experts = total, []
+    for choice in reversed(chosen):
+        experts.append(choice[left])
+        left -= choice[left]
+    return tuple(experts)
+
+
+def _exact(loss: Sequence[Sequence[float]]) -> list[list[int]]:
+    """The losses as whole numbers of one tiny unit, so that equal sums are equal."""
+    exact = [[Fraction(value) for value in row] for row in loss]
+    # Denominators of floats are powers of two: the largest is a multiple of all.
+    unit = max(value.denominator for row in exact for value in row)
+    return [[int(value * unit) for value in row] for row in exact]
 
 
 class PerLayerKPolicy(RoutingPolicy):

@@ -186,17 +186,17 @@ def make_policy(
 for _spec in (
     PolicySpec(
         name="native",
-        target="var_moe.routing.native:NativePolicy",
+        target="var_moe.routing.simple:NativePolicy",
         summary="all K experts: the unmodified model",
     ),
     PolicySpec(
         name="fixed_k",
-        target="var_moe.routing.fixed_k:FixedKPolicy",
+        target="var_moe.routing.simple:FixedKPolicy",
         summary="the first k experts of every token",
     ),
     PolicySpec(
         name="random_skip",
-        target="var_moe.routing.random_skip:RandomSkipPolicy",
+        target="var_moe.routing.simple:RandomSkipPolicy",
         summary="control: cuts a random share of decisions",
     ),
     PolicySpec(
@@ -207,12 +207,12 @@ for _spec in (
     ),
     PolicySpec(
         name="ser",
-        target="var_moe.routing.ser:SERPolicy",
+        target="var_moe.routing.simple:SERPolicy",
         summary="keeps Kmin experts, others only near the first one's weight",
     ),
     PolicySpec(
         name="top_p",
-        target="var_moe.routing.top_p:TopPPolicy",
+        target="var_moe.routing.simple:TopPPolicy",
         summary="the fewest experts that reach a routing mass",
     ),
     PolicySpec(

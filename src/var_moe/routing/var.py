@@ -14,16 +14,35 @@ from var_moe.config import PRESETS, SEARCH_SPACE, VARConfig
 from var_moe.errors import UsageError
 from var_moe.routing.arrays import NUMPY, Array, Operations, operations
 from var_moe.routing.base import Dial, RoutingPolicy
-from var_moe.routing.clock import Clock, TokenClock
+from var_moe.routing.compensation import ResidualMeans
 from var_moe.routing.context_cache import ContextCache, Hits
 from var_moe.routing.decision import ForwardContext, Residual, Routing, Tier
-from var_moe.routing.fast_path import ResidualMeans, RoutingTable
+from var_moe.routing.keeping import leading_count, rank_slots, rescaled, shares
 from var_moe.routing.keys import context_keys
-from var_moe.routing.ranking import leading_count, rank_slots, rescaled, shares
+from var_moe.routing.lru import Clock, TokenClock
 
 _FAST, _CACHED, _LEARNED = (int(tier) for tier in (Tier.FAST, Tier.CACHED, Tier.LEARNED))
 Place: TypeAlias = tuple[torch.device, bool]
 """Where decisions are made, and whether in numpy."""
+
+
+@dataclass(frozen=True)
+class RoutingTable:
+    """A profile's rows as dense tensors, as the fast path needs them.
+
+    Token ids that calibration never saw have a count of zero.
+    """
+
+    count: Tensor  # (L, V) float64 occurrences
+    entropy: Tensor  # (L, V) float64 mean router entropy in nats
+    index: Tensor  # (L, V, leading) int64 leading experts, first expert first
+    weight: Tensor  # (L, V, leading) float32 their mean weights
+
+    def eligible(self, frequency_threshold: float, entropy_threshold: float) -> Tensor:
+        """(L, V) bool: frequent and predictable enough for the fast path."""
+        seen = self.count > 0
+        frequent = self.count >= frequency_threshold
+        return seen & frequent & (self.entropy <= entropy_threshold)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from var_moe.routing.counts import COLUMNS, ForwardDecisions, Sums, statistic_names, statistics
 from var_moe.routing.decision import ForwardContext, Observer, Routing
-from var_moe.routing.departure import COLUMNS, ForwardDecisions, Sums, statistic_names, statistics
 from var_moe.routing.guard import Guard
 from var_moe.routing.wager import Wager
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from var_moe.errors import UsageError
-from var_moe.routing.compensation import Compensation
+from var_moe.routing.compensation import Compensation, ResidualMeans
 from var_moe.routing.damage import DamageModel
-from var_moe.routing.fast_path import ResidualMeans, RoutingTable
-from var_moe.routing.layer_sensitivity import LayerSensitivity
-from var_moe.routing.ratios import RatioQuantiles
+from var_moe.routing.naee import RatioQuantiles
+from var_moe.routing.per_layer_k import LayerSensitivity
+from var_moe.routing.var import RoutingTable
 
 Tensors = dict[str, Tensor]
 _TABLE = tuple(field.name for field in fields(RoutingTable))

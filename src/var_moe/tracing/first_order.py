@@ -26,9 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from var_moe.execution.backends.base import ExpertsBackend
-from var_moe.routing.compensation import Compensation
-from var_moe.routing.fast_path import ResidualMeans
-from var_moe.routing.ranking import leading_count, rescaled
+from var_moe.routing.compensation import Compensation, ResidualMeans
+from var_moe.routing.keeping import leading_count, rescaled
 
 _STEP_BYTES = 64 * 2**20  # float32 logits held at once
 

@@ -21,7 +21,7 @@ from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.counts import RoutingReport, TierCounts
 from var_moe.routing.damage import DamagePolicy
 from var_moe.routing.decision import ForwardContext, Routing
-from var_moe.routing.ranking import rescaled
+from var_moe.routing.keeping import rescaled
 from var_moe.routing.registry import PolicySpec, load_target, policy_spec
 
 if TYPE_CHECKING:

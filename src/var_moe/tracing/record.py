@@ -20,7 +20,7 @@ from var_moe.models.moe_layers import RouterLogits, experts_shape
 from var_moe.routing.compensation import Compensation
 from var_moe.routing.damage import DamageModel
 from var_moe.routing.decision import ForwardContext
-from var_moe.routing.ranking import rank_slots, shares
+from var_moe.routing.keeping import rank_slots, shares
 from var_moe.storage import SCHEMA_VERSION, provenance
 from var_moe.tracing.first_order import DamageProbe, loss_and_gradient, scored_targets
 from var_moe.tracing.trace import ProfileView, RoutingTrace, Writer, joined, key_of

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from var_moe.config import VARConfig
 from var_moe.errors import UsageError
-from var_moe.routing.clock import TokenClock
 from var_moe.routing.counts import RoutingReport
 from var_moe.routing.decision import Tier
-from var_moe.routing.fast_path import RoutingTable
+from var_moe.routing.keeping import leading_count
 from var_moe.routing.keys import stream_keys
-from var_moe.routing.ranking import leading_count
+from var_moe.routing.lru import TokenClock
+from var_moe.routing.var import RoutingTable
 from var_moe.tracing.policies import Replay, Settings, Times
 from var_moe.tracing.stays import Bools, Recency, SlotHits, Stays, layer_hits
 

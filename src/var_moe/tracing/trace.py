@@ -23,7 +23,8 @@ from torch import Tensor
 
 from var_moe.errors import UsageError
 from var_moe.models.identity import check_fits, difference
-from var_moe.routing.fast_path import ResidualMeans, RoutingTable
+from var_moe.routing.compensation import ResidualMeans
+from var_moe.routing.var import RoutingTable
 from var_moe.storage import SCHEMA_VERSION, atomic_write, atomic_write_json, read_json
 
 if TYPE_CHECKING:
