@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from var_moe.analysis.components import run_policy
 from var_moe.calibration.profile import RoutingProfile
 from var_moe.config import VARConfig
 from var_moe.errors import UsageError
@@ -34,6 +34,7 @@ from var_moe.evaluation.batching import full_batches
 from var_moe.evaluation.cost import CostModel, FitTiming
 from var_moe.evaluation.evaluator import Evaluator, SpeedSetting
 from var_moe.evaluation.throughput import ArmGroup, Ratio, backend_arm, policy_arm, time_groups
+from var_moe.execution.session import routed
 from var_moe.models.loading import load_model
 from var_moe.optimization.candidate import Candidate
 from var_moe.optimization.preparation import read_text, sample_documents
@@ -113,7 +114,7 @@ def measure(
     evaluator: Evaluator, profile: RoutingProfile, todo: list[Case], blocks: int
 ) -> tuple[list[dict[str, Any]], dict[str, CostModel]]:
     """Time all cases, the baseline and the fits in one run; each case beside its prediction."""
-    model, shape = evaluator.model, evaluator.geometry()
+    model = evaluator.model
     settings = list(dict.fromkeys(case.setting for case in todo))
     policies = {case.name: case.candidate.make(profile) for case in todo}
     groups = []
@@ -147,17 +148,15 @@ def measure(
     for case in todo:
         at = settings.index(case.setting)
         each = timed[at].seconds[case.name] / len(groups[at].batches)
-        ran = run_policy(
-            model,
-            groups[at].batches,
-            policies[case.name],
-            backend=evaluator.running_backend,
-            layers=shape["layers"],
-            experts=shape["experts"],
-        )
+        running = routed(model, policies[case.name], backend=evaluator.running_backend)
+        with running as session, torch.inference_mode():
+            session.reset()
+            for ids in groups[at].batches:
+                model(input_ids=ids.to(model.device), use_cache=False)
+            ran = session.report()
         cost = costs[case.fit]
         work = cost.work(
-            ran.report,
+            ran,
             setting=case.setting,
             residual=policies[case.name].adds_residual,
         )
@@ -169,7 +168,7 @@ def measure(
                 "kind": case.candidate.kind,
                 "config": case.candidate.to_dict(),
                 "setting": case.setting.to_dict(),
-                "experts_per_token": ran.report.experts_per_token,
+                "experts_per_token": ran.experts_per_token,
                 "measured_relative_time": measured.median,
                 "measured_relative_time_95": [measured.low, measured.high],
                 "predicted_relative_time": predicted,

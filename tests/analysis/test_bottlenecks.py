@@ -50,7 +50,7 @@ def found(**changes):
         always_asked=given["router_always_asked"],
         uses_cache=given["uses_cache"],
     )
-    return {one.name: one for one in rows}
+    return {row["name"]: row for row in rows}
 
 
 def test_a_good_run_has_none():
@@ -84,16 +84,16 @@ def test_a_good_run_has_none():
 def test_one_finding_each(changes, name, severity, figure):
     one = found(**changes)
     assert list(one) == [name]
-    assert one[name].severity == severity
-    assert figure in one[name].evidence
-    assert one[name].recommendation
+    assert one[name]["severity"] == severity
+    assert figure in one[name]["evidence"]
+    assert one[name]["recommendation"]
 
 
 def test_asking_the_router_by_design_is_no_alarm():
     one = found(learned_pct=100.0, router_always_asked=True)["high_learned_routing"]
-    assert one.severity == "info"
-    assert one.recommendation.startswith("none:")
-    assert "cuts its decisions too" in one.recommendation
+    assert one["severity"] == "info"
+    assert one["recommendation"].startswith("none:")
+    assert "cuts its decisions too" in one["recommendation"]
 
 
 def test_a_slowdown_within_the_noise_is_none():

@@ -40,7 +40,6 @@ def test_a_report_is_predicted_as_its_pairs(model):
         tokens=200, top_k=2, tier_counts=((100, 0, 100),) * 2, executed_pairs=(300, 300)
     )
     assert model.predict_latency(report) == pytest.approx(60)
-    assert model.predict_latency(TierDistribution.of(report)) == pytest.approx(60)
 
 
 def test_breakeven_by_hand(model):

@@ -26,12 +26,11 @@ _SUM_TOLERANCE = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class TierDistribution:
-    """Shares of (layer, token) decisions by tier, and the experts per token that each runs.
+    """Shares of (layer, token) decisions by tier; FAST and CACHED run the leading ceil(K/2).
 
     Args:
         fast, cached, learned: shares in [0, 1] that sum to 1.
-        experts_fast, experts_cached: experts per token; None is the leading ceil(K/2).
-        experts_learned: experts per token; None is K.
+        experts_learned: experts per token of a LEARNED decision; None is K.
 
     Raises:
         UsageError: a share is out of its range, or they do not sum to 1.
@@ -40,8 +39,6 @@ class TierDistribution:
     fast: float = 0.0
     cached: float = 0.0
     learned: float = 1.0
-    experts_fast: float | None = None
-    experts_cached: float | None = None
     experts_learned: float | None = None
 
     def __post_init__(self) -> None:
@@ -53,27 +50,13 @@ class TierDistribution:
                 f"TierDistribution: fast + cached + learned = {sum(shares.values()):.6g}: "
                 "expected shares that sum to 1"
             )
-        for name in ("experts_fast", "experts_cached", "experts_learned"):
-            if getattr(self, name) is not None:
-                check_number(f"TierDistribution.{name}", getattr(self, name), low=0)
-
-    @classmethod
-    def of(cls, report: RoutingReport) -> TierDistribution:
-        """What a session counted; every tier gets the experts per token of all."""
-        tiers = ("fast", "cached", "learned")
-        shares = {name: getattr(report, f"{name}_pct") / 100 for name in tiers}
-        each = {f"experts_{name}": report.experts_per_token for name in tiers}
-        return cls(**shares, **each)
+        if self.experts_learned is not None:
+            check_number("TierDistribution.experts_learned", self.experts_learned, low=0)
 
     def experts_per_token(self, top_k: int) -> float:
         """Executed pairs per layer and token, for a model with K = ``top_k``."""
-        total = 0.0
-        for share, given, default in (
-            (self.fast, self.experts_fast, leading_count(top_k)),
-            (self.cached, self.experts_cached, leading_count(top_k)),
-            (self.learned, self.experts_learned, top_k),
-        ):
-            total += share * (default if given is None else given)
+        learned = top_k if self.experts_learned is None else self.experts_learned
+        total = (self.fast + self.cached) * leading_count(top_k) + self.learned * learned
         if total > top_k + _SUM_TOLERANCE:
             raise UsageError(
                 f"TierDistribution: {total:.4g} experts per token, but the model runs {top_k}"

@@ -48,8 +48,6 @@ class Machine:
             "gemm_flops_per_second": self.flops_per_second,
             "copy_bytes_per_second": self.bytes_per_second,
             "ridge_flops_per_byte": self.ridge,
-            "gemm_size": GEMM_SIZE,
-            "copy_bytes": COPY_BYTES,
         }
 
 

@@ -25,9 +25,6 @@ Floats = NDArray[np.float64]
 
 FILE = "routing_analysis.json"
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
-BINS = 40
-SCATTER = 2000
-"""At most so many points of frequency against entropy are kept for a picture."""
 AT_LEAST = 10
 """Occurrences from which a token's consistency says something."""
 ENTROPIES = tuple(round(0.1 * step, 1) for step in range(1, 21))
@@ -44,7 +41,7 @@ def analyse_routing(profile: RoutingProfile) -> dict[str, Any]:
     Shares and means are weighted by frequency: they are of tokens of the text, not of the
     vocabulary. Spearman's correlation takes each token of a layer once.
     """
-    stats, head = profile.stats, profile.head
+    stats, head, consistency = profile.stats, profile.head, _consistency(profile.stats)
     default = VARConfig()
     layers = [_layer(int(str(layer)), rows) for layer, rows in stats.groupby("layer")]
     coverage: dict[str, Any] = {
@@ -65,33 +62,32 @@ def analyse_routing(profile: RoutingProfile) -> dict[str, Any]:
         "tokens": head["tokens"],
         "profile_hash": profile.hash,
         "entropy_max_nats": head["entropy_max_nats"],
-        "entropy": _distribution(stats, float(head["entropy_max_nats"])),
+        "entropy": _distribution(stats),
         "frequency_entropy": _correlation(stats),
-        "consistency": _consistency(stats),
+        "consistency": {"at_least_occurrences": AT_LEAST, "mean": consistency},
         "coverage": coverage,
         "layers": layers,
-        "hypotheses": hypotheses(layers, _consistency(stats), coverage["default"]),
+        "hypotheses": hypotheses(layers, consistency, coverage["default"]["share"]),
         "provenance": provenance(),
     }
 
 
 def hypotheses(
     layers: Sequence[Mapping[str, Any]],
-    consistency: Mapping[str, Any],
-    covered: Mapping[str, Any],
+    consistency: float | None,
+    coverage: float,
 ) -> list[dict[str, Any]]:
     """H1 to H3 with figures and verdicts: ``supported`` or ``not supported``.
 
     Args:
         layers: of each layer, ``spearman_rho`` and ``p_value`` of frequency against entropy.
-        consistency: ``mean``: share of occurrences that go to a token's usual first expert.
-        covered: ``share`` of tokens on the fast path at the default thresholds.
+        consistency: share of occurrences that go to a token's usual first expert, where known.
+        coverage: share of (layer, token) on the fast path at the default thresholds.
     """
     # Bonferroni over the layers: each is a test of its own.
     most = ALPHA / max(len(layers), 1)
     tested = [row for row in layers if row["spearman_rho"] is not None]
     agree = sum(row["spearman_rho"] < WEAK_RHO and row["p_value"] < most for row in tested)
-    mean = consistency["mean"]
     rows = (
         (
             "frequent tokens have lower router entropy",
@@ -104,14 +100,14 @@ def hypotheses(
             "routing of a token is consistent across contexts",
             f"at least {CONSISTENT:.0%} of occurrences go to the token's usual first expert, of "
             f"tokens seen {AT_LEAST} times or more",
-            "no token seen often enough" if mean is None else f"{mean:.1%}",
-            (mean or 0.0) >= CONSISTENT,
+            "no token seen often enough" if consistency is None else f"{consistency:.1%}",
+            (consistency or 0.0) >= CONSISTENT,
         ),
         (
             "a useful share of tokens is covered by the fast path at the default thresholds",
             f"at least {USEFUL_COVERAGE:.0%} of (layer, token)",
-            f"{covered['share']:.1%}",
-            covered["share"] >= USEFUL_COVERAGE,
+            f"{coverage:.1%}",
+            coverage >= USEFUL_COVERAGE,
         ),
     )
     return [
@@ -130,60 +126,35 @@ def _column(rows: pd.DataFrame, name: str) -> Floats:
     return rows[name].to_numpy(dtype=np.float64)
 
 
-def _distribution(rows: pd.DataFrame, most: float) -> dict[str, Any]:
-    """Quantiles and a histogram of the mean entropy, weighted by frequency."""
+def _distribution(rows: pd.DataFrame) -> dict[str, Any]:
+    """Mean and quantiles of the mean entropy, weighted by frequency."""
     entropy, weight = _column(rows, "mean_entropy"), _column(rows, "frequency")
-    counts, edges = np.histogram(entropy, bins=BINS, range=(0.0, most), weights=weight)
+    quantiles = np.quantile(entropy, QUANTILES, weights=weight, method="inverted_cdf")
     return {
         "mean_nats": float(np.average(entropy, weights=weight)),
-        "quantiles_nats": {
-            f"{q:g}": value
-            for q, value in zip(QUANTILES, weighted_quantiles(entropy, weight), strict=True)
-        },
-        "histogram": {"edges_nats": edges.tolist(), "share": (counts / weight.sum()).tolist()},
+        "quantiles_nats": {f"{q:g}": float(v) for q, v in zip(QUANTILES, quantiles, strict=True)},
     }
 
 
-def weighted_quantiles(values: Floats, weight: Floats) -> list[float]:
-    """The smallest value at or below which each of `QUANTILES` of the weight lies."""
-    order = np.argsort(values, kind="stable")
-    reached = np.cumsum(weight[order]) / weight.sum()
-    at = np.searchsorted(reached, np.array(QUANTILES) - 1e-12)
-    return [float(v) for v in values[order][np.minimum(at, len(values) - 1)]]
-
-
-def _correlation(rows: pd.DataFrame) -> dict[str, Any]:
-    """Of tokens' frequency and entropy, averaged over the layers; points for a picture."""
+def _correlation(rows: pd.DataFrame) -> dict[str, float | None]:
+    """Of tokens' frequency and entropy, averaged over the layers."""
     each = rows.groupby("token_id").agg({"frequency": "mean", "mean_entropy": "mean"})
-    frequency, entropy = _column(each, "frequency"), _column(each, "mean_entropy")
-    shown = np.linspace(0, len(each) - 1, min(SCATTER, len(each))).astype(int)
-    order = np.argsort(-frequency, kind="stable")[shown]
-    return {
-        **_spearman(frequency, entropy),
-        "points": {
-            "frequency": frequency[order].tolist(),
-            "mean_entropy_nats": entropy[order].tolist(),
-        },
-    }
+    return _spearman(_column(each, "frequency"), _column(each, "mean_entropy"))
 
 
 def _spearman(frequency: Floats, entropy: Floats) -> dict[str, float | None]:
     if len(frequency) < 3 or np.ptp(frequency) == 0 or np.ptp(entropy) == 0:
         return {"spearman_rho": None, "p_value": None}
-    found = spearmanr(frequency, entropy)
-    return {"spearman_rho": float(found.statistic), "p_value": float(found.pvalue)}
+    test = spearmanr(frequency, entropy)
+    return {"spearman_rho": float(test.statistic), "p_value": float(test.pvalue)}
 
 
-def _consistency(rows: pd.DataFrame) -> dict[str, Any]:
+def _consistency(rows: pd.DataFrame) -> float | None:
+    """Mean share of occurrences that go to a token's usual first expert; None where none counts."""
     seen = rows[rows["frequency"] >= AT_LEAST]
-    share, weight = _column(seen, "routing_consistency"), _column(seen, "frequency")
-    counts, edges = np.histogram(share, bins=20, range=(0.0, 1.0), weights=weight)
-    total = float(weight.sum())
-    return {
-        "at_least_occurrences": AT_LEAST,
-        "mean": float(np.average(share, weights=weight)) if total else None,
-        "histogram": {"edges": edges.tolist(), "share": (counts / (total or 1.0)).tolist()},
-    }
+    if seen.empty:
+        return None
+    return float(np.average(_column(seen, "routing_consistency"), weights=seen["frequency"]))
 
 
 def _covered(rows: pd.DataFrame, frequency: float, entropy: float) -> float:
@@ -200,6 +171,6 @@ def _layer(layer: int, rows: pd.DataFrame) -> dict[str, Any]:
         "layer": layer,
         "mean_entropy_nats": float(np.average(_column(rows, "mean_entropy"), weights=weight)),
         **_spearman(weight, _column(rows, "mean_entropy")),
-        "consistency": _consistency(rows)["mean"],
+        "consistency": _consistency(rows),
         "coverage_default": _covered(rows, default.frequency_threshold, default.entropy_threshold),
     }

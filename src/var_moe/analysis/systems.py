@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from var_moe.analysis.bottlenecks import find_bottlenecks
-from var_moe.analysis.components import (
-    ComponentTimings,
-    profile_components,
-    run_baseline,
-    run_policy,
-)
+from var_moe.analysis.components import ComponentTimings, profile_components
 from var_moe.analysis.performance import PerformanceModel
+from var_moe.analysis.profiler import PeakMemory
 from var_moe.analysis.roofline import roofline
 from var_moe.config import VARConfig, check_number
 from var_moe.data.documents import require_documents
 from var_moe.data.encoding import as_documents, check_documents
 from var_moe.evaluation.batching import full_batches
 from var_moe.evaluation.cost import fit_cost_model
-from var_moe.evaluation.evaluator import Evaluator, Progress, SpeedSetting
+from var_moe.evaluation.evaluator import Evaluator, Progress, Speed, SpeedSetting
 from var_moe.evaluation.throughput import backend_arm, fastest_backend, policy_arm, time_arms
+from var_moe.execution.session import routed
 from var_moe.growing import GrowingResult
 from var_moe.models.loading import LoadedModel
 from var_moe.optimization.candidate import Candidate
 from var_moe.optimization.results import jsonable
+from var_moe.routing.counts import RoutingReport
+from var_moe.routing.decision import ForwardContext, Observer, Routing
 from var_moe.storage import SCHEMA_VERSION, atomic_write_json, check_output_folder, provenance
 
 if TYPE_CHECKING:
@@ -64,12 +67,9 @@ class AnalysisSettings:
     batch_sizes: Sequence[int] = (1, 2, 4, 8)
 
     def __post_init__(self) -> None:
-        counts = {
-            name: getattr(self, name)
-            for name in ("blocks", "rounds", "scaling_blocks", "cost_blocks")
-        }
-        counts |= {f"sequences[{i}]": value for i, value in enumerate(self.sequences)}
-        counts |= {f"batch_sizes[{i}]": value for i, value in enumerate(self.batch_sizes)}
+        counts = asdict(self)
+        for name in ("sequences", "batch_sizes"):
+            counts |= {f"{name}[{at}]": value for at, value in enumerate(counts.pop(name))}
         for name, value in counts.items():
             check_number(f"AnalysisSettings.{name}", value, integer=True, low=1)
 
@@ -77,24 +77,6 @@ class AnalysisSettings:
     def quick(cls) -> AnalysisSettings:
         """Enough to see the picture, not to publish it."""
         return cls(blocks=3, rounds=2, scaling_blocks=2, cost_blocks=2)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SystemsAnalysis:
-    """The two result files, as JSON values."""
-
-    systems: dict[str, Any]
-    components: dict[str, Any]
-
-    def save(self, folder: str | Path) -> None:
-        """Write ``systems_analysis.json`` and ``profile_report.json``.
-
-        Raises:
-            UsageError: the folder is a file or cannot be written.
-        """
-        place = check_output_folder(folder)
-        atomic_write_json(place / PROFILE_FILE, self.components)
-        atomic_write_json(place / SYSTEMS_FILE, self.systems)
 
 
 def analyse(
@@ -105,7 +87,7 @@ def analyse(
     *,
     kept: GrowingResult | None = None,
     progress: Progress | None = None,
-) -> SystemsAnalysis:
+) -> dict[str, Any]:
     """Measure where time goes, how it scales, what bounds it; compare with the cost model.
 
     Args:
@@ -113,18 +95,21 @@ def analyse(
         profile: of the same model; None where the candidate needs nothing of one.
         candidate: what is compared with the unmodified model.
         settings: how much is measured.
-        kept: of ``systems_analysis.json``: parts are saved as soon as they are known.
+        kept: of ``systems_analysis.json``: parts are saved as soon as they are known, and
+            ``profile_report.json`` beside it.
         progress: called with a stage's name, steps done and in all.
+
+    Returns:
+        What ``systems_analysis.json`` holds, and under ``profile`` the other file.
     """
     settings = settings or AnalysisSettings()
     report = progress or (lambda _stage, _done, _total: None)
     # Cost policies are those of the candidate, not of whatever was measured here before.
     cost_policies = candidate.cost_policies(profile, evaluator.top_k)
     evaluator = replace(evaluator, cost_policies=cost_policies, progress=progress)
-    policy = candidate.make(profile)
-    model, batches, geometry = evaluator.model, evaluator.timing_batches, evaluator.geometry()
+    policy, loaded = candidate.make(profile), evaluator.loaded
+    model, batches = evaluator.model, evaluator.timing_batches
     speed = evaluator.speed(policy, blocks=settings.blocks)
-    loaded = evaluator.loaded
     origin = {
         "schema_version": SCHEMA_VERSION,
         "documents": len(evaluator.documents),
@@ -145,22 +130,23 @@ def analyse(
         "profile_hash": None if profile is None else profile.hash,
     }
 
-    def known(missing: str, **further: Any) -> None:
+    def known(missing: str | None, **further: Any) -> None:
         systems.update(further)
         if kept is not None:
             kept.save(jsonable(systems), missing=missing)
 
     known("parts of a forward, scaling, roofline, cost model")
+    arms: dict[str, tuple[RoutingPolicy | None, Any]] = {
+        "baseline": (None, evaluator.baseline_backend),
+        "var": (policy, evaluator.running_backend),
+    }
     parts: dict[str, ComponentTimings] = {}
-    for name, chosen, backend in (
-        ("baseline", None, evaluator.baseline_backend),
-        ("var", policy, evaluator.running_backend),
-    ):
-        report("parts of a forward", len(parts), 2)
+    for name, (chosen, backend) in arms.items():
+        report("parts of a forward", len(parts), len(arms))
         parts[name] = profile_components(
             model, batches, policy=chosen, backend=backend, rounds=settings.rounds
         )
-    report("parts of a forward", 2, 2)
+    report("parts of a forward", len(arms), len(arms))
     components: dict[str, Any] = jsonable(
         {
             **origin,
@@ -170,35 +156,9 @@ def analyse(
     )
     if kept is not None:
         atomic_write_json(kept.path.with_name(PROFILE_FILE), components)
-    memory = run_baseline(model, batches, backend=evaluator.baseline_backend)
-    ran = run_policy(
-        model,
-        batches,
-        policy,
-        backend=evaluator.running_backend,
-        layers=geometry["layers"],
-        experts=geometry["experts"],
-    )
-
-    def measured(tps: float, memory: dict[str, Any]) -> dict[str, Any]:
-        milliseconds = 1000 * batches[0].numel() / tps
-        return {"avg_time_ms": milliseconds, "throughput_tps": tps, "memory": memory}
-
-    known(
-        "scaling, roofline, cost model",
-        baseline={
-            **measured(speed.baseline_tps, memory),
-            "backend": speed.baseline_backend,
-            "experts_per_token": float(evaluator.top_k),
-        },
-        var={
-            **measured(speed.tps, ran.memory),
-            "backend": speed.backend,
-            "var_stats": {**ran.report.to_dict(), "expert_imbalance": ran.imbalance},
-            "config": candidate.to_dict(),
-            "kind": candidate.kind,
-        },
-    )
+    sides, counted = _both_sides(evaluator, policy, speed)
+    sides["var"] |= {"config": candidate.to_dict(), "kind": candidate.kind}
+    known("scaling, roofline, cost model", **sides)
     scaling = measure_scaling(evaluator, policy, settings, progress=progress)
     known("roofline, cost model", scaling=scaling)
     report("fitting the cost model", 0, 1)
@@ -208,27 +168,74 @@ def analyse(
     )
     report("fitting the cost model", 1, 1)
     predictor = PerformanceModel(cost, residual=policy.adds_residual)
-    predicted = predictor.predict_speedup(ran.report)
+    predicted = predictor.predict_speedup(counted)
     compared |= {
         "predicted_speedup": predicted,
         "prediction_error_pct": 100 * abs(predicted / speed.speedup.median - 1),
         "largest_speedup": predictor.largest_speedup(),
-        "time_by_term": predictor.analyze_bottleneck(ran.report),
         "cost_model": cost.to_dict(),
     }
     known("roofline")
-    found = find_bottlenecks(
+    bottlenecks = find_bottlenecks(
         systems,
         policy_share=parts["var"].share("policy"),
         experts_share=parts["baseline"].share("experts"),
         always_asked=policy.drops_only,
         uses_cache=candidate.settings.get("cache_size", 0) > 0,
     )
-    systems |= {
-        "roofline": roofline(model, batches[0], policy, systems),
-        "bottlenecks": [one.to_dict() for one in found],
-    }
-    return SystemsAnalysis(systems=jsonable(systems), components=components)
+    known(None, roofline=roofline(model, batches[0], policy, systems), bottlenecks=bottlenecks)
+    return {**jsonable(systems), "profile": components}
+
+
+def _both_sides(
+    evaluator: Evaluator, policy: RoutingPolicy, speed: Speed
+) -> tuple[dict[str, dict[str, Any]], RoutingReport]:
+    """Time and memory of the unmodified model and of a policy, and what the policy decided."""
+    model, batches, geometry = evaluator.model, evaluator.timing_batches, evaluator.geometry()
+
+    def side(tps: float, backend: str) -> dict[str, Any]:
+        memory = PeakMemory(model.device)
+        with torch.inference_mode():
+            for ids in batches:
+                model(input_ids=ids.to(model.device), use_cache=False)
+        milliseconds = 1000 * batches[0].numel() / tps
+        row = {"avg_time_ms": milliseconds, "throughput_tps": tps, "memory": memory.to_dict()}
+        return {**row, "backend": backend}
+
+    with backend_arm(model, evaluator.baseline_backend)():
+        baseline = side(speed.baseline_tps, speed.baseline_backend)
+    pairs = ExpertCounts(geometry["layers"], geometry["experts"])
+    with routed(model, policy, backend=evaluator.running_backend, observers=[pairs]) as session:
+        session.reset()
+        var = side(speed.tps, speed.backend)
+        counted = session.report()
+    baseline["experts_per_token"] = float(evaluator.top_k)
+    var["var_stats"] = {**counted.to_dict(), "expert_imbalance": pairs.imbalance}
+    return {"baseline": baseline, "var": var}, counted
+
+
+class ExpertCounts(Observer):
+    """Counts executed pairs by layer and expert.
+
+    Args:
+        layers, experts: L, E.
+    """
+
+    def __init__(self, layers: int, experts: int) -> None:
+        self.pairs = torch.zeros((layers, experts), dtype=torch.float64)
+
+    def see(
+        self, layer: int, context: ForwardContext, routing: Routing, index: Tensor, weight: Tensor
+    ) -> None:
+        experts = self.pairs.shape[1]
+        # Dropped pairs are -1.
+        counts = torch.bincount(routing.index.reshape(-1) + 1, minlength=experts + 1)
+        self.pairs[layer] += counts[1 : experts + 1].cpu()
+
+    @property
+    def imbalance(self) -> float:
+        """The busiest expert's pairs over the mean of its layer, in the worst layer."""
+        return float((self.pairs.amax(dim=1) / self.pairs.mean(dim=1).clamp(min=1)).max())
 
 
 def measure_scaling(
@@ -253,18 +260,16 @@ def measure_scaling(
         *(("sequence", usual.batch_size, s) for s in settings.sequences if s <= window),
         *(("batch_size", b, min(usual.sequence, window)) for b in settings.batch_sizes),
     ]
-    known: dict[tuple[int, int], dict[str, Any]] = {}
-    rows = []
-    for done, (varied, batch_size, sequence) in enumerate(shapes):
-        if progress:
-            progress("timing sequence lengths and batch sizes", done, len(shapes))
-        at = (batch_size, sequence)
-        if at not in known:
-            known[at] = _timed(evaluator, policy, *at, settings.scaling_blocks)
-        rows.append({"varied": varied, **known[at]})
-    if progress:
-        progress("timing sequence lengths and batch sizes", len(shapes), len(shapes))
-    return rows
+    report = progress or (lambda _stage, _done, _total: None)
+    timed: dict[tuple[int, int], dict[str, Any]] = {}
+    for done, (_, batch_size, sequence) in enumerate(shapes):
+        report("timing sequence lengths and batch sizes", done, len(shapes))
+        if (batch_size, sequence) not in timed:
+            timed[batch_size, sequence] = _timed(
+                evaluator, policy, batch_size, sequence, settings.scaling_blocks
+            )
+    report("timing sequence lengths and batch sizes", len(shapes), len(shapes))
+    return [{"varied": varied, **timed[b, s]} for varied, b, s in shapes]
 
 
 def _timed(
@@ -285,9 +290,6 @@ def _timed(
     return {
         "batch_size": batch_size,
         "sequence": sequence,
-        "tokens": batch_size * sequence,
-        "forwards_per_block": forwards,
-        "blocks": blocks,
         "baseline_backend": backend,
         "baseline_throughput_tps": timings.throughput("baseline"),
         "var_throughput_tps": timings.throughput("var"),
@@ -323,7 +325,7 @@ def profile_full_pipeline(
         progress: called with a stage's name, steps done and in all.
 
     Returns:
-        What these files hold: the analysis, with the parts under ``profile``.
+        What these files hold: the analysis, with the parts of a forward under ``profile``.
 
     Raises:
         UsageError: the model is no MoE, or there is too little text.
@@ -343,13 +345,13 @@ def profile_full_pipeline(
         )
     else:
         profile.check_loaded(loaded)
-    found = analyse(
-        Evaluator(loaded, documents, setting=setting or SpeedSetting()),
-        profile,
-        Candidate.of(config or VARConfig.preset("balanced")),
-        settings or AnalysisSettings.quick(),
-        progress=progress,
-    )
-    if output is not None:
-        found.save(output)
-    return {**found.systems, "profile": found.components}
+    kept = None if output is None else GrowingResult(check_output_folder(output) / SYSTEMS_FILE)
+    with kept or nullcontext():
+        return analyse(
+            Evaluator(loaded, documents, setting=setting or SpeedSetting()),
+            profile,
+            Candidate.of(config or VARConfig.preset("balanced")),
+            settings or AnalysisSettings.quick(),
+            kept=kept,
+            progress=progress,
+        )

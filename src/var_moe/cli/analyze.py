@@ -90,7 +90,7 @@ def analyze(
     with StageProgress() as progress, GrowingResult(output / SYSTEMS_FILE) as kept:
         shown = None if quiet else progress
         ready = subject.ready(shown, needs=candidate.needs, stand_ins=[candidate.compensation])
-        found = analyse(
+        systems = analyse(
             ready.evaluator,
             ready.profile,
             candidate,
@@ -98,11 +98,11 @@ def analyze(
             kept=kept,
             progress=shown,
         )
-        found.save(output)
-    show(*tables(found.systems, found.components))
+    components = systems.pop("profile")
+    show(*tables(systems, components))
     print(f"Saved: {output / SYSTEMS_FILE}, {output / PROFILE_FILE}")
     make_report(output)
-    return Answer(found.systems)
+    return Answer(systems)
 
 
 def tables(systems: Mapping[str, Any], components: Mapping[str, Any]) -> list[Any]:

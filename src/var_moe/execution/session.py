@@ -274,6 +274,7 @@ def routed(
     *,
     backend: str | ExpertsBackend = "auto",
     guard: Guard | Watching | None = None,
+    observers: Sequence[Observer] = (),
 ) -> AbstractContextManager[Session]:
     """Run the model's experts as ``policy`` decides, until the block ends.
 
@@ -291,6 +292,7 @@ def routed(
             few tokens and ``grouped_mm`` for many, without their dropped pairs.
         guard: warns, or goes over to the model's own routing, when decisions leave the range
             that it was calibrated on (`calibrate_guard`); its stream of documents is this block.
+        observers: see each forward's decisions.
 
     Yields:
         The `Session`, with `report()` and `reset()`.
@@ -303,7 +305,7 @@ def routed(
 
     On leaving, also by an exception, the model is what it was before.
     """
-    return _Block(_routed(model, policy, backend, guard))
+    return _Block(_routed(model, policy, backend, guard, observers))
 
 
 @contextmanager
@@ -312,6 +314,7 @@ def _routed(
     policy: RoutingPolicy | str | Path,
     backend: str | ExpertsBackend,
     guard: Guard | Watching | None,
+    observers: Sequence[Observer],
 ) -> Iterator[Session]:
     exported = isinstance(policy, str | Path)
     chosen: Any = resolve_name(_READ_EXPORTED)(policy, model).policy() if exported else policy
@@ -327,9 +330,8 @@ def _routed(
     if isinstance(guard, Guard):
         guard.check(policy_facts(chosen), layers=sizes["layers"])
         guard = Watch(guard)
-    observers = (
-        [] if guard is None else [Units(guard, sizes["layers"], drops_only=chosen.drops_only)]
-    )
+    if guard is not None:
+        observers = [*observers, Units(guard, sizes["layers"], drops_only=chosen.drops_only)]
     with ExitStack() as leaving:
         if isinstance(backend, str):
             backend = leaving.enter_context(open_backend(backend, model))
