@@ -12,7 +12,6 @@ from var_moe.certification.plan import (
     FROZEN_FILE,
     LEDGER_FILE,
     Ledger,
-    Named,
     Study,
     find_candidates,
 )
@@ -28,14 +27,14 @@ def find(folder, *, at_most=10):
 
 
 def shares(candidates):
-    return [one.config.settings["share"] for one in candidates]
+    return [one.settings["share"] for one in candidates.values()]
 
 
 def test_the_choice_and_safer_points_of_the_front(results):
     front = [point(i / 100) for i in range(1, 60)]  # 0.04% to 2.36%
     found = find(results(skip(0.235), front))
     assert len(found) == 10
-    assert found[0].name == "best"
+    assert next(iter(found)) == "best"
     assert shares(found)[0] == 0.235
     others = shares(found)[1:]
     assert others[0] == 0.01  # the safest
@@ -43,6 +42,13 @@ def test_the_choice_and_safer_points_of_the_front(results):
     gaps = [b - a for a, b in itertools.pairwise(others)]
     assert max(gaps) < 0.05  # evenly spread
     assert len(find(results(skip(0.235), front), at_most=3)) == 3
+
+
+def test_points_of_one_name_are_all_tested(results):
+    front = [{**point(share), "name": "best"} for share in (0.1, 0.2)]
+    found = find(results(skip(0.23), front))
+    assert sorted(shares(found)) == [0.1, 0.2, 0.23]
+    assert next(iter(found)) == "best"
 
 
 def test_equal_candidates_are_one(results):
@@ -58,16 +64,16 @@ def test_where_nothing_is_below_the_bound_the_safest_is_asked(results):
 def test_var_is_certified_with_a_cache_of_each_document(results):
     front = [{"config": VARConfig().to_dict(), "degradation": 0.001}]
     found = find(results(VARConfig(confidence_threshold=0.6).to_dict(), front))
-    assert [one.config.settings["cache_scope"] for one in found] == ["document"] * 2
+    assert [one.settings["cache_scope"] for one in found.values()] == ["document"] * 2
 
 
 def test_without_a_front_the_choice_is_turned_down(results):
     found = find(results(VARConfig(confidence_threshold=0.8).to_dict()))
-    thresholds = [one.config.settings["confidence_threshold"] for one in found]
+    thresholds = [one.settings["confidence_threshold"] for one in found.values()]
     assert thresholds == pytest.approx([0.8, 0.83, 0.86, 0.9, 0.94])
     assert shares(find(results(skip(0.4)))) == pytest.approx([0.4, 0.34, 0.28, 0.2, 0.12])
     native = find(results({"policy": "native", "settings": {}}))
-    assert [one.unmodified for one in native] == [True]
+    assert [one.policy for one in native.values()] == ["native"]
 
 
 def test_a_nearest_miss_stands_in_for_a_choice(results, tmp_path):
@@ -75,7 +81,7 @@ def test_a_nearest_miss_stands_in_for_a_choice(results, tmp_path):
     (folder / "best_config.json").rename(folder / "nearest_miss.json")
     (folder / "nearest_miss.json").write_text(json.dumps({"config": skip(0.4)}))
     found = find(folder)
-    assert found[0].name == "nearest miss"
+    assert next(iter(found)) == "nearest miss"
     assert len(found) == 5
 
 
@@ -105,8 +111,8 @@ def test_an_empty_folder(tmp_path):
 
 
 def study(**changes):
-    named = Named(name="best", config=Candidate(policy="var"))
-    values = {"candidates": [named], "settings": {"alpha": 0.05}, "identity": {"model": "m"}}
+    named = {"best": Candidate(policy="var")}
+    values = {"candidates": named, "settings": {"alpha": 0.05}, "identity": {"model": "m"}}
     return Study(**{**values, **changes})
 
 
@@ -119,11 +125,7 @@ def test_a_study_keeps_its_order(tmp_path):
     assert other.freeze(tmp_path) is None
     assert json.loads((tmp_path / FROZEN_FILE).read_text())["hash"] == other.hash
     for changed in (
-        study(
-            candidates=[
-                Named(name="best", config=Candidate(policy="var", settings={"cache_size": 7}))
-            ]
-        ),
+        study(candidates={"best": Candidate(policy="var", settings={"cache_size": 7})}),
         study(identity={"model": "n"}),
     ):
         assert changed.hash != study().hash

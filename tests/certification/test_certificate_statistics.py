@@ -9,10 +9,9 @@ import pytest
 from scipy import stats
 
 from var_moe.certification.inference import (
+    QualityClaim,
     below_zero,
     bootstrap_p_value,
-    degradation_interval,
-    excess,
     t_p_value,
     with_worst,
 )
@@ -22,7 +21,8 @@ from var_moe.evaluation.perplexity import DocumentLosses, degradation
 
 
 def test_what_a_document_lost_beyond_its_allowance():
-    z = excess(np.array([1.0, -2.0]), np.array([100, 50]), 0.01)
+    claim = QualityClaim(bound=0.01, alpha=0.05)
+    z = claim.excess(np.array([1.0, -2.0]), np.array([100, 50]))
     assert z == pytest.approx([1 - 100 * math.log(1.01), -2 - 50 * math.log(1.01)])
 
 
@@ -40,7 +40,6 @@ def test_the_worst_counts_once_more():
     found = below_zero(values, resamples=99)
     assert found.p_t == pytest.approx(t_p_value(np.array([-3.0, -1, -2, 2, 2])))
     assert found.p_t_plain == pytest.approx(t_p_value(values))
-    assert found.mean == -1  # what is reported is of the sample itself
 
 
 def test_the_larger_p_value_decides():
@@ -107,7 +106,7 @@ def test_the_interval_agrees_with_the_paired_comparison():
     known = degradation(
         DocumentLosses(nll=base, tokens=tokens), DocumentLosses(nll=base + change, tokens=tokens)
     )
-    found = degradation_interval(change, tokens, confidence=0.9, alpha=0.05)
+    found = QualityClaim(bound=0.01, alpha=0.05, confidence=0.9).interval(change, tokens)
     assert found.value == pytest.approx(known.value)
     assert found.upper == pytest.approx(known.upper)
     assert found.high == pytest.approx(known.upper)  # two-sided 90% ends at one-sided 95%
@@ -116,49 +115,48 @@ def test_the_interval_agrees_with_the_paired_comparison():
     )
 
 
+def pilot_with(mean=-1.0, deviation=10.0, worst=-1.0):
+    return Pilot(excess_mean=mean, excess_deviation=deviation, excess_worst=worst)
+
+
 def test_units_needed_by_hand():
     # With nothing worse than the mean: (1.645 + 0.842)^2 10^2 = 618.3, less one.
-    pilot = Pilot(mean=-1.0, deviation=10.0, worst=-1.0, sequential=False)
+    pilot = pilot_with()
     assert pilot.units_needed(alpha=0.05) == 618
     assert pilot.chance(618, alpha=0.05) == pytest.approx(0.8, abs=0.001)
     assert pilot.chance(10, alpha=0.05) < 0.2
 
 
 def test_a_bad_worst_page_needs_more_units():
-    mild = Pilot(mean=-1.0, deviation=10.0, worst=20.0, sequential=False)
-    bad = Pilot(mean=-1.0, deviation=10.0, worst=200.0, sequential=False)
+    mild, bad = pilot_with(worst=20.0), pilot_with(worst=200.0)
     assert 618 < mild.units_needed(alpha=0.05) < bad.units_needed(alpha=0.05)
 
 
 def test_the_chance_by_hand():
-    pilot = Pilot(mean=-1.0, deviation=10.0, worst=20.0, sequential=False)
+    pilot = pilot_with(worst=20.0)
     # A hundredth unit of 20: mean (-99 + 20) / 100, variance 10^2 + 21^2 / 100.
     shift = 0.79 / math.sqrt(104.41) * 10
     expected = stats.norm.cdf(shift - stats.norm.ppf(0.95))
     assert pilot.chance(99, alpha=0.05) == pytest.approx(expected)
 
 
-def test_no_number_of_units_shows_what_is_not_so():
-    for sequential in (False, True):
-        pilot = Pilot(mean=0.0, deviation=1.0, worst=3.0, sequential=sequential)
-        assert pilot.units_needed(alpha=0.05) is None
+@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("mean", [0.0, -1e-5])  # at the bound; too close below it to be shown
+def test_no_number_of_units_shows_what_is_not_so(mean, sequential):
+    pilot = pilot_with(mean=mean, deviation=1.0, worst=3.0)
+    assert pilot.units_needed(alpha=0.05, sequential=sequential) is None
 
 
 def test_streaming_needs_more_units():
-    values = np.random.default_rng(2).normal(-0.3, 1, size=100)
-    fixed, streamed = (
-        Pilot.of(values, sequential=sequential).units_needed(alpha=0.05)
-        for sequential in (False, True)
-    )
-    assert fixed < streamed < 4 * fixed
+    pilot = Pilot.of(np.random.default_rng(2).normal(-0.3, 1, size=100))
+    fixed = pilot.units_needed(alpha=0.05)
+    assert fixed < pilot.units_needed(alpha=0.05, sequential=True) < 4 * fixed
 
 
 def test_the_planned_power_is_the_power():
     values = np.random.default_rng(4).normal(-0.2, 1, size=5000)
-    pilot = Pilot.of(values[:500], sequential=False)
-    units = pilot.units_needed(alpha=0.05)
-    dice = np.random.default_rng(5)
-    drawn = values[dice.integers(5000, size=(units, 500))]
+    units = Pilot.of(values[:500]).units_needed(alpha=0.05)
+    rng = np.random.default_rng(5)
+    drawn = values[rng.integers(5000, size=(units, 500))]
     share = float((t_p_value(with_worst(drawn)) <= 0.05).mean())
-    truth = Pilot.of(values, sequential=False).chance(units, alpha=0.05)
-    assert share == pytest.approx(truth, abs=0.08)
+    assert share == pytest.approx(Pilot.of(values).chance(units, alpha=0.05), abs=0.08)

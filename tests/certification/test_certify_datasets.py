@@ -10,6 +10,7 @@ import pytest
 from certification_helpers import point, skip
 
 from texts import WORDS, write_data_set
+from var_moe.certification.inference import QualityClaim
 from var_moe.certification.judging import judge_apart, judged_apart, worst_test
 from var_moe.certification.scoring import Measured
 from var_moe.cli import main
@@ -50,8 +51,8 @@ def measured(change, tokens):
         tokens=np.array(tokens),
         learned=np.array([0]),
         decisions=np.array([1]),
-        executed=1,
-        documents=len(change),
+        executed=np.array([1]),
+        documents=np.ones(len(change), dtype=int),
     )
 
 
@@ -59,11 +60,12 @@ def test_the_largest_p_decides():
     """a: -1 nat below its allowance each; b: on it, give or take."""
     groups = {"a": np.array([0, 2, 4, 6]), "b": np.array([1, 3, 5, 7])}
     found = measured([-1, 0.5, -1.1, -0.5, -0.9, 0.4, -1, -0.4], [10] * 8)
-    tests = judge_apart(found, groups, bound=1e-9, confidence=0.95, alpha=0.05)
+    claim = QualityClaim(bound=1e-9, alpha=0.05)
+    tests = judge_apart(found, groups, claim)
     p = {one.dataset: one.test.p for one in tests}
     assert p["a"] < 0.05 < p["b"]
     assert worst_test(tests).dataset == "b"
-    (union,) = judge_apart(found, {}, bound=1e-9, confidence=0.95, alpha=0.05)
+    (union,) = judge_apart(found, {}, claim)
     assert union.units == 8
     assert union.test.p < p["b"]
 

@@ -8,16 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 from var_moe.calibration.fitted_files import load_compensation
 from var_moe.calibration.profile import RoutingProfile
-from var_moe.certification.inference import LEARNED, QUALITY, SPEEDUP, blocks_needed, split_alpha
+from var_moe.certification.inference import (
+    LEARNED,
+    QUALITY,
+    SPEEDUP,
+    QualityClaim,
+    blocks_needed,
+    split_alpha,
+)
 from var_moe.certification.judging import judge_all, judged_apart
 from var_moe.certification.ordering import (
     LEAST_POWER,
+    Pilot,
     order_candidates,
-    pilot_of,
     power_line,
     units_there,
 )
-from var_moe.certification.plan import CertifySettings, Ledger, Named, Study, find_candidates
+from var_moe.certification.plan import CertifySettings, Ledger, Study, find_candidates
 from var_moe.certification.scoring import Unit, UnitScorer
 from var_moe.certification.statement import ONE_TEXT, Work, conclusion, head, too_few
 from var_moe.data.documents import shuffled_pages
@@ -35,7 +42,6 @@ from var_moe.routing.base import RoutingPolicy
 from var_moe.storage import atomic_write_json, atomic_write_text, check_output_folder
 
 if TYPE_CHECKING:
-    from var_moe.data.documents import EncodedDocument
     from var_moe.models.loading import LoadedModel
 
 
@@ -43,7 +49,6 @@ CERTIFICATE_FILE = "certificate.json"
 PAGE_FILE = "certificate.html"
 CERTIFIED_CONFIG_FILE = "certified_config.json"
 LEAST_UNITS = 10
-Say = Callable[[str], None]
 
 
 class NotCertifiedError(VarMoeError):
@@ -65,7 +70,7 @@ def certify(
     profile_path: Path | None = None,
     compensation: Path | None = None,
     progress: Progress | None = None,
-    say: Say = lambda _line: None,
+    say: Callable[[str], None] = lambda _line: None,
 ) -> dict[str, Any]:
     """Certify the fastest configuration of a results folder that keeps a bound.
 
@@ -100,7 +105,7 @@ def certify(
     check_droppable(loaded.name, loaded.top_k)
     folder = Path(results)
     place = check_output_folder(output or folder)
-    named = find_candidates(
+    candidates = find_candidates(
         folder,
         max_degradation=settings.max_degradation,
         at_most=settings.candidates,
@@ -114,10 +119,12 @@ def certify(
     _, ordering_half = halves(validation.documents)
     ordering = sample_documents(ordering_half, settings.ordering_samples, settings.seed)
     evaluator = Evaluator(loaded, ordering, setting=settings.setting, progress=progress)
-    policies, fitted = _policies(named, profile)
-    claims = _claims(settings, named)
+    policies = {
+        name: None if one.policy == "native" else one.make(profile)
+        for name, one in candidates.items()
+    }
     study = Study(
-        candidates=named,
+        candidates=candidates,
         settings=settings.to_dict(),
         identity={
             "model": loaded.name,
@@ -127,40 +134,46 @@ def certify(
             "dataset": dataset,
             "validation_hash": validation.data_hash,
             "profile_hash": profile.hash,
-            "compensation_hashes": fitted,
+            "compensation_hashes": {
+                name: policy.compensation.hash
+                for name, policy in policies.items()
+                if policy is not None and policy.compensation is not None
+            },
         },
     )
+    claims = _claims(settings, policies)
     rows = study.freeze(place)
-    say(f"frozen: {len(named)} candidates, study {study.hash[:12]}")
+    say(f"frozen: {len(candidates)} candidates, study {study.hash[:12]}")
     # Only now, with the candidates on disk, is the certify part read; it is scored when the order
     # is on disk as well.
     text = read_text(dataset, settings.split, loaded)
     _check_apart(text, validation, profile)
     ledger = Ledger(folder)
-    why = ledger.objection(text.data_hash, study.hash, reuse=reuse)
+    opened_before = ledger.objection(text.data_hash, study.hash, reuse=reuse)
     if rows is None:
-        rows = _order(settings, claims, evaluator, ordering, named, policies)
+        rows = _order(settings, settings.quality(claims[QUALITY]), evaluator, policies)
         study.write(place, rows)
     work = Work(
         settings=settings,
         study=study,
-        named={one.name: one for one in named},
         rows=rows,
         policies=policies,
         claims=claims,
-        evaluator=evaluator,
-        folder=place,
         validation=validation,
-        say=say,
     )
-    objections = [*([why] if why else []), *([] if text.independent else [ONE_TEXT])]
-    return _finish(work, text, ledger, objections)
+    objections = [opened_before] if opened_before else []
+    if not text.independent:
+        objections.append(ONE_TEXT)
+    result = _tested(work, text, ledger, evaluator, objections, say)
+    return _write(place, result, ledger)
 
 
-def _claims(settings: CertifySettings, named: Sequence[Named]) -> Mapping[str, float]:
+def _claims(
+    settings: CertifySettings, policies: Mapping[str, RoutingPolicy | None]
+) -> Mapping[str, float]:
     """Each claim that will be made, with its part of alpha."""
     names = [QUALITY]
-    if settings.blocks and not all(one.unmodified for one in named):
+    if settings.blocks and any(policies.values()):
         names.append(SPEEDUP)
     if settings.max_learned_pct is not None:
         names.append(LEARNED)
@@ -173,42 +186,17 @@ def _claims(settings: CertifySettings, named: Sequence[Named]) -> Mapping[str, f
     return shares
 
 
-def _policies(
-    named: Sequence[Named], profile: RoutingProfile
-) -> tuple[dict[str, RoutingPolicy | None], dict[str, str]]:
-    """Each candidate's policy, None for the unmodified model; and its compensation's hash."""
-    policies: dict[str, RoutingPolicy | None] = {}
-    fitted = {}
-    for one in named:
-        if one.unmodified:
-            policies[one.name] = None
-            continue
-        policy = policies[one.name] = one.config.make(profile)
-        if policy.compensation is not None:
-            fitted[one.name] = policy.compensation.hash
-    return policies, fitted
-
-
 def _order(
     settings: CertifySettings,
-    claims: Mapping[str, float],
+    claim: QualityClaim,
     evaluator: Evaluator,
-    ordering: Sequence[EncodedDocument],
-    named: Sequence[Named],
     policies: Mapping[str, RoutingPolicy | None],
 ) -> list[dict[str, Any]]:
     if not settings.ordered:
-        return [{"name": one.name} for one in named]
-    units = shuffled_pages(ordering, seed=settings.seed)
+        return [{"name": name} for name in policies]
+    units = shuffled_pages(evaluator.documents, seed=settings.seed)
     judged = _judged(units, settings, "ordering candidates")
-    return order_candidates(
-        UnitScorer(evaluator, units, judged=judged),
-        named,
-        policies,
-        bound=settings.max_degradation,
-        alpha=claims[QUALITY],
-        sequential=settings.sequential,
-    )
+    return order_candidates(UnitScorer(evaluator, units, judged=judged), policies, claim)
 
 
 def _judged(units: Sequence[Unit], settings: CertifySettings, step: str) -> Groups:
@@ -236,73 +224,59 @@ def _check_apart(text: EncodedText, validation: EncodedText, profile: RoutingPro
         )
 
 
-def _finish(work: Work, text: EncodedText, ledger: Ledger, objections: list[str]) -> dict[str, Any]:
-    """Open the certify part for a frozen study, test, write."""
-    settings = work.settings
+def _tested(
+    work: Work,
+    text: EncodedText,
+    ledger: Ledger,
+    evaluator: Evaluator,
+    objections: list[str],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Open the certify part for a frozen study, and test; what ``certificate.json`` will hold."""
+    settings, claim = work.settings, work.quality
     documents = sample_documents(text.documents, settings.max_samples, settings.seed)
     units = shuffled_pages(documents, seed=settings.seed)
     judged = _judged(units, settings, "certifying")
-    there = {row["name"]: units_there(row, len(units), judged) for row in work.rows}
-    chances = {
-        row["name"]: pilot_of(row, sequential=settings.sequential).chance(
-            there[row["name"]], alpha=work.claims[QUALITY]
-        )
-        for row in work.rows
-        if settings.ordered
-    }
-    power = [
-        power_line(row, there[row["name"]], chances[row["name"]]) for row in work.rows if chances
-    ]
-    for line in power:
-        work.say(line)
+    there, chances, power = {}, [], []
+    for row in work.rows if settings.ordered else ():
+        count = there[row["name"]] = units_there(row, len(units), judged)
+        pilot = Pilot.of_row(row)
+        chances.append(pilot.chance(count, alpha=claim.alpha, sequential=claim.sequential))
+        power.append(power_line(row, count, chances[-1]))
+        say(power[-1])
     known = head(work, text, units=len(units), documents=len(documents), power=power)
-    if chances and max(chances.values()) < LEAST_POWER:
-        return _write(work, {**known, "opened": False, **too_few(work, there)})
+    if chances and max(chances) < LEAST_POWER:
+        return {**known, "opened": False, **too_few(work, there)}
     ledger.open(text.data_hash, work.study.hash, text.to_dict(), confirmatory=not objections)
-    evaluator = work.evaluator.with_documents(documents)
-    verdicts = judge_all(
-        UnitScorer(evaluator, units, judged=judged),
-        work.rows,
-        work.policies,
-        bound=settings.max_degradation,
-        alpha=work.claims[QUALITY],
-        confidence=1 - settings.alpha,
-        sequential=settings.sequential,
-        ordered=settings.ordered,
-    )
-    result = {
+    evaluator = evaluator.with_documents(documents)
+    scorer = UnitScorer(evaluator, units, judged=judged)
+    verdicts = judge_all(scorer, work.rows, work.policies, claim, ordered=settings.ordered)
+    confirmatory = not objections
+    return {
         **known,
         "opened": True,
-        "confirmatory": not objections,
+        "confirmatory": confirmatory,
         "not_confirmatory_because": objections,
         "tests": [verdict.to_dict() for verdict in verdicts],
-        **conclusion(work, verdicts, evaluator, units, known, confirmatory=not objections),
+        **conclusion(work, verdicts, evaluator, units, known["text"], confirmatory=confirmatory),
     }
-    return _write(
-        work,
-        result,
-        lambda found: ledger.finish(
-            text.data_hash, work.study.hash, certified=bool(found["certified"])
-        ),
-    )
 
 
-def _write(
-    work: Work, result: dict[str, Any], then: Callable[[dict[str, Any]], None] | None = None
-) -> dict[str, Any]:
+def _write(folder: Path, result: dict[str, Any], ledger: Ledger) -> dict[str, Any]:
     """Write the files, each whole; raise where a claim does not hold."""
     clean: dict[str, Any] = jsonable(result)
-    config = work.folder / CERTIFIED_CONFIG_FILE
+    config = folder / CERTIFIED_CONFIG_FILE
     if clean["certified"]:
         atomic_write_json(config, clean["certified_config"])
     else:
         config.unlink(missing_ok=True)
-    atomic_write_text(work.folder / PAGE_FILE, certificate_page(clean))
-    atomic_write_json(work.folder / CERTIFICATE_FILE, clean)
-    if then is not None:
-        then(clean)
+    atomic_write_text(folder / PAGE_FILE, certificate_page(clean))
+    atomic_write_json(folder / CERTIFICATE_FILE, clean)
+    if clean["opened"]:
+        hashes = clean["hashes"]
+        ledger.finish(hashes["certify_part"], hashes["study"], certified=clean["certified"])
     if not clean["certified"]:
         raise NotCertifiedError(
-            f"{clean['sentence']}; it is saved in {work.folder / CERTIFICATE_FILE}", clean
+            f"{clean['sentence']}; it is saved in {folder / CERTIFICATE_FILE}", clean
         )
     return clean

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -34,13 +34,13 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from var_moe.errors import UsageError
+from var_moe.evaluation.perplexity import log_ratio
 
 Floats = NDArray[np.float64]
 
 RESAMPLES = 9_999
 SKEW_RULE = 25
 """Cochran's rule (1977, 2.15): normal theory serves from n > 25 skewness^2 on."""
-
 
 QUALITY, SPEEDUP, LEARNED = "quality", "speedup", "learned_pct"
 QUALITY_SHARE = 0.8
@@ -52,8 +52,6 @@ the other claims only more timed blocks."""
 class MeanTest:
     """One-sided test that a mean is below zero, in two ways."""
 
-    mean: float
-    standard_error: float
     p_t: float
     p_bootstrap: float
     p_t_plain: float  # without the worst page once more: for comparison, it decides nothing
@@ -67,14 +65,7 @@ class MeanTest:
 
     def to_dict(self) -> dict[str, Any]:
         """For result files."""
-        return {
-            "p": self.p,
-            "p_t": self.p_t,
-            "p_bootstrap": self.p_bootstrap,
-            "p_t_plain": self.p_t_plain,
-            "skewness": self.skewness,
-            "normal_enough": self.normal_enough,
-        }
+        return {"p": self.p, **asdict(self)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +77,50 @@ class Interval:
     high: float
     upper: float  # one-sided
 
+    @classmethod
+    def around(cls, ratio: float, wide: float, one_sided: float) -> Interval:
+        """From a log perplexity ratio and half the widths of its two intervals."""
+        ends = (ratio, ratio - wide, ratio + wide, ratio + one_sided)
+        value, low, high, upper = map(float, np.expm1(ends))
+        return cls(value=value, low=low, high=high, upper=upper)
 
-def excess(change: Floats, tokens: NDArray[np.int64], bound: float) -> Floats:
-    """Z: how far each unit's loss rose above what the bound allows, in nats."""
-    return np.asarray(change - math.log1p(bound) * tokens)
+    def to_dict(self) -> dict[str, Any]:
+        """For result files."""
+        return {
+            "degradation": self.value,
+            "degradation_interval": [self.low, self.high],
+            "degradation_upper": self.upper,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class QualityClaim:
+    """The claim that a degradation is below a bound.
+
+    Args:
+        bound: on PPL(policy) / PPL(unmodified) - 1.
+        alpha: error of the test, and of the one-sided upper bound.
+        confidence: of two-sided intervals.
+        sequential: units stream in, and the test may stop at any look.
+    """
+
+    bound: float
+    alpha: float
+    confidence: float = 0.95
+    sequential: bool = False
+
+    def excess(self, change: Floats, tokens: NDArray[np.int64]) -> Floats:
+        """Z of each unit: how far its loss rose above what the bound allows, in nats. (n,)"""
+        return np.asarray(change - math.log1p(self.bound) * tokens)
+
+    def interval(self, change: Floats, tokens: NDArray[np.int64]) -> Interval:
+        """The degradation over all units, with t quantiles; see `log_ratio` for the arguments."""
+        ratio, _, error = log_ratio(change, tokens)
+        wide, one_sided = (
+            error * float(stats.t.ppf(level, len(change) - 1))
+            for level in ((1 + self.confidence) / 2, 1 - self.alpha)
+        )
+        return Interval.around(ratio, wide, one_sided)
 
 
 def with_worst(values: Floats) -> Floats:
@@ -150,9 +181,10 @@ def bootstrap_p_value(values: Floats, *, resamples: int = RESAMPLES, seed: int =
     square = (counts @ np.square(unit)).astype(np.float64) / n
     error = np.sqrt(np.maximum(square - mean**2, 1e-12) / (n - 1))
     at_most = (mean / error <= observed).sum(axis=0)
-    found = (at_most + 1) / (resamples + 1)
-    found = np.where(np.isinf(observed), np.where(observed < 0, 1 / (resamples + 1), 1.0), found)
-    return float(found[0]) if one else found
+    least = 1 / (resamples + 1)
+    p = (at_most + 1) * least
+    p = np.where(np.isinf(observed), np.where(observed < 0, least, 1.0), p)
+    return float(p[0]) if one else p
 
 
 def below_zero(values: Floats, *, resamples: int = RESAMPLES) -> MeanTest:
@@ -167,37 +199,11 @@ def below_zero(values: Floats, *, resamples: int = RESAMPLES) -> MeanTest:
     flat = float(values.std()) <= 1e-12 * abs(float(values.mean()))
     skewness = 0.0 if flat else float(stats.skew(values, bias=False)) if n > 2 else math.nan
     return MeanTest(
-        mean=float(values.mean()),
-        standard_error=float(values.std(ddof=1) / math.sqrt(n)),
         p_t=float(t_p_value(with_worst(values))),
         p_bootstrap=bootstrap_p_value(with_worst(values), resamples=resamples),
         p_t_plain=float(t_p_value(values)),
         skewness=skewness,
         normal_enough=bool(n > SKEW_RULE * skewness**2),
-    )
-
-
-def degradation_interval(
-    change: Floats, tokens: NDArray[np.int64], *, confidence: float, alpha: float
-) -> Interval:
-    """PPL ratio - 1 over all units, a ratio estimator (Cochran 1977), with t quantiles.
-
-    Args:
-        change: (n,) d_u in nats.
-        tokens: (n,) T_u.
-        confidence: of the two-sided interval.
-        alpha: error of the one-sided upper bound.
-    """
-    n, total = len(change), float(tokens.sum())
-    ratio = float(change.sum()) / total
-    rest = change - ratio * tokens
-    error = math.sqrt(n / (n - 1) * float(rest @ rest)) / total
-    wide = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * error
-    return Interval(
-        value=math.expm1(ratio),
-        low=math.expm1(ratio - wide),
-        high=math.expm1(ratio + wide),
-        upper=math.expm1(ratio + float(stats.t.ppf(1 - alpha, n - 1)) * error),
     )
 
 

@@ -9,20 +9,19 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from var_moe.certification.inference import (
+    Floats,
     Interval,
     MeanTest,
+    QualityClaim,
     below_zero,
-    degradation_interval,
-    excess,
     fixed_sequence,
     holm,
     with_worst,
 )
-from var_moe.certification.scoring import Measured, Unit, UnitScorer, join
-from var_moe.evaluation.perplexity import LEAST, Groups, datasets_of, groups_of
+from var_moe.certification.scoring import Measured, Unit, UnitScorer
+from var_moe.evaluation.perplexity import LEAST, Groups, datasets_of, groups_of, log_ratio
 from var_moe.evaluation.sequential import LEAST_DOCUMENTS, anytime_p_values, lower_boundary
 from var_moe.routing.base import RoutingPolicy
 
@@ -51,9 +50,7 @@ class Tested:
         return {
             "dataset": self.dataset,
             "units": self.units,
-            "degradation": self.interval.value,
-            "degradation_interval": [self.interval.low, self.interval.high],
-            "degradation_upper": self.interval.upper,
+            **self.interval.to_dict(),
             "p": self.test.p,
         }
 
@@ -63,62 +60,55 @@ def judged_apart(units: Sequence[Unit], *, robust: bool) -> Groups:
     return datasets_of([unit[0] for unit in units]) if robust else {}
 
 
-def parts_of(found: Measured, judged: Groups) -> Groups:
+def parts_of(measured: Measured, judged: Groups) -> Groups:
     """Positions of the units that are tested together: of each judged data set, else of all."""
-    return judged or {WHOLE: np.arange(len(found.tokens))}
+    return judged or {WHOLE: np.arange(len(measured.tokens))}
 
 
-def judge_apart(
-    found: Measured, judged: Groups, *, bound: float, confidence: float, alpha: float
-) -> list[Tested]:
+def judge_apart(measured: Measured, judged: Groups, claim: QualityClaim) -> list[Tested]:
     """Each judged data set's test, or that of all text.
 
     A claim about every data set is the intersection of theirs, and holds at alpha where each
     test passes at alpha: no correction is needed (intersection-union test, Berger 1982).
     """
     tests = []
-    for name, at in parts_of(found, judged).items():
-        change, tokens = found.change[at], found.tokens[at]
+    for name, at in parts_of(measured, judged).items():
+        units = measured.change[at], measured.tokens[at]
+        test = below_zero(claim.excess(*units))
         tests.append(
-            Tested(
-                dataset=name,
-                units=len(tokens),
-                interval=degradation_interval(change, tokens, confidence=confidence, alpha=alpha),
-                test=below_zero(excess(change, tokens, bound)),
-            )
+            Tested(dataset=name, units=len(at), interval=claim.interval(*units), test=test)
         )
     return tests
 
 
 def describe_apart(
-    found: Measured,
+    measured: Measured,
     units: Sequence[Unit],
     evaluator: Evaluator,
     policy: RoutingPolicy | None,
+    claim: QualityClaim,
     *,
-    confidence: float,
-    alpha: float,
     judged: bool,
 ) -> list[dict[str, Any]]:
     """One row per data set, or source, of the units that were measured; pages are the units.
 
     Args:
-        found: of the first units.
+        measured: of the first units.
         units: of the text.
         evaluator: of the text; the policy runs once more on each data set for its experts.
         policy: None is the unmodified model.
-        confidence, alpha: of the interval and of the one-sided upper bound.
+        claim: gives the levels of the intervals.
         judged: whether each row is a part of the claim; else it only describes.
     """
-    reached = list(units[: len(found.tokens)])
+    reached = list(units[: len(measured.tokens)])
     rows = []
     for name, at in groups_of([unit[0] for unit in reached]).items():
         if len(at) < LEAST:
             continue
         documents = [document for i in at for document in reached[i]]
-        change, tokens = found.change[at], found.tokens[at]
-        interval = degradation_interval(change, tokens, confidence=confidence, alpha=alpha)
-        baseline = float(found.baseline_nll[at].sum()) / int(tokens.sum())
+        tokens = measured.tokens[at]
+        interval = claim.interval(measured.change[at], tokens)
+        baseline = math.exp(float(measured.baseline_nll[at].sum()) / int(tokens.sum()))
         executed = float(evaluator.top_k)
         if policy is not None:
             part = evaluator.with_documents(documents)
@@ -130,11 +120,9 @@ def describe_apart(
                 "units": len(at),
                 "documents": len(documents),
                 "scored_tokens": int(tokens.sum()),
-                "baseline_perplexity": math.exp(baseline),
-                "perplexity": math.exp(baseline) * (1 + interval.value),
-                "degradation": interval.value,
-                "degradation_interval": [interval.low, interval.high],
-                "degradation_upper": interval.upper,
+                "baseline_perplexity": baseline,
+                "perplexity": baseline * (1 + interval.value),
+                **interval.to_dict(),
                 "experts_per_token": executed,
             }
         )
@@ -143,47 +131,49 @@ def describe_apart(
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """One candidate on the certify part.
-
-    Where the claim is about each of several data sets, ``test`` and ``interval`` are those of the
-    data set with the largest p.
-    """
+    """One candidate on the certify part; of several data sets, the worst test decides."""
 
     name: str
-    passed: bool
-    p: float
     measured: Measured
-    interval: Interval
-    test: MeanTest
-    by_dataset: tuple[Tested, ...] = ()  # where a claim is about each; the worst p decides
-    state: str  # of a sequential test: proven, refuted, open
-    sequential: bool
+    tests: Sequence[Tested]  # of each judged data set, or of all text
+    p: float
+    state: str  # proven, open; of a sequential test also refuted
+    sequential: bool = False
+
+    @property
+    def passed(self) -> bool:
+        """Whether the claim is shown."""
+        return self.state == PROVEN
+
+    @property
+    def worst(self) -> Tested:
+        """The test that decides."""
+        return worst_test(self.tests)
 
     def to_dict(self) -> dict[str, Any]:
         """For the certificate; in sequential mode p is the anytime-valid one."""
-        found = {
+        worst, measured = self.worst, self.measured
+        row = {
             "name": self.name,
             "passed": self.passed,
             "state": self.state,
-            "degradation": self.interval.value,
-            "degradation_interval": [self.interval.low, self.interval.high],
-            "degradation_upper": self.interval.upper,
-            "units": len(self.measured.tokens),
-            "documents": self.measured.documents,
-            "scored_tokens": int(self.measured.tokens.sum()),
-            "experts_per_token": self.measured.experts_per_token,
-            "learned_pct": self.measured.learned_pct,
-            **self.test.to_dict(),
+            **worst.interval.to_dict(),
+            "units": len(measured.tokens),
+            "documents": int(measured.documents.sum()),
+            "scored_tokens": int(measured.tokens.sum()),
+            "experts_per_token": measured.experts_per_token,
+            "learned_pct": measured.learned_pct,
+            **worst.test.to_dict(),
         }
-        if self.by_dataset:
-            found["decided_by"] = worst_test(self.by_dataset).dataset
-            found["by_dataset"] = [one.to_dict() for one in self.by_dataset]
+        if worst.dataset != WHOLE:
+            row["decided_by"] = worst.dataset
+            row["by_dataset"] = [one.to_dict() for one in self.tests]
         if self.sequential:
             # The fixed tests do not hold for a sample that stopped when it looked good.
             for name in ("p_t", "p_bootstrap", "p_t_plain", "normal_enough"):
-                found.pop(name)
-            found["p_anytime"] = self.p
-        return {**found, "p": self.p}
+                row.pop(name)
+            row["p_anytime"] = self.p
+        return {**row, "p": self.p}
 
 
 def worst_test(tests: Sequence[Tested]) -> Tested:
@@ -191,7 +181,7 @@ def worst_test(tests: Sequence[Tested]) -> Tested:
     return max(tests, key=lambda one: (one.test.p, one.interval.upper))
 
 
-def look(z: NDArray[np.float64], *, alpha: float, best_at: int) -> tuple[float, str]:
+def look(z: Floats, *, alpha: float, best_at: int) -> tuple[float, str]:
     """The anytime-valid p-value of E[Z] >= 0 now, and whether this look proves or refutes.
 
     As in the fixed tests, the worst unit so far counts once more.
@@ -206,84 +196,60 @@ def look(z: NDArray[np.float64], *, alpha: float, best_at: int) -> tuple[float, 
 def judge(
     scorer: UnitScorer,
     policy: RoutingPolicy | None,
+    claim: QualityClaim,
     *,
     name: str,
-    bound: float,
-    alpha: float,
-    confidence: float,
-    best_at: int | None,
+    best_at: int,
 ) -> Verdict:
-    """Test one candidate; with ``best_at``, sequentially, with looks after each chunk."""
-    if best_at is None:
-        found = scorer.all(policy, what=f"certifying: {name}")
-        tests = judge_apart(found, scorer.judged, bound=bound, confidence=confidence, alpha=alpha)
-        worst = worst_test(tests)
-        p = worst.test.p
-        return Verdict(
-            name=name,
-            passed=p <= alpha,
-            p=p,
-            measured=found,
-            interval=worst.interval,
-            test=worst.test,
-            by_dataset=tuple(tests) if scorer.judged else (),
-            state=PROVEN if p <= alpha else OPEN,
-            sequential=False,
-        )
-    parts: list[Measured] = []
+    """Test one candidate.
+
+    Args:
+        scorer: of the certify part.
+        policy: None is the unmodified model.
+        claim: what is tested; a sequential one with a look after each chunk.
+        name: the candidate's.
+        best_at: number of units at which a sequential test is to be sharpest.
+    """
+    what = f"certifying: {name}"
+    if not claim.sequential:
+        measured = scorer.all(policy, what=what)
+        tests = judge_apart(measured, scorer.judged, claim)
+        p = worst_test(tests).test.p
+        state = PROVEN if p <= claim.alpha else OPEN
+        return Verdict(name=name, measured=measured, tests=tests, p=p, state=state)
     p, state = 1.0, OPEN
-    for number in range(scorer.chunks):
-        parts.append(scorer.chunk(policy, number))
-        found = join(parts)
-        if scorer.evaluator.progress:
-            scorer.evaluator.progress(f"certifying: {name}", number + 1, scorer.chunks)
-        if len(found.tokens) < min(FIRST_LOOK, len(scorer.units)):
+    for measured in scorer.growing(policy, what=what):
+        z = claim.excess(measured.change, measured.tokens)
+        if len(z) < min(FIRST_LOOK, len(scorer.units)):
             continue
-        now, state = look(excess(found.change, found.tokens, bound), alpha=alpha, best_at=best_at)
+        now, state = look(z, alpha=claim.alpha, best_at=best_at)
         p = min(p, now)
         if state != OPEN:
             break
-    return Verdict(
-        name=name,
-        passed=state == PROVEN,
-        p=p,
-        measured=found,
-        interval=anytime_interval(found, confidence=confidence, alpha=alpha, best_at=best_at),
-        test=below_zero(excess(found.change, found.tokens, bound)),
-        state=state,
-        sequential=True,
-    )
+    interval = anytime_interval(measured, claim, best_at=best_at)
+    test = Tested(dataset=WHOLE, units=len(z), interval=interval, test=below_zero(z))
+    return Verdict(name=name, measured=measured, tests=[test], p=p, state=state, sequential=True)
 
 
-def anytime_interval(found: Measured, *, confidence: float, alpha: float, best_at: int) -> Interval:
+def anytime_interval(measured: Measured, claim: QualityClaim, *, best_at: int) -> Interval:
     """The degradation's confidence sequence at this look: valid though the looks decided when."""
-    total, n = float(found.tokens.sum()), len(found.tokens)
-    ratio = float(found.change.sum()) / total
-    rest = found.change - ratio * found.tokens  # has mean zero
+    ratio, rest, _ = log_ratio(measured.change, measured.tokens)
 
     def half(level: float) -> float:
-        if n < LEAST_DOCUMENTS:
-            return float("inf")
-        return -float(lower_boundary(rest, alpha=level, best_at=best_at)[-1]) * n / total
+        if len(rest) < LEAST_DOCUMENTS:
+            return math.inf
+        mean = -float(lower_boundary(rest, alpha=level, best_at=best_at)[-1])  # rest has mean zero
+        return mean * len(rest) / float(measured.tokens.sum())
 
-    wide = half((1 - confidence) / 2)
-    return Interval(
-        value=float(np.expm1(ratio)),
-        low=float(np.expm1(ratio - wide)),
-        high=float(np.expm1(ratio + wide)),
-        upper=float(np.expm1(ratio + half(alpha))),
-    )
+    return Interval.around(ratio, half((1 - claim.confidence) / 2), half(claim.alpha))
 
 
 def judge_all(
     scorer: UnitScorer,
     rows: Sequence[Mapping[str, Any]],
     policies: Mapping[str, RoutingPolicy | None],
+    claim: QualityClaim,
     *,
-    bound: float,
-    alpha: float,
-    confidence: float,
-    sequential: bool,
     ordered: bool,
 ) -> list[Verdict]:
     """Test the candidates: in their order until one fails, or all of them by Holm.
@@ -292,37 +258,30 @@ def judge_all(
         rows: the candidates in their order, with the units that each needs.
     """
     verdicts: list[Verdict] = []
+    most = max(len(scorer.units), 2)
 
     def run(row: Mapping[str, Any]) -> bool:
-        need = row.get("units_needed") or len(scorer.units)
-        best_at = min(max(need, FIRST_LOOK), max(len(scorer.units), 2)) if sequential else None
-        verdict = judge(
-            scorer,
-            policies[row["name"]],
-            name=row["name"],
-            bound=bound,
-            alpha=alpha,
-            confidence=confidence,
-            best_at=best_at,
-        )
-        verdicts.append(verdict)
-        return verdict.passed
+        name, need = row["name"], row.get("units_needed") or most
+        best_at = min(max(need, FIRST_LOOK), most)
+        verdicts.append(judge(scorer, policies[name], claim, name=name, best_at=best_at))
+        return verdicts[-1].passed
 
     if ordered:
         fixed_sequence([partial(run, row) for row in rows])
         return verdicts
     for row in rows:
         run(row)
-    passed = holm([verdict.p for verdict in verdicts], alpha)
+    passed = holm([verdict.p for verdict in verdicts], claim.alpha)
     return [
-        replace(verdict, passed=ok, state=PROVEN if ok else OPEN)
+        replace(verdict, state=PROVEN if ok else OPEN)
         for verdict, ok in zip(verdicts, passed, strict=True)
     ]
 
 
-def learned_p(found: Measured, limit_pct: float, *, best_at: int | None, alpha: float) -> float:
+def learned_p(measured: Measured, limit_pct: float, *, sequential: bool, alpha: float) -> float:
     """P value of a learned share at or over the limit, with chunks of units as the units."""
-    over = found.learned - limit_pct / 100 * found.decisions
-    if best_at is not None:
-        return float(anytime_p_values(-with_worst(over), alpha=alpha, best_at=best_at)[-1])
+    over = measured.learned - limit_pct / 100 * measured.decisions
+    if sequential:
+        p_values = anytime_p_values(-with_worst(over), alpha=alpha, best_at=len(over))
+        return float(p_values[-1])
     return below_zero(over).p if len(over) > 1 else 1.0

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from var_moe.certification.inference import QualityClaim
 from var_moe.config import MAX_DEGRADATION, check_count, check_seed
 from var_moe.errors import UsageError
 from var_moe.evaluation.evaluator import SpeedSetting
@@ -25,7 +26,6 @@ from var_moe.storage import SCHEMA_VERSION, atomic_write_json, provenance, read_
 FROZEN_FILE = "certificate_frozen.json"
 LEDGER_FILE = "certify_ledger.json"
 OPENED, FINISHED = "opened", "finished"
-UNMODIFIED = "native"
 AT_MOST_CANDIDATES = 10
 JUDGED_ON = ("certify", "test")
 SAFER = (0.85, 0.7, 0.5, 0.3)
@@ -96,6 +96,15 @@ class CertifySettings:
         if self.sequential and self.robust:
             raise UsageError("--sequential decides on all text: leave --robust out")
 
+    def quality(self, alpha: float) -> QualityClaim:
+        """The claim about the degradation, where ``alpha`` is its part."""
+        return QualityClaim(
+            bound=self.max_degradation,
+            alpha=alpha,
+            confidence=1 - self.alpha,
+            sequential=self.sequential,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """For result files and the frozen study's hash."""
         values = {one.name: getattr(self, one.name) for one in fields(self)}
@@ -104,27 +113,10 @@ class CertifySettings:
         return {**values, "setting": self.setting.to_dict()}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Named:
-    """A candidate and where it comes from."""
-
-    name: str
-    config: Candidate
-
-    @property
-    def unmodified(self) -> bool:
-        """Whether it is the unmodified model: nothing to route, nothing to time."""
-        return self.config.policy == UNMODIFIED
-
-    def to_dict(self) -> dict[str, Any]:
-        """For result files."""
-        return {"name": self.name, "config": self.config.to_dict()}
-
-
 def find_candidates(
     folder: Path, *, max_degradation: float, at_most: int, top_k: int
-) -> list[Named]:
-    """The tuner's choice and safer configurations of its front, at most so many.
+) -> dict[str, Candidate]:
+    """The tuner's choice and safer configurations of its front, at most so many, by name.
 
     Of the points that the search believes to keep the bound, those whose degradations are
     spread most evenly. Without a front, milder settings stand beside the tuner's choice.
@@ -132,24 +124,30 @@ def find_candidates(
     Raises:
         UsageError: the folder holds no configuration, or a file of it is damaged.
     """
-    best, front = folder / CONFIG_FILE, folder / PARETO_FILE
-    chosen = [Named(name="best", config=load_candidate(best))] if best.is_file() else []
+    best, miss, front = (folder / name for name in (CONFIG_FILE, NEAREST_MISS_FILE, PARETO_FILE))
+    named: dict[str, Candidate] = {}
+    if best.is_file():
+        named["best"] = load_candidate(best)
+    elif miss.is_file() and not front.is_file():
+        named["nearest miss"] = load_candidate(miss)
     if front.is_file():
-        rows = _front_rows(front)
-        chosen += _spread(rows, max_degradation, at_most - len(chosen), source=front)
-    elif chosen:
-        chosen += _milder(chosen[0].config, top_k)
-    elif (folder / NEAREST_MISS_FILE).is_file():
-        chosen = [Named(name="nearest miss", config=load_candidate(folder / NEAREST_MISS_FILE))]
-        chosen += _milder(chosen[0].config, top_k)
-    if not chosen:
+        for place, row in _spread(_front_rows(front), max_degradation, at_most - len(named)):
+            name = str(row.get("name") or "")
+            one = Candidate.from_dict(row["config"], source=str(front))
+            named[name if name and name not in named else f"front {place}"] = one
+    else:
+        for one in list(named.values()):
+            named |= _milder(one, top_k)
+    if not named:
         raise UsageError(
             f"{folder}: neither {PARETO_FILE} nor {CONFIG_FILE}; expected the results folder of "
             "`var-moe tune`"
         )
-    return _distinct([Named(name=one.name, config=one.config.per_document()) for one in chosen])[
-        :at_most
-    ]
+    distinct: dict[str, tuple[str, Candidate]] = {}
+    for name, one in named.items():
+        apart = one.per_document()
+        distinct.setdefault(json.dumps(apart.to_dict(), sort_keys=True), (name, apart))
+    return dict(list(distinct.values())[:at_most])
 
 
 def _front_rows(path: Path) -> list[Mapping[str, Any]]:
@@ -165,42 +163,32 @@ def _front_rows(path: Path) -> list[Mapping[str, Any]]:
 
 
 def _spread(
-    rows: Sequence[Mapping[str, Any]], bound: float, at_most: int, *, source: Path
-) -> list[Named]:
-    """Points below the bound at evenly spaced degradations; the safest where none is below."""
+    rows: Sequence[Mapping[str, Any]], bound: float, at_most: int
+) -> list[tuple[int, Mapping[str, Any]]]:
+    """Points below the bound at evenly spaced degradations, each with its place from 1.
+
+    Where none is below the bound, the safest.
+    """
     ordered = sorted(rows, key=lambda row: float(row["degradation"]))
     below = [row for row in ordered if row["degradation"] < bound] or ordered[:1]
+    if not below or at_most < 1:
+        return []
     values = np.array([float(row["degradation"]) for row in below])
-    kept: list[int] = []
-    if len(below):
-        targets = np.linspace(values[0], values[-1], max(1, at_most))
-        kept = sorted({int(np.abs(values - target).argmin()) for target in targets})
-    return [
-        Named(
-            name=str(below[at].get("name") or f"front {at + 1}"),
-            config=Candidate.from_dict(below[at]["config"], source=str(source)),
-        )
-        for at in kept[: max(0, at_most)]
-    ]
+    targets = np.linspace(values[0], values[-1], at_most)
+    places = sorted({int(np.abs(values - target).argmin()) for target in targets})
+    return [(at + 1, below[at]) for at in places]
 
 
-def _milder(config: Candidate, top_k: int) -> list[Named]:
+def _milder(config: Candidate, top_k: int) -> dict[str, Candidate]:
     """The same configuration turned down, where its policy can be."""
     turned = {
         strength: config.spec.load().milder(config.settings, strength, top_k) for strength in SAFER
     }
-    return [
-        Named(name=f"safer {strength:g}", config=replace(config, settings=settings))
+    return {
+        f"safer {strength:g}": replace(config, settings=settings)
         for strength, settings in turned.items()
         if settings is not None
-    ]
-
-
-def _distinct(candidates: Sequence[Named]) -> list[Named]:
-    distinct: dict[str, Named] = {}
-    for one in candidates:
-        distinct.setdefault(json.dumps(one.config.to_dict(), sort_keys=True), one)
-    return list(distinct.values())
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,13 +198,15 @@ class Study:
     ``identity`` says what it is about: model, data set, profile.
     """
 
-    candidates: Sequence[Named]
+    candidates: Mapping[str, Candidate]
     settings: Mapping[str, Any]
     identity: Mapping[str, Any]
 
-    def _content(self) -> dict[str, Any]:
+    def content(self) -> dict[str, Any]:
+        """What is hashed, for result files."""
+        named = self.candidates.items()
         content = {
-            "candidates": [one.to_dict() for one in self.candidates],
+            "candidates": [{"name": name, "config": one.to_dict()} for name, one in named],
             "settings": dict(self.settings),
             "identity": dict(self.identity),
         }
@@ -225,7 +215,7 @@ class Study:
     @property
     def hash(self) -> str:
         """Identity of the study: another candidate, bound or alpha makes another study."""
-        return sha256_of([json.dumps(self._content(), sort_keys=True)])
+        return sha256_of([json.dumps(self.content(), sort_keys=True)])
 
     def freeze(self, folder: Path) -> list[dict[str, Any]] | None:
         """Write the study's file; an equal study that was frozen before is left as it is.
@@ -235,11 +225,10 @@ class Study:
             once the certify part may have been opened.
         """
         path = folder / FROZEN_FILE
-        if path.is_file():
-            saved = read_json(path, what="frozen study")
-            if isinstance(saved, dict) and saved.get("hash") == self.hash:
-                order = saved.get("order")
-                return order if isinstance(order, list) else None
+        saved = read_json(path, what="frozen study") if path.is_file() else None
+        if isinstance(saved, dict) and saved.get("hash") == self.hash:
+            order = saved.get("order")
+            return order if isinstance(order, list) else None
         self.write(folder, None)
         return None
 
@@ -248,23 +237,18 @@ class Study:
         value = {
             "schema_version": SCHEMA_VERSION,
             "hash": self.hash,
-            **self._content(),
-            "order": jsonable([dict(row) for row in order]) if order is not None else None,
+            **self.content(),
+            "order": None if order is None else jsonable(list(order)),
             "provenance": provenance(),
         }
         atomic_write_json(folder / FROZEN_FILE, value)
 
 
-@dataclass(frozen=True)
 class Ledger:
     """The ledger of a results folder; an entry per study that opened a certify part."""
 
-    folder: Path
-
-    @property
-    def path(self) -> Path:
-        """Its file."""
-        return self.folder / LEDGER_FILE
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / LEDGER_FILE
 
     def entries(self) -> list[dict[str, Any]]:
         """All entries, the first first.
@@ -294,12 +278,12 @@ class Ledger:
             UsageError: it is not, and ``reuse`` does not allow that.
         """
         before = [one for one in self.entries() if one["data_hash"] == data_hash]
-        others = [one for one in before if one["study"] != study]
+        other = next((one for one in before if one["study"] != study), None)
         why = None
-        if others:
+        if other is not None:
             why = (
                 "this certify part was opened before, for other candidates or settings "
-                f"(study {str(others[0]['study'])[:12]}, {others[0].get('opened_at', 'no date')})"
+                f"(study {str(other['study'])[:12]}, {other.get('opened_at', 'no date')})"
             )
         elif any(one["state"] == FINISHED for one in before):
             why = "this study was tested on this certify part before; see its certificate"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from var_moe.evaluation.perplexity import DocumentLosses, Groups
+from var_moe.evaluation.perplexity import Groups
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.decision import Tier
 
@@ -32,15 +32,15 @@ class Measured:
     change: NDArray[np.float64]  # (units,) nats
     baseline_nll: NDArray[np.float64]  # (units,) nats
     tokens: NDArray[np.int64]  # (units,)
+    documents: NDArray[np.int64]  # (units,) how many each has
     learned: NDArray[np.int64]  # (chunks,) decisions left to the router
     decisions: NDArray[np.int64]  # (chunks,)
-    executed: int  # pairs
-    documents: int
+    executed: NDArray[np.int64]  # (chunks,) pairs
 
     @property
     def experts_per_token(self) -> float:
         """Executed pairs per layer and token."""
-        return self.executed / max(1, int(self.decisions.sum()))
+        return int(self.executed.sum()) / max(1, int(self.decisions.sum()))
 
     @property
     def learned_pct(self) -> float:
@@ -68,71 +68,55 @@ class UnitScorer:
         """How many chunks there are."""
         return -(-len(self.units) // self.chunk_units)
 
-    def _chunk(self, number: int) -> tuple[Sequence[Unit], Evaluator]:
-        units = self.units[number * self.chunk_units : (number + 1) * self.chunk_units]
+    def _evaluator(self, number: int) -> Evaluator:
         if number not in self._chunks:
             _ = self.evaluator.baseline_backend  # measured on all text, not on a chunk of it
-            documents = [document for unit in units for document in unit]
+            documents = [document for unit in self._units(number) for document in unit]
             self._chunks[number] = self.evaluator.with_documents(documents)
             self._chunks[number].progress = None
-        return units, self._chunks[number]
+        return self._chunks[number]
+
+    def _units(self, number: int) -> Sequence[Unit]:
+        return self.units[number * self.chunk_units : (number + 1) * self.chunk_units]
 
     def chunk(self, policy: RoutingPolicy | None, number: int) -> Measured:
         """Measure a chunk; None is the unmodified model, which changes nothing."""
-        units, evaluator = self._chunk(number)
-        baseline = evaluator.baseline_losses
-        if policy is None:
-            tokens = int(baseline.tokens.sum())
-            return _measured(units, baseline, baseline, tokens, tokens, tokens * evaluator.top_k)
-        losses, report = evaluator.losses(policy)
-        counts = np.array(report.tier_counts)  # (L, 3)
-        return _measured(
-            units,
-            baseline,
-            losses,
-            int(counts[:, Tier.LEARNED].sum()),
-            int(counts.sum()),
-            sum(report.executed_pairs),
+        evaluator = self._evaluator(number)
+        baseline = losses = evaluator.baseline_losses
+        learned = decisions = int(baseline.tokens.sum())
+        executed = decisions * evaluator.top_k
+        if policy is not None:
+            losses, report = evaluator.losses(policy)
+            counts = np.array(report.tier_counts)  # (L, 3)
+            learned, decisions = int(counts[:, Tier.LEARNED].sum()), int(counts.sum())
+            executed = sum(report.executed_pairs)
+        sizes = [len(unit) for unit in self._units(number)]
+        starts = np.cumsum([0, *sizes[:-1]])
+        return Measured(
+            change=np.add.reduceat(losses.nll - baseline.nll, starts),
+            baseline_nll=np.add.reduceat(baseline.nll, starts),
+            tokens=np.add.reduceat(baseline.tokens, starts),
+            documents=np.array(sizes),
+            learned=np.array([learned]),
+            decisions=np.array([decisions]),
+            executed=np.array([executed]),
         )
 
-    def all(self, policy: RoutingPolicy | None, *, what: str = "scoring") -> Measured:
-        """Measure every unit."""
+    def growing(self, policy: RoutingPolicy | None, *, what: str) -> Iterator[Measured]:
+        """After each chunk, all units measured so far."""
         parts = []
         for number in range(self.chunks):
             parts.append(self.chunk(policy, number))
             if self.evaluator.progress:
                 self.evaluator.progress(what, number + 1, self.chunks)
-        return join(parts)
+            yield _joined(parts)
+
+    def all(self, policy: RoutingPolicy | None, *, what: str = "scoring") -> Measured:
+        """Measure every unit."""
+        *_, whole = self.growing(policy, what=what)
+        return whole
 
 
-def _measured(
-    units: Sequence[Unit],
-    baseline: DocumentLosses,
-    other: DocumentLosses,
-    learned: int,
-    decisions: int,
-    executed: int,
-) -> Measured:
-    starts = np.cumsum([0, *(len(unit) for unit in units[:-1])])
-    return Measured(
-        change=np.add.reduceat(other.nll - baseline.nll, starts),
-        baseline_nll=np.add.reduceat(baseline.nll, starts),
-        tokens=np.add.reduceat(baseline.tokens, starts),
-        learned=np.array([learned]),
-        decisions=np.array([decisions]),
-        executed=executed,
-        documents=len(baseline.tokens),
-    )
-
-
-def join(parts: Sequence[Measured]) -> Measured:
-    """Chunks as one."""
-    return Measured(
-        change=np.concatenate([part.change for part in parts]),
-        baseline_nll=np.concatenate([part.baseline_nll for part in parts]),
-        tokens=np.concatenate([part.tokens for part in parts]),
-        learned=np.concatenate([part.learned for part in parts]),
-        decisions=np.concatenate([part.decisions for part in parts]),
-        executed=sum(part.executed for part in parts),
-        documents=sum(part.documents for part in parts),
-    )
+def _joined(parts: Sequence[Measured]) -> Measured:
+    columns = {one.name: [getattr(part, one.name) for part in parts] for one in fields(Measured)}
+    return Measured(**{name: np.concatenate(arrays) for name, arrays in columns.items()})

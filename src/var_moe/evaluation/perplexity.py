@@ -175,13 +175,29 @@ def both_scored(
     return scored(baseline), scored(other)
 
 
-def degradation(baseline: DocumentLosses, other: DocumentLosses) -> Degradation:
-    """Relative perplexity change, a ratio estimator over documents.
+def log_ratio(
+    change: NDArray[np.float64], tokens: NDArray[np.int64]
+) -> tuple[float, NDArray[np.float64], float]:
+    """The log perplexity ratio of units of text: a ratio estimator (Cochran 1977).
 
-    With ``d_i`` the change of document i's summed loss and ``T_i`` its scored tokens, the log
-    ratio is ``r = sum d / sum T`` and its standard error ``sqrt(n / (n - 1) * sum (d_i - r
-    T_i)^2) / sum T`` (Cochran 1977, ratio estimation). The upper bound takes the t
-    distribution with n - 1 degrees of freedom.
+    Args:
+        change: (n,) d_u, the change of each unit's summed loss, in nats.
+        tokens: (n,) T_u, its scored tokens.
+
+    Returns:
+        ``r = sum d / sum T``; the residuals ``d_u - r T_u`` (n,); and the standard error of r,
+        ``sqrt(n / (n - 1) * sum (d_u - r T_u)^2) / sum T``.
+    """
+    n, total = len(change), float(tokens.sum())
+    ratio = float(change.sum()) / total
+    rest = change - ratio * tokens
+    return ratio, rest, math.sqrt(n / (n - 1) * float(rest @ rest)) / total
+
+
+def degradation(baseline: DocumentLosses, other: DocumentLosses) -> Degradation:
+    """Relative perplexity change, by `log_ratio` over documents.
+
+    The upper bound takes the t distribution with n - 1 degrees of freedom.
 
     Raises:
         UsageError: the two were not scored on the same tokens, or on fewer than two documents.
@@ -189,21 +205,17 @@ def degradation(baseline: DocumentLosses, other: DocumentLosses) -> Degradation:
     if not np.array_equal(baseline.tokens, other.tokens):
         raise UsageError("the two losses are of different tokens: they can't be compared")
     scored = baseline.tokens > 0
-    size = baseline.tokens[scored].astype(float)
-    change = (other.nll - baseline.nll)[scored]
-    n = len(change)
-    if n < 2:
+    n = int(np.count_nonzero(scored))
+    if n < LEAST:
         raise UsageError(f"{n} scored document(s): a comparison needs at least 2 documents")
-    ratio = change.sum() / size.sum()
-    rest = change - ratio * size
-    error = math.sqrt(n / (n - 1) * float(rest @ rest)) / size.sum()
+    ratio, _, error = log_ratio((other.nll - baseline.nll)[scored], baseline.tokens[scored])
     bound = ratio + float(stats.t.ppf(CONFIDENCE, n - 1)) * error
     return Degradation(
         value=math.expm1(ratio),
         standard_error=math.exp(ratio) * error,
         upper=math.expm1(bound),
         documents=n,
-        tokens=int(size.sum()),
+        tokens=int(baseline.tokens.sum()),
         baseline_perplexity=baseline.perplexity,
         perplexity=other.perplexity,
     )
