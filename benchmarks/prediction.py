@@ -38,8 +38,7 @@ from var_moe.execution.session import routed
 from var_moe.models.loading import load_model
 from var_moe.optimization.candidate import Candidate
 from var_moe.optimization.preparation import read_text, sample_documents
-from var_moe.optimization.results import jsonable
-from var_moe.storage import SCHEMA_VERSION, atomic_write_json, provenance
+from var_moe.storage import SCHEMA_VERSION, atomic_write_json, jsonable, provenance
 
 UNFITTED = SpeedSetting(batch_size=4, sequence=256)
 LIMIT = 0.10

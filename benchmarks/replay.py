@@ -33,10 +33,9 @@ from var_moe.evaluation.evaluator import Evaluator
 from var_moe.models.loading import LoadedModel, load_model
 from var_moe.optimization.candidate import preset
 from var_moe.optimization.preparation import EncodedText, read_text, sample_documents
-from var_moe.optimization.results import jsonable
 from var_moe.optimization.search_space import sample
 from var_moe.routing.var import VARPolicy
-from var_moe.storage import SCHEMA_VERSION, atomic_write_json, provenance, read_json
+from var_moe.storage import SCHEMA_VERSION, atomic_write_json, jsonable, provenance, read_json
 from var_moe.tracing.record import record_trace
 from var_moe.tracing.replay import TraceReplay
 

@@ -20,8 +20,7 @@ from var_moe.optimization.candidate import VAR, Candidate
 from var_moe.optimization.objective import PolicyObjective
 from var_moe.optimization.preparation import halves, obtain_profile, read_text, sample_documents
 from var_moe.optimization.replay_run import COST_FILE, TRACE_FOLDER, TraceForecaster
-from var_moe.optimization.results import jsonable
-from var_moe.storage import SCHEMA_VERSION, atomic_write_json, provenance, read_json
+from var_moe.storage import SCHEMA_VERSION, atomic_write_json, jsonable, provenance, read_json
 from var_moe.tracing.record import record_trace
 from var_moe.tracing.trace import RoutingTrace
 

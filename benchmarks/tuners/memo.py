@@ -15,8 +15,7 @@ from var_moe.evaluation.evaluator import Evaluator, Quality, Speed
 from var_moe.evaluation.perplexity import Degradation
 from var_moe.evaluation.throughput import Ratio
 from var_moe.optimization.objective import PolicyObjective
-from var_moe.optimization.objective_protocol import documented_score
-from var_moe.optimization.results import Evaluation
+from var_moe.optimization.results import Evaluation, documented_score
 from var_moe.routing.counts import RoutingReport
 from var_moe.routing.var import VARPolicy
 

@@ -12,9 +12,8 @@ from benchmarks.tuners.setting import run_file
 
 from var_moe.optimization.candidate import Candidate
 from var_moe.optimization.measure_again import best_measured, remeasure
-from var_moe.optimization.objective_protocol import documented_score
-from var_moe.optimization.results import Evaluation, jsonable
-from var_moe.storage import SCHEMA_VERSION, atomic_write_json
+from var_moe.optimization.results import Evaluation, documented_score
+from var_moe.storage import SCHEMA_VERSION, atomic_write_json, jsonable
 
 
 def run(bench: Bench, method: str, seed: int) -> dict[str, Any]:

@@ -8,8 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from var_moe.optimization.methods import bayesian_optimization, grid_search, random_search
-from var_moe.optimization.results import Evaluation, OptimizationResult
-from var_moe.optimization.saving import save_optimization_results
+from var_moe.optimization.results import Evaluation, OptimizationResult, save_optimization_results
 from var_moe.optimization.search_space import SEARCH_SPACE
 
 __all__ = [

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, overload
 
@@ -225,3 +225,16 @@ def check_seed(seed: Any) -> int | None:
     if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= int(seed) < SEEDS:
         raise UsageError(f"seed = {seed!r}: expected an integer in [0, {SEEDS - 1}]")
     return int(seed)
+
+
+def check_bound(value: float) -> float:
+    """A degradation bound that can be met.
+
+    Raises:
+        UsageError: it is negative, not finite, or no number.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
+        raise UsageError(
+            f"max_degradation = {value!r}: expected a number of at least 0 (0.01 allows 1%)"
+        )
+    return float(value)

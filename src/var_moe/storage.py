@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import re
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from var_moe.errors import UsageError, VarMoeError
@@ -243,3 +245,25 @@ def alone_in(folder: Path) -> Iterator[None]:
         if made:
             with suppress(OSError):  # results are in it
                 folder.rmdir()
+
+
+def jsonable(value: Any) -> Any:
+    """`value` in JSON's own types: no NaN or infinity (None instead), no numpy scalars."""
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, PurePath):
+        return str(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return jsonable(value.to_dict() if hasattr(value, "to_dict") else dataclasses.asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, Sequence | set | frozenset):
+        return [jsonable(item) for item in value]
+    # numpy and torch: scalars have .item(), arrays .tolist(); both know .tolist().
+    if hasattr(value, "tolist"):
+        return jsonable(value.tolist())
+    raise UsageError(f"{value!r} of type {type(value).__name__} cannot be written as JSON")

@@ -98,3 +98,26 @@ def steady_streams() -> Iterator[tuple[SteadyStream, SteadyStream]]:
             finally:
                 out.flush()
                 err.flush()
+
+
+def figures_table(title: str, *headings: str) -> Any:
+    """An empty table: the first column to the left, figures to the right."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left")
+    return table
+
+
+def duration(seconds: float) -> str:
+    """A time for people: ``0.4 s``, ``42 s``, ``3 min 05 s``, ``2 h 10 min``."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(whole / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"

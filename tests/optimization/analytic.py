@@ -8,8 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from var_moe.optimization.objective_protocol import documented_score
-from var_moe.optimization.results import Evaluation
+from var_moe.optimization.results import Evaluation, documented_score
 
 SMALL_SPACE = {
     "x": {"type": "float", "low": 0.0, "high": 1.0, "default": 0.2},

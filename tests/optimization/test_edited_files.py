@@ -10,8 +10,8 @@ from results_folders import write_run
 from var_moe.cli import main
 from var_moe.errors import UsageError
 from var_moe.optimization.candidate import load_candidate
-from var_moe.optimization.front import answer_from
-from var_moe.optimization.saving import CONFIG_FILE, METADATA_FILE
+from var_moe.optimization.results import CONFIG_FILE, METADATA_FILE
+from var_moe.optimization.selection import answer_from
 from var_moe.optimization.validation import profile_beside
 
 POINT = {

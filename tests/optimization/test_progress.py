@@ -7,8 +7,9 @@ import pytest
 from analytic import SMALL_SPACE, SmallObjective, rich_evaluation
 
 from var_moe.optimization.methods import random_search
-from var_moe.optimization.progress import SearchProgress, duration
 from var_moe.optimization.results import Evaluation
+from var_moe.optimization.study import SearchProgress
+from var_moe.terminal import duration
 
 
 def lines_of(evaluations, *, total=50, finished=(), **more):

@@ -6,8 +6,7 @@ import pytest
 
 from var_moe.config import VARConfig
 from var_moe.errors import UsageError
-from var_moe.optimization.results import Evaluation, OptimizationResult, jsonable
-from var_moe.optimization.saving import save_optimization_results
+from var_moe.optimization.results import Evaluation, OptimizationResult, save_optimization_results
 from var_moe.optimization.selection import (
     best_evaluation,
     distinct_evaluations,
@@ -15,6 +14,7 @@ from var_moe.optimization.selection import (
     highest_score,
     nearest_miss,
 )
+from var_moe.storage import jsonable
 
 
 def scored(*scores, feasible=None):

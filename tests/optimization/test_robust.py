@@ -14,7 +14,6 @@ from var_moe.data.documents import EncodedDocument
 from var_moe.errors import UsageError
 from var_moe.evaluation.evaluator import Quality
 from var_moe.evaluation.perplexity import DocumentLosses, datasets_of, degradation, worst_of
-from var_moe.optimization.front import save_front
 from var_moe.optimization.measure_again import (
     NothingFitsError,
     best_measured,
@@ -24,6 +23,7 @@ from var_moe.optimization.measure_again import (
 )
 from var_moe.optimization.objective import PolicyObjective
 from var_moe.optimization.results import Evaluation, OptimizationResult
+from var_moe.optimization.selection import save_front
 from var_moe.optimization.settings import TuneSettings
 from var_moe.routing.counts import RoutingReport
 
@@ -147,6 +147,7 @@ def test_the_answer_names_the_worst(measured, tmp_path, robust):
             notes=[],
             metadata={},
             top_k=2,
+            profile=None,
         )
     assert json.loads((tmp_path / "nearest_miss.json").read_text())["worst_dataset"] == "b"
     assert "worst data set" in (tmp_path / "optimization_summary.txt").read_text()

@@ -15,7 +15,7 @@ import pytest
 from analytic import SMALL_SPACE, SmallObjective, rich_evaluation
 
 from var_moe.errors import UsageError
-from var_moe.optimization import study as room
+from var_moe.optimization import worker as room
 from var_moe.optimization.methods import bayesian_optimization, random_search
 from var_moe.optimization.results import Evaluation
 from var_moe.optimization.search_space import point_key, sample
@@ -288,7 +288,7 @@ def test_the_same_point_is_not_taken_twice_at_once(log, monkeypatch):
     """Two processes propose at the same moment, so that neither sees the other's point."""
     search(SmallObjective(), STARTUP, storage=log)
     other = load(log)
-    ask = room._Worker._taken_meanwhile
+    ask = room.Worker._taken_meanwhile
     once = []
 
     def as_another_does(self, trial, params):
@@ -313,7 +313,7 @@ def test_the_same_point_is_not_taken_twice_at_once(log, monkeypatch):
             return once[0][name]
 
     other.sampler = Same()
-    monkeypatch.setattr(room._Worker, "_taken_meanwhile", as_another_does)
+    monkeypatch.setattr(room.Worker, "_taken_meanwhile", as_another_does)
     objective = SmallObjective()
     result = search(objective, CALLS, storage=log, resume=True)
     assert result.num_evaluations == CALLS == len(keys(result))

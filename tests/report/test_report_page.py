@@ -222,8 +222,7 @@ def test_a_refused_certificate_alone_has_a_report(without_answer):
 
 @pytest.mark.parametrize("best", [{"x": 1.0}, None])
 def test_a_search_that_a_program_saved_has_a_report(best, tmp_path):
-    from var_moe.optimization.results import OptimizationResult
-    from var_moe.optimization.saving import save_optimization_results
+    from var_moe.optimization.results import OptimizationResult, save_optimization_results
 
     result = OptimizationResult(
         best_params=best or {"x": 2.0},

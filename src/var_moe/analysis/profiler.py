@@ -17,9 +17,8 @@ from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as torch_profile
 
 from var_moe.errors import UsageError
-from var_moe.optimization.saving import figures_table
 from var_moe.storage import SCHEMA_VERSION, atomic_write_json, provenance
-from var_moe.terminal import show
+from var_moe.terminal import figures_table, show
 
 SEPARATOR = "/"
 _MARK = "var_moe::"

@@ -28,10 +28,15 @@ from var_moe.execution.session import routed
 from var_moe.growing import GrowingResult
 from var_moe.models.loading import LoadedModel
 from var_moe.optimization.candidate import Candidate
-from var_moe.optimization.results import jsonable
 from var_moe.routing.counts import RoutingReport
 from var_moe.routing.decision import ForwardContext, Observer, Routing
-from var_moe.storage import SCHEMA_VERSION, atomic_write_json, check_output_folder, provenance
+from var_moe.storage import (
+    SCHEMA_VERSION,
+    atomic_write_json,
+    check_output_folder,
+    jsonable,
+    provenance,
+)
 
 if TYPE_CHECKING:
     from var_moe.calibration.profile import RoutingProfile

@@ -28,18 +28,17 @@ from var_moe.certification.plan import CertifySettings, Ledger, Study, find_cand
 from var_moe.certification.scoring import Unit, UnitScorer
 from var_moe.certification.statement import ONE_TEXT, Work, conclusion, head, too_few
 from var_moe.data.documents import shuffled_pages
+from var_moe.data.text import check_robust
 from var_moe.errors import UsageError, VarMoeError
 from var_moe.evaluation.evaluator import Evaluator, Progress
 from var_moe.evaluation.perplexity import Groups
 from var_moe.models.checks import check_droppable
-from var_moe.optimization.objective_protocol import check_robust
 from var_moe.optimization.preparation import EncodedText, halves, read_text, sample_documents
-from var_moe.optimization.results import jsonable
-from var_moe.optimization.saving import CONFIG_FILE
+from var_moe.optimization.results import CONFIG_FILE
 from var_moe.optimization.validation import find_profile
 from var_moe.report.certificate import certificate_page
 from var_moe.routing.base import RoutingPolicy
-from var_moe.storage import atomic_write_json, atomic_write_text, check_output_folder
+from var_moe.storage import atomic_write_json, atomic_write_text, check_output_folder, jsonable
 
 if TYPE_CHECKING:
     from var_moe.models.loading import LoadedModel

@@ -11,7 +11,7 @@ from var_moe.calibration.profile import RoutingProfile
 from var_moe.certification.certify import CERTIFICATE_FILE
 from var_moe.errors import UsageError, VarMoeError
 from var_moe.optimization.candidate import Candidate, load_candidate
-from var_moe.optimization.saving import CONFIG_FILE, METADATA_FILE
+from var_moe.optimization.results import CONFIG_FILE, METADATA_FILE
 from var_moe.optimization.validation import find_profile
 from var_moe.report.model_card import model_card
 from var_moe.serving.folder import save_exported

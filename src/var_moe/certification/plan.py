@@ -17,11 +17,16 @@ from var_moe.config import MAX_DEGRADATION, check_count, check_seed
 from var_moe.errors import UsageError
 from var_moe.evaluation.evaluator import SpeedSetting
 from var_moe.optimization.candidate import Candidate, load_candidate
-from var_moe.optimization.front import PARETO_FILE
-from var_moe.optimization.objective_protocol import check_bound
-from var_moe.optimization.results import jsonable
-from var_moe.optimization.saving import CONFIG_FILE, NEAREST_MISS_FILE
-from var_moe.storage import SCHEMA_VERSION, atomic_write_json, provenance, read_json, sha256_of
+from var_moe.optimization.results import CONFIG_FILE, NEAREST_MISS_FILE
+from var_moe.optimization.selection import PARETO_FILE
+from var_moe.storage import (
+    SCHEMA_VERSION,
+    atomic_write_json,
+    jsonable,
+    provenance,
+    read_json,
+    sha256_of,
+)
 
 FROZEN_FILE = "certificate_frozen.json"
 LEDGER_FILE = "certify_ledger.json"

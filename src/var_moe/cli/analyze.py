@@ -130,7 +130,7 @@ def tables(systems: Mapping[str, Any], components: Mapping[str, Any]) -> list[An
 
 
 def _components(report: Mapping[str, Any]) -> Any:
-    from var_moe.optimization.saving import figures_table
+    from var_moe.terminal import figures_table
 
     columns = ("mean ms", "share", "p50", "p99")
     table = figures_table("Where a forward's time goes", "component", *columns, *columns)
@@ -149,7 +149,7 @@ def _components(report: Mapping[str, Any]) -> Any:
 
 
 def _scaling(systems: Mapping[str, Any]) -> Any:
-    from var_moe.optimization.saving import figures_table
+    from var_moe.terminal import figures_table
 
     headings = ("batch x sequence", "baseline tokens/s", "VAR tokens/s", "speedup [95%]")
     table = figures_table("Scaling", "varied", *headings)
@@ -166,7 +166,7 @@ def _scaling(systems: Mapping[str, Any]) -> Any:
 
 
 def _roofline(found: Mapping[str, Any]) -> Any:
-    from var_moe.optimization.saving import figures_table
+    from var_moe.terminal import figures_table
 
     machine = found["machine"]
     table = figures_table(

@@ -12,8 +12,8 @@ def answer(folder: Path, max_degradation: float | None, output: Path | None) -> 
     """Another bound, answered from the front of a finished search."""
     from var_moe.cli.report import make_report
     from var_moe.cli.tables import front_answer, print_front
-    from var_moe.optimization.front import PARETO_FILE, answer_from
-    from var_moe.optimization.saving import CONFIG_FILE, METADATA_FILE
+    from var_moe.optimization.results import CONFIG_FILE, METADATA_FILE
+    from var_moe.optimization.selection import PARETO_FILE, answer_from
     from var_moe.storage import (
         SCHEMA_VERSION,
         atomic_write_json,

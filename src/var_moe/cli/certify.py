@@ -66,7 +66,7 @@ def certify(
     from var_moe.data.text import check_dataset
     from var_moe.errors import UsageError
     from var_moe.models.loading import check_name
-    from var_moe.optimization.saving import CONFIG_FILE
+    from var_moe.optimization.results import CONFIG_FILE
     from var_moe.storage import check_output_folder
 
     if not results.is_dir():
@@ -91,8 +91,8 @@ def certify(
     from var_moe.cli.progress import StageProgress
     from var_moe.cli.report import make_report
     from var_moe.cli.tables import print_described
+    from var_moe.data.text import check_robust
     from var_moe.models.loading import load_model
-    from var_moe.optimization.objective_protocol import check_robust
     from var_moe.optimization.validation import find_profile
 
     settings = CertifySettings(

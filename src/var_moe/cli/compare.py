@@ -81,7 +81,7 @@ def compare(
         quiet: no progress.
     """
     from var_moe.cli.subject import Subject
-    from var_moe.optimization.objective_protocol import check_bound
+    from var_moe.config import check_bound
     from var_moe.routing.registry import policy_names, policy_spec
 
     check_bound(max_degradation)

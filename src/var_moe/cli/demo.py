@@ -32,7 +32,7 @@ def demo(*, output: Path = Path("results/demo"), quiet: bool = False) -> Answer:
     """
     from var_moe.cli.progress import StageProgress
     from var_moe.models.loading import load_model
-    from var_moe.optimization.saving import RESULTS_FILE
+    from var_moe.optimization.results import RESULTS_FILE
     from var_moe.storage import check_output_folder, read_json
 
     check_output_folder(output)

@@ -70,7 +70,7 @@ def guard(
     from var_moe.errors import UsageError
     from var_moe.models.loading import check_name
     from var_moe.optimization.candidate import load_candidate
-    from var_moe.optimization.saving import CONFIG_FILE
+    from var_moe.optimization.results import CONFIG_FILE
     from var_moe.storage import SCHEMA_VERSION, check_output_folder, provenance
 
     if not results.is_dir():

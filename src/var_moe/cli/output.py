@@ -58,6 +58,6 @@ def _aside(wanted: bool) -> Iterator[Any]:
 
 
 def _write(result: Mapping[str, Any], stream: Any) -> None:
-    from var_moe.optimization.results import jsonable
+    from var_moe.storage import jsonable
 
     print(json.dumps(jsonable(result), indent=2, allow_nan=False), file=stream, flush=True)

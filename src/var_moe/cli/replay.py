@@ -60,7 +60,7 @@ def replay(
         max_degradation: bound on the predicted degradation, to mark points of the grid.
         quiet: no progress.
     """
-    from var_moe.optimization.objective_protocol import check_bound
+    from var_moe.config import check_bound
     from var_moe.optimization.search_space import SEARCH_SPACE, check_grid
     from var_moe.storage import check_output_folder
 
@@ -184,8 +184,7 @@ def _some(
     output: Path,
 ) -> dict[str, Any]:
     from var_moe.cli.replay_tables import print_replays
-    from var_moe.optimization.results import jsonable
-    from var_moe.storage import atomic_write_json
+    from var_moe.storage import atomic_write_json, jsonable
     from var_moe.tracing.policies import replayer_of
 
     rows = []
@@ -239,9 +238,8 @@ def _grid(
     from var_moe.cli.replay_tables import print_front
     from var_moe.config import SEARCH_SPACE, VARConfig
     from var_moe.optimization.forecast import ForecastGrid
-    from var_moe.optimization.results import jsonable
     from var_moe.optimization.search_space import dimensions
-    from var_moe.storage import atomic_write_json
+    from var_moe.storage import atomic_write_json, jsonable
     from var_moe.tracing.replay import TraceReplay
 
     values = {d.name: tuple(d.grid(n_points)) for d in dimensions(SEARCH_SPACE)}

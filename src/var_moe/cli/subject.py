@@ -202,8 +202,7 @@ class Ready:
 
     def result(self, rows: list[dict[str, Any]], **further: Any) -> dict[str, Any]:
         """The rows as a result file, with what they were measured on."""
-        from var_moe.optimization.results import jsonable
-        from var_moe.storage import SCHEMA_VERSION, provenance
+        from var_moe.storage import SCHEMA_VERSION, jsonable, provenance
 
         notes, profile = self.evaluator.timing_notes(), self.profile
         if profile is not None and self.text.data_hash == profile.head["data_hash"]:

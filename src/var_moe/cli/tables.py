@@ -13,7 +13,7 @@ def print_validation(result: Mapping[str, Any], *, folder: Path) -> None:
     """The result of ``--validate``: figures, factors, criteria."""
     from rich.table import Table
 
-    from var_moe.optimization.saving import MET
+    from var_moe.optimization.summary import MET
 
     text, low_high = result["text"], result["speedup_95"]
     show(
@@ -101,7 +101,7 @@ def print_comparison(rows: Sequence[Mapping[str, Any]], *, title: str) -> None:
 
 def print_apart(rows: Sequence[Mapping[str, Any]], *, title: str) -> None:
     """Each data set by itself, where there are several."""
-    from var_moe.optimization.saving import apart_table
+    from var_moe.optimization.summary import apart_table
 
     if rows:
         show(apart_table(rows, title=title))
@@ -109,7 +109,7 @@ def print_apart(rows: Sequence[Mapping[str, Any]], *, title: str) -> None:
 
 def print_described(rows: Sequence[Mapping[str, Any]]) -> None:
     """A certificate's data sets, with pages as the units."""
-    from var_moe.optimization.saving import figures_table
+    from var_moe.terminal import figures_table
 
     if not rows:
         return

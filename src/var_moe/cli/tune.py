@@ -170,8 +170,8 @@ def tune(
         print(f"loading model {model} ...", file=sys.stderr, flush=True)
     from var_moe.cli.report import make_report
     from var_moe.optimization.measure_again import NothingFitsError
+    from var_moe.optimization.results import RESULTS_FILE
     from var_moe.optimization.run import tune as run_tune
-    from var_moe.optimization.saving import RESULTS_FILE
     from var_moe.terminal import show, show_next
 
     with StageProgress() as progress:

@@ -31,10 +31,10 @@ def validate(
     quiet: bool,
 ) -> Answer:
     """Check, measure, print; for the arguments see `cli.tune.tune`."""
-    from var_moe.data.text import check_dataset, names_of
+    from var_moe.config import check_bound
+    from var_moe.data.text import check_dataset, check_robust, names_of
     from var_moe.models.loading import check_name
     from var_moe.optimization.candidate import load_candidate
-    from var_moe.optimization.objective_protocol import check_bound, check_robust
     from var_moe.storage import check_output_folder
 
     load_candidate(config)
@@ -98,7 +98,7 @@ class Searched:
 
 def search_of(config: Path) -> Searched:
     """That of the search, as far as the file beside its configuration says so."""
-    from var_moe.optimization.saving import METADATA_FILE
+    from var_moe.optimization.results import METADATA_FILE
     from var_moe.storage import entries_of, read_json
 
     beside = config.parent / METADATA_FILE

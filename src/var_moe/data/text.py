@@ -100,6 +100,19 @@ def names_of(dataset: str) -> tuple[str, ...]:
     return names
 
 
+def check_robust(robust: bool, dataset: str) -> None:
+    """Refuse to judge the worst of one data set.
+
+    Raises:
+        UsageError: ``robust`` with one data set.
+    """
+    if robust and len(names_of(dataset)) < 2:
+        raise UsageError(
+            f"--robust judges the worst of several data sets, and {dataset!r} is one; give "
+            "--dataset a,b"
+        )
+
+
 def split_column(dataset: str) -> tuple[str, str | None]:
     """``name::column`` as the data set's name and the column that holds its text."""
     name, separator, column = dataset.rpartition(_SEPARATOR)

@@ -15,12 +15,12 @@ _PUBLIC = {
     "validate_space": "search_space",
     "Evaluation": "results",
     "OptimizationResult": "results",
-    "RichObjective": "objective_protocol",
-    "documented_score": "objective_protocol",
+    "RichObjective": "worker",
+    "documented_score": "results",
     "bayesian_optimization": "methods",
     "grid_search": "methods",
     "random_search": "methods",
-    "save_optimization_results": "saving",
+    "save_optimization_results": "results",
     "create_objective_function": "objective",
 }
 

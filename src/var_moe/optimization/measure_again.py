@@ -15,27 +15,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
-
 from var_moe.calibration.profile import RoutingProfile
-from var_moe.config import VARConfig
 from var_moe.errors import VarMoeError
 from var_moe.evaluation.evaluator import Apart, Evaluator, Quality, Speed
 from var_moe.execution.session import Session, routed
 from var_moe.optimization.candidate import Candidate
 from var_moe.optimization.objective import PolicyObjective
-from var_moe.optimization.objective_protocol import INFEASIBLE_PENALTY, documented_score
-from var_moe.optimization.results import Evaluation, OptimizationResult
-from var_moe.optimization.saving import (
-    NEAREST_MISS_FILE,
+from var_moe.optimization.results import (
+    INFEASIBLE_PENALTY,
     UNFINISHED,
-    as_text,
+    Evaluation,
+    OptimizationResult,
+    documented_score,
     save_optimization_results,
-    summary_parts,
 )
-from var_moe.optimization.search_space import Params, SearchSpace, stand_in_of
+from var_moe.optimization.search_space import Params, stand_in_of
 from var_moe.optimization.selection import (
-    CONVERGENCE_WINDOW,
     Z_95,
     Standing,
     distinct_evaluations,
@@ -43,6 +38,7 @@ from var_moe.optimization.selection import (
     promise,
     winner,
 )
+from var_moe.optimization.summary import as_text, best_answer, nearest_answer, summary_parts
 
 if TYPE_CHECKING:
     from var_moe.models.loading import LoadedModel
@@ -277,13 +273,13 @@ def conclude(
     limit = f"{100 * max_degradation:g}%"
     if best is None:
         near = nearest(everything)
-        answer = _nothing_fits(near, limit, output)
+        answer = nearest_answer(near, limit, output)
         result = result.replace(
             best_score=near.score, extra={**result.extra, "nearest_miss": near.to_dict()}
         )
     else:
         default = next((one for one in presets if one.name == "balanced"), None)
-        answer = _found(best, default, limit, top_k)
+        answer = best_answer(best, default, limit, top_k)
         extra = {key: value for key, value in result.extra.items() if key != "nearest_miss"}
         result = result.replace(
             best_params=best.config.as_best_params(), best_score=best.score, extra=extra
@@ -347,106 +343,3 @@ def unfinished(
             f"the last measurement failed ({type(error).__name__}: {error}); the search is saved "
             f"in {output}, and --resume measures again"
         ) from error
-
-
-def _nothing_fits(near: Remeasured, limit: str, output: Path) -> str:
-    return (
-        f"All configurations violate constraint: the smallest degradation is "
-        f"{100 * near.quality.judged.value:+.2f}% (95% upper bound "
-        f"{100 * near.quality.judged.upper:+.2f}%, bound {limit}{_judged_on(near)}) with "
-        f"{near.config.documented()} ({near.config.kind}). It is saved in "
-        f"{output / NEAREST_MISS_FILE}; "
-        "try a larger --max_degradation or wider --bounds."
-    )
-
-
-def _found(best: Remeasured, default: Remeasured | None, limit: str, top_k: int) -> str:
-    assert best.speed is not None
-    answer = (
-        f"Fastest configuration with degradation below {limit}: "
-        f"{best.speed.speedup.median:.3f}x at "
-        f"{100 * best.quality.judged.value:+.2f}% perplexity (95% upper bound "
-        f"{100 * best.quality.judged.upper:+.2f}%{_judged_on(best)}), "
-        f"{best.quality.report.experts_per_token:.2f} of {top_k} experts per token."
-    )
-    if not _no_better(best, default):
-        return answer
-    return (
-        "No improvement found: no configuration that keeps the bound is faster than the "
-        f"{'baseline' if best.speed.speedup.median <= 1 else 'default'} beyond what the timings "
-        f"tell apart. Baseline: perplexity {best.quality.change.baseline_perplexity:.3f}, "
-        f"{best.speed.baseline_tps:,.0f} tokens/s. {answer} Try a larger --max_degradation or "
-        "wider --bounds."
-    )
-
-
-def _judged_on(one: Remeasured) -> str:
-    """Where the worst of several data sets is judged, which that is."""
-    worst = one.quality.worst
-    return "" if worst is None else f", on the worst data set, {worst.dataset}"
-
-
-def _no_better(best: Remeasured, default: Remeasured | None) -> bool:
-    """Whether the winner is the default, or within its timings, or slower than the baseline."""
-    assert best.speed is not None
-    if best.speed.speedup.median <= 1.0:
-        return True
-    if default is None or default.speed is None or not default.passed:
-        return False
-    return best.config == default.config or best.speed.speedup.median <= default.speed.speedup.high
-
-
-FASTER = (
-    "these are VAR's six thresholds; where it was measured, the damage policy runs fewer experts "
-    "at the same degradation: `var-moe tune --policy damage`"
-)
-
-
-def profile_notes(profile: RoutingProfile, space: SearchSpace) -> list[str]:
-    """What limits a search of VAR's six thresholds: where they can't bite on this model."""
-    stats = profile.stats
-    weight = stats["frequency"].to_numpy(np.float64)
-    entropy = stats["mean_entropy"].to_numpy(np.float64)
-
-    def reach(threshold: float) -> float:
-        return float(weight[entropy <= threshold].sum() / weight.sum())
-
-    default = VARConfig().entropy_threshold
-    top = float(space["entropy_threshold"]["high"]) if "entropy_threshold" in space else default
-    if reach(default) >= 0.001:
-        return [FASTER]
-    how = "never" if reach(default) == 0 else "hardly ever (below 0.1%)"
-    note = (
-        f"with the default entropy_threshold {default} the fast path is {how} taken on this model "
-        f"(a tenth of its table entries lie below {np.quantile(entropy, 0.1):.2f} nats, of at "
-        f"most {profile.head['entropy_max_nats']:.2f}); what cuts pairs here is "
-        "confidence_threshold"
-    )
-    if reach(top) < 0.001:
-        note += f", also at the search's highest entropy, {top:g}"
-    return [note, FASTER]
-
-
-def search_notes(result: OptimizationResult, independent: bool) -> list[str]:
-    """What limits the search's answer."""
-    notes = []
-    failed = sum(1 for one in result.evaluations if one.failed)
-    if failed:
-        notes.append(f"{failed} of {result.num_evaluations} evaluations failed; see all_results")
-    # A search by replay evaluates near the bound on purpose, and does not converge in that sense.
-    if result.method == "replay":
-        if result.extra.get("stopped_early"):
-            notes.append(
-                f"the search ended after {result.num_evaluations} evaluations: every other point "
-                "of the search space decides as one of them"
-            )
-    else:
-        if result.num_evaluations <= CONVERGENCE_WINDOW:
-            notes.append(f"{result.num_evaluations} evaluations are too few to tell convergence")
-        elif not result.converged:
-            notes.append(
-                "the search was still improving at its end: a larger --n_calls may find more"
-            )
-    if not independent:
-        notes.append("the text's documents are cut from one text: intervals are too narrow")
-    return notes

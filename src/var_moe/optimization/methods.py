@@ -9,7 +9,6 @@ from typing import Any, Unpack
 from var_moe.errors import UsageError
 from var_moe.extras import require
 from var_moe.optimization.forecast import Forecaster
-from var_moe.optimization.objective_protocol import Objective, RichObjective
 from var_moe.optimization.replay_sampler import Forecasts, ReplaySampler
 from var_moe.optimization.results import OptimizationResult
 from var_moe.optimization.samplers import (
@@ -30,6 +29,7 @@ from var_moe.optimization.search_space import (
 )
 from var_moe.optimization.study import SearchOptions, run_search
 from var_moe.optimization.trial_log import SearchHeader
+from var_moe.optimization.worker import Objective, RichObjective
 
 CALLS, REPLAY_CALLS = 50, 10
 ENGINES = {"optuna": GPPointSampler, "skopt": SkoptSampler}

@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from var_moe.calibration.profile import RoutingProfile
-from var_moe.config import MAX_DEGRADATION, check_count, check_number, check_seed
+from var_moe.config import MAX_DEGRADATION, check_bound, check_count, check_number, check_seed
 from var_moe.errors import UsageError
 from var_moe.evaluation.evaluator import Evaluator, Speed, SpeedSetting
 from var_moe.models.checks import check_droppable
 from var_moe.optimization.candidate import VAR, Candidate
-from var_moe.optimization.objective_protocol import check_bound, documented_score
-from var_moe.optimization.results import Evaluation, OptimizationResult
+from var_moe.optimization.results import Evaluation, OptimizationResult, documented_score
 from var_moe.optimization.search_space import COMPENSATION, SearchSpace, defaults
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.registry import policy_spec

@@ -15,7 +15,6 @@ from var_moe.errors import UsageError
 from var_moe.evaluation.cost import CostModel, fit_cost_model
 from var_moe.evaluation.evaluator import Evaluator, Progress
 from var_moe.optimization.forecast import Floats, Forecast, ForecastGrid
-from var_moe.optimization.front import FrontPoint, feasible_front, to_verify
 from var_moe.optimization.measure_again import Remeasured, measure
 from var_moe.optimization.methods import replay_search
 from var_moe.optimization.objective import PolicyObjective
@@ -30,6 +29,7 @@ from var_moe.optimization.search_space import (
     is_config_space,
     stand_in_of,
 )
+from var_moe.optimization.selection import FrontPoint, feasible_front, to_verify
 from var_moe.optimization.settings import not_replayable
 from var_moe.storage import atomic_write_json, read_json
 from var_moe.tracing.policies import Replayer, replayer_of

@@ -15,16 +15,13 @@ from var_moe.evaluation.evaluator import Evaluator, Progress, measure_apart
 from var_moe.evaluation.perplexity import datasets_of
 from var_moe.models.checks import check_droppable
 from var_moe.optimization.candidate import Candidate
-from var_moe.optimization.front import PARETO_FILE, save_front
 from var_moe.optimization.measure_again import (
     Remeasured,
     TuneOutcome,
     best_or_nearest,
     conclude,
     measure,
-    profile_notes,
     remeasure,
-    search_notes,
     unfinished,
 )
 from var_moe.optimization.methods import bayesian_optimization, grid_search, random_search
@@ -36,8 +33,7 @@ from var_moe.optimization.replay_run import (
     search_by_replay,
     verify_front,
 )
-from var_moe.optimization.results import OptimizationResult
-from var_moe.optimization.saving import RESULTS_FILE
+from var_moe.optimization.results import RESULTS_FILE, OptimizationResult
 from var_moe.optimization.search_space import (
     COMPENSATION,
     SearchSpace,
@@ -45,7 +41,9 @@ from var_moe.optimization.search_space import (
     is_config_space,
     point_count,
 )
+from var_moe.optimization.selection import PARETO_FILE, save_front
 from var_moe.optimization.settings import TuneSettings
+from var_moe.optimization.summary import profile_notes, search_notes
 from var_moe.optimization.trial_log import check_storage, has_search, shown
 from var_moe.storage import alone_in
 

@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from var_moe.calibration.collect import DEFAULT_TOKENS
-from var_moe.config import MAX_DEGRADATION, check_count, check_seed
+from var_moe.config import MAX_DEGRADATION, check_bound, check_count, check_seed
+from var_moe.data.text import check_robust
 from var_moe.errors import UsageError
 from var_moe.evaluation.evaluator import SpeedSetting
 from var_moe.extras import require
 from var_moe.optimization.candidate import VAR
-from var_moe.optimization.objective_protocol import check_bound, check_robust
-from var_moe.optimization.results import jsonable
 from var_moe.optimization.search_space import SearchSpace, check_grid, parse_bounds
 from var_moe.optimization.trial_log import LOG_NAME, shown
 from var_moe.routing.registry import PolicySpec, policy_spec
-from var_moe.storage import check_output_folder
+from var_moe.storage import check_output_folder, jsonable
 
 METHODS = ("replay", "bayesian", "grid", "random")
 BEST_POLICY = "damage"

@@ -8,31 +8,34 @@ left is asked of the storage before each evaluation.
 from __future__ import annotations
 
 import logging
-import threading
+import sys
 import time
-import uuid
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeAlias, TypedDict, Unpack, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Protocol,
+    TextIO,
+    TypeAlias,
+    TypedDict,
+    Unpack,
+    runtime_checkable,
+)
 
 import optuna
-from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import FrozenTrial
 
 from var_moe.config import VARConfig, check_seed
 from var_moe.errors import UsageError
-from var_moe.optimization.objective_protocol import Objective, bound_of, run_evaluation
-from var_moe.optimization.progress import SearchProgress
-from var_moe.optimization.results import Evaluation, OptimizationResult, jsonable
-from var_moe.optimization.samplers import NothingLeftError, PointSampler
+from var_moe.optimization.results import Evaluation, OptimizationResult
+from var_moe.optimization.samplers import PointSampler
 from var_moe.optimization.search_space import (
     Params,
     SearchSpace,
     defaults,
     dimensions,
     is_config_space,
-    point_key,
 )
 from var_moe.optimization.selection import (
     best_evaluation,
@@ -44,30 +47,20 @@ from var_moe.optimization.trial_log import (
     SearchHeader,
     Storage,
     open_study,
-    read_header,
     write_header,
 )
-from var_moe.optimization.trials import (
-    AGAIN,
-    BEAT_SECONDS,
-    EVALUATION,
-    SCORE,
-    VOID,
-    WORKER,
-    Trials,
-    close,
-    constraints,
-    has_ended,
-    is_lost,
-    worker,
-)
+from var_moe.optimization.trials import Trials
+from var_moe.optimization.worker import Objective, ShouldStop, Worker, bound_of
+from var_moe.storage import jsonable
+from var_moe.terminal import duration
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 _LOG = logging.getLogger(__name__)
 
-_POLL_SECONDS = 0.5  # between two looks at what other processes have left
 
 OnEvaluation: TypeAlias = Callable[[Evaluation, int, int], None]
-ShouldStop: TypeAlias = Callable[[], bool]
 SamplerOf: TypeAlias = Callable[[SearchHeader], PointSampler]
 
 
@@ -159,7 +152,7 @@ def run_search(
             total=header.total, finished=before, verbose=verbose, count_flag=total_flag
         )
         stop = options.get("should_stop")
-        with _Worker(study, sampler_of(header), bound=bound, stop=stop) as work, progress:
+        with Worker(study, sampler_of(header), bound=bound, stop=stop) as work, progress:
             for claim in iter(work.claim, None):
                 evaluation = work.evaluate(claim, objective)
                 if evaluation is None:
@@ -235,158 +228,132 @@ def _best(evaluations: list[Evaluation], space: SearchSpace, mode: str) -> dict[
     }
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Claim:
-    """A trial that this process is at work on, its point, and the sampler's seconds."""
-
-    trial: optuna.Trial
-    params: Params
-    seconds: float
+SLOW_AFTER = 3
 
 
-class _Worker:
-    """One process's share of a study: it takes a trial, and tells what came of it.
+SLOW_SECONDS = 600.0
 
-    Optuna numbers trials without gaps and gives a waiting one to one process alone. Everything
-    else is written first and looked at then: of two processes that did the same, both see it.
+
+class SearchProgress:
+    """One line per evaluation, and above a terminal's last line a bar with the time left.
+
+    Args:
+        total: evaluations planned.
+        finished: evaluations taken over from an earlier run.
+        verbose: False says nothing at all.
+        count_flag: the option that lowers the number of evaluations, for the hint.
+        stream: where to write; stderr by default.
     """
 
     def __init__(
         self,
-        study: optuna.Study,
-        sampler: PointSampler,
         *,
-        bound: float | None,
-        stop: ShouldStop | None,
+        total: int,
+        finished: Sequence[Evaluation],
+        verbose: bool = True,
+        count_flag: str = "--n_calls",
+        stream: TextIO | None = None,
     ) -> None:
-        self.study, self._sampler, self._bound = study, sampler, bound
-        study.sampler = sampler
-        self._should_stop = stop
-        self._run = uuid.uuid4().hex
-        self._nothing_left = False
-        self._trial: optuna.Trial | None = None
-        self._over = threading.Event()
-        self._pulse = threading.Thread(target=self._beat, daemon=True)
+        self._total = total
+        self._verbose = verbose
+        self._count_flag = count_flag
+        self._stream = sys.stderr if stream is None else stream
+        self._durations: list[float] = []
+        self._best: float | None = None
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        for evaluation in finished:
+            self._note_best(evaluation)
+        self._finished = len(finished)
 
-    def __enter__(self) -> _Worker:
-        self._pulse.start()
+    def __enter__(self) -> SearchProgress:
+        if self._verbose and self._stream.isatty():
+            self._start_bar()
+        if self._verbose and self._finished:
+            self._say(f"resuming: {self._finished} of {self._total} evaluations are done")
         return self
 
-    def __exit__(self, *_error: object) -> None:
-        self._over.set()
-        self._pulse.join()
-        has_ended(self._run)
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
 
-    def claim(self) -> _Claim | None:
-        """The next trial, with its point; None where the search is over, or is to stop.
+    def update(self, evaluation: Evaluation, number: int) -> None:
+        """Tell about evaluation `number`, counted from 1."""
+        self._durations.append(evaluation.seconds + evaluation.suggestion_seconds)
+        self._note_best(evaluation)
+        left = self.seconds_left(number)
+        if not self._verbose:
+            return
+        self._say(f"{self._line(evaluation, number)} | ETA {duration(left)}")
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=number, eta=duration(left))
+        if len(self._durations) == SLOW_AFTER and left > SLOW_SECONDS:
+            self._say(self._hint(number, left))
 
-        Where only other processes have something left, it waits for them: what one of them loses
-        is evaluated here.
-        """
-        while self._should_stop is None or not self._should_stop():
-            now = self._mended()
-            if (self._nothing_left or now.taken >= self._total) and not now.waiting:
-                if not now.running:
-                    return None
-                time.sleep(_POLL_SECONDS)
-                continue
-            claim = self._ask()
-            if claim is not None:
-                return claim
-        return None
+    def seconds_left(self, number: int) -> float:
+        """Estimated seconds from evaluation `number` on, by this run's mean."""
+        mean = sum(self._durations) / len(self._durations) if self._durations else 0.0
+        return mean * max(0, self._total - number)
 
-    def evaluate(self, claim: _Claim, objective: Objective) -> Evaluation | None:
-        """Evaluate a trial's point, and tell what came of it.
+    def _note_best(self, evaluation: Evaluation) -> None:
+        if evaluation.eligible and evaluation.score is not None:
+            old = self._best
+            self._best = evaluation.score if old is None else max(old, evaluation.score)
 
-        The evaluation is written before the trial's state: a kill between the two is made good by
-        whoever goes on. None where another process had taken the trial for lost.
-        """
-        trial = claim.trial
-        try:
-            evaluation = run_evaluation(objective, claim.params)
-        except BaseException:
-            self._trial = None
-            close(self.study, trial.number, None)  # whoever goes on makes it again
-            raise
-        evaluation = evaluation.replace(suggestion_seconds=claim.seconds)
-        stored = evaluation.to_dict()
-        try:
-            for name, distance in constraints(evaluation, self._bound).items():
-                trial.set_constraint(name, distance)
-            trial.set_user_attr(SCORE, stored["score"])
-            trial.set_user_attr(EVALUATION, stored)
-        except UpdateFinishedTrialError:
-            _LOG.warning("trial %d was taken for lost and is made again", trial.number)
-            return None
-        finally:
-            self._trial = None
-        close(self.study, trial.number, evaluation)
-        return evaluation
+    def _line(self, evaluation: Evaluation, number: int) -> str:
+        best = "best -" if self._best is None else f"best {self._best:.4g}"
+        count = f"[{number:>{len(str(self._total))}}/{self._total}]"
+        return f"{count} {_outcome(evaluation)} | {best} | {duration(evaluation.seconds)}"
 
-    @property
-    def _total(self) -> int:
-        header = read_header(self.study)
-        assert header is not None
-        return header.total
+    def _hint(self, number: int, left: float) -> str:
+        each = sum(self._durations) / len(self._durations)
+        return (
+            f"Slow optimization: about {duration(left)} left for {self._total - number} "
+            f"evaluations of {duration(each)} each; {self._count_flag} lowers their number, "
+            f"--max-samples the text of each"
+        )
 
-    def _mended(self) -> Trials:
-        """The trials, those of dead processes closed and waiting to be made again."""
-        now = Trials.of(self.study)
-        dead = [trial for trial in now.running if is_lost(trial)]
-        for trial in dead:
-            stored = trial.user_attrs.get(EVALUATION)
-            close(self.study, trial.number, Evaluation.from_dict(stored) if stored else None)
-        if dead:
-            now = Trials.of(self.study)
-        lost = now.lost
-        for trial in lost:
-            self._again(trial)
-        return Trials.of(self.study) if lost else now
+    def _start_bar(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    def _again(self, trial: FrozenTrial) -> None:
-        # A point that is not complete was never evaluated; it is proposed anew.
-        whole = set(trial.params) == {d.name for d in self._sampler.dims}
-        self.study.enqueue_trial(trial.params if whole else {}, user_attrs={AGAIN: trial.number})
+        from var_moe.terminal import console
 
-    def _ask(self) -> _Claim | None:
-        """A trial and its point; None where it turned out to stand for no evaluation."""
-        self._trial = trial = self.study.ask()
-        try:
-            trial.set_user_attr(WORKER, worker(self._run))
-            number = Trials.of(self.study).numbers.get(trial.number)
-            if number is None or number >= self._total:
-                self._void(trial, "made again already" if number is None else "one too many")
-                return None
-            try:
-                params = self._sampler.suggest(trial)
-            except NothingLeftError:
-                self._nothing_left = True
-                self._void(trial, "nothing left that is worth it")
-                return None
-            if self._taken_meanwhile(trial, params):
-                self.study.enqueue_trial({}, user_attrs={AGAIN: trial.number})
-                close(self.study, trial.number, None)
-                return None
-        except BaseException:
-            close(self.study, trial.number, None)
-            raise
-        return _Claim(trial=trial, params=params, seconds=self._sampler.seconds)
+        self._bar = Progress(
+            TextColumn("optimizing"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("ETA {task.fields[eta]}"),
+            console=console(self._stream),
+        )
+        self._task = self._bar.add_task(
+            "optimizing", total=self._total, completed=self._finished, eta="-"
+        )
+        self._bar.start()
 
-    def _taken_meanwhile(self, trial: optuna.Trial, params: Params) -> bool:
-        """Whether another process took the same point while this one was proposed."""
-        request = self._sampler.request
-        if not self._sampler.once or request is None:
-            return False
-        others = Trials.of(self.study).points(but=trial.number)
-        return point_key(params) in {point_key(point) for point in others} - request.seen
+    def _say(self, line: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(line, soft_wrap=True)
+        else:
+            print(line, file=self._stream, flush=True)
 
-    def _void(self, trial: optuna.Trial, why: str) -> None:
-        trial.set_user_attr(VOID, why)
-        close(self.study, trial.number, None)
 
-    def _beat(self) -> None:
-        """Say from time to time that this process is still at work."""
-        while not self._over.wait(BEAT_SECONDS):
-            if (trial := self._trial) is not None:
-                with suppress(Exception):  # it may just have ended
-                    trial.set_user_attr(WORKER, worker(self._run))
+def _outcome(evaluation: Evaluation) -> str:
+    if evaluation.failed:
+        return f"failed: {evaluation.error}"
+    if evaluation.degradation is None:
+        return f"score {evaluation.score:.6g}"
+    parts = [f"degradation {100 * evaluation.degradation:+.2f}%"]
+    if evaluation.feasible is False:
+        parts.append("over the bound")
+    if evaluation.speedup is not None:
+        parts.append(f"speedup {evaluation.speedup:.3f}x")
+    elif evaluation.predicted_speedup is not None:
+        parts.append(f"predicted speedup {evaluation.predicted_speedup:.3f}x")
+    if evaluation.experts_per_token is not None:
+        parts.append(f"{evaluation.experts_per_token:.2f} experts per token")
+    return ", ".join(parts)

@@ -19,9 +19,8 @@ from typing import IO, TYPE_CHECKING, Any, TypeAlias, Union
 import numpy as np
 
 from var_moe.errors import UsageError, VarMoeError
-from var_moe.optimization.results import jsonable
 from var_moe.optimization.trials import Trials, is_lost
-from var_moe.storage import check_output_folder, entries_of
+from var_moe.storage import check_output_folder, entries_of, jsonable
 
 try:
     import fcntl

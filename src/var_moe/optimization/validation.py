@@ -7,18 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from var_moe.calibration.fitted_files import load_compensation
 from var_moe.calibration.profile import RoutingProfile
-from var_moe.config import MAX_DEGRADATION
+from var_moe.config import MAX_DEGRADATION, check_bound
 from var_moe.errors import UsageError
 from var_moe.evaluation.evaluator import Evaluator, Progress, Speed, SpeedSetting, measure_apart
 from var_moe.growing import GrowingResult
 from var_moe.optimization.candidate import load_candidate
-from var_moe.optimization.objective_protocol import check_bound
 from var_moe.optimization.preparation import PROFILE_FOLDER, read_text, sample_documents
-from var_moe.optimization.results import jsonable
-from var_moe.optimization.saving import METADATA_FILE, success_criteria
+from var_moe.optimization.results import METADATA_FILE
+from var_moe.optimization.summary import success_criteria
 from var_moe.routing.keeping import leading_count
 from var_moe.routing.simple import RandomSkipPolicy
-from var_moe.storage import SCHEMA_VERSION, entries_of, provenance, read_json
+from var_moe.storage import SCHEMA_VERSION, entries_of, jsonable, provenance, read_json
 
 if TYPE_CHECKING:
     from var_moe.models.loading import LoadedModel

@@ -5,8 +5,8 @@ import pytest
 from analytic import SmallObjective, rich_evaluation
 
 from var_moe.errors import UsageError
-from var_moe.optimization.objective_protocol import bound_of, documented_score, run_evaluation
-from var_moe.optimization.results import Evaluation
+from var_moe.optimization.results import Evaluation, documented_score
+from var_moe.optimization.worker import bound_of, run_evaluation
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from var_moe.evaluation.throughput import Ratio
-from var_moe.optimization.saving import success_criteria
+from var_moe.optimization.summary import success_criteria
 
 
 def met(**changes: Any) -> list[bool | None]:

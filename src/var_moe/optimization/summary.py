@@ -1,4 +1,4 @@
-"""The result files of a search, and the tables for people."""
+"""What a search says to people: the answer, its tables, and notes on what limits it."""
 
 from __future__ import annotations
 
@@ -7,17 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from var_moe.optimization.objective_protocol import LEARNED_TARGET_PCT
-from var_moe.optimization.progress import duration
-from var_moe.optimization.results import OptimizationResult, jsonable
-from var_moe.storage import (
-    SCHEMA_VERSION,
-    atomic_write_json,
-    atomic_write_text,
-    check_output_folder,
-    provenance,
-)
-from var_moe.terminal import WIDTH, show
+import numpy as np
+
+from var_moe.calibration.profile import RoutingProfile
+from var_moe.config import VARConfig
+from var_moe.optimization.results import LEARNED_TARGET_PCT, NEAREST_MISS_FILE, OptimizationResult
+from var_moe.optimization.search_space import SearchSpace
+from var_moe.optimization.selection import CONVERGENCE_WINDOW
+from var_moe.terminal import WIDTH, figures_table, show
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -26,114 +23,10 @@ if TYPE_CHECKING:
     from var_moe.evaluation.throughput import Ratio
     from var_moe.optimization.measure_again import Remeasured
 
-CONFIG_FILE = "best_config.json"
-RESULTS_FILE = "optimization_results.json"
-METADATA_FILE = "optimization_metadata.json"
-SUMMARY_FILE = "optimization_summary.txt"
-NEAREST_MISS_FILE = "nearest_miss.json"
-UNFINISHED = "unfinished"
-"""In a result's `extra`: why its best was not measured again, so that there is none to save."""
 
 SPEEDUP_TARGET = 1.3
 STABLE_WITHIN = 0.03
 STABLE = "stable: all runs feasible, speedups within 3%"
-
-
-def save_optimization_results(
-    result: OptimizationResult,
-    dir: str | Path,
-    *,
-    metadata: Mapping[str, Any] | None = None,
-    summary: str | None = None,
-) -> None:
-    """Write a search's files into the folder `dir`, each whole or not at all.
-
-    ``best_config.json``, ``optimization_results.json``, ``optimization_metadata.json`` and
-    ``optimization_summary.txt``. Where nothing was feasible, ``nearest_miss.json`` takes the
-    place of ``best_config.json``; where every evaluation failed there is neither. One that an
-    earlier search left is removed. What
-    JSON has no word for (NaN) is written as null.
-
-    Args:
-        result: the search.
-        dir: folder, created if needed.
-        metadata: further entries of the metadata, over those that are always there.
-        summary: text of the summary; a short one by default.
-
-    Raises:
-        UsageError: `dir` is a file or cannot be written.
-    """
-    folder = check_output_folder(dir)
-    origin = provenance()
-    best = result.best_params
-    config = jsonable(best) if isinstance(best, dict) else best.to_dict()
-    failed = bool(result.evaluations) and all(one.failed for one in result.evaluations)
-    found = not failed and not {"nearest_miss", UNFINISHED} & set(result.extra)
-    atomic_write_json(
-        folder / RESULTS_FILE,
-        {
-            "schema_version": SCHEMA_VERSION,
-            "best_score": jsonable(result.best_score),
-            "best_params": config if found else None,
-            "optimization_time": jsonable(result.optimization_time),
-            "num_evaluations": result.num_evaluations,
-            "converged": result.converged,
-            "method": result.method,
-            "seed": result.seed,
-            "all_results": result.all_results,
-            "provenance": origin,
-        },
-    )
-    atomic_write_json(
-        folder / METADATA_FILE,
-        jsonable(
-            {
-                "schema_version": SCHEMA_VERSION,
-                "method": result.method,
-                "seed": result.seed,
-                "max_degradation": result.max_degradation,
-                "search": result.extra,
-                "provenance": origin,
-                **(metadata or {}),
-            }
-        ),
-    )
-    atomic_write_text(folder / SUMMARY_FILE, summary or default_summary(result))
-    if found:
-        (folder / NEAREST_MISS_FILE).unlink(missing_ok=True)
-        atomic_write_json(folder / CONFIG_FILE, config)
-    else:
-        (folder / CONFIG_FILE).unlink(missing_ok=True)
-        (folder / NEAREST_MISS_FILE).unlink(missing_ok=True)
-        if "nearest_miss" in result.extra:
-            atomic_write_json(folder / NEAREST_MISS_FILE, jsonable(result.extra["nearest_miss"]))
-
-
-def default_summary(result: OptimizationResult) -> str:
-    """A few lines for people about a search of any objective."""
-    best = result.best_params
-    params = best if isinstance(best, dict) else best.documented()
-    failed = sum(e.failed for e in result.evaluations)
-    lines = [
-        f"{result.method} search, seed {result.seed}",
-        f"{result.num_evaluations} evaluations ({failed} failed) in "
-        f"{duration(result.optimization_time)}",
-        f"best score: {result.best_score:.6g}",
-        f"converged: {'yes' if result.converged else 'no'}",
-    ]
-    if UNFINISHED in result.extra:
-        lines.append(f"Not finished, so no best_config.json: {result.extra[UNFINISHED]}")
-    elif failed and failed == len(result.evaluations):
-        lines.append("Every evaluation failed; no best_config.json")
-    elif "nearest_miss" not in result.extra:
-        lines += ["best parameters:", *(f"  {name} = {value}" for name, value in params.items())]
-    else:
-        degradation = 100 * result.extra["nearest_miss"]["degradation"]
-        lines.append(
-            "All configurations violate the constraint; no best_config.json. Smallest "
-            f"degradation: {degradation:.2f}% ({NEAREST_MISS_FILE})"
-        )
-    return "\n".join(lines) + "\n"
 
 
 MET = {True: "yes", False: "NO", None: "-"}
@@ -182,16 +75,6 @@ def _worst(row: Remeasured) -> list[str]:
         return []
     change = worst.change
     return [f"{worst.dataset} {100 * change.value:+.2f}% ({100 * change.upper:+.2f}%)"]
-
-
-def figures_table(title: str, *headings: str) -> Any:
-    """An empty table: the first column to the left, figures to the right."""
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left")
-    return table
 
 
 def apart_table(rows: Sequence[Mapping[str, Any]], *, title: str) -> Any:
@@ -322,3 +205,106 @@ def success_criteria(
             }
         )
     return rows
+
+
+def nearest_answer(near: Remeasured, limit: str, output: Path) -> str:
+    return (
+        f"All configurations violate constraint: the smallest degradation is "
+        f"{100 * near.quality.judged.value:+.2f}% (95% upper bound "
+        f"{100 * near.quality.judged.upper:+.2f}%, bound {limit}{_judged_on(near)}) with "
+        f"{near.config.documented()} ({near.config.kind}). It is saved in "
+        f"{output / NEAREST_MISS_FILE}; "
+        "try a larger --max_degradation or wider --bounds."
+    )
+
+
+def best_answer(best: Remeasured, default: Remeasured | None, limit: str, top_k: int) -> str:
+    assert best.speed is not None
+    answer = (
+        f"Fastest configuration with degradation below {limit}: "
+        f"{best.speed.speedup.median:.3f}x at "
+        f"{100 * best.quality.judged.value:+.2f}% perplexity (95% upper bound "
+        f"{100 * best.quality.judged.upper:+.2f}%{_judged_on(best)}), "
+        f"{best.quality.report.experts_per_token:.2f} of {top_k} experts per token."
+    )
+    if not _no_better(best, default):
+        return answer
+    return (
+        "No improvement found: no configuration that keeps the bound is faster than the "
+        f"{'baseline' if best.speed.speedup.median <= 1 else 'default'} beyond what the timings "
+        f"tell apart. Baseline: perplexity {best.quality.change.baseline_perplexity:.3f}, "
+        f"{best.speed.baseline_tps:,.0f} tokens/s. {answer} Try a larger --max_degradation or "
+        "wider --bounds."
+    )
+
+
+def _judged_on(one: Remeasured) -> str:
+    """Where the worst of several data sets is judged, which that is."""
+    worst = one.quality.worst
+    return "" if worst is None else f", on the worst data set, {worst.dataset}"
+
+
+def _no_better(best: Remeasured, default: Remeasured | None) -> bool:
+    """Whether the winner is the default, or within its timings, or slower than the baseline."""
+    assert best.speed is not None
+    if best.speed.speedup.median <= 1.0:
+        return True
+    if default is None or default.speed is None or not default.passed:
+        return False
+    return best.config == default.config or best.speed.speedup.median <= default.speed.speedup.high
+
+
+FASTER = (
+    "these are VAR's six thresholds; where it was measured, the damage policy runs fewer experts "
+    "at the same degradation: `var-moe tune --policy damage`"
+)
+
+
+def profile_notes(profile: RoutingProfile, space: SearchSpace) -> list[str]:
+    """What limits a search of VAR's six thresholds: where they can't bite on this model."""
+    stats = profile.stats
+    weight = stats["frequency"].to_numpy(np.float64)
+    entropy = stats["mean_entropy"].to_numpy(np.float64)
+
+    def reach(threshold: float) -> float:
+        return float(weight[entropy <= threshold].sum() / weight.sum())
+
+    default = VARConfig().entropy_threshold
+    top = float(space["entropy_threshold"]["high"]) if "entropy_threshold" in space else default
+    if reach(default) >= 0.001:
+        return [FASTER]
+    how = "never" if reach(default) == 0 else "hardly ever (below 0.1%)"
+    note = (
+        f"with the default entropy_threshold {default} the fast path is {how} taken on this model "
+        f"(a tenth of its table entries lie below {np.quantile(entropy, 0.1):.2f} nats, of at "
+        f"most {profile.head['entropy_max_nats']:.2f}); what cuts pairs here is "
+        "confidence_threshold"
+    )
+    if reach(top) < 0.001:
+        note += f", also at the search's highest entropy, {top:g}"
+    return [note, FASTER]
+
+
+def search_notes(result: OptimizationResult, independent: bool) -> list[str]:
+    """What limits the search's answer."""
+    notes = []
+    failed = sum(1 for one in result.evaluations if one.failed)
+    if failed:
+        notes.append(f"{failed} of {result.num_evaluations} evaluations failed; see all_results")
+    # A search by replay evaluates near the bound on purpose, and does not converge in that sense.
+    if result.method == "replay":
+        if result.extra.get("stopped_early"):
+            notes.append(
+                f"the search ended after {result.num_evaluations} evaluations: every other point "
+                "of the search space decides as one of them"
+            )
+    else:
+        if result.num_evaluations <= CONVERGENCE_WINDOW:
+            notes.append(f"{result.num_evaluations} evaluations are too few to tell convergence")
+        elif not result.converged:
+            notes.append(
+                "the search was still improving at its end: a larger --n_calls may find more"
+            )
+    if not independent:
+        notes.append("the text's documents are cut from one text: intervals are too narrow")
+    return notes

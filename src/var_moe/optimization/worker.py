@@ -1,0 +1,292 @@
+"""The work of one process on a study: it takes a trial, evaluates its point, and tells the result.
+
+Any callable that takes a dict of parameters and returns a score can be evaluated. A rich objective
+also has ``evaluate(params) -> Evaluation`` and ``max_degradation``: the search then sees the
+constraint and the speedup behind the score.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import optuna
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import FrozenTrial
+
+from var_moe.errors import UsageError
+from var_moe.optimization.results import FAILED, Evaluation
+from var_moe.optimization.samplers import NothingLeftError, PointSampler
+from var_moe.optimization.search_space import Params, point_key
+from var_moe.optimization.trial_log import read_header
+from var_moe.optimization.trials import (
+    AGAIN,
+    BEAT_SECONDS,
+    EVALUATION,
+    SCORE,
+    VOID,
+    WORKER,
+    Trials,
+    close,
+    constraints,
+    has_ended,
+    is_lost,
+    worker,
+)
+
+_LOG = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.5  # between two looks at what other processes have left
+
+_ERROR_LENGTH = 500
+
+
+BareObjective: TypeAlias = Callable[[dict[str, Any]], float]
+
+
+@runtime_checkable
+class RichObjective(Protocol):
+    """An objective that knows its constraint; `create_objective_function` returns one."""
+
+    max_degradation: float
+
+    def __call__(self, params: dict[str, Any], /) -> float:
+        """The documented score."""
+        ...
+
+    def evaluate(self, params: dict[str, Any], /) -> Evaluation:
+        """Everything measured; degradation is required, speedup where it is feasible, and
+        predicted_speedup where it is not."""
+        ...
+
+
+Objective: TypeAlias = BareObjective | RichObjective
+
+
+def bound_of(objective: Objective) -> float | None:
+    """The rich objective's bound on the degradation; None for a bare callable."""
+    if not callable(objective):
+        raise UsageError(f"objective_fn = {objective!r}: expected a callable of a dict")
+    if not isinstance(objective, RichObjective):
+        return None
+    bound = float(objective.max_degradation)
+    if not math.isfinite(bound) or bound < 0:
+        raise UsageError(f"objective_fn.max_degradation = {bound}: expected a number of at least 0")
+    return bound
+
+
+def run_evaluation(objective: Objective, params: Mapping[str, Any]) -> Evaluation:
+    """Evaluate one point, its wall time included.
+
+    An exception or a result that is not finite gives a failed Evaluation with the reason.
+    What is no `Exception` (KeyboardInterrupt, SystemExit) passes through.
+    """
+    started = time.perf_counter()
+    try:
+        evaluation = _evaluate(objective, dict(params))
+    except Exception as error:
+        _LOG.debug("evaluation of %s failed", dict(params), exc_info=True)
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:_ERROR_LENGTH]
+        evaluation = Evaluation(params=dict(params), state=FAILED, error=reason)
+    # The point is the one asked for, even if the objective changed its dict.
+    return evaluation.replace(params=dict(params), seconds=time.perf_counter() - started)
+
+
+def _evaluate(objective: Objective, params: dict[str, Any]) -> Evaluation:
+    if isinstance(objective, RichObjective):
+        return _checked(objective.evaluate(params), bound_of(objective) or 0.0)
+    score = objective(params)
+    if score is None:
+        raise TypeError("the objective returned None; expected a number")
+    if not math.isfinite(float(score)):
+        raise ValueError(f"score = {float(score)}, which is not finite")
+    return Evaluation(params=params, score=float(score))
+
+
+def _checked(evaluation: Evaluation, bound: float) -> Evaluation:
+    """A rich objective's evaluation, failed where what the search needs is not finite."""
+    if evaluation.failed:
+        return evaluation.replace(score=None, error=evaluation.error or "no reason given")
+    for name in ("score", "degradation"):
+        value = getattr(evaluation, name)
+        if value is None or not math.isfinite(value):
+            return evaluation.replace(
+                score=None, state=FAILED, error=f"{name} = {value}, which is not finite"
+            )
+    feasible = evaluation.degradation is not None and evaluation.degradation <= bound
+    if feasible and not _is_finite(evaluation.speedup):
+        return evaluation.replace(
+            score=None, state=FAILED, error=f"speedup = {evaluation.speedup} of a feasible point"
+        )
+    return evaluation.replace(feasible=feasible)
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+ShouldStop: TypeAlias = Callable[[], bool]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A trial that this process is at work on, its point, and the sampler's seconds."""
+
+    trial: optuna.Trial
+    params: Params
+    seconds: float
+
+
+class Worker:
+    """One process's share of a study: it takes a trial, and tells what came of it.
+
+    Optuna numbers trials without gaps and gives a waiting one to one process alone. Everything
+    else is written first and looked at then: of two processes that did the same, both see it.
+    """
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        sampler: PointSampler,
+        *,
+        bound: float | None,
+        stop: ShouldStop | None,
+    ) -> None:
+        self.study, self._sampler, self._bound = study, sampler, bound
+        study.sampler = sampler
+        self._should_stop = stop
+        self._run = uuid.uuid4().hex
+        self._nothing_left = False
+        self._trial: optuna.Trial | None = None
+        self._over = threading.Event()
+        self._pulse = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> Worker:
+        self._pulse.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._over.set()
+        self._pulse.join()
+        has_ended(self._run)
+
+    def claim(self) -> Claim | None:
+        """The next trial, with its point; None where the search is over, or is to stop.
+
+        Where only other processes have something left, it waits for them: what one of them loses
+        is evaluated here.
+        """
+        while self._should_stop is None or not self._should_stop():
+            now = self._mended()
+            if (self._nothing_left or now.taken >= self._total) and not now.waiting:
+                if not now.running:
+                    return None
+                time.sleep(_POLL_SECONDS)
+                continue
+            claim = self._ask()
+            if claim is not None:
+                return claim
+        return None
+
+    def evaluate(self, claim: Claim, objective: Objective) -> Evaluation | None:
+        """Evaluate a trial's point, and tell what came of it.
+
+        The evaluation is written before the trial's state: a kill between the two is made good by
+        whoever goes on. None where another process had taken the trial for lost.
+        """
+        trial = claim.trial
+        try:
+            evaluation = run_evaluation(objective, claim.params)
+        except BaseException:
+            self._trial = None
+            close(self.study, trial.number, None)  # whoever goes on makes it again
+            raise
+        evaluation = evaluation.replace(suggestion_seconds=claim.seconds)
+        stored = evaluation.to_dict()
+        try:
+            for name, distance in constraints(evaluation, self._bound).items():
+                trial.set_constraint(name, distance)
+            trial.set_user_attr(SCORE, stored["score"])
+            trial.set_user_attr(EVALUATION, stored)
+        except UpdateFinishedTrialError:
+            _LOG.warning("trial %d was taken for lost and is made again", trial.number)
+            return None
+        finally:
+            self._trial = None
+        close(self.study, trial.number, evaluation)
+        return evaluation
+
+    @property
+    def _total(self) -> int:
+        header = read_header(self.study)
+        assert header is not None
+        return header.total
+
+    def _mended(self) -> Trials:
+        """The trials, those of dead processes closed and waiting to be made again."""
+        now = Trials.of(self.study)
+        dead = [trial for trial in now.running if is_lost(trial)]
+        for trial in dead:
+            stored = trial.user_attrs.get(EVALUATION)
+            close(self.study, trial.number, Evaluation.from_dict(stored) if stored else None)
+        if dead:
+            now = Trials.of(self.study)
+        lost = now.lost
+        for trial in lost:
+            self._again(trial)
+        return Trials.of(self.study) if lost else now
+
+    def _again(self, trial: FrozenTrial) -> None:
+        # A point that is not complete was never evaluated; it is proposed anew.
+        whole = set(trial.params) == {d.name for d in self._sampler.dims}
+        self.study.enqueue_trial(trial.params if whole else {}, user_attrs={AGAIN: trial.number})
+
+    def _ask(self) -> Claim | None:
+        """A trial and its point; None where it turned out to stand for no evaluation."""
+        self._trial = trial = self.study.ask()
+        try:
+            trial.set_user_attr(WORKER, worker(self._run))
+            number = Trials.of(self.study).numbers.get(trial.number)
+            if number is None or number >= self._total:
+                self._void(trial, "made again already" if number is None else "one too many")
+                return None
+            try:
+                params = self._sampler.suggest(trial)
+            except NothingLeftError:
+                self._nothing_left = True
+                self._void(trial, "nothing left that is worth it")
+                return None
+            if self._taken_meanwhile(trial, params):
+                self.study.enqueue_trial({}, user_attrs={AGAIN: trial.number})
+                close(self.study, trial.number, None)
+                return None
+        except BaseException:
+            close(self.study, trial.number, None)
+            raise
+        return Claim(trial=trial, params=params, seconds=self._sampler.seconds)
+
+    def _taken_meanwhile(self, trial: optuna.Trial, params: Params) -> bool:
+        """Whether another process took the same point while this one was proposed."""
+        request = self._sampler.request
+        if not self._sampler.once or request is None:
+            return False
+        others = Trials.of(self.study).points(but=trial.number)
+        return point_key(params) in {point_key(point) for point in others} - request.seen
+
+    def _void(self, trial: optuna.Trial, why: str) -> None:
+        trial.set_user_attr(VOID, why)
+        close(self.study, trial.number, None)
+
+    def _beat(self) -> None:
+        """Say from time to time that this process is still at work."""
+        while not self._over.wait(BEAT_SECONDS):
+            if (trial := self._trial) is not None:
+                with suppress(Exception):  # it may just have ended
+                    trial.set_user_attr(WORKER, worker(self._run))
