@@ -11,6 +11,7 @@ from var_moe.evaluation.cost import TERMS, CostModel
 from var_moe.evaluation.evaluator import SpeedSetting
 from var_moe.optimization.replay_run import TraceForecaster
 from var_moe.optimization.search_space import grid_points
+from var_moe.optimization.selection import non_dominated
 from var_moe.routing.var import RoutingTable
 from var_moe.tracing.trace import RoutingTrace
 
@@ -28,11 +29,11 @@ COST = CostModel(
 
 @pytest.fixture(scope="module")
 def parts():
-    dice = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, 12, (TOKENS,), generator=dice)
-    index = torch.rand((LAYERS, TOKENS, EXPERTS), generator=dice).topk(2, dim=2).indices
-    first = 0.5 + 0.5 * torch.rand((LAYERS, TOKENS), generator=dice)
-    damage = torch.randn((LAYERS, TOKENS), generator=dice)
+    rng = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 12, (TOKENS,), generator=rng)
+    index = torch.rand((LAYERS, TOKENS, EXPERTS), generator=rng).topk(2, dim=2).indices
+    first = 0.5 + 0.5 * torch.rand((LAYERS, TOKENS), generator=rng)
+    damage = torch.randn((LAYERS, TOKENS), generator=rng)
     trace = RoutingTrace(
         ids=ids,
         starts=torch.tensor([0, 250, TOKENS]),
@@ -49,9 +50,9 @@ def parts():
         head={"model": "made", "tokens": TOKENS},
     )
     table = RoutingTable(
-        count=torch.randint(0, 200, (LAYERS, 12), generator=dice).double(),
-        entropy=1.5 * torch.rand((LAYERS, 12), generator=dice).double(),
-        index=torch.randint(0, EXPERTS, (LAYERS, 12, 1), generator=dice),
+        count=torch.randint(0, 200, (LAYERS, 12), generator=rng).double(),
+        entropy=1.5 * torch.rand((LAYERS, 12), generator=rng).double(),
+        index=torch.randint(0, EXPERTS, (LAYERS, 12, 1), generator=rng),
         weight=torch.ones((LAYERS, 12, 1)),
     )
     return trace, table
@@ -94,8 +95,8 @@ def test_front_is_what_no_other_beats():
     cost = np.array([3.0, 1.0, 2.0, 2.0, 4.0, 1.0])
     gain = np.array([5.0, 1.0, 3.0, 4.0, 5.0, 0.5])
     assert non_dominated(cost, gain) == [1, 3, 0]
-    dice = np.random.default_rng(0)
-    cost, gain = dice.random(200), dice.random(200)
+    rng = np.random.default_rng(0)
+    cost, gain = rng.random(200), rng.random(200)
     by_hand = [
         i
         for i in np.argsort(cost)

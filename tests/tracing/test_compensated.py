@@ -347,11 +347,11 @@ def test_sampled_gradients_cancel():
 
     The mean square is that of a draw: p (1 - p) for each logit.
     """
-    dice = torch.Generator().manual_seed(0)
-    logits = torch.randn((5,), generator=dice).expand(1, 20_001, 5)
+    rng = torch.Generator().manual_seed(0)
+    logits = torch.randn((5,), generator=rng).expand(1, 20_001, 5)
     ids = torch.zeros((1, 20_001), dtype=torch.int64)
     target = torch.arange(1, 20_001)
-    losses, gradient = loss_and_gradient(logits, ids, target, sample=dice)
+    losses, gradient = loss_and_gradient(logits, ids, target, sample=rng)
     shares = logits[0, 0].softmax(-1)
     torch.testing.assert_close(losses, -shares[0].log().expand(20_000))
     rows = gradient[0, :-1]

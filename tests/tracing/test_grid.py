@@ -42,10 +42,10 @@ def assert_equal(replay, config, frequencies, entropies):
 
 
 def with_damages(trace, seed):
-    dice = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     shape = (trace.layers, trace.tokens)
-    damage = {k: torch.randn(shape, generator=dice) for k in ("cut_residual", "next", "foreign")}
-    damage["cut"] = torch.randn((*shape, trace.top_k - 1), generator=dice)
+    damage = {k: torch.randn(shape, generator=rng) for k in ("cut_residual", "next", "foreign")}
+    damage["cut"] = torch.randn((*shape, trace.top_k - 1), generator=rng)
     return damage
 
 

@@ -65,10 +65,10 @@ def test_random_streams(keys, size, ttl, cuts):
 @pytest.mark.parametrize("size", [1, 5, 50, 1000])
 @pytest.mark.parametrize("ttl", [1, 30, 400, 60_000])
 def test_a_longer_stream(size, ttl):
-    dice = random.Random(size)
-    keys = [min(int(dice.expovariate(0.02)), 300) * 10**15 for _ in range(2000)]
+    rng = random.Random(size)
+    keys = [min(int(rng.expovariate(0.02)), 300) * 10**15 for _ in range(2000)]
     assert_agrees(keys, None, size, ttl)
-    assert_agrees(keys, sorted(dice.choices(range(5), k=2000)), size, ttl)
+    assert_agrees(keys, sorted(rng.choices(range(5), k=2000)), size, ttl)
 
 
 def test_one_key_expires_at_every_token():

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from var_moe.certification.inference import QualityClaim
-from var_moe.config import MAX_DEGRADATION, check_count, check_seed
+from var_moe.config import MAX_DEGRADATION, check_bound, check_count, check_seed
 from var_moe.errors import UsageError
 from var_moe.evaluation.evaluator import SpeedSetting
 from var_moe.optimization.candidate import Candidate, load_candidate

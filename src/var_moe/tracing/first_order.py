@@ -54,7 +54,7 @@ class DamageProbe:
         residuals: means for ``cut_residual``; without, there is none.
         compensation: for ``cut_compensated``; without, there is none.
         stored: whether to take ``next`` and ``foreign``, too.
-        seed: draws the experts for ``foreign``; each forward and layer has dice of its own, so
+        seed: draws the experts for ``foreign``; each forward and layer has rng of its own, so
             that a resumed recording draws the same.
     """
 
@@ -118,8 +118,8 @@ class DamageProbe:
         """Random experts besides the chosen ones: as many as lead, or as there are."""
         count = min(leading_count(index.shape[1]), experts - index.shape[1])
         seed = (self._seed * 1_000_003 + self._number) * 1_009 + layer
-        dice = torch.Generator().manual_seed(seed % 2**62)
-        scores = torch.rand((index.shape[0], experts), generator=dice).to(index.device)
+        rng = torch.Generator().manual_seed(seed % 2**62)
+        scores = torch.rand((index.shape[0], experts), generator=rng).to(index.device)
         return scores.scatter_(1, index, -1.0).topk(count, dim=1).indices
 
     def backward(self, logits: Tensor, gradient: Tensor) -> None:
@@ -250,7 +250,7 @@ def loss_and_gradient(
         ids: (B, S) token ids.
         target: (P,) positions of the targets in the flattened rows; each is predicted by the
             position before it.
-        sample: dice, on the CPU.
+        sample: generator, on the CPU.
 
     Returns:
         (P,) float32 losses in nats; (B, S, V) gradient in the dtype of the logits.

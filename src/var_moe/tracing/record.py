@@ -279,7 +279,7 @@ def _with_damage(
         with torch.enable_grad():
             logits = _run(loaded, batch)
             losses, gradient = loss_and_gradient(
-                logits.detach(), batch.ids, target, sample=_dice(recorder.sampled, number)
+                logits.detach(), batch.ids, target, sample=_rng(recorder.sampled, number)
             )
             probe.backward(logits, gradient)
             damages = probe.take(recorder.layers)
@@ -296,8 +296,8 @@ def _with_damage(
     return {**recorder.decisions(), "nll": nll, **named}
 
 
-def _dice(seed: int | None, number: int) -> torch.Generator | None:
-    """Dice of one forward's own, so that a resumed recording draws the same."""
+def _rng(seed: int | None, number: int) -> torch.Generator | None:
+    """A generator of one forward's own, so that a resumed recording draws the same."""
     return None if seed is None else torch.Generator().manual_seed(seed * 1_000_003 + number)
 
 
