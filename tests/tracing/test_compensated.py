@@ -21,7 +21,7 @@ from var_moe.routing.keeping import all_pairs, rank_slots
 from var_moe.routing.simple import NativePolicy
 from var_moe.tracing.first_order import loss_and_gradient
 from var_moe.tracing.policies import evaluate_policy
-from var_moe.tracing.record import _dice, record_trace
+from var_moe.tracing.record import _rng, record_trace
 from var_moe.tracing.trace import RoutingTrace
 
 LAYERS, EXPERTS, HIDDEN, VOCABULARY = 3, 8, 64, 300
@@ -332,9 +332,9 @@ def test_sampled_labels_resume(loaded, documents, tmp_path, looking, monkeypatch
 
 
 def test_each_forward_has_dice_of_its_own():
-    rolls = {float(torch.rand((), generator=_dice(3, number))) for number in (0, 1, 2)}
+    rolls = {float(torch.rand((), generator=_rng(3, number))) for number in (0, 1, 2)}
     assert len(rolls) == 3
-    assert _dice(None, 0) is None
+    assert _rng(None, 0) is None
 
 
 def test_unknown_labels_are_refused(loaded, documents):
