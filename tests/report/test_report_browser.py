@@ -43,10 +43,10 @@ def test_every_report_is_drawn(chromium, six_thresholds, with_profile, alone, wi
         wanted = len(build_report(folder).pictures)
         with opened(chromium, page, width=width, dark=dark) as tab:
             assert tab.problems == []
-            plots = tab.locator("[data-figure] .main-svg, [data-figure] .parcoords")
+            plots = tab.locator("[data-figure] .main-svg")
             drawn = tab.evaluate(
                 "[...document.querySelectorAll('[data-figure]')].filter(node => "
-                "node.querySelector('.trace, .bars, .hm, .parcoords, .scatterlayer path')).length"
+                "node.querySelector('.trace, .bars, .hm, .scatterlayer path')).length"
             )
             assert drawn == wanted, folder
             assert plots.count() >= wanted

@@ -102,7 +102,7 @@ def test_what_an_earlier_search_left_is_named_and_not_shown(change, sample):
     change("optimization_metadata", identity={**known["identity"], "profile_hash": "x"})
     report = build_report(sample)
     assert not {"certificate", "held-out"} & set(names(sample))
-    (left_out,) = (section for section in report.sections if section.name == "foreign")
+    (left_out,) = (section for section in report.sections if section.name == "left-out")
     assert "certificate.json: of another profile" in str(left_out)
     assert "validation_results.json: of another profile" in str(left_out)
     assert "With 95% confidence" not in str(report.headline)

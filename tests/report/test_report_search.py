@@ -9,8 +9,14 @@ import pytest
 from var_moe.report.folder import read_results
 from var_moe.report.forward import breakdown_figure
 from var_moe.report.page import build_report
-from var_moe.report.parameters import importance_section, parallel_figure, ped_anova, slice_figures
-from var_moe.report.search import measured_table, progress_figure, tradeoff_figure
+from var_moe.report.search import (
+    importance_figure,
+    measured_table,
+    ped_anova,
+    progress_figure,
+    slice_figures,
+    tradeoff_figure,
+)
 from var_moe.report.theme import log_ticks
 
 
@@ -68,18 +74,17 @@ def test_the_winner_is_marked(sample):
     assert measured_table(results.get("metadata"), None).marked is None
 
 
-def test_one_parameter_has_a_slice_and_no_parallel_plot(sample):
+def test_one_parameter_has_a_slice_and_no_importance(sample):
     results = read_results(sample)
     rows, metadata = results.get("search")["all_results"], results.get("metadata")
     rows = [row for row in rows if row["speedup"] is not None]
     assert [picture.name for picture in slice_figures(rows, metadata)] == ["slice-tau"]
-    assert parallel_figure(rows, metadata) is None
-    assert importance_section(results) is None
+    assert importance_figure(results.get("search"), metadata) is None
 
 
-def test_several_parameters_have_slices_importance_and_a_parallel_plot(six_thresholds):
+def test_several_parameters_have_slices_and_importance(six_thresholds):
     names = [picture.name for picture in build_report(six_thresholds).pictures]
-    assert {"slice-entropy-threshold", "parallel", "importance"} <= set(names)
+    assert {"slice-entropy-threshold", "importance"} <= set(names)
 
 
 def test_the_parameter_that_matters_is_found(six_thresholds):

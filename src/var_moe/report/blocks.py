@@ -20,7 +20,6 @@ class Picture:
         title: what it shows.
         caption: how to read it.
         figure: a plotly figure without a title of its own.
-        least_width: pixels below which the page scrolls it sideways; 0 lets it shrink.
         small: whether it shares its row with its like.
     """
 
@@ -28,7 +27,6 @@ class Picture:
     title: str
     caption: str
     figure: Any
-    least_width: int = 0
     small: bool = False
 
 

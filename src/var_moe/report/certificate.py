@@ -1,8 +1,9 @@
-"""A certificate: its section in a report, and its own page with every hash and p-value."""
+"""A certificate: its section in a report, its own page, and the card of an exported policy."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from var_moe.report.blocks import (
@@ -16,20 +17,28 @@ from var_moe.report.blocks import (
     Report,
     Section,
     Table,
+    environment,
     pictures,
     render,
     section,
 )
 from var_moe.report.folder import Results
-from var_moe.report.theme import GREEN, RED, empty_figure, interval_bars, line_at
-from var_moe.report.wording import between, limit, percent
+from var_moe.report.theme import (
+    GREEN,
+    GREY,
+    RED,
+    between,
+    empty_figure,
+    interval_bars,
+    limit,
+    line_at,
+    percent,
+)
 
 
-def certificate_section(results: Results) -> Section | None:
-    """The certificate, where one was asked for."""
+def certificate_section(results: Results) -> Section:
+    """The certificate."""
     certificate = results.get("certificate")
-    if certificate is None:
-        return None
     return section(
         "certificate",
         "Certificate" if certificate["certified"] else "Certificate: not given",
@@ -54,44 +63,36 @@ def tests_figure(certificate: Mapping[str, Any]) -> Picture | None:
     tests = certificate.get("tests") or []
     if not tests:
         return None
-    figure = empty_figure("perplexity change, %", "", height=140 + 34 * len(tests))
-    for passed, name, colour in ((True, "passed", GREEN), (False, "failed", RED)):
-        some = [test for test in tests if bool(test["passed"]) is passed]
-        if not some:
-            continue
-        values = [test["degradation"] for test in some]
-        ends = [test["degradation_interval"] for test in some]
-        figure.add_scatter(
-            y=[_label(test, certificate) for test in some],
-            x=[100 * value for value in values],
-            error_x=interval_bars(values, ends, scale=100),
-            text=[
-                f"{test['experts_per_token']:.3f} experts per token<br>p = {test['p']:.2g}"
-                for test in some
-            ],
-            mode="markers",
-            marker={"color": colour, "size": 10},
-            name=name,
-        )
+    figure = empty_figure("perplexity change, %", "", height=140 + 34 * len(tests), legend=False)
+    won = certificate["certified_name"] if certificate["certified"] else None
+    names = [f"{test['name']}{' ★' if test['name'] == won else ''}" for test in tests]
+    values = [test["degradation"] for test in tests]
+    ends = [test["degradation_interval"] for test in tests]
+    figure.add_scatter(
+        y=names,
+        x=[100 * value for value in values],
+        error_x=interval_bars(values, ends, scale=100, color=GREY),
+        text=[
+            f"{test['experts_per_token']:.3f} experts per token<br>p = {test['p']:.2g}"
+            for test in tests
+        ],
+        mode="markers",
+        marker={
+            "color": [GREEN if test["passed"] else RED for test in tests],
+            "symbol": ["circle" if test["passed"] else "x" for test in tests],
+            "size": 10,
+        },
+    )
     bound = certificate["max_degradation"]
     line_at(figure, f"bound {limit(bound)}", x=100 * bound)
-    figure.update_yaxes(
-        categoryorder="array",
-        categoryarray=[_label(test, certificate) for test in tests],
-        autorange="reversed",
-    )
+    figure.update_yaxes(categoryorder="array", categoryarray=names, autorange="reversed")
     return Picture(
         name="certificate-tests",
         title="Candidates, the safest first",
-        caption="Tested in this order on text that nothing was chosen on, until one fails; the "
-        "last that passed is certified.",
+        caption="Tested in this order on text that nothing was chosen on, until one fails (a "
+        "cross); the last that passed is certified.",
         figure=figure,
     )
-
-
-def _label(test: Mapping[str, Any], certificate: Mapping[str, Any]) -> str:
-    won = certificate["certified"] and test["name"] == certificate["certified_name"]
-    return f"{test['name']}{' ★' if won else ''}"
 
 
 def _interval(row: Mapping[str, Any]) -> str:
@@ -217,3 +218,24 @@ def _provenance(certificate: Mapping[str, Any]) -> dict[str, str]:
         "commit": origin["commit"] or "unknown",
         "hardware": ", ".join(str(value) for value in origin["hardware"].values()),
     }
+
+
+def model_card(head: Mapping[str, Any], *, folder: str) -> str:
+    """Markdown with the Hub's own front matter.
+
+    Args:
+        head: what ``var_moe.json`` holds.
+        folder: name by which the example loads it.
+    """
+    about = head["model"]
+    # Of a local model its folder's name alone: where it lay says nothing elsewhere.
+    name = about["model"] if about["revision"] else Path(about["model"]).name
+    local = not about["revision"] and about["model"] != "demo"
+    template = environment(html=False).get_template("model_card.md.jinja")
+    card: str = template.render(
+        **{"certificate": None, **head},
+        folder=folder,
+        name=name,
+        place=f"path/to/{name}" if local else about["model"],
+    )
+    return card

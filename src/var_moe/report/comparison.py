@@ -7,23 +7,33 @@ from typing import Any
 
 from var_moe.report.blocks import Notes, Picture, Section, Table, pictures, section
 from var_moe.report.folder import Results
-from var_moe.report.theme import GREY, SERIES, empty_figure, interval_bars, line_at
-from var_moe.report.wording import limit, percent, settings, speedup
+from var_moe.report.theme import (
+    GREY,
+    SERIES,
+    empty_figure,
+    interval_bars,
+    limit,
+    line_at,
+    percent,
+    settings,
+    speedup,
+)
 
 CONTROL = "random_skip"
+Rows = Sequence[Mapping[str, Any]]
 
 
-def comparison_section(results: Results) -> Section | None:
-    """Policies at equal experts per token."""
+def comparison_section(results: Results) -> Section:
+    """Policies at equal experts per token, with a figure for each compensation, the best first."""
     found = results.get("comparison")
-    if found is None:
-        return None
-    text = found["text"]
+    text, rows = found["text"], found["rows"]
+    ahead = sorted(rows, key=lambda row: row["degradation"])
+    kinds = list(dict.fromkeys(row.get("compensation") for row in ahead))
     return section(
         "policies",
         "Policies at equal experts per token",
         [
-            pictures(*(experts_figure(found, one) for one in _compensations(found))),
+            pictures(*(experts_figure(found, kind, alone=len(kinds) == 1) for kind in kinds)),
             pictures(speed_figure(found)),
             *(_table(found, target) for target in found["targets_experts_per_token"]),
             Notes(lines=found["notes"]) if found["notes"] else None,
@@ -33,35 +43,20 @@ def comparison_section(results: Results) -> Section | None:
     )
 
 
-def _compensations(found: Mapping[str, Any]) -> list[str | None]:
-    """What stood in for dropped experts, what costs least first."""
-    rows = found["rows"]
-    kinds = dict.fromkeys(row.get("compensation") for row in rows)
-    return sorted(
-        kinds,
-        key=lambda one: min(row["degradation"] for row in rows if row.get("compensation") == one),
-    )
-
-
-def experts_figure(found: Mapping[str, Any], compensation: str | None) -> Picture:
+def experts_figure(found: Mapping[str, Any], kind: str | None, *, alone: bool) -> Picture:
     """Degradation against executed experts per token, of one compensation."""
-    rows, alone = found["rows"], len(_compensations(found)) == 1
-    lines = []
-    for name, style, points in _lines(rows):
-        if alone:
-            lines.append((name, style, points))
-        elif points[0].get("compensation") == compensation:
-            solid = {**style, "line": {**style["line"], "dash": "solid"}}
-            lines.append((name.removesuffix(f" + {compensation}"), solid, points))
-    figure = _figure(found, "experts per token", lines)
+    rows = found["rows"]
+    figure = _figure(
+        found, "experts per token", [row for row in rows if row.get("compensation") == kind]
+    )
     # One scale for all, so that the eye compares them.
     most = max(row["degradation"] + 2 * row["degradation_standard_error"] for row in rows)
     least = min(row["degradation"] - 2 * row["degradation_standard_error"] for row in rows)
     figure.update_yaxes(range=[100 * (min(least, 0) - 0.03 * most), 103 * most])
     figure.update_xaxes(autorange="reversed")
     return Picture(
-        name="policies-experts" if alone else f"policies-experts-{compensation}",
-        title="What cuts cost" if alone else f"What cuts cost, compensation: {compensation}",
+        name="policies-experts" if alone else f"policies-experts-{kind}",
+        title="What cuts cost" if alone else f"What cuts cost, compensation: {kind}",
         caption="Lower is better; further right, fewer experts run. Bars are 95% intervals over "
         "documents. The grey line is the control: the same number of cuts, at random.",
         figure=figure,
@@ -69,27 +64,35 @@ def experts_figure(found: Mapping[str, Any], compensation: str | None) -> Pictur
 
 
 def speed_figure(found: Mapping[str, Any]) -> Picture | None:
-    """Degradation against measured speedup, where it was timed."""
-    lines = [line for line in _lines(found["rows"]) if all(p["speedup"] for p in line[2])]
-    if not lines:
+    """Degradation against measured speedup, of the policies that were timed at every target."""
+    untimed = {row["name"] for row in found["rows"] if not row["speedup"]}
+    rows = [row for row in found["rows"] if row["name"] not in untimed]
+    if not rows:
         return None
     return Picture(
         name="policies-speed",
         title="What cuts bring",
         caption="Measured speedup against the unmodified model; bars are 95% intervals over "
         "interleaved blocks.",
-        figure=_figure(found, "speedup", lines),
+        figure=_figure(found, "speedup", rows),
     )
 
 
-_Line = tuple[str, dict[str, Any], list[Mapping[str, Any]]]
-"""Name, style and points."""
+def _figure(found: Mapping[str, Any], x: str, rows: Rows) -> Any:
+    """Perplexity change against experts per token or speedup, which has the error bars.
 
-
-def _figure(found: Mapping[str, Any], x: str, lines: Sequence[_Line]) -> Any:
-    """Perplexity change against experts per token or speedup, which has the error bars."""
+    A policy has one colour in all figures, and a dash for each compensation of a figure.
+    """
     figure = empty_figure(x, "perplexity change, %", height=520)
-    for name, style, points in lines:
+    ways = [(row["policy"], row.get("dial")) for row in found["rows"] if row["policy"] != CONTROL]
+    colours = dict(zip(dict.fromkeys(ways), SERIES * len(ways), strict=False))
+    kinds = dict.fromkeys(row.get("compensation") for row in rows)
+    dashes = dict(zip(kinds, ("solid", "dash", "dot", "dashdot"), strict=False))
+    for name in dict.fromkeys(row["name"] for row in rows):
+        points = sorted(
+            (row for row in rows if row["name"] == name), key=lambda row: -row["experts_per_token"]
+        )
+        first = points[0]
         values = [point[x.replace(" ", "_")] for point in points]
         if x == "speedup":
             ends = [point["speedup_95"] for point in points]
@@ -101,40 +104,17 @@ def _figure(found: Mapping[str, Any], x: str, lines: Sequence[_Line]) -> Any:
             x=values,
             y=[100 * point["degradation"] for point in points],
             text=[f"{name}<br>{settings(point['settings'])}" for point in points],
-            name=name,
+            name=name if len(kinds) > 1 else name.removesuffix(f" + {first.get('compensation')}"),
+            mode="lines+markers",
+            line={
+                "color": colours.get((first["policy"], first.get("dial")), GREY),
+                "dash": dashes.get(first.get("compensation"), "solid"),
+            },
             **bars,
-            **style,
         )
-    line_at(figure, f"bound {limit(found['max_degradation'])}", y=100 * found["max_degradation"])
+    bound = found["max_degradation"]
+    line_at(figure, f"bound {limit(bound)}", y=100 * bound)
     return figure
-
-
-def _lines(rows: Sequence[Mapping[str, Any]]) -> list[_Line]:
-    """Name, style and points of each policy and way of turning it, most experts first.
-
-    A policy has one colour, and a dash for each compensation.
-    """
-    grouped: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        grouped.setdefault(row["name"], []).append(row)
-    policies = list(dict.fromkeys((row["policy"], row.get("dial")) for row in rows))
-    policies = [one for one in policies if one[0] != CONTROL]
-    dashes = dict(
-        zip(
-            dict.fromkeys(row.get("compensation") for row in rows),
-            ("solid", "dash", "dot", "dashdot"),
-            strict=False,
-        )
-    )
-    found = []
-    for name, points in grouped.items():
-        first = points[0]
-        key = (first["policy"], first.get("dial"))
-        colour = GREY if key[0] == CONTROL else SERIES[policies.index(key) % len(SERIES)]
-        dash = dashes.get(first.get("compensation"), "solid")
-        style = {"mode": "lines+markers", "line": {"color": colour, "dash": dash}}
-        found.append((name, style, sorted(points, key=lambda row: -row["experts_per_token"])))
-    return found
 
 
 def _table(found: Mapping[str, Any], target: float) -> Table | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from var_moe.report.blocks import Picture, Section, Table, pictures, section
+from var_moe.report.blocks import Picture, Section, pictures, section
 from var_moe.report.folder import Results
 from var_moe.report.theme import (
     BLUE,
@@ -19,39 +19,27 @@ from var_moe.report.theme import (
     TEAL,
     empty_figure,
     line_at,
-    logarithmic,
 )
 
 _TIERS = (("fast", GREEN), ("cached", ORANGE), ("learned", BLUE))
 
 
 def layers_section(results: Results) -> Section | None:
-    """The configuration that was chosen, or measured, layer by layer."""
-    found = _subject(results)
-    if found is None:
-        return None
-    name, row, top_k = found
-    if not row.get("experts_per_token_by_layer"):
+    """What was measured on held-out text, else the winner of a search, layer by layer."""
+    row = results.get("validation")
+    if row is not None:
+        name = f"the configuration on {row['text']['split']}"
+    else:
+        row = results.winner
+        name = f"the winner ({row['name']})" if row else ""
+    if not row or not row.get("experts_per_token_by_layer"):
         return None
     return section(
         "layers",
         "Layer by layer",
-        [pictures(experts_figure(row, top_k), tiers_figure(row))],
+        [pictures(experts_figure(row, row["top_k"]), tiers_figure(row))],
         intro=f"Of {name}.",
     )
-
-
-def _subject(results: Results) -> tuple[str, Mapping[str, Any], int] | None:
-    """Whose layers are shown: what was measured on held-out text, else the winner of a search."""
-    validation = results.get("validation")
-    if validation:
-        return (
-            f"the configuration on {validation['text']['split']}",
-            validation,
-            validation["top_k"],
-        )
-    row = results.winner
-    return (f"the winner ({row['name']})", row, row["top_k"]) if row else None
 
 
 def experts_figure(row: Mapping[str, Any], top_k: int) -> Picture:
@@ -115,16 +103,14 @@ _TERMS = {
 }
 
 
-def speed_section(results: Results) -> Section | None:
+def speed_section(results: Results) -> Section:
     """The cost model's breakdown and how well it fits."""
     cost = results.get("cost")
-    if cost is None:
-        return None
     setting = cost["setting"]
     return section(
         "speed",
         "Where the time goes",
-        [pictures(breakdown_figure(cost, results.winner), fit_figure(cost)), _backends(results)],
+        [pictures(breakdown_figure(cost, results.winner))],
         intro=f"A forward of {setting['batch_size']} x {setting['sequence']} tokens, by the cost "
         "model that was fitted to timed forwards of this machine. A timing that the fit did not "
         f"see is predicted within {100 * cost['error_relative']:.1f}% (median).",
@@ -132,19 +118,9 @@ def speed_section(results: Results) -> Section | None:
 
 
 def breakdown_figure(cost: Mapping[str, Any], winner: Mapping[str, Any] | None) -> Picture:
-    """Milliseconds of each term, for the model as it is, the winner, and the floor.
-
-    Args:
-        cost: what ``cost_model.json`` holds.
-        winner: the measured row of the configuration that was chosen, if any.
-    """
+    """Milliseconds of each term, for the model as it is, the winner if any, and the floor."""
     tokens = cost["setting"]["batch_size"] * cost["setting"]["sequence"]
-    shown = {
-        name: row
-        for row in cost["timings"]
-        for name in (row["name"],)
-        if row["tokens"] == tokens and name in ("all pairs", "leading pairs")
-    }
+    shown = {row["name"]: row for row in cost["timings"] if row["tokens"] == tokens}
     works = {"all experts": shown.get("all pairs")}
     if winner:
         works["the winner"] = _work_of(cost, winner, tokens)
@@ -204,44 +180,3 @@ def _work_of(
         "decided": tokens,
         "cut": float(dropped / max(top_k - -(-top_k // 2), 1)),
     }
-
-
-def fit_figure(cost: Mapping[str, Any]) -> Picture | None:
-    """Measured against predicted time of everything that was timed."""
-    rows = cost["timings"]
-    if not rows:
-        return None
-    figure = empty_figure("measured, ms", "predicted, ms", height=360, legend=False)
-    measured = [1000 * row["seconds"] for row in rows]
-    ends = [min(measured), max(measured)]
-    figure.add_scatter(x=ends, y=ends, mode="lines", line={"color": GREY, "dash": "dot"})
-    figure.add_scatter(
-        x=measured,
-        y=[1000 * row["predicted_s"] for row in rows],
-        text=[f"{row['name']}<br>{row['tokens']:,.0f} tokens" for row in rows],
-        mode="markers",
-        marker={"color": BLUE, "size": 9},
-    )
-    logarithmic(figure, "x", measured)
-    logarithmic(figure, "y", measured)
-    return Picture(
-        name="cost-fit",
-        title="Fit of the cost model",
-        caption="Each mark is a timed batch; on the line, the prediction is right.",
-        figure=figure,
-    )
-
-
-def _backends(results: Results) -> Table | None:
-    metadata = results.get("metadata") or {}
-    found = metadata.get("baseline", {}).get("backend_throughputs_tps")
-    if not found:
-        return None
-    rows = [(name, f"{tps:,.0f}") for name, tps in sorted(found.items(), key=lambda i: -i[1])]
-    return Table(
-        title="Transformers' experts backends on this machine",
-        headings=("backend", "tokens/s"),
-        rows=rows,
-        marked=0,
-        caption="The baseline of every speedup is the fastest.",
-    )

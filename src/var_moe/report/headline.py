@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from var_moe.report.blocks import BAD, GOOD, PLAIN, Answer, Card, Headline
 from var_moe.report.folder import Results
-from var_moe.report.wording import between, factor, kind, limit, percent, speedup
+from var_moe.report.theme import between, factor, kind, limit, percent, speedup
 
 
 def headline(results: Results) -> Headline:
@@ -40,49 +40,42 @@ def _headline(
     return Headline(title=title, question=question, answers=answers, **more)
 
 
-def _certified(certificate: Mapping[str, Any] | None) -> tuple[Answer, ...]:
-    if certificate is None:
-        return ()
-    tone = GOOD if certificate["certified"] else BAD
-    return (Answer(sentence=certificate["sentence"], tone=tone),)
+def _on_text(found: Mapping[str, Any]) -> str:
+    return f"{found['model']['name']} on {found['text']['dataset']} ({found['text']['split']})"
 
 
-def _held_out(
-    found: Mapping[str, Any] | None, known: tuple[Any, ...] | None = None
-) -> tuple[Answer, ...]:
-    """The answer on held-out text, which may be of none of the ``known`` configurations."""
+def _certified(results: Results) -> list[Answer]:
+    found = results.get("certificate")
     if found is None:
-        return ()
-    own = known is None or found["config"] in known
-    which = "it" if own else f"another ({kind(found['config'])})"
+        return []
+    return [Answer(sentence=found["sentence"], tone=GOOD if found["certified"] else BAD)]
+
+
+def _held_out(found: Mapping[str, Any], which: str = "it") -> Answer:
+    """What held-out text says of a configuration."""
+    bound, upper = limit(found["max_degradation"]), percent(found["degradation_upper_95"])
     chosen = "was profiled or" if found.get("seen") else "nothing was"
     kept = found["degradation_upper_95"] < found["max_degradation"]
-    return (
-        Answer(
-            sentence=f"On {found['text']['split']}, which {chosen} chosen on, "
-            f"{which} "
-            f"{'keeps' if kept else 'breaks'} the bound of {limit(found['max_degradation'])}: "
-            f"{percent(found['degradation'])} (95% upper bound "
-            f"{percent(found['degradation_upper_95'])}) at {factor(found['speedup'])} "
-            f"{between(found['speedup_95'])}.",
-            tone=GOOD if kept else BAD,
-        ),
+    return Answer(
+        sentence=f"On {found['text']['split']}, which {chosen} chosen on, {which} "
+        f"{'keeps' if kept else 'breaks'} the bound of {bound}: {percent(found['degradation'])} "
+        f"(95% upper bound {upper}) at {factor(found['speedup'])} {between(found['speedup_95'])}.",
+        tone=GOOD if kept else BAD,
     )
 
 
-def _certificate_cards(results: Results) -> tuple[Card, ...]:
+def _certificate_cards(results: Results) -> list[Card]:
     """What is certified, and what was measured of the same configuration."""
     certificate = results.get("certificate")
     if certificate is None or not certificate["certified"]:
-        return ()
+        return []
     name = certificate["certified_name"]
     test = next(row for row in certificate["tests"] if row["name"] == name)
     ends = between([100 * end for end in test["degradation_interval"]], digits=2)
-    bound = limit(certificate["max_degradation"])
     cards = [
         Card(
             label="certified perplexity rise",
-            value=f"< {bound}",
+            value=f"< {limit(certificate['max_degradation'])}",
             detail=f"measured {percent(test['degradation'])} {ends}",
             tone=GOOD,
         )
@@ -93,14 +86,13 @@ def _certificate_cards(results: Results) -> tuple[Card, ...]:
         value = f"≥ {factor(speed['at_least'])}"
         cards.append(Card(label="certified speed", value=value, detail=told, tone=GOOD))
     geometry = (results.get("metadata") or {}).get("geometry", {})
-    return (*cards, _experts_card(test, geometry.get("top_k")))
+    return [*cards, _experts_card(test, geometry.get("top_k"))]
 
 
 def _experts_card(row: Mapping[str, Any], top_k: int | None) -> Card:
     of = f"of {top_k}" if top_k else ""
-    return Card(
-        label="executed experts per token", value=f"{row['experts_per_token']:.2f}", detail=of
-    )
+    value = f"{row['experts_per_token']:.2f}"
+    return Card(label="executed experts per token", value=value, detail=of)
 
 
 def _measured_cards(row: Mapping[str, Any], top_k: int, bound: float, where: str) -> list[Card]:
@@ -109,16 +101,13 @@ def _measured_cards(row: Mapping[str, Any], top_k: int, bound: float, where: str
         ends = f"95% interval {between(row['speedup_95'])}"
         cards = [Card(label=f"speedup, {where}", value=factor(row["speedup"]), detail=ends)]
     upper = row["degradation_upper_95"]
-    return [
-        *cards,
-        Card(
-            label=f"perplexity, {where}",
-            value=percent(row["degradation"]),
-            detail=f"95% upper bound {percent(upper)}, limit {limit(bound)}",
-            tone=GOOD if upper < bound else BAD,
-        ),
-        _experts_card(row, top_k),
-    ]
+    quality = Card(
+        label=f"perplexity, {where}",
+        value=percent(row["degradation"]),
+        detail=f"95% upper bound {percent(upper)}, limit {limit(bound)}",
+        tone=GOOD if upper < bound else BAD,
+    )
+    return [*cards, quality, _experts_card(row, top_k)]
 
 
 def _of_search(results: Results) -> Headline:
@@ -136,12 +125,17 @@ def _of_search(results: Results) -> Headline:
     identity, bound = metadata["identity"], metadata["max_degradation"]
     policy = metadata["settings"].get("policy")
     what = kind(best) if best else f"policy {policy}" if policy else "VAR"
-    row, certificate = results.winner, results.get("certificate")
-    certified = (certificate or {}).get("certified_config")
+    certified = (results.get("certificate") or {}).get("certified_config")
     chosen = metadata["answer"]
     if certified not in (None, best):
         chosen = f"Chosen by the search, not certified: {chosen[:1].lower()}{chosen[1:]}"
-    cards: Sequence[Card] = _certificate_cards(results)
+    answers = [*_certified(results), Answer(sentence=chosen, tone=GOOD if best else BAD)]
+    held_out = results.get("validation")
+    if held_out is not None:
+        own = held_out["config"] in (best, certified)
+        which = "it" if own else f"another ({kind(held_out['config'])})"
+        answers.insert(-1, _held_out(held_out, which))
+    cards, row = _certificate_cards(results), results.winner
     if not cards and row:  # they may be of another configuration: figures of one alone
         cards = _measured_cards(row, metadata["geometry"]["top_k"], bound, "validation")
     nearest = metadata.get("search", {}).get("nearest_miss", {}).get("config")
@@ -149,11 +143,7 @@ def _of_search(results: Results) -> Headline:
         title=f"{identity['model']} on {identity['dataset']}",
         question=f"Which configuration ({what}) runs the model {identity['model']} fastest, "
         f"while its perplexity on {identity['dataset']} text rises by less than {limit(bound)}?",
-        answers=(
-            *_certified(certificate),
-            *_held_out(results.get("validation"), known=(best, certified)),
-            Answer(sentence=chosen, tone=GOOD if best else BAD),
-        ),
+        answers=tuple(answers),
         cards=tuple(cards),
         configuration=certified or best or nearest,
     )
@@ -179,13 +169,13 @@ def _of_guard(results: Results) -> Headline:
 
 def _of_validation(results: Results) -> Headline:
     found = results.get("validation")
-    text, config, bound = found["text"], found["config"], found["max_degradation"]
+    split, config, bound = found["text"]["split"], found["config"], found["max_degradation"]
     return Headline(
-        title=f"{found['model']['name']} on {text['dataset']} ({text['split']})",
+        title=_on_text(found),
         question=f"Does the configuration ({kind(config)}) keep perplexity within {limit(bound)} "
-        f"on {text['split']}, and how fast is it?",
-        answers=(*_certified(results.get("certificate")), *_held_out(found)),
-        cards=tuple(_measured_cards(found, found["top_k"], bound, text["split"])),
+        f"on {split}, and how fast is it?",
+        answers=(*_certified(results), _held_out(found)),
+        cards=tuple(_measured_cards(found, found["top_k"], bound, split)),
         configuration=config,
     )
 
@@ -196,8 +186,8 @@ def _of_certificate(results: Results) -> Headline:
         title=f"Certificate: {found['identity']['model']} on {found['text']['dataset']}",
         question="Which configuration surely keeps perplexity within "
         f"{limit(found['max_degradation'])}?",
-        answers=_certified(found),
-        cards=_certificate_cards(results),
+        answers=tuple(_certified(results)),
+        cards=tuple(_certificate_cards(results)),
         configuration=found.get("certified_config"),
     )
 
@@ -205,8 +195,8 @@ def _of_certificate(results: Results) -> Headline:
 def _of_seeds(results: Results) -> Headline:
     found = results.get("stability")
     experts, speed = found["spread"]["experts_per_token"], found["spread"]["speedup"]
-    runs, kept = found["runs"], [run for run in found["runs"] if run["found"]]
-    sentence = f"{len(kept)} of {len(runs)} seeds kept the bound"
+    kept = sum(run["found"] for run in found["runs"])
+    sentence = f"{kept} of {len(found['runs'])} seeds kept the bound"
     if experts is not None:
         sentence += (
             f", with {experts['min']:.3f} to {experts['max']:.3f} experts per token (a spread of "
@@ -218,13 +208,12 @@ def _of_seeds(results: Results) -> Headline:
         f"Seeds: {found['model']} on {found['dataset']}",
         "Does the answer depend on the seed of the search?",
         f"{sentence}.",
-        good=kept == runs,
+        good=kept == len(found["runs"]),
     )
 
 
 def _of_comparison(results: Results) -> Headline:
     found = results.get("comparison")
-    text = found["text"]
     least: dict[str, list[str]] = {}  # of each policy that is ahead somewhere
     for target in found["targets_experts_per_token"]:
         rows = [row for row in found["rows"] if row["target_experts_per_token"] == target]
@@ -234,17 +223,12 @@ def _of_comparison(results: Results) -> Headline:
             least.setdefault(best["name"], []).append(told)
     ahead = "; ".join(f"{name} ({', '.join(told)})" for name, told in least.items())
     sentences = [f"At equal experts per token, least costs {ahead}."] if least else []
-    return _headline(
-        f"Policies: {found['model']['name']} on {text['dataset']} ({text['split']})",
-        "At equally many executed experts per token, which policy costs least?",
-        *sentences,
-        good=True,
-    )
+    question = "At equally many executed experts per token, which policy costs least?"
+    return _headline(f"Policies: {_on_text(found)}", question, *sentences, good=True)
 
 
 def _of_evaluation(results: Results) -> Headline:
     found = results.get("evaluation")
-    text = found["text"]
     told = [
         f"{row['name']}: {percent(row['degradation'])} perplexity (95% upper bound "
         f"{percent(row['degradation_upper_95'])}), {speedup(row)}, "
@@ -252,11 +236,8 @@ def _of_evaluation(results: Results) -> Headline:
         for row in found["rows"]
         if row["name"] != "baseline"
     ]
-    return _headline(
-        f"{found['model']['name']} on {text['dataset']} ({text['split']})",
-        "What does each policy cost, and what does it bring?",
-        *told,
-    )
+    question = "What does each policy cost, and what does it bring?"
+    return _headline(_on_text(found), question, *told)
 
 
 def _of_analysis(results: Results) -> Headline:

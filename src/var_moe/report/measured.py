@@ -7,16 +7,14 @@ from typing import Any
 
 from var_moe.report.blocks import Notes, Section, Table, section
 from var_moe.report.folder import Results
-from var_moe.report.wording import between, change, factor, percent, settings, speedup, tiers
+from var_moe.report.theme import between, change, factor, percent, settings, speedup, tiers
 
 _MET = {True: "yes", False: "no", None: "-"}
 
 
-def held_out_section(results: Results) -> Section | None:
+def held_out_section(results: Results) -> Section:
     """The configuration on text that nothing was chosen on."""
     found = results.get("validation")
-    if found is None:
-        return None
     text = found["text"]
     criteria: dict[str, Any] = {
         "criterion": "{name}",
@@ -76,11 +74,9 @@ def datasets_table(rows: Any, *, title: str = "Each data set by itself") -> Tabl
     )
 
 
-def seeds_section(results: Results) -> Section | None:
+def seeds_section(results: Results) -> Section:
     """The winners of several seeds, one row each."""
     found = results.get("stability")
-    if found is None:
-        return None
 
     def known(one: Any) -> Any:
         return lambda run: one(run) if run["found"] else ""
@@ -96,11 +92,9 @@ def seeds_section(results: Results) -> Section | None:
     return section("seeds", f"{len(found['runs'])} seeds", [table])
 
 
-def evaluation_section(results: Results) -> Section | None:
+def evaluation_section(results: Results) -> Section:
     """Policies beside the unmodified model."""
     found = results.get("evaluation")
-    if found is None:
-        return None
     text = found["text"]
 
     def other(one: Any) -> Any:
@@ -146,11 +140,9 @@ def evaluation_section(results: Results) -> Section | None:
     )
 
 
-def guard_section(results: Results) -> Section | None:
+def guard_section(results: Results) -> Section:
     """The data sets that were played to the guard."""
     found = results.get("guard")
-    if found is None:
-        return None
     columns: dict[str, Any] = {
         "text": "{text}",
         "documents": "{documents:,}",

@@ -9,24 +9,19 @@ from typing import Any
 from var_moe.growing import INCOMPLETE
 from var_moe.report.blocks import Facts, Notes, Section, section
 from var_moe.report.folder import FILES, Results
-from var_moe.report.wording import change, setting
+from var_moe.report.theme import change, setting
 
-_ORDER = (
-    "metadata",
-    "validation",
-    "certificate",
-    "stability",
-    "comparison",
-    "evaluation",
-    "analysis",
-    "routing",
+_TOLD = (
+    *("metadata", "validation", "certificate", "stability"),
+    *("comparison", "evaluation", "analysis", "routing"),
 )
+"""Parts with a provenance, in the order of the page."""
 
 
 def origin_section(results: Results) -> Section:
     """Provenance, notes of the search, and how to repeat it."""
     metadata = results.get("metadata") or {}
-    told = [_command(results, name) for name in _ORDER if results.get(name)]
+    told = [_command(results, name) for name in _TOLD if results.get(name)]
     commands = list(dict.fromkeys(line for line in told if line))
     return section(
         "origin",
@@ -57,7 +52,7 @@ def _facts(results: Results) -> dict[str, str]:
     metadata = results.get("metadata")
     if metadata:
         facts |= _search_facts(metadata)
-    for name in _ORDER:
+    for name in _TOLD:
         part = results.get(name)
         if part is None:
             continue
@@ -76,20 +71,18 @@ def _facts(results: Results) -> dict[str, str]:
 def _search_facts(metadata: Mapping[str, Any]) -> dict[str, str]:
     if "identity" not in metadata:
         return {"seed": str(metadata["seed"])}  # a program's own search
-    identity = metadata["identity"]
-    measured = identity["setting"]
+    identity, profile = metadata["identity"], metadata.get("profile", {})
+    measured = ", ".join(f"{name} {setting(one)}" for name, one in identity["setting"].items())
     facts = {
         "model": f"{identity['model']} {identity['revision'] or ''} ({identity['dtype']}, "
         f"{identity['device']})",
         "validation text": _text(metadata["validation"]),
-        "timed batch": ", ".join(f"{name} {setting(value)}" for name, value in measured.items()),
+        "timed batch": measured,
         "seed": str(metadata["seed"]),
     }
-    profile = metadata.get("profile", {})
     if profile.get("hash"):
-        facts["profile"] = (
-            f"{profile['tokens']:,} tokens of {profile['dataset']}, {profile['hash']}"
-        )
+        tokens = f"{profile['tokens']:,} tokens of {profile['dataset']}"
+        facts["profile"] = f"{tokens}, {profile['hash']}"
     if identity.get("compensation_hash"):
         facts["compensation"] = identity["compensation_hash"]
     return facts
@@ -102,25 +95,24 @@ def _text(text: Mapping[str, Any]) -> str:
     )
 
 
-def unfinished_section(results: Results) -> Section | None:
-    """A line for each file that is not whole; what it holds of rows stands in its own section."""
-    if not results.unfinished:
+def left_out_section(results: Results) -> Section | None:
+    """A line for each file that is not whole, or that an earlier search in the folder left.
+
+    What an unfinished file holds of rows stands in its own section.
+    """
+    unfinished = [_line(FILES[name], found) for name, found in results.unfinished.items()]
+    foreign = [f"{FILES[name]}: of another profile than the search's." for name in results.foreign]
+    if not unfinished and not foreign:
         return None
-    lines = [_line(FILES[name], found) for name, found in results.unfinished.items()]
+    again = "A command ended before all was measured; the same command measures it again"
     return section(
-        "unfinished",
-        "Unfinished",
-        [Notes(lines=lines)],
-        intro="A command ended before all was measured; the same command measures it again.",
+        "left-out",
+        "Unfinished, or left out",
+        [
+            Notes(title=again, lines=unfinished) if unfinished else None,
+            Notes(title="What is of other results", lines=foreign) if foreign else None,
+        ],
     )
-
-
-def foreign_section(results: Results) -> Section | None:
-    """A line for each file that an earlier search in the folder left."""
-    lines = [f"{FILES[name]}: of another profile than the search's." for name in results.foreign]
-    if not lines:
-        return None
-    return section("foreign", "Left out", [Notes(lines=lines)], intro="What is of other results.")
 
 
 def _line(file: str, found: Mapping[str, Any]) -> str:

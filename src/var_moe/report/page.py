@@ -20,8 +20,7 @@ from var_moe.report.measured import (
     held_out_section,
     seeds_section,
 )
-from var_moe.report.origin import foreign_section, origin_section, unfinished_section
-from var_moe.report.parameters import importance_section
+from var_moe.report.origin import left_out_section, origin_section
 from var_moe.report.routing import hypotheses_section, routing_section
 from var_moe.report.search import search_section
 from var_moe.report.systems import systems_section
@@ -33,25 +32,23 @@ WIDTH = 900
 _INK, _GRID, _LINE = "#1c2026", "#e3e6eb", "#9aa2ad"
 Made = TypeVar("Made")
 
-SECTIONS: tuple[Callable[[Results], Section | None], ...] = (
-    certificate_section,
-    unfinished_section,
-    foreign_section,
-    held_out_section,
-    seeds_section,
-    comparison_section,
-    evaluation_section,
-    systems_section,
-    hypotheses_section,
-    guard_section,
-    search_section,
-    importance_section,
-    layers_section,
-    speed_section,
-    routing_section,
-    origin_section,
+SECTIONS: tuple[tuple[str | None, Callable[[Results], Section | None]], ...] = (
+    ("certificate", certificate_section),
+    (None, left_out_section),
+    ("validation", held_out_section),
+    ("stability", seeds_section),
+    ("comparison", comparison_section),
+    ("evaluation", evaluation_section),
+    ("analysis", systems_section),
+    ("routing", hypotheses_section),
+    ("guard", guard_section),
+    ("search", search_section),
+    (None, layers_section),
+    ("cost", speed_section),
+    (None, routing_section),
+    (None, origin_section),
 )
-"""In the order of the page; a section whose results are not there is left out."""
+"""In the order of the page: each with the part that it needs, or it sees itself what is there."""
 
 
 def build_report(folder: str | Path) -> Report:
@@ -62,7 +59,8 @@ def build_report(folder: str | Path) -> Report:
     """
     require("plotly")
     results = read_results(Path(folder))
-    made = [_made(make, results) for make in SECTIONS]
+    there = [make for part, make in SECTIONS if part is None or part in results.parts]
+    made = [_made(make, results) for make in there]
     return Report(
         headline=_made(headline, results),
         sections=tuple(one for one in made if one is not None),

@@ -9,7 +9,7 @@ import numpy as np
 
 from var_moe.report.blocks import Picture, Section, Table, pictures, section
 from var_moe.report.folder import Results
-from var_moe.report.theme import BLUE, DENSITY, ORANGE, SERIES, empty_figure, line_at, logarithmic
+from var_moe.report.theme import BLUE, DENSITY, SERIES, empty_figure, line_at, logarithmic
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,9 +23,7 @@ def routing_section(results: Results) -> Section | None:
     stats = results.stats
     if stats is None or not len(stats):
         return None
-    search = results.get("search") or {}
-    best = search.get("best_params") or {}
-    threshold = best.get("entropy_threshold")
+    best = (results.get("search") or {}).get("best_params") or {}
     layers = stats["layer"].nunique()
     tokens = int(stats["frequency"].sum() / layers)
     return section(
@@ -33,7 +31,7 @@ def routing_section(results: Results) -> Section | None:
         "Routing of the unmodified model",
         [
             pictures(
-                entropy_figure(stats, threshold),
+                entropy_figure(stats, best.get("entropy_threshold")),
                 frequency_figure(stats),
                 consistency_figure(stats),
             )
@@ -43,11 +41,11 @@ def routing_section(results: Results) -> Section | None:
     )
 
 
-def _shown_layers(stats: pd.DataFrame) -> list[int]:
-    layers = sorted(stats["layer"].unique().tolist())
-    if len(layers) <= _MOST_LINES:
-        return layers
-    return [layers[i] for i in np.linspace(0, len(layers) - 1, _MOST_LINES).round().astype(int)]
+def _distribution(rows: pd.DataFrame, column: str, edges: Any) -> dict[str, list[float]]:
+    """Middles of the bins, and the share of tokens in each in percent."""
+    counts, _ = np.histogram(rows[column], bins=edges, weights=rows["frequency"])
+    middles = (edges[:-1] + edges[1:]) / 2
+    return {"x": middles.tolist(), "y": (100 * counts / max(counts.sum(), 1)).tolist()}
 
 
 def entropy_figure(stats: pd.DataFrame, threshold: float | None) -> Picture:
@@ -55,12 +53,11 @@ def entropy_figure(stats: pd.DataFrame, threshold: float | None) -> Picture:
     figure = empty_figure("mean router entropy of a token, nats", "share of tokens, %")
     top = float(stats["mean_entropy"].max())
     edges = np.linspace(0, max(top, 1e-6), _BINS + 1)
-    for number, layer in enumerate(_shown_layers(stats)):
-        rows = stats[stats["layer"] == layer]
-        counts, _ = np.histogram(rows["mean_entropy"], bins=edges, weights=rows["frequency"])
+    layers = np.unique(stats["layer"])
+    places = np.linspace(0, len(layers) - 1, min(len(layers), _MOST_LINES)).round().astype(int)
+    for number, layer in enumerate(layers[places]):
         figure.add_scatter(
-            x=((edges[:-1] + edges[1:]) / 2).tolist(),
-            y=(100 * counts / max(counts.sum(), 1)).tolist(),
+            **_distribution(stats[stats["layer"] == layer], "mean_entropy", edges),
             mode="lines",
             line={"color": SERIES[number % len(SERIES)], "width": 2},
             name=f"layer {layer}",
@@ -77,19 +74,17 @@ def entropy_figure(stats: pd.DataFrame, threshold: float | None) -> Picture:
 
 
 def frequency_figure(stats: pd.DataFrame) -> Picture:
-    """Frequency against entropy: density, medians, Spearman's rho."""
+    """Frequency against entropy: density and Spearman's rho."""
     from scipy.stats import spearmanr
 
     frequency = stats["frequency"].to_numpy(np.float64)
     entropy = stats["mean_entropy"].to_numpy(np.float64)
     rho = float(spearmanr(frequency, entropy).statistic) if len(stats) > 2 else float("nan")
-    log = np.log10(frequency)
-    counts, x_edges, y_edges = np.histogram2d(log, entropy, bins=(40, 40))
-    x = (10 ** ((x_edges[:-1] + x_edges[1:]) / 2)).tolist()
-    figure = empty_figure("occurrences of the token", "mean router entropy, nats")
+    counts, x_edges, y_edges = np.histogram2d(np.log10(frequency), entropy, bins=(40, 40))
+    figure = empty_figure("occurrences of the token", "mean router entropy, nats", legend=False)
     logarithmic(figure, "x", frequency.tolist())
     figure.add_heatmap(
-        x=x,
+        x=(10 ** ((x_edges[:-1] + x_edges[1:]) / 2)).tolist(),
         y=((y_edges[:-1] + y_edges[1:]) / 2).tolist(),
         z=np.log10(1 + counts.T).tolist(),
         text=counts.T.astype(int).tolist(),
@@ -97,19 +92,11 @@ def frequency_figure(stats: pd.DataFrame) -> Picture:
         colorscale=DENSITY,
         showscale=False,
     )
-    place = np.clip(np.digitize(log, x_edges) - 1, 0, len(x) - 1)
-    medians: list[Any] = [
-        float(np.median(entropy[place == bin_])) if (place == bin_).sum() >= 5 else None
-        for bin_ in range(len(x))
-    ]
-    figure.add_scatter(
-        x=x, y=medians, mode="lines", line={"color": ORANGE, "width": 2}, name="median"
-    )
     return Picture(
         name="frequency-entropy",
         title="Frequency against entropy",
         caption=f"Entries of the table, one per (layer, token); Spearman's rho = {rho:+.2f}. "
-        "Were frequent tokens routed more predictably, the median would fall to the right.",
+        "Were frequent tokens routed more predictably, the entries would fall to the right.",
         figure=figure,
     )
 
@@ -117,14 +104,8 @@ def frequency_figure(stats: pd.DataFrame) -> Picture:
 def consistency_figure(stats: pd.DataFrame) -> Picture:
     """How often a token's most frequent first expert is its first expert."""
     figure = empty_figure("routing consistency", "share of tokens, %", height=340, legend=False)
-    counts, edges = np.histogram(
-        stats["routing_consistency"], bins=np.linspace(0, 1, 41), weights=stats["frequency"]
-    )
-    figure.add_bar(
-        x=((edges[:-1] + edges[1:]) / 2).tolist(),
-        y=(100 * counts / max(counts.sum(), 1)).tolist(),
-        marker={"color": BLUE},
-    )
+    edges = np.linspace(0, 1, 41)
+    figure.add_bar(**_distribution(stats, "routing_consistency", edges), marker={"color": BLUE})
     figure.update_layout(bargap=0.05)
     return Picture(
         name="consistency",
@@ -135,11 +116,9 @@ def consistency_figure(stats: pd.DataFrame) -> Picture:
     )
 
 
-def hypotheses_section(results: Results) -> Section | None:
+def hypotheses_section(results: Results) -> Section:
     """Each hypothesis with its test, figure and verdict, and the coverage of the fast path."""
     found = results.get("routing")
-    if found is None:
-        return None
 
     def shown(name: str, digits: int = 3, scale: float = 1) -> Any:
         return lambda row: "-" if row[name] is None else f"{scale * row[name]:.{digits}f}"

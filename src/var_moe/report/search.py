@@ -1,4 +1,4 @@
-"""How a search went: the best so far, speedup against degradation, each parameter's slice."""
+"""How a search went: the best so far, speedup against degradation, and each parameter's part."""
 
 from __future__ import annotations
 
@@ -7,29 +7,38 @@ from typing import Any
 
 from var_moe.report.blocks import Picture, Section, Table, pictures, section
 from var_moe.report.folder import Results
-from var_moe.report.parameters import parallel_figure, slice_figures
 from var_moe.report.theme import (
     BLUE,
+    COLD_TO_HOT,
     GREEN,
     GREY,
     ORANGE,
     PURPLE,
     TALL,
+    change,
     empty_figure,
+    hover,
     interval_bars,
+    limit,
     line_at,
+    logarithmic,
+    percent,
+    settings,
+    speedup,
+    tiers,
 )
-from var_moe.report.wording import change, hover, limit, percent, settings, speedup, tiers
 
 _THIN = {"thickness": 1.2, "width": 3}
 PRESETS = ("conservative", "balanced", "aggressive")
+LEAST_EVALUATIONS = 20
+"""Below this the importance of evaluations says more about chance than about parameters."""
+
+Rows = Sequence[Mapping[str, Any]]
 
 
-def search_section(results: Results) -> Section | None:
+def search_section(results: Results) -> Section:
     """The course of the search and what it left."""
     search, metadata = results.get("search"), results.get("metadata")
-    if search is None:
-        return None
     shown = [row for row in search["all_results"] if row.get("speedup") is not None]
     return section(
         "search",
@@ -41,7 +50,7 @@ def search_section(results: Results) -> Section | None:
             ),
             measured_table(metadata, search["best_params"]) if "remeasured" in metadata else None,
             pictures(*slice_figures(shown, metadata)),
-            pictures(parallel_figure(shown, metadata)),
+            pictures(importance_figure(search, metadata)),
         ],
         intro=_course(search, metadata),
     )
@@ -56,34 +65,28 @@ def _course(search: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
     return text + (f"; {failed} of them failed." if failed else ".")
 
 
-def progress_figure(rows: Sequence[Mapping[str, Any]], metadata: Mapping[str, Any]) -> Picture:
-    """Speedup of each evaluation, and the best feasible one so far.
-
-    Args:
-        rows: evaluations in their order, with a speedup.
-        metadata: of the search.
-    """
+def progress_figure(rows: Rows, metadata: Mapping[str, Any]) -> Picture:
+    """Speedup of each evaluation, in order, and the best feasible one so far."""
     figure = empty_figure("full evaluation", "speedup on the search text", height=TALL)
-    number = {id(row): place for place, row in enumerate(rows, start=1)}
-    for feasible, name, colour, symbol in (
-        (False, "over the bound", GREY, "x"),
-        (True, "keeps the bound", BLUE, "circle"),
-    ):
-        some = [row for row in rows if bool(row["feasible"]) is feasible]
-        if some:
-            figure.add_scatter(
-                x=[number[id(row)] for row in some],
-                y=[row["speedup"] for row in some],
-                text=hover(some),
-                mode="markers",
-                marker={"color": colour, "symbol": symbol, "size": 9},
-                name=name,
-            )
     best, course = None, []
     for row in rows:
         if row["feasible"]:
             best = row["speedup"] if best is None else max(best, row["speedup"])
         course.append(best)
+    for feasible, name, colour, symbol in (
+        (False, "over the bound", GREY, "x"),
+        (True, "keeps the bound", BLUE, "circle"),
+    ):
+        some = {at: row for at, row in enumerate(rows, 1) if bool(row["feasible"]) is feasible}
+        if some:
+            figure.add_scatter(
+                x=list(some),
+                y=[row["speedup"] for row in some.values()],
+                text=hover(list(some.values())),
+                mode="markers",
+                marker={"color": colour, "symbol": symbol, "size": 9},
+                name=name,
+            )
     figure.add_scatter(
         x=list(range(1, len(rows) + 1)),
         y=course,
@@ -94,16 +97,13 @@ def progress_figure(rows: Sequence[Mapping[str, Any]], metadata: Mapping[str, An
     again = metadata.get("remeasured", ())
     presets = [row for row in again if row["name"] in PRESETS and row["speedup"]]
     if presets:
+        symbols = ["diamond" if row["passed"] else "diamond-open" for row in presets]
         figure.add_scatter(
             x=[0] * len(presets),
             y=[row["speedup"] for row in presets],
             text=[f"{row['name']}<br>perplexity {change(row)}" for row in presets],
             mode="markers",
-            marker={
-                "symbol": ["diamond" if row["passed"] else "diamond-open" for row in presets],
-                "color": ORANGE,
-                "size": 10,
-            },
+            marker={"symbol": symbols, "color": ORANGE, "size": 10},
             name="presets",
         )
     line_at(figure, "unmodified model", y=1.0)
@@ -116,66 +116,61 @@ def progress_figure(rows: Sequence[Mapping[str, Any]], metadata: Mapping[str, An
     return Picture(name="best-so-far", title="Best feasible so far", caption=caption, figure=figure)
 
 
-def tradeoff_figure(results: Results, rows: Sequence[Mapping[str, Any]]) -> Picture | None:
+def tradeoff_figure(results: Results, rows: Rows) -> Picture | None:
     """Speedup against degradation: evaluations, front, what was measured again, the bound."""
     metadata, front = results.get("metadata"), results.get("front")
-    if metadata["max_degradation"] is None:
+    bound = metadata["max_degradation"]
+    if bound is None:
         return None  # a program's own search, of an objective without a bound
     figure = empty_figure("perplexity change, %", "speedup", height=TALL)
+
+    def add(some: Rows, name: str, **style: Any) -> None:
+        if some:
+            figure.add_scatter(
+                x=[100 * row["degradation"] for row in some],
+                y=[row["speedup"] for row in some],
+                name=name,
+                **{"mode": "markers", **style},
+            )
+
     if front:
         forecast = [point for point in front["points"] if not point["verified"]]
-        figure.add_scatter(
-            x=[100 * point["degradation"] for point in forecast],
-            y=[point["speedup"] for point in forecast],
-            mode="lines",
-            line={"color": GREY, "dash": "dash", "width": 1.5},
-            name="front, forecast",
-        )
-    if rows:
-        figure.add_scatter(
-            x=[100 * row["degradation"] for row in rows],
-            y=[row["speedup"] for row in rows],
-            text=hover(rows),
-            mode="markers",
-            marker={"color": GREY, "size": 6, "opacity": 0.7},
-            name="on the search text",
-        )
+        dashes = {"color": GREY, "dash": "dash", "width": 1.5}
+        add(forecast, "front, forecast", mode="lines", line=dashes)
+    marks = {"color": GREY, "size": 6, "opacity": 0.7}
+    add(rows, "on the search text", text=hover(rows), marker=marks)
     again = [row for row in metadata.get("remeasured", ()) if row.get("speedup") is not None]
-    for passed, name, colour in (
-        (False, "over the bound", ORANGE),
-        (True, "keeps the bound", BLUE),
+    held_out = results.get("validation")
+    for some, name, colour, symbol in (
+        ([row for row in again if not row["passed"]], "over the bound", ORANGE, "circle"),
+        ([row for row in again if row["passed"]], "keeps the bound", BLUE, "circle"),
+        ([held_out] if held_out else [], "held-out text", PURPLE, "square"),
     ):
-        some = [row for row in again if row["passed"] is passed]
-        if some:
-            figure.add_scatter(**_measured(some), marker_color=colour, name=name)
-    if results.get("validation"):
-        one = {"name": results.get("validation")["text"]["split"], **results.get("validation")}
-        figure.add_scatter(
-            **_measured([one]), marker={"color": PURPLE, "symbol": "square"}, name="held-out text"
+        add(
+            some,
+            name,
+            marker={"color": colour, "symbol": symbol, "size": 10},
+            error_x={"array": [196 * row["degradation_standard_error"] for row in some], **_THIN},
+            error_y=_speed_bars(some),
+            text=[
+                f"{row.get('name', name)}<br>{settings(row['config'])}<br>perplexity "
+                f"{change(row)}<br>{row['experts_per_token']:.2f} experts per token"
+                for row in some
+            ],
         )
     certified = _certified(results.get("certificate"))
-    if certified:
-        figure.add_scatter(
-            x=[100 * certified["degradation"]],
-            y=[certified["speedup"]],
-            error_x=interval_bars(
-                [certified["degradation"]], [certified["degradation_interval"]], scale=100, **_THIN
-            ),
-            error_y=interval_bars([certified["speedup"]], [certified["speedup_95"]], **_THIN),
-            mode="markers",
-            marker={"symbol": "star", "size": 15, "color": GREEN},
-            name="certified",
-        )
-    line_at(
-        figure, f"bound {limit(metadata['max_degradation'])}", x=100 * metadata["max_degradation"]
+    values = [row["degradation"] for row in certified]
+    ends = [row["degradation_interval"] for row in certified]
+    add(
+        certified,
+        "certified",
+        marker={"symbol": "star", "size": 15, "color": GREEN},
+        error_x=interval_bars(values, ends, scale=100, **_THIN),
+        error_y=_speed_bars(certified),
     )
-    figure.add_scatter(
-        x=[0],
-        y=[1],
-        mode="markers",
-        marker={"symbol": "cross", "size": 10, "color": GREY},
-        name="unmodified",
-    )
+    line_at(figure, f"bound {limit(bound)}", x=100 * bound)
+    unmodified = {"degradation": 0.0, "speedup": 1.0}
+    add([unmodified], "unmodified", marker={"symbol": "cross", "size": 10, "color": GREY})
     return Picture(
         name="speedup-degradation",
         title="Speedup against degradation",
@@ -186,45 +181,24 @@ def tradeoff_figure(results: Results, rows: Sequence[Mapping[str, Any]]) -> Pict
     )
 
 
-def _measured(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    speeds = [row["speedup"] for row in rows]
-    ends = [row["speedup_95"] for row in rows]
-    return {
-        "x": [100 * row["degradation"] for row in rows],
-        "y": speeds,
-        "error_x": {
-            "array": [196 * row["degradation_standard_error"] for row in rows],
-            **_THIN,
-        },
-        "error_y": interval_bars(speeds, ends, **_THIN),
-        "text": [
-            f"{row['name']}<br>{settings(row['config'])}<br>perplexity {change(row)}<br>"
-            f"{row['experts_per_token']:.2f} experts per token"
-            for row in rows
-        ],
-        "mode": "markers",
-        "marker_size": 10,
-    }
+def _speed_bars(rows: Rows) -> dict[str, Any]:
+    speeds, ends = [row["speedup"] for row in rows], [row["speedup_95"] for row in rows]
+    return interval_bars(speeds, ends, **_THIN)
 
 
-def _certified(certificate: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _certified(certificate: Mapping[str, Any] | None) -> Rows:
     """Figures of the certified configuration, where its speed was measured too."""
     if not certificate or not certificate["certified"]:
-        return None
+        return []
     test = next(t for t in certificate["tests"] if t["name"] == certificate["certified_name"])
     speed = next((c for c in certificate["claims"] if c["name"] == "speedup"), None)
     if speed is None or speed.get("measured") is None:
-        return None
-    return {**test, "speedup": speed["measured"], "speedup_95": speed["speedup_95"]}
+        return []
+    return [{**test, "speedup": speed["measured"], "speedup_95": speed["speedup_95"]}]
 
 
 def measured_table(metadata: Mapping[str, Any], best: Mapping[str, Any] | None) -> Table | None:
-    """What was measured on text that was not searched on.
-
-    Args:
-        metadata: of the search.
-        best: the winner's configuration, where there is one.
-    """
+    """What was measured on text that was not searched on; ``best`` is the winner's row."""
     rows, baseline = metadata["remeasured"], metadata["baseline"]
     winner = next((number for number, row in enumerate(rows) if row["config"] == best), None)
     unmodified = {"name": "unmodified model", "perplexity": baseline["perplexity"]}
@@ -260,3 +234,108 @@ def _worst(row: Mapping[str, Any]) -> str:
         return ""
     upper = percent(row["worst_degradation_upper_95"])
     return f"{row['worst_dataset']} {percent(row['worst_degradation'])} ({upper})"
+
+
+def slice_figures(rows: Rows, metadata: Mapping[str, Any]) -> list[Picture]:
+    """Values of each parameter that took several, against speedup, coloured by degradation."""
+    space = metadata.get("settings", {}).get("space", {})
+    names = [name for name in space if len({row["params"].get(name) for row in rows}) > 1]
+    found = []
+    for name in names:
+        figure = empty_figure(name, "speedup", height=300, legend=False)
+        if space[name].get("log"):
+            logarithmic(figure, "x", [row["params"][name] for row in rows])
+        figure.add_scatter(
+            x=[row["params"][name] for row in rows],
+            y=[row["speedup"] for row in rows],
+            text=hover(rows),
+            mode="markers",
+            marker={
+                "size": 8,
+                "color": [100 * row["degradation"] for row in rows],
+                "colorscale": COLD_TO_HOT,
+                "cmin": 0,
+                "cmax": 200 * metadata["max_degradation"],
+                "symbol": ["circle" if row["feasible"] else "x" for row in rows],
+                "showscale": len(names) == 1,
+                "colorbar": {"title": {"text": "PPL, %", "side": "right"}, "thickness": 10},
+            },
+        )
+        found.append(
+            Picture(
+                name=f"slice-{name.replace('_', '-')}",
+                title=name,
+                caption="Colour: perplexity change, green 0 to red at twice the bound; crosses "
+                "are over the bound."
+                if name == names[0]
+                else "",
+                figure=figure,
+                small=len(names) > 1,
+            )
+        )
+    return found
+
+
+def importance_figure(search: Mapping[str, Any], metadata: Mapping[str, Any]) -> Picture | None:
+    """Parameter importance (Optuna's PED-ANOVA, Watanabe et al. 2023).
+
+    Left out of a search by replay, which evaluates near the bound alone.
+    """
+    if metadata.get("replay") or "settings" not in metadata:
+        return None
+    rows = [row for row in search["all_results"] if row["state"] == "complete"]
+    shares = ped_anova(rows, metadata["settings"]["space"])
+    if not shares:
+        return None
+    figure = empty_figure("importance, %", "", height=120 + 44 * len(shares), legend=False)
+    figure.add_bar(
+        y=list(shares),
+        x=[100 * share for share in shares.values()],
+        orientation="h",
+        marker={"color": BLUE},
+    )
+    figure.update_yaxes(autorange="reversed")
+    return Picture(
+        name="importance",
+        title="Which parameters matter for the score",
+        caption=f"PED-ANOVA of {len(rows)} evaluations: how far the best tenth stands apart from "
+        "the rest in each parameter. Few evaluations make it uncertain.",
+        figure=figure,
+    )
+
+
+def ped_anova(rows: Rows, space: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Shares that sum to 1, the largest first; empty where there is too little to judge by.
+
+    Args:
+        rows: complete evaluations with ``params`` and ``score``.
+        space: the search space: type, low, high and log, or the choices, of each parameter.
+    """
+    import optuna
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    known: dict[str, Any] = {}
+    for name, entry in space.items():
+        if entry["type"] == "choice":
+            known[name] = CategoricalDistribution(entry["choices"])
+        elif entry["low"] < entry["high"]:
+            kind: Any = IntDistribution if entry["type"] == "int" else FloatDistribution
+            known[name] = kind(entry["low"], entry["high"], log=entry.get("log", False))
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        study = optuna.create_study(direction="maximize")
+        for row in rows:
+            params = {name: row["params"][name] for name in known}
+            # A preset may lie outside of narrowed bounds.
+            if all(d._contains(d.to_internal_repr(params[n])) for n, d in known.items()):
+                made = optuna.trial.create_trial(
+                    params=params, distributions=known, value=row["score"]
+                )
+                study.add_trial(made)
+        if len(known) < 2 or len(study.trials) < LEAST_EVALUATIONS:
+            return {}
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+        return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
+    finally:
+        optuna.logging.set_verbosity(level)

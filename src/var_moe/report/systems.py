@@ -12,21 +12,20 @@ from var_moe.report.theme import (
     GREY,
     ORANGE,
     SERIES,
+    between,
     empty_figure,
+    factor,
     interval_bars,
     line_at,
     logarithmic,
 )
-from var_moe.report.wording import between, factor
 
 _ARMS = {"baseline": ("unmodified", GREY), "var": ("VAR", BLUE)}
 
 
-def systems_section(results: Results) -> Section | None:
+def systems_section(results: Results) -> Section:
     """The systems analysis."""
     found, parts = results.get("analysis"), results.get("components")
-    if found is None:
-        return None
     compared = found["comparison"]
     return section(
         "systems",
@@ -60,7 +59,7 @@ def _bottlenecks(found: Mapping[str, Any]) -> Table | None:
 def components_figure(parts: Mapping[str, Any]) -> Picture:
     """Mean milliseconds of each part, the unmodified model and VAR."""
     names = list(parts["baseline"]["components"])
-    figure = empty_figure("milliseconds a forward", "", height=200)
+    figure = empty_figure("milliseconds a forward", "", height=340)
     for number, name in enumerate(names):
         figure.add_bar(
             y=[title for title, _ in _ARMS.values()],
@@ -69,7 +68,7 @@ def components_figure(parts: Mapping[str, Any]) -> Picture:
             orientation="h",
             marker={"color": SERIES[number % len(SERIES)]},
         )
-    figure.update_layout(barmode="stack", height=340, legend_traceorder="normal")
+    figure.update_layout(barmode="stack", legend_traceorder="normal")
     figure.update_yaxes(autorange="reversed")
     return Picture(
         name="components",

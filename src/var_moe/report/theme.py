@@ -1,4 +1,4 @@
-"""One look for all figures: colours that read on light and dark, and an empty figure.
+"""One look for all pages: figures as text, colours, and an empty figure to draw in.
 
 Text, grid and background colours are left to the page, which sets them for its light and its dark
 face; traces use the colours below, which stand out from both.
@@ -7,7 +7,7 @@ face; traces use the colours below, which stand out from both.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 BLUE, ORANGE, GREEN, RED = "#3f86c8", "#e08a2e", "#2f9e6e", "#d1505c"
@@ -16,16 +16,12 @@ SERIES = (BLUE, ORANGE, GREEN, PURPLE, TEAL, RED, "#b0894f", "#c765a5", "#7f9f3f
 TALL = 460  # pixels of the figures that matter most
 DENSITY = [[0.0, "rgba(63,134,200,0.0)"], [0.02, "rgba(63,134,200,0.15)"], [1.0, BLUE]]
 COLD_TO_HOT = [[0.0, GREEN], [0.5, "#d9b23c"], [1.0, RED]]
+MOST_HOVERED = 2000
+"""Marks with text of their own; an exhaustive grid can have many thousands."""
 
 
 def empty_figure(x: str, y: str, *, height: int = 400, legend: bool = True) -> Any:
-    """A figure with its axes named and nothing in it.
-
-    Args:
-        x, y: titles of the axes.
-        height: pixels.
-        legend: whether there is one, below the axes.
-    """
+    """A figure with its axes named and nothing in it; a legend stands below the axes."""
     import plotly.graph_objects as go
 
     figure = go.Figure()
@@ -48,12 +44,9 @@ def empty_figure(x: str, y: str, *, height: int = 400, legend: bool = True) -> A
 
 
 def logarithmic(figure: Any, axis: str, values: Sequence[float]) -> None:
-    """Make an axis logarithmic, with labels at 1, 2 and 5 times powers of ten.
+    """Make axis ``"x"`` or ``"y"`` logarithmic, with labels at 1, 2 and 5 times powers of ten.
 
-    Args:
-        figure: the figure.
-        axis: ``"x"`` or ``"y"``.
-        values: all that is drawn along it, above 0.
+    ``values`` are all that is drawn along it, above 0.
     """
     options: dict[str, Any] = {"type": "log"}
     ticks = log_ticks(min(values), max(values))
@@ -78,14 +71,7 @@ def line_at(
     y: float | None = None,
     position: str = "bottom right",
 ) -> None:
-    """A dotted line across the figure at x or y, with its name at its end.
-
-    Args:
-        figure: the figure.
-        text: name of the line.
-        x, y: where it crosses the axis.
-        position: of the name on a line at y.
-    """
+    """A dotted line with a name, across the figure at x or at y, there with the name's position."""
     style = {"line": {"dash": "dot", "color": GREY, "width": 1.5}, "annotation_text": text}
     if x is not None:
         figure.add_vline(x=x, annotation_position="top right", **style)
@@ -96,14 +82,7 @@ def line_at(
 def interval_bars(
     values: Sequence[float], ends: Sequence[Sequence[float]], *, scale: float = 1.0, **style: Any
 ) -> dict[str, Any]:
-    """Error bars from intervals that need not be symmetric.
-
-    Args:
-        values: of the points.
-        ends: low and high end of each.
-        scale: what values and ends are multiplied by in the figure, as 100 for percent.
-        style: further entries of plotly's error bars.
-    """
+    """Error bars from the low and high end of each value; ``scale`` is 100 for percent."""
     pairs = list(zip(ends, values, strict=True))
     return {
         "symmetric": False,
@@ -111,3 +90,70 @@ def interval_bars(
         "arrayminus": [scale * (value - end[0]) for end, value in pairs],
         **style,
     }
+
+
+def percent(share: float | None, digits: int = 2) -> str:
+    """A relative change with its sign, as +0.92%."""
+    return "" if share is None else f"{100 * share:+.{digits}f}%"
+
+
+def limit(share: float) -> str:
+    """A bound, as 1%."""
+    return f"{100 * share:g}%"
+
+
+def factor(value: float | None) -> str:
+    """A speedup, as 1.354x."""
+    return "" if value is None else f"{value:.3f}x"
+
+
+def between(ends: Sequence[float] | None, digits: int = 3) -> str:
+    """An interval, as [1.255, 1.472]."""
+    return "" if not ends else f"[{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
+
+
+def change(row: Mapping[str, Any]) -> str:
+    """A degradation with its one-sided upper bound."""
+    return f"{percent(row['degradation'])} ({percent(row['degradation_upper_95'])})"
+
+
+def speedup(row: Mapping[str, Any], missing: str = "not timed") -> str:
+    """A speedup with its interval."""
+    if row.get("speedup") is None:
+        return missing
+    return f"{factor(row['speedup'])} {between(row.get('speedup_95'))}".strip()
+
+
+def tiers(row: Mapping[str, Any]) -> str:
+    """Fast, cached, learned in percent."""
+    return " / ".join(f"{row[name]:.1f}" for name in ("fast_pct", "cached_pct", "learned_pct"))
+
+
+def setting(value: Any) -> str:
+    """A parameter's value, short."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def settings(config: Mapping[str, Any]) -> str:
+    """A configuration's own parameters on one line."""
+    inner = config.get("settings", config)
+    return ", ".join(f"{name} {setting(value)}" for name, value in inner.items())
+
+
+def kind(config: Mapping[str, Any]) -> str:
+    """What decides: VAR in a mode, or a policy, and what stands in for dropped experts."""
+    if "policy" not in config:
+        return f"VAR, {config.get('mode', 'verified')} mode"
+    stand_in = config.get("compensation")
+    return f"policy {config['policy']}" + (f", compensation {stand_in}" if stand_in else "")
+
+
+def hover(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a mark of each evaluation tells when it is pointed at."""
+    if len(rows) > MOST_HOVERED:
+        return []
+    return [
+        f"{settings(row['params']).replace(', ', '<br>')}<br>perplexity "
+        f"{percent(row['degradation'])}<br>{row['experts_per_token']:.2f} experts per token"
+        for row in rows
+    ]
