@@ -155,7 +155,8 @@ def measure(
             ran = session.report()
         cost = costs[case.fit]
         work = cost.work(
-            ran,
+            ran.executed_pairs,
+            tokens=ran.tokens,
             setting=case.setting,
             residual=policies[case.name].adds_residual,
         )

@@ -69,10 +69,10 @@ def sequential(z: Floats, alpha: float, *, best_at: int) -> tuple[Floats, Floats
         open_now = ~(proven | refuted)
         add = worst[n - 1]
         mean, deviation = _moments(sums[n - 1] + add, squares[n - 1] + add**2, n + 1)
-        wide = float(margin(np.array([n + 1.0]), alpha=alpha, best_at=best_at)[0])
+        wide = margin(n + 1, alpha=alpha, best_at=best_at)
         now = open_now & (-mean > deviation * wide)
         mean, deviation = _moments(sums[n - 1], squares[n - 1], n)
-        wide = float(margin(np.array([float(n)]), alpha=alpha, best_at=best_at)[0])
+        wide = margin(n, alpha=alpha, best_at=best_at)
         over = open_now & ~now & (mean > deviation * wide)
         stopped[now | over] = n
         proven |= now

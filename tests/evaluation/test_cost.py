@@ -76,7 +76,7 @@ def test_a_speedup_by_hand(model: CostModel) -> None:
     report = RoutingReport(
         tokens=200, top_k=2, tier_counts=((0, 0, 200),) * 2, executed_pairs=(300, 400)
     )
-    work = model.work(report, residual=True)
+    work = model.work((300, 400), tokens=200, residual=True)
     experts = 4 * (1 - 0.75**150) + 4 * (1 - 0.75**200)
     assert work.terms() == pytest.approx([1, 100, 350, experts, 1, 100, 50])
     expected = 5e-3 + 2e-3 + 350 * 8e-6 + experts * 1e-4 + 4e-3 + 1e-4 + 50 * 3e-7

@@ -137,17 +137,11 @@ class PerformanceModel:
 
     def _work(self, spread: TierDistribution | RoutingReport) -> Work:
         cost = self.cost
-        if not isinstance(spread, RoutingReport):
-            # A report of one million tokens per layer: fine enough to hold any share.
-            tokens = 10**6
-            pairs = round(spread.experts_per_token(cost.top_k) * tokens)
-            spread = RoutingReport(
-                tokens=tokens,
-                top_k=cost.top_k,
-                tier_counts=((0, 0, tokens),) * cost.layers,
-                executed_pairs=(pairs,) * cost.layers,
-            )
-        return cost.work(spread, residual=self._residual)
+        if isinstance(spread, RoutingReport):
+            pairs, tokens = spread.executed_pairs, spread.tokens
+            return cost.work(pairs, tokens=tokens, residual=self._residual)
+        each = [spread.experts_per_token(cost.top_k)] * cost.layers
+        return cost.work(each, tokens=1, residual=self._residual)
 
     def predict_latency(self, spread: TierDistribution | RoutingReport) -> float:
         """Milliseconds of a forward in the cost model's setting."""

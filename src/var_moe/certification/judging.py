@@ -22,7 +22,7 @@ from var_moe.certification.inference import (
 )
 from var_moe.certification.scoring import Measured, Unit, UnitScorer
 from var_moe.evaluation.perplexity import LEAST, Groups, datasets_of, groups_of, log_ratio
-from var_moe.evaluation.sequential import LEAST_DOCUMENTS, anytime_p_values, lower_boundary
+from var_moe.evaluation.sequential import anytime_p_value, lower_bound
 from var_moe.routing.base import RoutingPolicy
 
 if TYPE_CHECKING:
@@ -186,10 +186,10 @@ def look(z: Floats, *, alpha: float, best_at: int) -> tuple[float, str]:
 
     As in the fixed tests, the worst unit so far counts once more.
     """
-    p = float(anytime_p_values(-with_worst(z), alpha=alpha, best_at=best_at)[-1])
+    p = anytime_p_value(-with_worst(z), alpha=alpha, best_at=best_at)
     if p <= alpha:
         return p, PROVEN
-    over = lower_boundary(z, alpha=alpha, best_at=best_at)[-1] > 0
+    over = lower_bound(z, alpha=alpha, best_at=best_at) > 0
     return p, REFUTED if over else OPEN
 
 
@@ -236,9 +236,7 @@ def anytime_interval(measured: Measured, claim: QualityClaim, *, best_at: int) -
     ratio, rest, _ = log_ratio(measured.change, measured.tokens)
 
     def half(level: float) -> float:
-        if len(rest) < LEAST_DOCUMENTS:
-            return math.inf
-        mean = -float(lower_boundary(rest, alpha=level, best_at=best_at)[-1])  # rest has mean zero
+        mean = -lower_bound(rest, alpha=level, best_at=best_at)  # of residuals, whose mean is zero
         return mean * len(rest) / float(measured.tokens.sum())
 
     return Interval.around(ratio, half((1 - claim.confidence) / 2), half(claim.alpha))
@@ -282,6 +280,5 @@ def learned_p(measured: Measured, limit_pct: float, *, sequential: bool, alpha: 
     """P value of a learned share at or over the limit, with chunks of units as the units."""
     over = measured.learned - limit_pct / 100 * measured.decisions
     if sequential:
-        p_values = anytime_p_values(-with_worst(over), alpha=alpha, best_at=len(over))
-        return float(p_values[-1])
+        return anytime_p_value(-with_worst(over), alpha=alpha, best_at=len(over))
     return below_zero(over).p if len(over) > 1 else 1.0

@@ -59,7 +59,7 @@ class Pilot:
         if spread <= 1e-12 * abs(mean):
             return 1.0 if mean < 0 else 0.0
         if sequential:
-            level = math.sqrt(n) * float(margin(np.array([float(n)]), alpha=alpha, best_at=n)[0])
+            level = math.sqrt(n) * margin(n, alpha=alpha, best_at=n)
         else:
             level = float(stats.norm.ppf(1 - alpha))
         return float(stats.norm.cdf(-mean / spread * math.sqrt(n) - level))

@@ -10,6 +10,7 @@ One fit for a machine, model and dtype predicts any configuration from its count
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -43,15 +44,15 @@ line goes through all sizes (large forwards pay for fresh memory, small ones for
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What is executed in one forward; the terms of the cost model."""
+    """What is executed in one forward, or in each of several (...); the cost model's terms."""
 
     tokens: float  # T
-    pairs: float  # executed pairs over all layers
-    experts: float  # expert calls over all layers, at most L * E
+    pairs: Any  # executed pairs over all layers
+    experts: Any  # expert calls over all layers, at most L * E
     decided: float = 0.0  # tokens that VAR decides: T, or 0 without it
-    cut: float = 0.0  # (layer, token) decisions to which a residual mean is added
+    cut: Any = 0.0  # (layer, token) decisions to which a residual mean is added
 
-    def terms(self) -> list[float]:
+    def terms(self) -> list[Any]:
         """In the order of `TERMS`."""
         calls = float(self.decided > 0)
         return [1.0, self.tokens, self.pairs, self.experts, calls, self.decided, self.cut]
@@ -80,78 +81,59 @@ class CostModel:
     error: float
     timings: tuple[Mapping[str, Any], ...] = ()
 
-    def breakdown(self, work: Work) -> dict[str, float]:
+    def breakdown(self, work: Work) -> dict[str, Any]:
         """Seconds of each term."""
         terms = zip(TERMS, work.terms(), strict=True)
         return {name: self.seconds[name] * term for name, term in terms}
 
     def predict(self, work: Work) -> float:
         """Seconds of one forward."""
-        return float(np.dot([self.seconds[name] for name in TERMS], work.terms()))
+        return float(sum(self.breakdown(work).values()))
 
     def work(
         self,
-        report: RoutingReport,
+        executed: NDArray[Any] | Sequence[float],
         *,
+        tokens: int,
         setting: SpeedSetting | None = None,
         decided: bool = True,
         residual: bool = False,
     ) -> Work:
-        """What a forward executes with a report's routing, measured or replayed.
+        """What a forward executes, where pairs are spread over experts and tokens evenly.
 
         Args:
-            report: tiers and executed pairs.
+            executed: (..., L) executed pairs of each layer, measured or replayed.
+            tokens: that they were executed for.
             setting: batch of the forward; by default the model's own.
             decided: whether VAR makes the decisions.
             residual: whether residual means are added.
         """
         setting = setting or self.setting
-        tokens = setting.batch_size * setting.sequence
-        executed = np.array(report.executed_pairs, dtype=np.float64)
-        pairs, experts, cut = self._scaled(executed, report.tokens, tokens)
+        forward = setting.batch_size * setting.sequence
+        pairs = np.asarray(executed) * (forward / max(tokens, 1))
+        total = pairs.sum(axis=-1)
+        dropped = forward * self.top_k * self.layers - total
         return Work(
-            tokens=tokens,
-            pairs=float(pairs),
-            experts=float(experts),
-            decided=tokens if decided else 0,
-            cut=float(cut) if residual else 0,
+            tokens=forward,
+            pairs=total,
+            experts=expected_experts(self.experts, pairs).sum(axis=-1),
+            decided=forward * decided,
+            cut=residual * dropped / max(self.top_k - leading_count(self.top_k), 1),
         )
-
-    def _scaled(
-        self, executed: NDArray[Any], of_tokens: int, tokens: int
-    ) -> tuple[Floats, Floats, Floats]:
-        """Pairs, expert calls and cuts of ``tokens``, where ``of_tokens`` executed (..., L)."""
-        each_layer = executed * (tokens / max(of_tokens, 1))
-        pairs = each_layer.sum(axis=-1)
-        dropped = tokens * self.top_k * self.layers - pairs
-        cuts = dropped / max(self.top_k - leading_count(self.top_k), 1)
-        return pairs, expected_experts(self.experts, each_layer).sum(axis=-1), cuts
 
     def speedup(
         self, report: RoutingReport, *, decided: bool = True, residual: bool = False
     ) -> float:
         """Predicted speedup over the unmodified model, in the model's own setting."""
-        return self.baseline / self.predict(self.work(report, decided=decided, residual=residual))
+        pairs = np.array(report.executed_pairs)
+        return float(self.speedups(pairs, tokens=report.tokens, decided=decided, residual=residual))
 
     def speedups(
         self, executed: NDArray[Any], *, tokens: int, decided: bool = True, residual: bool = False
     ) -> Floats:
-        """`speedup` of many configurations at once.
-
-        Args:
-            executed: (..., L) executed pairs of each layer.
-            tokens: that they were executed for.
-            decided, residual: as in `work`.
-
-        Returns:
-            (...) predicted speedups.
-        """
-        forward = self.setting.batch_size * self.setting.sequence
-        pairs, experts, cuts = self._scaled(executed, tokens, forward)
-        own = [float(decided), forward * decided, cuts * residual]
-        terms: list[Any] = [1.0, forward, pairs, experts, *own]
-        took = sum(self.seconds[name] * term for name, term in zip(TERMS, terms, strict=True))
-        return self.baseline / np.asarray(took)
+        """`speedup` of many configurations at once, (...); arguments as in `work`."""
+        work = self.work(executed, tokens=tokens, decided=decided, residual=residual)
+        return np.asarray(self.baseline / sum(self.breakdown(work).values()))
 
     def to_dict(self) -> dict[str, Any]:
         """For ``cost_model.json``."""
@@ -261,19 +243,23 @@ class FitTiming:
             self._policies["VAR, all pairs"] = (var_all, top_k, True, False)
         if var_leading is not None:
             self._policies["VAR, leading pairs"] = (var_leading, lead, True, True)
-        self._evaluator = evaluator
-        self.groups = [self._group(setting) for setting in (evaluator.setting, *SHAPES[1:])]
+        self._evaluator, window = evaluator, evaluator.loaded.window
+        self._settings = [
+            replace(one, sequence=min(one.sequence, window))
+            for one in (evaluator.setting, *SHAPES[1:])
+        ]
+        self.groups = [self._group(setting) for setting in self._settings]
 
     def _group(self, setting: SpeedSetting) -> ArmGroup:
         """The baseline and all policies, on forwards of one size."""
-        evaluator = self._evaluator
-        sequence = min(setting.sequence, evaluator.loaded.window)
-        size, count = setting.batch_size, setting.forwards
-        batches = full_batches(evaluator.documents, batch_size=size, sequence=sequence, count=count)
+        evaluator, size, sequence = self._evaluator, setting.batch_size, setting.sequence
         model, own = evaluator.model, evaluator.running_backend
         arms = {"baseline": backend_arm(model, evaluator.baseline_backend)}
         for name, (policy, *_) in self._policies.items():
             arms[name] = policy_arm(model, policy, backend=own)
+        batches = full_batches(
+            evaluator.documents, batch_size=size, sequence=sequence, count=setting.forwards
+        )
         # Small forwards take a moment: more of them for the same noise.
         return ArmGroup(arms, batches * max(1, min(8, 1024 // (size * sequence))))
 
@@ -282,43 +268,35 @@ class FitTiming:
         # Every time is set against the baseline's in the setting that speedups are predicted for,
         # block by block: a machine that changes speed hits both.
         reference = timed[0].seconds["baseline"] / len(self.groups[0].batches)
-        baseline = float(np.median(reference))
-        names, works, seconds, weights = list[str](), list[Work](), list[float](), list[float]()
-        for number, (group, timings) in enumerate(zip(self.groups, timed, strict=True)):
-            for name in self._policies:
-                each = timings.seconds[name] / len(group.batches)
-                names.append(name)
-                works.append(self._work(name, group.batches[0].numel()))
-                seconds.append(baseline * float(np.median(each / reference)))
-                weights.append(OWN_WEIGHT if number == 0 else 1.0)
-        coefficients, error = fit(list(zip(works, seconds, strict=True)), weights)
         shape = self._evaluator.geometry()
-        fitted = CostModel(
-            seconds=coefficients,
-            baseline=baseline,
+        unfitted = CostModel(
+            seconds={},
+            baseline=float(np.median(reference)),
             setting=self._evaluator.setting,
             layers=shape["layers"],
             experts=shape["experts"],
             top_k=shape["top_k"],
-            error=error,
+            error=math.nan,
         )
+        names, timings, weights = list[str](), list[tuple[Work, float]](), list[float]()
+        parts = zip(self._settings, self.groups, timed, strict=True)
+        for number, (setting, group, measured) in enumerate(parts):
+            for name, (_, per_token, decided, residual) in self._policies.items():
+                work = unfitted.work(
+                    [per_token] * shape["layers"],
+                    tokens=1,
+                    setting=setting,
+                    decided=decided,
+                    residual=residual,
+                )
+                each = measured.seconds[name] / len(group.batches) / reference
+                names.append(name)
+                timings.append((work, unfitted.baseline * float(np.median(each))))
+                weights.append(OWN_WEIGHT if number == 0 else 1.0)
+        coefficients, error = fit(timings, weights)
+        fitted = replace(unfitted, seconds=coefficients, error=error)
         rows = tuple(
             {"name": name, **asdict(work), "seconds": took, "predicted_s": fitted.predict(work)}
-            for name, work, took in zip(names, works, seconds, strict=True)
+            for name, (work, took) in zip(names, timings, strict=True)
         )
         return replace(fitted, timings=rows)
-
-    def _work(self, name: str, tokens: int) -> Work:
-        """What a policy executes in a forward of so many tokens, pairs falling evenly."""
-        shape = self._evaluator.geometry()
-        layers, top_k = shape["layers"], shape["top_k"]
-        _, per_token, decided, residual = self._policies[name]
-        pairs = per_token * tokens
-        cut = tokens * layers * (top_k - per_token) / max(top_k - leading_count(top_k), 1)
-        return Work(
-            tokens=tokens,
-            pairs=pairs * layers,
-            experts=layers * float(expected_experts(shape["experts"], np.asarray(pairs))),
-            decided=tokens if decided else 0,
-            cut=cut if residual else 0,
-        )

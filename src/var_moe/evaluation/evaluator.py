@@ -90,8 +90,7 @@ class Speed:
     def to_dict(self) -> dict[str, Any]:
         """For result files."""
         return {
-            "speedup": self.speedup.median,
-            "speedup_95": [self.speedup.low, self.speedup.high],
+            **self.speedup.as_speedup(),
             "backend_factor": self.backend_factor and self.backend_factor.to_dict(),
             "skipping_factor": self.skipping_factor and self.skipping_factor.to_dict(),
             "baseline_throughput_tps": self.baseline_tps,

@@ -48,6 +48,10 @@ class Ratio:
         """For result files."""
         return {"median": self.median, "low": self.low, "high": self.high}
 
+    def as_speedup(self) -> dict[str, Any]:
+        """For result files, where it is the speedup."""
+        return {"speedup": self.median, "speedup_95": [self.low, self.high]}
+
 
 @dataclass(frozen=True)
 class Timings:
@@ -66,16 +70,27 @@ class Timings:
         rng = np.random.default_rng(seed)
         draws = np.median(rng.choice(ratios, size=(2000, len(ratios))), axis=1)
         low, high = np.quantile(draws, (0.025, 0.975))
-        return Ratio(
-            median=float(np.median(ratios)),
-            low=float(low),
-            high=float(high),
-            blocks=tuple(ratios.tolist()),
-        )
+        blocks = tuple(ratios.tolist())
+        return Ratio(float(np.median(ratios)), float(low), float(high), blocks)
 
 
 def _score(model: Any, ids: Tensor) -> None:
     model(input_ids=ids, use_cache=False)
+
+
+@dataclass(frozen=True)
+class ArmGroup:
+    """Arms that are timed on the same batches.
+
+    Args:
+        arms: name -> context to run a block in.
+        batches: (B, S) token ids, one run each; a block is one pass over them.
+        tokens: of a block; by default those of the batches.
+    """
+
+    arms: Mapping[str, Arm]
+    batches: Sequence[Tensor]
+    tokens: int | None = None
 
 
 def time_arms(
@@ -85,49 +100,10 @@ def time_arms(
     *,
     blocks: int,
     progress: Callable[[int, int], None] | None = None,
-    run: Callable[[Any, Tensor], None] = _score,
-    tokens: int | None = None,
-    warm_up: bool = True,
 ) -> Timings:
-    """Time each arm in alternating blocks (A B B A ...).
-
-    Args:
-        model: the model that the arms' contexts act on.
-        arms: name -> context to run a block in.
-        batches: (B, S) token ids, one run each; a block is one pass over them.
-        blocks: timed blocks of each arm.
-        progress: called with blocks done and in all.
-        run: what is timed, on one batch; by default one full forward.
-        tokens: tokens of a block; by default those of the batches.
-        warm_up: whether one batch is run untimed in each arm first.
-    """
-    device = next(model.parameters()).device
-    inputs = [batch.to(device) for batch in batches]
-    names = list(arms)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    with torch.inference_mode():
-        for block in range(-1 if warm_up else 0, blocks):
-            for name in names if block % 2 == 0 else names[::-1]:
-                with arms[name]() as state:
-                    if state is not None:
-                        state.reset()
-                    elapsed = _seconds(run, model, inputs[:1] if block < 0 else inputs, device)
-                if block >= 0:
-                    seconds[name].append(elapsed)
-            if progress and block >= 0:
-                progress(block + 1, blocks)
-    return Timings(
-        seconds={name: np.array(values) for name, values in seconds.items()},
-        tokens=tokens or sum(batch.numel() for batch in batches),
-    )
-
-
-@dataclass(frozen=True)
-class ArmGroup:
-    """Arms that are timed on the same batches."""
-
-    arms: Mapping[str, Arm]
-    batches: Sequence[Tensor]
+    """`time_groups` of one group."""
+    (timings,) = time_groups(model, [ArmGroup(arms, batches)], blocks=blocks, progress=progress)
+    return timings
 
 
 def time_groups(
@@ -136,25 +112,43 @@ def time_groups(
     *,
     blocks: int,
     progress: Callable[[int, int], None] | None = None,
+    run: Callable[[Any, Tensor], None] = _score,
 ) -> list[Timings]:
-    """`time_arms` of several groups at once, a block of each in turn; the timings of each group.
+    """Time each arm in alternating blocks (A B B A ...), a block of each group in turn.
 
-    A change of the machine's speed hits all groups alike, so that their times can be compared.
+    A change of the machine's speed hits all alike, so that their times can be compared. One
+    batch is run untimed in each arm first.
+
+    Args:
+        model: the model that the arms' contexts act on.
+        groups: what is timed.
+        blocks: timed blocks of each arm.
+        progress: called with blocks done and in all.
+        run: what is timed, on one batch; by default one full forward.
     """
-    parts: list[list[Timings]] = [[] for _ in groups]
-    for block in range(blocks):
-        for group, timed in zip(groups, parts, strict=True):
-            names = list(group.arms) if block % 2 == 0 else list(group.arms)[::-1]
-            arms = {name: group.arms[name] for name in names}
-            timed.append(time_arms(model, arms, group.batches, blocks=1, warm_up=block == 0))
-        if progress:
-            progress(block + 1, blocks)
+    device = next(model.parameters()).device
+    seconds: list[dict[str, list[float]]] = [{name: [] for name in one.arms} for one in groups]
+    with torch.inference_mode():
+        for block in range(-1, blocks):
+            for group, measured in zip(groups, seconds, strict=True):
+                batches = group.batches if block >= 0 else group.batches[:1]
+                inputs = [batch.to(device) for batch in batches]
+                names = list(group.arms)
+                for name in names if block % 2 == 0 else names[::-1]:
+                    with group.arms[name]() as state:
+                        if state is not None:
+                            state.reset()
+                        elapsed = _seconds(run, model, inputs, device)
+                    if block >= 0:
+                        measured[name].append(elapsed)
+            if progress and block >= 0:
+                progress(block + 1, blocks)
     return [
         Timings(
-            seconds={n: np.concatenate([one.seconds[n] for one in timed]) for n in group.arms},
-            tokens=timed[0].tokens,
+            seconds={name: np.array(values) for name, values in measured.items()},
+            tokens=group.tokens or sum(batch.numel() for batch in group.batches),
         )
-        for group, timed in zip(groups, parts, strict=True)
+        for group, measured in zip(groups, seconds, strict=True)
     ]
 
 
@@ -223,9 +217,8 @@ def fastest_backend(
     Returns its name and the median tokens per second of all that were tried.
     """
     names = usable_backends(model, batches[0].numel(), top_k)
-    timings = time_arms(
-        model, {name: backend_arm(model, name) for name in names}, batches[:1], blocks=blocks
-    )
+    arms = {name: backend_arm(model, name) for name in names}
+    timings = time_arms(model, arms, batches[:1], blocks=blocks)
     speeds = {name: timings.throughput(name) for name in names}
     return max(speeds, key=lambda name: speeds[name]), speeds
 
@@ -257,8 +250,7 @@ class DecodeSpeed:
         """For result files."""
         return {
             **asdict(self.setting),
-            "speedup": self.speedup.median,
-            "speedup_95": [self.speedup.low, self.speedup.high],
+            **self.speedup.as_speedup(),
             "baseline_backend": self.baseline_backend,
             "baseline_throughput_tps": self.baseline_tps,
             "throughput_tps": self.tps,
@@ -317,7 +309,7 @@ class Decoding:
 
     def _time(
         self, arms: dict[str, Arm], setting: DecodeSetting, blocks: int, new_tokens: int
-    ) -> Any:
+    ) -> Timings:
         def generate(model: Any, ids: Tensor) -> None:
             # Always as many tokens: an early end would make a policy look fast.
             model.generate(
@@ -330,14 +322,9 @@ class Decoding:
                 pad_token_id=0,
             )
 
-        return time_arms(
-            self._model,
-            arms,
-            [self._prompts(setting)],
-            blocks=blocks,
-            run=generate,
-            tokens=setting.batch_size * new_tokens,
-        )
+        group = ArmGroup(arms, [self._prompts(setting)], setting.batch_size * new_tokens)
+        (timings,) = time_groups(self._model, [group], blocks=blocks, run=generate)
+        return timings
 
     def _prompts(self, setting: DecodeSetting) -> Tensor:
         """(B, prompt_tokens) first tokens of documents that are long enough."""
