@@ -157,9 +157,10 @@ def test_what_a_shared_cache_ties_together_is_reported_only() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_false_alarms_with_the_calibrations_own_error() -> None:
     """Calibrated on 60 documents each time, then a stream of the same kind: alpha holds."""
-    alpha, studies = 0.2, 300
+    alpha, studies = 0.2, 150
     dice = np.random.default_rng(12)
     alarms = 0
     for _ in range(studies):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import pytest
 import torch
 
@@ -74,3 +77,33 @@ def test_another_models_calibration_is_refused() -> None:
 def test_a_quantile_is_a_share() -> None:
     with pytest.raises(UsageError, match=r"NAEEPolicy\.quantile = 1\.5: .* in \[0, 1\]"):
         NAEEPolicy(1.5, ratios=ratios(2))
+
+
+def test_between_two_levels_a_straight_line() -> None:
+    quantiles = RatioQuantiles(top_k=2, tokens=1, quantiles=((0.0, 0.5, 1.0), (0.25, 0.25, 0.75)))
+    assert quantiles.at(0.25) == (0.25, 0.25)
+    assert quantiles.at(0.75) == (0.75, 0.5)
+
+
+def test_saved_and_read_again() -> None:
+    known = RatioQuantiles(top_k=2, tokens=7, quantiles=((0.0, 0.25, 1.0), (0.0, 0.5, 1.0)))
+    assert RatioQuantiles.from_dict(json.loads(json.dumps(known.to_dict()))) == known
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"top_k": 0}, r"RatioQuantiles\.top_k = 0: expected an integer in \[1"),
+        ({"tokens": 0}, r"RatioQuantiles\.tokens = 0"),
+        ({"quantiles": ()}, r"expected a row for each layer"),
+        ({"quantiles": ((0.5,),)}, r"quantiles\[0\] = \(0\.5,\): expected at least 2"),
+        ({"quantiles": ((0, 1), (0, 1.5))}, r"quantiles\[1\] = 1\.5: .* in \[0, 1\]"),
+        ({"quantiles": ((0, 0.5, 0.4),)}, r"quantiles\[0\]: expected .* not decrease"),
+        ({"tocens": 1}, r"'tocens' is missing or unknown"),
+    ],
+)
+def test_impossible_quantiles_are_refused(change: dict[str, Any], message: str) -> None:
+    good = {"top_k": 2, "tokens": 5, "quantiles": ((0, 1), (0, 1))}
+    assert RatioQuantiles.from_dict(good).layers == 2
+    with pytest.raises(UsageError, match=message):
+        RatioQuantiles.from_dict({**good, **change})

@@ -4,13 +4,13 @@ Where experts are dropped, the layer's output gets, per unit of the weight w tha
 
     v[first, dropped] + B silu(A h + a)
 
-with h the layer's input, v a vector per pair (of first and dropped expert, or per dropped expert
-where pairs would need too much memory) and A, B a map of rank r for all experts. What is kept has
-the router's own weight: the compensation stands for the dropped part, so nothing is rescaled.
-Rank 0 are the residual means of a profile. It is fitted by `calibration.fit_compensation`.
+with h the layer's input, v a vector per (first, dropped) expert, or per dropped expert where that
+would need too much memory, and A, B a map of rank r for all experts. Kept pairs have the router's
+own weights: the compensation stands for the dropped part, so nothing is rescaled. Rank 0 are the
+residual means of a profile. It is fitted by `calibration.fit_compensation`.
 
-Low-rank stand-ins for pruned experts are known for whole experts (MC-SMoE, arXiv:2310.01334;
-residual restoration, ResMoE, arXiv:2503.06881); here one stands in for whatever a decision drops.
+Low-rank stand-ins are known for whole pruned experts (MC-SMoE, arXiv:2310.01334; residual
+restoration, ResMoE, arXiv:2503.06881); here one stands in for whatever a decision drops.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class LayerCompensation:
     up: Tensor | None = None  # (D, r) B
 
     def to(self, device: torch.device, dtype: torch.dtype) -> LayerCompensation:
-        """The same where and as the layer computes."""
+        """The same on the layer's device, in its dtype."""
         return self.mapped(lambda tensor: tensor.to(device, dtype))
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> LayerCompensation:
@@ -81,16 +81,13 @@ class LayerCompensation:
         return F.linear(F.silu(F.linear(hidden, self.down, self.bias)), self.up)
 
     def add(self, out: Tensor, hidden: Tensor, row: Tensor, weight: Tensor) -> Tensor:
-        """The layer's output with what stands in for the dropped experts.
+        """The layer's output with what stands in for the dropped experts. (T, D)
 
         Args:
             out: (T, D) output of the kept pairs, with the router's own weights.
             hidden: (T, D) input of the layer.
             row: (T, J) rows of ``vectors``, see `Compensation.dropped`.
-            weight: (T, J) dropped weights, zero where nothing is.
-
-        Returns:
-            (T, D)
+            weight: (T, J) dropped weights, zero where nothing is dropped.
         """
         weight = weight.to(out.dtype)
         total = weight if weight.shape[1] == 1 else weight.sum(dim=1, keepdim=True)
@@ -130,8 +127,7 @@ class Compensation:
         """Rank 0: a profile's residual means per pair.
 
         Raises:
-            UsageError: they are keyed by the first expert alone, so that they don't tell which
-                expert is dropped.
+            UsageError: they are keyed by the first expert alone.
         """
         if not means.by_pair:
             raise UsageError(
@@ -142,7 +138,7 @@ class Compensation:
 
     @classmethod
     def empty(cls, *, layers: int, experts: int, hidden: int) -> Compensation:
-        """Rank 0 with zero vectors per dropped expert: where a fit for K > 2 begins."""
+        """Rank 0 with zero vectors per dropped expert: the start of a fit for K > 2."""
         part = LayerCompensation(torch.zeros((experts + 1, hidden)))
         return cls(layers=(part,) * layers, by_pair=False, experts=experts)
 
@@ -156,12 +152,7 @@ class Compensation:
         return digest.hexdigest()
 
     def rows(self, index: Tensor, first: Tensor) -> Tensor:
-        """Row of the vectors for dropping each slot's expert. (T, K)
-
-        Args:
-            index: (T, K) the router's experts.
-            first: (T,) the first expert.
-        """
+        """Row of ``vectors`` for each dropped expert: index (T, K), first (T,) -> (T, K)"""
         return first[:, None] * self.experts + index if self.by_pair else index
 
     def dropped(self, index: Tensor, weight: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,7 +169,7 @@ class Compensation:
         """
         if index.shape[1] != 2:
             return self.rows(index, first_expert(index, weight)), weight.masked_fill(kept, 0)
-        # At most one of two: the other is the first, or at any rate the one that runs.
+        # At most one of two is dropped; the other is the first, or the one that runs.
         swapped = ~kept[:, 0]
         lost = torch.where(swapped, index[:, 0], index[:, 1])
         row = lost
@@ -200,11 +191,7 @@ class Compensation:
     def of_named(
         cls, tensors: Mapping[str, Tensor], prefix: str, *, layers: int, by_pair: bool, experts: int
     ) -> Compensation:
-        """What `named` gave, with other tensors or without.
-
-        Raises:
-            KeyError: a layer's vectors are missing; names them.
-        """
+        """Read what `named` gave, among other tensors; a KeyError names missing vectors."""
         parts = []
         for number in range(layers):
             vectors, *low_rank = (f"{prefix}.{number}.{name}" for name in _FIELDS)
@@ -212,11 +199,7 @@ class Compensation:
         return cls(layers=tuple(parts), by_pair=by_pair, experts=experts)
 
     def check(self, *, layers: int, experts: int, hidden: int) -> None:
-        """Refuse another model's.
-
-        Raises:
-            UsageError: names both shapes.
-        """
+        """Refuse another model's: a UsageError names both shapes."""
         mine = (len(self.layers), self.experts, self.layers[0].vectors.shape[1])
         if mine != (layers, experts, hidden):
             raise UsageError(

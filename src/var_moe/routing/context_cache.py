@@ -1,10 +1,9 @@
 """The context cache: decisions keyed by a token's last N ids, LRU, with a time to live.
 
-What is in the cache depends on token ids and time alone, never on a decision, so one pass
-over the ids per forward (`ContextCache.begin`, `lru.Walk`) serves all layers: it says for each
-token which entry it meets. An entry has one slot per layer; a layer's slot is filled by the
-first admitted decision of a token that meets the entry. That part is tensor maths
-(`ContextCache.layer`), with no loop over tokens.
+Which keys are in the cache depends on token ids and time alone, never on a decision. So one pass
+over the ids per forward (`ContextCache.begin`, `lru.Walk`) finds the entry that each token meets,
+for all layers. An entry has one slot per layer, filled by the first admitted decision of a token
+that meets it; that is tensor maths without a loop over tokens (`ContextCache.layer`).
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _EMPTY, _WASTE, _FIRST = 0, 1, 2
 class _Meeting:
     """Which entry each token of the running forward meets."""
 
-    local: Array  # (T,) number of the entry met, `entries` where there is none
+    entry: Array  # (T,) number of the entry met, `entries` where there is none
     position: Array  # (T,) 0..T-1, T for tokens that may not fill slots
     own: Array  # (T,) 0..T-1
     before: Array  # (entries + 1,) row of storage at the forward's start
@@ -39,18 +38,12 @@ class _Meeting:
 
     def on(self, device: torch.device) -> _Meeting:
         """The same as tensors on a device."""
-
-        def moved(values: np.ndarray) -> Tensor:
-            return torch.from_numpy(values).to(device)
-
-        return _Meeting(
-            local=moved(self.local),
-            position=moved(self.position),
-            own=moved(self.own),
-            before=moved(self.before),
-            after=moved(self.after),
-            alone=self.alone,
-        )
+        moved = {
+            name: torch.from_numpy(values).to(device)
+            for name, values in vars(self).items()
+            if name != "alone"
+        }
+        return _Meeting(**moved, alone=self.alone)
 
 
 @dataclass(frozen=True)
@@ -81,8 +74,8 @@ class ContextCache:
         self._free: list[int] = []
         self._rows = _FIRST
         self._numbered = 0  # entries numbered by earlier forwards
-        self._store: dict[tuple[str, int], Array] = {}
-        # The running forward's: under None as numpy arrays, else as tensors per device.
+        self._store: dict[tuple[str, int], Tensor] = {}
+        # Of the running forward: as numpy arrays under None, as tensors under their device.
         self._meetings: dict[torch.device | None, _Meeting] = {}
 
     def __len__(self) -> int:
@@ -106,11 +99,10 @@ class ContextCache:
             keys: (B, S) context keys.
             looks: (B, S) bool, tokens that look up.
             stays: (B, S) bool, tokens that also insert; the clock ticks for these.
-            documents: (B,) for a cache per document (``cache_scope="document"``), the document
-                of each row, a negative number for one that no later forward goes on with.
+            documents: (B,) the document of each row, for a cache per document
+                (``cache_scope="document"``); negative: no later forward continues it.
         """
         walk = Walk(size=self.size, ttl=self._ttl, free=self._free, base=self._numbered)
-        # A single transfer each; with ids on the CPU no device waits for it.
         key_rows, look_rows = keys.tolist(), looks.tolist()
         stay_rows = look_rows if stays is looks else stays.tolist()
         for row, (row_keys, look, stay) in enumerate(
@@ -125,12 +117,11 @@ class ContextCache:
 
     def _stream(self, document: int | None) -> Stream:
         number = _SHARED if document is None else document
-        found = self._streams.get(number)
-        if found is None:
+        if number not in self._streams:
             clock = self.clock if document is None else self.clock.of_document()
-            found = self._streams[number] = Stream(clock)
+            self._streams[number] = Stream(clock)
         self._streams.move_to_end(number)
-        return found
+        return self._streams[number]
 
     def _forget(self, walk: Walk, keep: int) -> None:
         """Drop the streams of documents that end with this forward, and the oldest others."""
@@ -141,7 +132,7 @@ class ContextCache:
                 walk.drop(entry)
 
     def _meeting(self, walk: Walk, stays: np.ndarray) -> _Meeting:
-        """Give rows to the entries that outlive the forward and pack everything as arrays."""
+        """Give storage rows to entries that outlive the forward; pack everything as arrays."""
         met = walk.met
         before = [_EMPTY if row == NEW else row for row in walk.before]
         for entry in met:
@@ -152,18 +143,18 @@ class ContextCache:
                     entry.row = self._rows
                     self._rows += 1
         after = [_WASTE if entry.row == GONE else entry.row for entry in met]
-        local = np.array(walk.local, dtype=np.int64) - walk.base
-        local[local < 0] = len(met)  # no entry
-        own = np.arange(len(local))
-        # A token that meets no entry, as with size 0, may not pass for one that shares an entry.
-        fills = stays & (local < len(met))
+        number = np.array(walk.local, dtype=np.int64) - walk.base
+        number[number < 0] = len(met)  # no entry
+        own = np.arange(len(number))
+        # Tokens without an entry, as with size 0, fill none.
+        fills = stays & (number < len(met))
         return _Meeting(
-            local=local,
-            position=np.where(fills, own, len(local)),
+            entry=number,
+            position=np.where(fills, own, len(number)),
             own=own,
             before=np.array([*before, _EMPTY], dtype=np.int64),
             after=np.array(after, dtype=np.int64),
-            alone=len(met) == len(local) and bool(stays.all()),
+            alone=len(met) == len(number) and bool(stays.all()),
         )
 
     def _met(self, like: Array) -> _Meeting:
@@ -189,28 +180,28 @@ class ContextCache:
         if met.alone:
             return self._alone(met, layer, index, weight, admit)
         ops = TORCH if isinstance(index, Tensor) else NUMPY
-        held_by = self._storage("index", layer, index, -1)
-        held_index = held_by[met.before]
+        slots = self._storage("index", layer, index, -1)
+        held_index = slots[met.before]
         empty = held_index[:, 0] < 0  # (entries + 1,)
         # The first admitted token of each entry fills an empty slot; later ones hit it.
         never = len(met.own)
         position = ops.where(admit, met.position, never)
-        filler = ops.least(len(met.before), met.local, position, never)
+        filler = ops.least(len(met.before), met.entry, position, never)
         fills = (empty & (filler < never))[:, None]
-        source = ops.clip(filler, never - 1)
+        source = filler.clip(max=never - 1)
         new_index = ops.where(fills, index[source], held_index)
-        held_by[met.after] = new_index[:-1]
+        slots[met.after] = new_index[:-1]
         hit_weight = None
         if weight is not None:
             weights = self._storage("weight", layer, weight, 0)
             new_weight = ops.where(fills, weight[source], weights[met.before])
             weights[met.after] = new_weight[:-1]
-            hit_weight = new_weight[met.local]
+            hit_weight = new_weight[met.entry]
         # Held from before, or filled by a token that stands earlier in this forward.
         since = ops.where(empty, filler, -1)
         return Hits(
-            hit=since[met.local] < met.own,
-            index=new_index[met.local],
+            hit=since[met.entry] < met.own,
+            index=new_index[met.entry],
             weight=hit_weight,
         )
 
@@ -220,11 +211,11 @@ class ContextCache:
         """`layer` where no two tokens meet one entry, as in a step of generation."""
         ops = TORCH if isinstance(index, Tensor) else NUMPY
         before = met.before[:-1]
-        held_by = self._storage("index", layer, index, -1)
-        held = held_by[before]
+        slots = self._storage("index", layer, index, -1)
+        held = slots[before]
         hit = held[:, 0] >= 0
         fills = (admit & ~hit)[:, None]
-        held_by[met.after] = ops.where(fills, index, held)
+        slots[met.after] = ops.where(fills, index, held)
         held_weight = None
         if weight is not None:
             weights = self._storage("weight", layer, weight, 0)
@@ -235,26 +226,15 @@ class ContextCache:
     def _storage(self, kind: str, layer: int, like: Array, empty: int) -> Array:
         """The layer's slots, one row per entry, after the two rows that belong to none."""
         stored = self._store.get((kind, layer))
-        if stored is not None and len(stored) >= self._rows and type(stored) is type(like):
-            return stored
-        # Ordinary tensors, so that text may be scored in inference mode and then go on in
-        # `generate`, which is not.
-        with torch.inference_mode(False):
-            if isinstance(like, Tensor):
-                if isinstance(stored, np.ndarray):
-                    stored = torch.from_numpy(stored)
-            elif isinstance(stored, Tensor):
-                stored = stored.numpy()
-            have = 0 if stored is None else len(stored)
-            if have < self._rows:
-                # Grow by doubling, so that a large cache costs memory only when it is used.
-                shape = (max(self._rows, 2 * have, 64), like.shape[1])
-                if isinstance(like, Tensor):
-                    grown: Array = torch.full(shape, empty, dtype=like.dtype, device=like.device)
-                else:
-                    grown = np.full(shape, empty, dtype=like.dtype)
+        have = 0 if stored is None else len(stored)
+        if stored is None or have < self._rows:
+            # Grow by doubling, so that a large cache costs memory only when it is used. Ordinary
+            # tensors, so that text may be scored in inference mode and continued outside of it.
+            shape = (max(self._rows, 2 * have, 64), like.shape[1])
+            sample = like if isinstance(like, Tensor) else torch.from_numpy(like)
+            with torch.inference_mode(False):
+                grown = torch.full(shape, empty, dtype=sample.dtype, device=sample.device)
                 if stored is not None:
                     grown[:have] = stored
-                stored = grown
-        self._store[kind, layer] = stored
-        return stored
+            stored = self._store[kind, layer] = grown
+        return stored if isinstance(like, Tensor) else stored.numpy()

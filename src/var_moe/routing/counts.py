@@ -14,7 +14,7 @@ They are summed on the device, without waiting for it, until a report is asked f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -145,73 +145,48 @@ def statistic_names(layers: int) -> tuple[str, ...]:
     )
 
 
-def statistics(sums: Sums) -> NDArray[np.float64]:
-    """Means over the decisions of a text, by `statistic_names`, each in [0, 1].
-
-    Args:
-        sums: (L, 14) sums of `summed`.
-
-    Returns:
-        (2 L + 7,); NaN where there is no such decision.
-    """
-    whole = sums.sum(axis=0)
-    by_layer = sums[:, :_DROPPED].sum(axis=1)
-    above = np.concatenate(
-        (
-            [whole[_DROPPED:_CUT].sum(), whole[_CUT:_OFFERED].sum()],
-            whole[_DROPPED:_CUT],
-            whole[_AGREED:PAIRS],
-            sums[:, _DROPPED:_CUT].sum(axis=1),
-            sums[:, _CUT:_OFFERED].sum(axis=1),
-        )
+def statistics(sums: Sums) -> Sums:
+    """Means over a text's decisions by `statistic_names`, (2 L + 7,); NaN where there are none."""
+    text, layers = Departure(sums.tolist()), range(len(sums))
+    return np.array(
+        [
+            text.dropped_mass(),
+            text.cut_share(),
+            *(text.dropped_mass(tier) for tier in Tier),
+            *(text.agreement(tier) for tier in Tier if tier != Tier.LEARNED),
+            *(text.dropped_mass(layer=layer) for layer in layers),
+            *(text.cut_share(layer=layer) for layer in layers),
+        ]
     )
-    below = np.concatenate(
-        (
-            [by_layer.sum(), by_layer.sum()],
-            whole[_DECISIONS:_DROPPED],
-            whole[_OFFERED:_AGREED],
-            by_layer,
-            by_layer,
-        )
-    )
-    means: NDArray[np.float64] = np.full(len(above), np.nan)
-    np.divide(above, below, out=means, where=below > 0)
-    return means
 
 
 @dataclass(frozen=True)
 class Departure:
-    """The counted decisions' departure from the router's own.
+    """How far counted decisions depart from the router's own; means are NaN over no decisions."""
 
-    Args:
-        sums: (L, 14) sums of `summed`.
-    """
+    sums: Sequence[Sequence[float]]  # (L, 14) sums of `summed`
 
-    sums: tuple[tuple[float, ...], ...]
-
-    def _ratio(
-        self, above: int, below: int, tiers: int, tier: Tier | None, layer: int | None
-    ) -> Any:
+    def _mean(self, of: int, over: int, tiers: int, tier: Tier | None, layer: int | None) -> float:
+        """Ratio of sums of two groups of ``tiers`` columns, which begin at ``of`` and ``over``."""
         rows = self.sums if layer is None else (self.sums[layer],)
         which = range(tiers) if tier is None else (int(tier),)
-        total = sum(row[below + n] for row in rows for n in which)
-        part = sum(row[above + n] for row in rows for n in which)
-        return part / total if total else math.nan
+        total = sum(row[over + n] for row in rows for n in which)
+        return sum(row[of + n] for row in rows for n in which) / total if total else math.nan
 
     def dropped_mass(self, tier: Tier | None = None, layer: int | None = None) -> float:
-        """Mean routing mass of the router's experts that did not run; NaN without decisions."""
-        return float(self._ratio(_DROPPED, _DECISIONS, 3, tier, layer))
+        """Mean routing mass of the router's experts that did not run."""
+        return self._mean(_DROPPED, _DECISIONS, 3, tier, layer)
 
     def cut_share(self, tier: Tier | None = None, layer: int | None = None) -> float:
         """Share of decisions in which an expert of the router's did not run."""
-        return float(self._ratio(_CUT, _DECISIONS, 3, tier, layer))
+        return self._mean(_CUT, _DECISIONS, 3, tier, layer)
 
     def agreement(self, tier: Tier | None = None, layer: int | None = None) -> float:
-        """Of the first experts that table (FAST) or cache (CACHED) offered, the share among the
-        router's leading ones; NaN where none was offered, as by policies without either."""
+        """Of the first experts that table (FAST) or cache (CACHED) named, the share among the
+        router's leading ones."""
         if tier == Tier.LEARNED:
             return math.nan
-        return float(self._ratio(_AGREED, _OFFERED, 2, tier, layer))
+        return self._mean(_AGREED, _OFFERED, 2, tier, layer)
 
     def to_dict(self) -> dict[str, Any]:
         """For result files; None where there is nothing to take a mean of."""
@@ -220,17 +195,17 @@ class Departure:
         def number(value: float) -> float | None:
             return None if math.isnan(value) else value
 
+        def agreements(layer: int | None = None) -> dict[str, float | None]:
+            return {n: number(self.agreement(Tier[n.upper()], layer)) for n in OFFERING}
+
         return {
             "dropped_mass": number(self.dropped_mass()),
             "cut_share": number(self.cut_share()),
             "dropped_mass_by_tier": {n: number(self.dropped_mass(Tier[n.upper()])) for n in TIERS},
-            "agreement_by_tier": {n: number(self.agreement(Tier[n.upper()])) for n in OFFERING},
+            "agreement_by_tier": agreements(),
             "dropped_mass_by_layer": [number(self.dropped_mass(layer=n)) for n in layers],
             "cut_share_by_layer": [number(self.cut_share(layer=n)) for n in layers],
-            "agreement_by_layer": [
-                {n: number(self.agreement(Tier[n.upper()], layer)) for n in OFFERING}
-                for layer in layers
-            ],
+            "agreement_by_layer": [agreements(layer) for layer in layers],
         }
 
 

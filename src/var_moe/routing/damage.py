@@ -1,9 +1,9 @@
 """Damage-aware skipping: a decision is cut where that is predicted to cost less than tau.
 
-The prediction is VAR's static table with the quantity that matters in place of entropy: the
-expected rise of the loss, in nats, by dropping a token's trailing experts in one layer. It is
-fitted (`calibration.fit_damage`) to the second-order (Fisher) estimates that one backward pass
-over calibration text gives. With one tau for all layers, the budget goes where a cut costs least.
+Damage is the expected rise of the loss, in nats, by dropping a token's trailing experts in one
+layer: a second-order (Fisher) saliency from one backward pass over calibration text, to which the
+prediction is fitted (`calibration.fit_damage`). With one tau for all layers, the budget goes where
+a cut costs least.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch.nn import functional as F
 
 from var_moe.config import check_number
 from var_moe.errors import UsageError
-from var_moe.routing.arrays import NUMPY, Array, Operations, operations
+from var_moe.routing.arrays import operations
 from var_moe.routing.base import Dial, RoutingPolicy, check_calibrated
 from var_moe.routing.compensation import Compensation
-from var_moe.routing.decision import ForwardContext, Routing, Tier
-from var_moe.routing.keeping import all_pairs, kept_pairs, rank_slots, shares
+from var_moe.routing.decision import ForwardContext, Routing
+from var_moe.routing.keeping import all_pairs, kept_pairs, learned_tier, rank_slots, shares
 
 TAU_LOW, TAU_HIGH, TAU_DEFAULT = 1e-7, 1.0, 3e-3
 _LEAST_MASS = 1e-6  # a share that float16 holds; its logarithm is finite
@@ -82,18 +82,13 @@ class DamageModel:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name."""
-        found = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return {name: value for name, value in found if isinstance(value, Tensor)}
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     @classmethod
     def of_named(
         cls, tensors: Mapping[str, Tensor], prefix: str, compensation: Compensation | None
     ) -> DamageModel:
-        """From tensors that are named ``<prefix>.<field>``.
-
-        Raises:
-            KeyError: one is missing; names it.
-        """
+        """From tensors named ``<prefix>.<field>``; a KeyError names one that is missing."""
         names = (field.name for field in fields(cls) if field.name != "compensation")
         own = {name: tensors[f"{prefix}.{name}"] for name in names}
         return cls(**own, compensation=compensation)
@@ -121,7 +116,7 @@ class LayerDamage:
     experts: int
 
     def hint(self, hidden: Tensor) -> Tensor | None:
-        """What the layer's input (T, D) says; None where the model does not look at it. (T,)"""
+        """The part of log D_k that depends on the layer's input (T, D); None if none does. (T,)"""
         if not len(self.out):
             return None
         kind = hidden.device.type
@@ -133,38 +128,32 @@ class LayerDamage:
     def log_damage(
         self, index: Tensor, mass: Tensor, ids: Tensor, hint: Tensor | None = None
     ) -> Tensor:
-        """Logarithm of D_k for k = 1..K-1.
+        """Logarithm of D_k for k = 1..K-1, (T, K - 1).
 
         Args:
             index: (T, K) experts by rank.
             mass: (T, K) their shares of the token's weights.
             ids: (T,) token ids.
             hint: (T,) see `hint`.
-
-        Returns:
-            (T, K - 1)
         """
-        # Summed from the end: what is dropped may be a vanishing part of one.
+        # Summed from the end: 1 minus what is kept would lose a tiny mass.
         tail = mass.flip(1).cumsum(dim=1).flip(1)[:, 1:].clamp(min=_LEAST_MASS)
         size = tail.log()
-        found = self.base + size * (self.slope + size * self.curve)
+        damage = self.base + size * (self.slope + size * self.curve)
         if len(self.pair):
-            found = found + self.pair[index[:, 0] * self.experts + index[:, 1]][:, None]
+            damage = damage + self.pair[index[:, 0] * self.experts + index[:, 1]][:, None]
         else:
             each = mass * self.dropped[index]  # (T, K)
             mean = each.flip(1).cumsum(dim=1).flip(1)[:, 1:] / tail
-            found = found + self.first[index[:, 0]][:, None] + mean
+            damage = damage + self.first[index[:, 0]][:, None] + mean
         rest = self.token[ids]
         if hint is not None:
             rest = rest + hint
-        return found + rest[:, None]
+        return damage + rest[:, None]
 
 
 class DamagePolicy(RoutingPolicy):
-    """Drop trailing experts as long as the predicted damage stays below tau.
-
-    Experts are dropped one after another from the last, while the damage of the whole cut stays
-    below tau.
+    """Drop experts from the last on, while the predicted damage of the whole cut is below tau.
 
     Args:
         tau: nats of loss per (layer, token) decision; 0 is the unmodified model.
@@ -183,15 +172,15 @@ class DamagePolicy(RoutingPolicy):
         self.damage = damage
         self.compensation = damage.compensation
         self._parts: dict[tuple[int, torch.device], LayerDamage] = {}
-        self._tables: dict[tuple[int, torch.device, bool], dict[str, Array]] = {}
         self._hint: Tensor | None = None
 
     @property
     def made_for(self) -> Mapping[str, int]:
         fitted = self.damage
-        looks = {"hidden": fitted.inner.shape[2]} if fitted.inner.shape[1] else {}
-        words = fitted.token.shape[1]
-        return {"layers": fitted.layers, "experts": fitted.experts, "vocabulary": words, **looks}
+        hidden = {"hidden": fitted.inner.shape[2]} if fitted.inner.shape[1] else {}
+        vocabulary = fitted.token.shape[1]
+        sizes = {"layers": fitted.layers, "experts": fitted.experts, "vocabulary": vocabulary}
+        return sizes | hidden
 
     @classmethod
     def search_space(cls, top_k: int) -> dict[str, dict[str, Any]]:
@@ -200,10 +189,7 @@ class DamagePolicy(RoutingPolicy):
 
     @classmethod
     def dials(cls, top_k: int) -> dict[str, Dial]:
-        def dial(strength: float) -> dict[str, Any]:
-            return {"tau": TAU_LOW ** (1 - strength) * TAU_HIGH**strength}
-
-        return {"": dial}
+        return {"": lambda strength: {"tau": TAU_LOW ** (1 - strength) * TAU_HIGH**strength}}
 
     def compensated(self, compensation: Compensation | None) -> Self:
         fitted_with = self.damage.compensation
@@ -219,7 +205,7 @@ class DamagePolicy(RoutingPolicy):
         self._hint = self._part(layer, hidden.device).hint(hidden)
 
     def see_hint(self, hint: Tensor | None) -> None:
-        """What `see` would find, where a trace has recorded it. (T,)"""
+        """Take a recorded `LayerDamage.hint` (T,) instead of the layer's input."""
         self._hint = hint
 
     def _part(self, layer: int, device: torch.device) -> LayerDamage:
@@ -249,10 +235,13 @@ class DamagePolicy(RoutingPolicy):
     def _one_of_two(
         self, layer: int, index: Tensor, weight: Tensor, ids: Tensor, hint: Tensor | None
     ) -> Routing:
-        """The same for K = 2 in few operations, which is what counts in generation."""
+        """The same for K = 2 in fewer operations, which generation needs."""
         full = weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
         ops = operations(full)
-        part = self._columns(layer, index.device, ops)
+        part = self._part(layer, index.device)
+        base, slope, curve, pair, token = (
+            ops.of_tensor(t) for t in (part.base, part.slope, part.curve, part.pair, part.token)
+        )
         tokens, slots, heavy = (ops.of_tensor(t) for t in (ids, index, full))
         swapped = rank_slots(slots, heavy, ops)[:, 0] == 1  # the first expert is in slot 1
         total = heavy.sum(1)
@@ -260,12 +249,12 @@ class DamagePolicy(RoutingPolicy):
         mass = light / ops.where(total == 0, 1.0, total)
         first = ops.where(swapped, slots[:, 1], slots[:, 0])
         dropped = ops.where(swapped, slots[:, 0], slots[:, 1])
-        size = ops.library.log(ops.at_least(mass, _LEAST_MASS))
-        damage = part["base"] + size * (part["slope"] + size * part["curve"])
-        rest = part["token"][tokens]
+        size = ops.log(mass.clip(min=_LEAST_MASS))
+        damage = base + size * (slope + size * curve)
+        rest = token[tokens]
         if hint is not None:
             rest = rest + ops.of_tensor(hint)
-        damage = damage + part["pair"][first * self.damage.experts + dropped] + rest
+        damage = damage + pair[first * self.damage.experts + dropped] + rest
         cut = damage < log(self.tau)
         drop = ops.stack(cut & swapped, cut & ~swapped)
         out = weight
@@ -275,16 +264,5 @@ class DamagePolicy(RoutingPolicy):
         return Routing(
             index=ops.to_tensor(ops.where(drop, -1, slots)),
             weight=out,
-            tier=torch.full_like(index[:, 0], Tier.LEARNED, dtype=torch.uint8),
+            tier=learned_tier(index),
         )
-
-    def _columns(self, layer: int, device: torch.device, ops: Operations) -> dict[str, Array]:
-        """The layer's tables as `_one_of_two` needs them."""
-        key = (layer, device, ops is NUMPY)
-        found = self._tables.get(key)
-        if found is None:
-            part = self._part(layer, device)
-            names = ("base", "slope", "curve", "pair", "token")
-            found = {name: ops.of_tensor(getattr(part, name)) for name in names}
-            self._tables[key] = found
-        return found

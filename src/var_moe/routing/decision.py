@@ -38,37 +38,32 @@ class Residual:
 class Routing:
     """The decision for one layer and all tokens of a forward.
 
-    ``index`` keeps the slot order of the router; -1 marks a pair that is not executed. ``offer``
-    and ``agrees`` say what came of a first expert that the table or the cache named, licensed or
-    not; None where the policy has neither.
+    ``index`` keeps the slot order of the router. ``offer`` and ``agrees`` are about the first
+    expert that the static table or the cache named; None where the policy has neither.
     """
 
     index: Tensor  # (T, K) int64 expert ids, -1: not executed
     weight: Tensor  # (T, K) weights, ignored where index is -1
     tier: Tensor  # (T,) uint8, a Tier
     residual: Residual | None = None
-    offer: Tensor | None = None  # (T,) uint8, the Tier that named one; LEARNED: none did
-    agrees: Tensor | None = None  # (T,) bool, it is among the router's leading experts
+    offer: Tensor | None = None  # (T,) uint8, the Tier that named it; LEARNED: neither did
+    agrees: Tensor | None = None  # (T,) bool, whether it is among the router's leading experts
 
 
 @dataclass(frozen=True)
 class ForwardContext:
     """The tokens of one forward, row-major over (batch, sequence): the same for all layers.
 
-    ``prefix`` holds, for a row that continues a document, the ids just before it (-1 where
-    there are none), so that context keys span the document. A token that is ``valid`` but not
-    ``counted`` (the overlap of two windows) is routed and looks up in the cache, but inserts
-    nothing and stands in no statistics. ``document`` tells rows of one document apart from
-    those of the next. Where ``inserting`` is off (beam search, whose rows are mostly thrown
-    away), counted tokens too look up in the cache and leave nothing there.
+    A token that is ``valid`` but not ``counted`` (the overlap of two windows) is routed and looks
+    up in the cache, but inserts nothing and is in no statistics.
     """
 
     ids: Tensor  # (B, S) int64
     valid: Tensor  # (B, S) bool, False for padding
     counted: Tensor  # (B, S) bool, implies valid
     document: tuple[int, ...]  # (B,) document number per row
-    prefix: Tensor | None = None  # (B, P) int64
-    inserting: bool = True
+    prefix: Tensor | None = None  # (B, P) int64 ids of the document before the row, -1: none
+    inserting: bool = True  # off in beam search, whose rows only look up in the cache
     _copies: dict[tuple[str, torch.device], Tensor] = field(
         default_factory=dict, init=False, compare=False, repr=False
     )
@@ -82,11 +77,11 @@ class ForwardContext:
         return self._on("counted", self.counted, device)
 
     def _on(self, name: str, values: Tensor, device: torch.device) -> Tensor:
-        """``values``, flat, brought to each device once."""
-        found = self._copies.get((name, device))
-        if found is None:
-            found = self._copies[name, device] = values.reshape(-1).to(device)
-        return found
+        """``values``, flat, copied to each device once."""
+        copy = self._copies.get((name, device))
+        if copy is None:
+            copy = self._copies[name, device] = values.reshape(-1).to(device)
+        return copy
 
     @property
     def stays(self) -> Tensor:

@@ -1,9 +1,9 @@
-"""What a guard expects of a policy's decisions, calibrated on documents, and what it then does.
+"""A guard: ranges of a policy's routing statistics, calibrated on documents, and what to do then.
 
-The calibrated range of a statistic is a confidence interval of its mean over documents like the
-calibration's; `routing.watch` bets against the ranges while the model serves. Both share the
-false-alarm rate alpha equally: with probability 1 - alpha / 2 all means lie in their ranges,
-and if they do, a stream raises an alarm with probability alpha / 2 at most, ever.
+The range of a statistic is a confidence interval of its mean over documents; `routing.watch`
+bets against the ranges while the model serves. Each has half of the false-alarm rate alpha: with
+probability 1 - alpha / 2 all means lie in their ranges, and if they do, a stream raises an alarm
+with probability alpha / 2 at most, ever.
 """
 
 from __future__ import annotations
@@ -23,22 +23,21 @@ from var_moe.routing.wager import Floats, mean_range
 from var_moe.storage import SCHEMA_VERSION, atomic_write_json, read_json
 
 ACTIONS = ("report", "warn", "fallback")
-LEAST_UNITS = 40
-"""Documents for a calibration."""
-_CLIPPED_AT = 3.0  # standard deviations from the mean beyond which a unit counts as if there
-_LEAST_SPREAD = 1e-3  # of a statistic that hardly differs from unit to unit
+LEAST_UNITS = 40  # documents for a calibration
+_CLIPPED_AT = 3.0  # standard deviations from the mean; values beyond are clipped to it
+_LEAST_SPREAD = 1e-3  # standard deviation taken for a statistic that hardly varies
 
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """One statistic over documents: see `departure.statistic_names`.
+    """One of `counts.statistic_names` over documents.
 
-    A document's value counts as at most ``top`` and at least ``bottom``, so that no document
-    raises an alarm alone; ``mean``, ``low`` and ``high`` are of values so limited.
+    Values are clipped to [``bottom``, ``top``], so that no document raises an alarm alone;
+    ``mean``, ``low`` and ``high`` are of clipped values.
     """
 
     name: str
-    stake: float  # part of the money that is bet on it; 0: it is reported only
+    stake: float  # part of the money that is bet on it; 0: only reported
     units: int  # calibration documents that have it
     mean: float
     spread: float  # standard deviation over documents
@@ -56,7 +55,7 @@ class Expected:
 
 @dataclass(frozen=True, kw_only=True)
 class Expectation:
-    """What decisions of one policy on one kind of text look like.
+    """The calibrated statistics of one policy on one kind of text.
 
     Args:
         statistics: those that are watched.
@@ -97,18 +96,17 @@ class Expectation:
     ) -> Expectation:
         """Calibrate on documents, in random order.
 
-        Every fourth document says where values are limited, the others what their mean is, so
-        that the range of the mean is exact for independent documents. A statistic that
-        too few documents have (an agreement where hardly anything is offered) is left out.
+        Every fourth document decides where values are clipped, the others give the range of the
+        mean, which is exact for independent documents. A statistic that fewer than `LEAST_UNITS`
+        documents have (such as an agreement where little is offered) is left out.
 
         Args:
             units: (L, 14) sums of each.
             alpha: false-alarm rate.
             policy: `policy_facts` of the policy that decided.
-            head: what else is to be known about them.
-            shared_cache: documents share a context cache. What an early one leaves there then
-                decides how the cache agrees with the router in all others: statistics of the
-                cached tier are no independent values, and are reported only.
+            head: facts about them for the file.
+            shared_cache: documents share a context cache. Statistics of the cached tier then
+                depend on earlier documents, and are only reported.
 
         Raises:
             UsageError: there are fewer than `LEAST_UNITS`.
@@ -119,14 +117,11 @@ class Expectation:
         values = np.stack([statistics(sums) for sums in units])  # (N, J)
         names = statistic_names(layers)
         aside = [j for j, name in enumerate(names) if shared_cache and name.endswith(".cached")]
-        stakes = _stakes(values, aside)
-        found = [
+        watched = tuple(
             _expected(names[j], values[:, j], stake=stake, alpha=alpha * (stake or 1) / 2)
-            for j, stake in stakes.items()
-        ]
-        return cls(
-            statistics=tuple(found), alpha=alpha, layers=layers, policy=policy, head=head or {}
+            for j, stake in _stakes(values, aside).items()
         )
+        return cls(statistics=watched, alpha=alpha, layers=layers, policy=policy, head=head or {})
 
     def to_dict(self) -> dict[str, Any]:
         """For a file."""
@@ -149,29 +144,29 @@ class Expectation:
 
 
 def _stakes(values: Floats, aside: Sequence[int]) -> dict[int, float]:
-    """Statistics that can be watched, by position, with their stakes; zero for those ``aside``.
+    """Stakes by position in `statistic_names`; zero for those ``aside``.
 
-    Half is for those over all layers, half for those of single layers. What says the same as
-    one before (of a tier that decides everything, of the only layer) is left out.
+    Half is for statistics over all layers, half for those of single layers. One that equals an
+    earlier one in every document (of a tier that decides everything) is left out.
     """
-    there = (~np.isnan(values)).sum(axis=0) >= LEAST_UNITS
+    used = []
     for j in range(values.shape[1]):
         same = (np.array_equal(values[:, j], values[:, i], equal_nan=True) for i in range(j))
-        there[j] &= not any(same)
+        if (~np.isnan(values[:, j])).sum() >= LEAST_UNITS and not any(same):
+            used.append(j)
     whole = len(statistic_names(0))
-    over_all = [j for j in range(whole) if there[j] and j not in aside]
-    single = [j for j in range(whole, len(there)) if there[j]]
+    over_all = [j for j in used if j < whole and j not in aside]
+    single = [j for j in used if j >= whole]
     groups = [group for group in (over_all, single) if group]
     stakes = {j: 1 / len(groups) / len(group) for group in groups for j in group}
-    return {j: stakes.get(j, 0.0) for j in range(len(there)) if there[j]}
+    return {j: stakes.get(j, 0.0) for j in used}
 
 
 def _expected(name: str, values: Floats, *, stake: float, alpha: float) -> Expected:
     own = values[~np.isnan(values)]
-    limiting = own[::4]
-    rest = np.delete(own, np.s_[::4])
-    middle = float(limiting.mean())
-    reach = _CLIPPED_AT * max(float(limiting.std(ddof=1)), _LEAST_SPREAD)
+    clipping, rest = own[::4], np.delete(own, np.s_[::4])
+    middle = float(clipping.mean())
+    reach = _CLIPPED_AT * max(float(clipping.std(ddof=1)), _LEAST_SPREAD)
     bottom, top = max(middle - reach, 0.0), min(middle + reach, 1.0)
     width = top - bottom
     scaled = np.clip((rest - bottom) / width, 0, 1)
@@ -190,13 +185,13 @@ def _expected(name: str, values: Floats, *, stake: float, alpha: float) -> Expec
 
 
 def check_units(number: int) -> None:
-    """Refuse too few documents to calibrate on."""
+    """Raise UsageError where there are too few documents to calibrate on."""
     if number < LEAST_UNITS:
         raise UsageError(f"{number} document(s): calibrating a guard needs at least {LEAST_UNITS}")
 
 
 def check_answer(action: str, tolerance: float) -> None:
-    """Refuse what a guard can't do; the arguments are its own."""
+    """Raise UsageError unless a `Guard` takes these values."""
     if action not in ACTIONS:
         raise UsageError(f"Guard.action = {action!r}: expected one of {', '.join(ACTIONS)}")
     check_number("Guard.tolerance", tolerance, low=0)
@@ -227,11 +222,7 @@ class Guard:
         return self.expectation.alpha
 
     def check(self, policy: Mapping[str, Any], *, layers: int) -> None:
-        """Refuse another policy's or another model's guard.
-
-        Args:
-            policy: `policy_facts` of the policy at hand.
-            layers: L of the model at hand.
+        """Refuse another policy's (by its `policy_facts`) or model's guard.
 
         Raises:
             UsageError: names both.
@@ -281,16 +272,16 @@ class Guard:
 
 def policy_facts(policy: Any) -> dict[str, Any]:
     """What tells one policy from another: its class, plain settings, and compensation."""
-    found: dict[str, Any] = {"class": type(policy).__name__}
+    facts: dict[str, Any] = {"class": type(policy).__name__}
     for name, value in sorted(vars(policy).items()):
         if not name.startswith("_") and isinstance(value, (int, float, str)):
-            found[name] = value
+            facts[name] = value
     config = getattr(policy, "config", None)
     if config is not None:
-        found.update(config.to_dict())
+        facts.update(config.to_dict())
     compensation = policy.compensation
-    found["compensation"] = None if compensation is None else compensation.hash
-    return found
+    facts["compensation"] = None if compensation is None else compensation.hash
+    return facts
 
 
 def check_alpha(alpha: Any) -> None:

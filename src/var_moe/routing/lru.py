@@ -1,8 +1,7 @@
-"""Which entry of the context cache each token meets: plain dictionary work on the ids.
+"""Which entry of the context cache each token meets: dictionary work on the ids, and clocks.
 
-One pass per forward serves all layers, because what is in the cache depends on token ids and
-time alone, never on a decision. This loop runs once per token on the host, so it is written
-for speed: no call, no attribute that can be a local name.
+The loop in `Walk` runs once per token of a forward on the host, so it is written for speed: no
+call and no attribute where a local name will do.
 """
 
 from __future__ import annotations

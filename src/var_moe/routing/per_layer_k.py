@@ -78,8 +78,8 @@ def allocate_experts(loss: Sequence[Sequence[float]], total: int) -> tuple[int, 
     """Experts per layer, ``total`` in all, of the smallest summed loss.
 
     Exact, by dynamic programming over the layers: losses need not be convex nor decreasing. Of
-    equally good ways the most even one is taken (smallest sum of squares), then the one that
-    gives more to earlier layers.
+    equal ways it takes the most even one (smallest sum of squares), then the one that gives more
+    to earlier layers.
 
     Args:
         loss: L rows of K values; ``loss[l][k - 1]`` belongs to k experts in layer l.
@@ -93,39 +93,22 @@ def allocate_experts(loss: Sequence[Sequence[float]], total: int) -> tuple[int, 
     """
     layers, top_k = len(loss), len(loss[0])
     check_number("total experts", total, integer=True, low=layers, high=layers * top_k)
-    rows = _exact(loss)
-    # best[n]: (loss, sum of squares) of the layers done so far, n experts spent on them.
-    best: dict[int, tuple[int, int]] = {0: (0, 0)}
-    chosen: list[dict[int, int]] = []
-    for layer in reversed(range(layers)):
-        done = layers - layer
-        # What the layers before this one, at one to K each, can leave to those done.
-        low, high = max(done, total - layer * top_k), min(done * top_k, total - layer)
-        reached: dict[int, tuple[int, int]] = {}
-        choice: dict[int, int] = {}
-        for spent in range(low, high + 1):
-            for k in range(top_k, 0, -1):  # of equals the first found stays: more, earlier
-                rest = best.get(spent - k)
-                if rest is None:
-                    continue
-                cost = (rest[0] + rows[layer][k - 1], rest[1] + k * k)
-                if spent not in reached or cost < reached[spent]:
-                    reached[spent], choice[spent] = cost, k
-        best = reached
-        chosen.append(choice)
-    left, experts = total, []
-    for choice in reversed(chosen):
-        experts.append(choice[left])
-        left -= choice[left]
-    return tuple(experts)
-
-
-def _exact(loss: Sequence[Sequence[float]]) -> list[list[int]]:
-    """The losses as whole numbers of one tiny unit, so that equal sums are equal."""
+    # Losses as whole numbers of one unit, so that equal sums are equal: denominators of floats
+    # are powers of two, so the largest is a multiple of all.
     exact = [[Fraction(value) for value in row] for row in loss]
-    # Denominators of floats are powers of two: the largest is a multiple of all.
     unit = max(value.denominator for row in exact for value in row)
-    return [[int(value * unit) for value in row] for row in exact]
+    whole = [[int(value * unit) for value in row] for row in exact]
+    # With n experts in the layers from here on: (loss, sum of squares, -k of each layer).
+    best: dict[int, tuple[int, int, tuple[int, ...]]] = {0: (0, 0, ())}
+    for row in reversed(whole):
+        longer: dict[int, tuple[int, int, tuple[int, ...]]] = {}
+        for spent, (cost, squares, later) in best.items():
+            for k, added in enumerate(row[: total - spent], start=1):
+                way = (cost + added, squares + k * k, (-k, *later))
+                if spent + k not in longer or way < longer[spent + k]:
+                    longer[spent + k] = way
+        best = longer
+    return tuple(-k for k in best[total][2])
 
 
 class PerLayerKPolicy(RoutingPolicy):

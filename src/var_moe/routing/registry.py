@@ -32,13 +32,13 @@ class PolicySpec:
         name: under which it is asked for.
         target: ``"module:class"``.
         summary: one line for people.
-        needs: names of `CALIBRATION` without which it can't be made.
-        settings: settings that make it this policy and no other of its class.
-        settings_type: ``"module:class"`` of its settings, where they have a type of their own: with
-            `from_dict`, which checks them and takes defaults, and `to_dict`.
-        variant_of: the policy that it is with these settings.
-        replay: ``"module:class"`` of a `tracing.replay.Replayer` of its own. Without one, the
-            policy's own code decides on the trace.
+        needs: names of `CALIBRATION` that it is made from.
+        settings: fixed settings, where several policies share a class.
+        settings_type: ``"module:class"`` of its settings, if they have a type: with `from_dict`,
+            which checks them and fills in defaults, and `to_dict`.
+        variant_of: the policy that is this one with these settings.
+        replay: ``"module:class"`` of its own `tracing.replay.Replayer`. Without one, the policy's
+            code decides on the trace.
     """
 
     name: str
@@ -74,8 +74,8 @@ class PolicySpec:
         whole = {**settings, **self.settings}
         if self.settings_type is None:
             return whole
-        found: dict[str, Any] = load_target(self.settings_type).from_dict(whole).to_dict()
-        return found
+        checked: dict[str, Any] = load_target(self.settings_type).from_dict(whole).to_dict()
+        return checked
 
     def _check_own(self, settings: Mapping[str, Any]) -> None:
         for name, value in self.settings.items():
@@ -107,8 +107,8 @@ class PolicySpec:
 
         Args:
             settings: its values, such as a point of its search space.
-            calibration: by the names of `CALIBRATION`; what it does not ask for is ignored. An
-                entry ``compensation`` is what stands in for the pairs that the policy drops.
+            calibration: by the names of `CALIBRATION`, and ``compensation``, which stands in for
+                the pairs that the policy drops; what it does not ask for is ignored.
 
         Raises:
             UsageError: a setting is unknown, missing or out of its range, or an input is missing.

@@ -28,10 +28,7 @@ Place: TypeAlias = tuple[torch.device, bool]
 
 @dataclass(frozen=True)
 class RoutingTable:
-    """A profile's rows as dense tensors, as the fast path needs them.
-
-    Token ids that calibration never saw have a count of zero.
-    """
+    """The static table: a profile's rows as dense tensors. Unseen token ids have count zero."""
 
     count: Tensor  # (L, V) float64 occurrences
     entropy: Tensor  # (L, V) float64 mean router entropy in nats
@@ -40,17 +37,15 @@ class RoutingTable:
 
     def eligible(self, frequency_threshold: float, entropy_threshold: float) -> Tensor:
         """(L, V) bool: frequent and predictable enough for the fast path."""
-        seen = self.count > 0
-        frequent = self.count >= frequency_threshold
-        return seen & frequent & (self.entropy <= entropy_threshold)
+        frequent = (self.count > 0) & (self.count >= frequency_threshold)
+        return frequent & (self.entropy <= entropy_threshold)
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """One layer's part of the profile, where and as the layer's decisions are made."""
+    """One layer's part of the profile, in the library and on the device that decides."""
 
-    expected: Array | None  # (V,) first expert of the table where a token id is on the fast path,
-    # else -1; None where no token id is
+    expected: Array | None  # (V,) the table's first expert, -1 off the fast path; None: all are off
     index: Array  # (V, leading) leading experts of the table
     weight: Array  # (V, leading)
     residual: Tensor | None  # (rows + 1, D)
@@ -116,20 +111,20 @@ class VARPolicy(RoutingPolicy):
     @classmethod
     def dials(cls, top_k: int) -> dict[str, Dial]:
         ends = {name: (entry["low"], entry["high"]) for name, entry in SEARCH_SPACE.items()}
-        # Which end of each range cuts little, and which cuts much.
+        # Settings that cut less the higher they are.
         falling = ("frequency_threshold", "confidence_threshold", "context_window_size")
         mild = {name: high if name in falling else low for name, (low, high) in ends.items()}
         hard = {name: low if name in falling else high for name, (low, high) in ends.items()}
 
         def presets(strength: float) -> dict[str, Any]:
-            """All six thresholds together, in the direction of the presets."""
+            """All six settings together, in the direction of the presets."""
             values = {k: mild[k] + strength * (hard[k] - mild[k]) for k in mild}
             return {
                 k: round(v) if SEARCH_SPACE[k]["type"] == "int" else v for k, v in values.items()
             }
 
         def confidence(strength: float) -> dict[str, Any]:
-            """The confidence threshold alone, table and cache as good as off."""
+            """The confidence threshold alone, with table and cache at their mildest."""
             return {**mild, "confidence_threshold": 1 - strength / 2}
 
         return {"presets": presets, "confidence": confidence}
@@ -171,7 +166,7 @@ class VARPolicy(RoutingPolicy):
         cls, settings: Mapping[str, Any]
     ) -> tuple[dict[str, Any], dict[str, Any]] | None:
         config = VARConfig.from_dict(settings)
-        # Verified, without a table: the confidence alone cuts all decisions, or none.
+        # Verified, with no token in the table: confidence alone cuts all decisions, or none.
         nothing = VARConfig(
             frequency_threshold=2**62, confidence_threshold=1.0, residuals=config.uses_residuals
         )
@@ -192,12 +187,12 @@ class VARPolicy(RoutingPolicy):
         keys = context_keys(context, self.config.context_window_size)
         documents = None
         if self.config.cache_scope == "document":
-            # Rows without a number are documents of their own, and end with the forward.
+            # A row without a number is a document of its own, and ends with the forward.
             documents = [n if n >= 0 else -1 - row for row, n in enumerate(context.document)]
         self.cache.begin(keys, context.valid, context.stays, documents)
 
     def _part(self, layer: int, place: Place) -> _Layer:
-        """The layer's part of the profile, brought to its place when first needed there."""
+        """The layer's part of the profile, copied to its place once."""
         part = self._layers.get((layer, place))
         if part is None:
             device, as_numpy = place
@@ -221,7 +216,7 @@ class VARPolicy(RoutingPolicy):
         ops = operations(weight)
         place = (index.device, ops is NUMPY)
         part, ids = self._part(layer, place), ops.of_tensor(context.ids_on(index.device))
-        # A weight sum of zero divides to NaN, which is not confident: no warning is wanted.
+        # A weight sum of zero gives NaN, which is not confident, and no warning.
         with np.errstate(invalid="ignore"):
             return self._decide(ops, layer, part, ids, ops.of_tensor(index), ops.of_tensor(weight))
 
@@ -238,15 +233,15 @@ class VARPolicy(RoutingPolicy):
         kept, total = lead_weight.sum(1), weight.sum(1)
         expected = None if part.expected is None else part.expected[ids]  # (T,)
         if leading.shape[1] == index.shape[1]:
-            confident = ops.constant(kept, True, boolean=True)  # mass 1, whatever the rounding
+            confident = lead_index[:, 0] >= 0  # all: the mass is 1, whatever the rounding
         else:
             confident = kept / total >= self.config.confidence_threshold
         if self.config.mode == "plain":
             hits = self.cache.layer(layer, lead_index, lead_weight, confident)
             return self._plain(ops, part, ids, index, weight, lead_index, expected, hits)
 
-        # Verified: the table or the slot only licenses the cut; its first expert must be among
-        # those that the router itself puts first. A refused licence makes the token LEARNED.
+        # Verified: table and slot only license the cut, if their first expert is among the
+        # router's leading ones. Otherwise the token is LEARNED.
         known = self.cache.layer(layer, lead_index[:, :1], None, confident).first(ops)
         by_table: Array | int = _CACHED
         if expected is not None:
@@ -255,11 +250,11 @@ class VARPolicy(RoutingPolicy):
             by_table = ops.where(fast, _FAST, _CACHED)
         licensed = (lead_index == known[:, None]).any(1)
         cut = licensed | confident
-        drop = ops.put(ops.constant(index, True, boolean=True), leading, False) & cut[:, None]
+        drop = ~ops.marked(index, leading) & cut[:, None]
         residual = self._residual(ops, part, lead_index, index, drop, cut, total - kept)
         if residual is None:
             weight = ops.where(cut[:, None], rescaled(weight, kept, total, ops), weight)
-        # Else the mean stands for what was dropped, and what is kept has its own weight.
+        # Else the mean stands for the dropped weight, and nothing is rescaled.
         return Routing(
             index=ops.to_tensor(ops.where(drop, -1, index)),
             weight=ops.to_tensor(weight),

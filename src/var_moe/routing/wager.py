@@ -1,17 +1,16 @@
-"""Betting against the calibrated means: a test that may be looked at after every unit.
+"""Betting against calibrated means: a test that may be looked at after every document.
 
-For a unit's statistic y in [0, 1] whose mean, given all before it, is at most h, a bet of the
-share f of one's money on "more than h" pays 1 + f (y - h) / h, which is never negative and
-gains nothing on average. Whoever starts with 1 and owns at least 1 / alpha at any time has
-therefore seen something that happens with probability alpha at most (Ville's inequality): no
-approximation, at every look, over an endless stream (Waudby-Smith, Ramdas 2024,
-arXiv:2010.09686). Money is spread over
+Let y in [0, 1] be a statistic of the next document, whose mean, given all before it, is at most
+h. A bet of the fraction f on "above h" multiplies the money by 1 + f (y - h) / h, which is never
+negative and at most 1 on average. From 1, the money ever reaches 1 / alpha with probability alpha
+at most (Ville's inequality), however often one looks (Waudby-Smith, Ramdas 2024,
+arXiv:2010.09686). The money is divided among
 
 - both sides of the range [low, high] that the mean may lie in,
-- several shares f, as the best one depends on the size of the drift,
+- several fractions f, as the best one depends on the size of the drift,
 - the statistics, by their stakes,
-- the time at which a drift begins: 1 / (n (n + 1)) of it enters with the n-th unit, so that a
-  long time without drift does not use it up (the e-detectors of Shin, Ramdas, Rinaldo 2022,
+- the documents at which a drift may begin: 1 / (n (n + 1)) enters with the n-th, so that a long
+  time without drift does not use it up (the e-detectors of Shin, Ramdas, Rinaldo 2022,
   arXiv:2203.03532, with a prior over the time of change, which bounds false alarms over the whole
   stream instead of their frequency).
 """
@@ -23,28 +22,26 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-SHARES = (0.05, 0.15, 0.4, 0.9)
-"""f: of the money at stake, what is bet on one unit."""
-_SHARES = np.array(SHARES)
-_ENOUGH = 1e30  # nobody asks for more, and a float holds it
+_FRACTIONS = np.array((0.05, 0.15, 0.4, 0.9))  # f
+_MOST_MONEY = 1e30  # far above any 1 / alpha, and no overflow
 
 
 def payoffs(values: Floats, low: Floats, high: Floats) -> Floats:
-    """What each bet makes of 1.
+    """The factor by which each bet multiplies its money.
 
     Args:
-        values: (..., J) in [0, 1]; NaN where a unit has none, which no bet is made on.
+        values: (..., J) in [0, 1]; NaN where a document has no value, so no bet is made.
         low: (J,) lower end of the range of the mean, below 1.
         high: (J,) upper end, above 0.
 
     Returns:
-        (..., J, 2, 4): on a mean above the range, and below it.
+        (..., J, 2, 4): bets on a mean above the range, and below it, for each fraction.
     """
     above = (values - high) / high
     below = (low - values) / (1 - low)
     edge = np.stack((above, below), axis=-1)[..., None]
-    found: Floats = 1 + _SHARES * np.where(np.isnan(edge), 0.0, edge)
-    return found
+    factors: Floats = 1 + _FRACTIONS * np.where(np.isnan(edge), 0.0, edge)
+    return factors
 
 
 class Wager:
@@ -58,41 +55,40 @@ class Wager:
 
     def __init__(self, low: Floats, high: Floats, stakes: Floats) -> None:
         self._low, self._high, self._stakes = low, high, stakes
-        self._money = np.zeros((len(stakes), 2, len(SHARES)))  # per unit of stake and bet
+        self._money = np.zeros((len(stakes), 2, len(_FRACTIONS)))  # per stake and bet
         self.units = 0
 
     def see(self, values: Floats) -> None:
-        """Bet on the next unit's statistics, (J,) in [0, 1] or NaN."""
+        """Bet on the next document's statistics, (J,) in [0, 1] or NaN."""
         self.units += 1
         entering = 1 / (self.units * (self.units + 1))
         grown = (self._money + entering) * payoffs(values, self._low, self._high)
-        self._money = np.minimum(grown, _ENOUGH)
+        self._money = np.minimum(grown, _MOST_MONEY)
 
     @property
     def sides(self) -> Floats:
-        """(J, 2) the money on each statistic's mean being above and below its range, if all had
-        been put there."""
-        found: Floats = self._money.mean(axis=2) + 1 / (self.units + 1)
-        return found
+        """(J, 2) money of one who bets only on this mean being above, or below, its range."""
+        money: Floats = self._money.mean(axis=2) + 1 / (self.units + 1)
+        return money
 
     @property
     def wealth(self) -> float:
-        """All money. Its inverse is a p-value that may be looked at at any time."""
+        """All money; its inverse is a p-value, valid at any time."""
         return float(self._stakes @ self.sides.mean(axis=1))
 
 
 def mean_range(values: Floats, alpha: float) -> tuple[float, float]:
     """Confidence interval of the mean of independent values in [0, 1], valid at any size.
 
-    All means against which betting on these values, in their order, has not multiplied the money
-    by 2 / alpha on either side.
+    It holds the means against which betting on these values in their order never multiplied the
+    money by 2 / alpha, on either side.
 
     Args:
         values: (N,).
         alpha: probability that the mean lies outside.
     """
     grid = np.linspace(0, 1, 501)[1:-1]
-    money = np.zeros((len(grid), 2, len(SHARES)))  # logarithms
+    money = np.zeros((len(grid), 2, len(_FRACTIONS)))  # logarithms
     most = np.full((len(grid), 2), -np.inf)
     for value in values:
         money += np.log(payoffs(np.full(len(grid), value), grid, grid))
@@ -100,8 +96,8 @@ def mean_range(values: Floats, alpha: float) -> tuple[float, float]:
         mean = top + np.log(np.exp(money - top[..., None]).mean(axis=2))
         most = np.maximum(most, mean)
     limit = np.log(2 / alpha)
-    # "Above m" is ever harder to win as m grows, "below m" ever easier.
+    # The bet "above m" wins less as m grows, "below m" more.
     low = grid[most[:, 0] < limit].min(initial=1.0)
     high = grid[most[:, 1] < limit].max(initial=0.0)
-    step = grid[0]  # outwards, to the next mean that was tried and refuted
+    step = grid[0]  # outwards, to the next refuted mean of the grid
     return float(max(low - step, 0.0)), float(min(high + step, 1.0))

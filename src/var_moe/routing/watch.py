@@ -1,9 +1,9 @@
-"""A guard at work: it bets on each document that ends, and says when the bets are won.
+"""A guard at work: it bets on each document that ends, and raises the alarm.
 
-A unit is a document as the session tells documents apart: a row of a forward, with all later
-forwards that go on from its KV cache, or all rows that were announced under one number. It ends
-with the first forward that has no part of it. Texts that take turns (several KV caches in one
-session) count up to their first pause: the rest is no new document.
+A document is a row of a forward with all later forwards that continue its KV cache, or all rows
+that were announced under one number. It ends with the first forward that has no part of it. Of
+texts that take turns (several KV caches in one session), only what comes before the first pause
+counts.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from var_moe.routing.decision import ForwardContext, Observer, Routing
 from var_moe.routing.guard import Guard
 from var_moe.routing.wager import Wager
 
-_GIVEN = 2**40
-"""Numbers of documents from here on are given by a session, ascending, and never again."""
+_GIVEN = 2**40  # a session numbers documents upwards from here, each number once
 
 
 class DriftWarning(UserWarning):
@@ -31,7 +30,7 @@ class DriftWarning(UserWarning):
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """One statistic of a stream beside what was expected."""
+    """One statistic of a stream, beside its calibrated range."""
 
     name: str
     expected: float
@@ -40,12 +39,12 @@ class Seen:
     seen: float | None  # mean over the documents so far, limited as in calibration
     units: int  # documents that have it
     bet_on: bool
-    evidence: float  # against the range: 1 / p-value had it been watched alone, on its worse side
+    evidence: float  # against the range, 1 / p-value on its worse side if watched alone
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuardReport:
-    """The state of a guard: documents that have not ended are not in it."""
+    """What a guard has seen of the documents that have ended."""
 
     action: str
     alpha: float
@@ -65,11 +64,7 @@ class GuardReport:
 
 
 class Watch:
-    """The state of one stream.
-
-    Args:
-        guard: what is expected.
-    """
+    """A guard's bets on one stream of documents."""
 
     def __init__(self, guard: Guard) -> None:
         self.guard = guard
@@ -119,11 +114,7 @@ class Watch:
     def _message(self) -> str:
         report = self.report()
         worst = report.worst()
-        then = (
-            "; from now on the model's own routing decides"
-            if self.guard.action == "fallback"
-            else ""
-        )
+        then = "; from now on the model's own routing decides" if report.fallback else ""
         return (
             f"routing has left its calibrated range after {report.units} documents: mean "
             f"{worst.name} {worst.seen:.4f}, expected {worst.expected:.4f} "
@@ -158,7 +149,7 @@ class Watch:
 
 
 class Watching(Protocol):
-    """Whoever is shown documents."""
+    """What `Units` shows documents to: a `Watch`, or a recorder for calibration."""
 
     @property
     def native(self) -> bool:
@@ -168,14 +159,14 @@ class Watching(Protocol):
         """A document has ended."""
 
     def report(self) -> GuardReport | None:
-        """What it says of them."""
+        """What has been seen so far."""
 
 
 class Units(Observer):
-    """Adds up decisions by document, and shows each document that has ended to a guard.
+    """Observer that sums decisions by document, and shows ``watch`` each one that has ended.
 
     Args:
-        watch: who is shown them.
+        watch: sees the (L, 14) sums of each document.
         layers: L.
         drops_only: whether decisions keep the router's slots.
     """
@@ -184,7 +175,7 @@ class Units(Observer):
         self._watch, self._layers, self._drops_only = watch, layers, drops_only
         self._decisions = ForwardDecisions()
         self._open: dict[int, Sums] = {}
-        # The documents of the last forward, and sums of layers that are alike: (N, B, 14).
+        # The last forward, not yet added: its context, and sums (N, B, 14) of each N layers.
         self._last: tuple[ForwardContext, list[tuple[list[int], Tensor]]] | None = None
         self._context: ForwardContext | None = None
         self._newest = _GIVEN - 1
@@ -210,7 +201,7 @@ class Units(Observer):
             self._decisions.add(layer, routing, index, weight)
 
     def end(self) -> None:
-        # Beams are drafts of one text: none of them is a document.
+        # Beams are drafts of one text, no documents.
         if self._context is not None and self._context.inserting:
             sums = self._decisions.take(
                 self._context, drops_only=self._drops_only, rows=len(self._context.ids)
@@ -222,7 +213,7 @@ class Units(Observer):
         self._show(list(self._open))
 
     def _show(self, numbers: list[int]) -> None:
-        """Show documents that have ended; those of padding alone are none."""
+        """Show documents that have ended, without those of padding alone."""
         for sums in [self._open.pop(number) for number in numbers]:
             if sums[:, :3].any():
                 self._watch.see(sums)
@@ -241,7 +232,7 @@ class Units(Observer):
             if number in self._open:
                 self._open[number] += sums_of_row
             elif number <= self._newest and number >= _GIVEN:
-                continue  # it has ended already, and comes back
+                continue  # it has ended before, and comes back
             else:
                 self._open[number] = sums_of_row.copy()
             newest = max(newest, number)
