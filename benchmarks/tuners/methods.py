@@ -9,6 +9,7 @@ from typing import Any
 import optuna
 from benchmarks.tuners.bench import Bench
 
+from var_moe.config import SEARCH_SPACE
 from var_moe.optimization.measure_again import Closer
 from var_moe.optimization.methods import (
     bayesian_optimization,
@@ -18,7 +19,7 @@ from var_moe.optimization.methods import (
 from var_moe.optimization.replay_sampler import Forecasts, ReplaySampler
 from var_moe.optimization.results import OptimizationResult
 from var_moe.optimization.samplers import GuidedSampler, Request
-from var_moe.optimization.search_space import SEARCH_SPACE, Params
+from var_moe.optimization.search_space import Params
 from var_moe.optimization.study import run_search
 from var_moe.optimization.trial_log import LOG_NAME
 

@@ -11,7 +11,7 @@ from benchmarks.tuners.methods import METHODS, closer
 from benchmarks.tuners.setting import run_file
 
 from var_moe.optimization.candidate import Candidate
-from var_moe.optimization.measure_again import best_measured, remeasure
+from var_moe.optimization.measure_again import LastMeasurement
 from var_moe.optimization.results import Evaluation, documented_score
 from var_moe.storage import SCHEMA_VERSION, atomic_write_json, jsonable
 
@@ -23,15 +23,13 @@ def run(bench: Bench, method: str, seed: int) -> dict[str, Any]:
     journal.mkdir(parents=True, exist_ok=True)
     result = METHODS[method](bench, seed, journal)
     objective = bench.objective
-    measured = remeasure(
-        bench.ordering,
-        objective,
+    last = LastMeasurement(bench.ordering, objective, blocks=0)
+    last.measure_search(
         result.evaluations,
-        blocks=0,
         at_most=bench.setting.candidates,
         closer=closer(bench, seed) if method == "replay" else None,
     )
-    best = best_measured(measured)
+    measured, best = last.measured, last.best
     # With nothing that passes, the nearest miss shows what the search would have ended with.
     final = best or min(measured, key=lambda one: one.quality.change.upper)
     suggestions = sum(e.suggestion_seconds for e in result.evaluations)

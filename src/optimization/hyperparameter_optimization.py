@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from var_moe.config import SEARCH_SPACE
 from var_moe.optimization.methods import bayesian_optimization, grid_search, random_search
 from var_moe.optimization.results import Evaluation, OptimizationResult, save_optimization_results
-from var_moe.optimization.search_space import SEARCH_SPACE
 
 __all__ = [
     "SEARCH_SPACE",

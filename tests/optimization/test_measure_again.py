@@ -25,20 +25,26 @@ def evaluation(number, pace, degradation, *, se=0.001):
     )
 
 
+def best_of(*measured):
+    last = room.LastMeasurement(None, None, blocks=1)
+    last.candidates.extend(measured)
+    return last.best
+
+
 @pytest.fixture
 def run(monkeypatch):
-    """Runs `remeasure` where the new text costs `shift` more than the search's; names tried."""
+    """Measures again where the new text costs `shift` more than the search's; names tried."""
 
     def start(evaluations, *, shift, at_most=8, closer=None):
         truth = {e.params["frequency_threshold"]: e for e in evaluations}
         tried = []
 
-        def measure(_evaluator, objective, config, *, name, blocks):
+        def measure(self, config, *, name):
             number = config.settings["frequency_threshold"]
             tried.append(number)
             value = truth[number].degradation + shift
             change = SimpleNamespace(value=value, upper=value + 0.001)
-            passed = change.upper < objective.max_degradation
+            passed = change.upper < BOUND
             pace = truth[number].predicted_speedup
             speed = SimpleNamespace(speedup=SimpleNamespace(median=pace)) if passed else None
             return room.Remeasured(
@@ -52,15 +58,14 @@ def run(monkeypatch):
                 max_degradation=BOUND,
             )
 
-        monkeypatch.setattr(room, "measure", measure)
+        monkeypatch.setattr(room.LastMeasurement, "measure", measure)
         objective = SimpleNamespace(
             max_degradation=BOUND,
             candidate=lambda params: Candidate(policy="var", settings=params),
         )
-        done = room.remeasure(
-            None, objective, evaluations, blocks=1, at_most=at_most, closer=closer
-        )
-        return tried, room.best_measured(done)
+        last = room.LastMeasurement(None, objective, blocks=1)
+        last.measure_search(evaluations, at_most=at_most, closer=closer)
+        return tried, last.best
 
     return start
 
@@ -115,7 +120,7 @@ def test_the_bound_itself_is_not_below_the_bound(upper, passes):
     )
     assert measured.passed is passes
     assert measured.score == pytest.approx(1.35 if passes else -100 * (1 + upper))
-    assert (room.best_measured([measured]) is not None) is passes
+    assert (best_of(measured) is not None) is passes
 
 
 def test_a_lucky_timing_does_not_win():
@@ -130,7 +135,7 @@ def test_a_lucky_timing_does_not_win():
             max_degradation=BOUND,
         )
 
-    assert room.best_measured([measured(1.6, 1.4), measured(1.5, 1.2)]).name == "1.5"
+    assert best_of(measured(1.6, 1.4), measured(1.5, 1.2)).name == "1.5"
 
 
 def test_measurements_that_are_left_go_where_the_forecasts_point(run):
@@ -167,7 +172,7 @@ def test_of_equally_many_pairs_the_compensation_that_costs_less_wins(monkeypatch
 
     found = [point(1.0, "means", 0.004), point(1.0, "none", 0.0), point(0.9, "means", 0.001)]
 
-    def measure(_evaluator, objective, config, *, name, blocks):
+    def measure(self, config, *, name):
         value = 0.0 if config.compensation == "none" else 0.02
         return room.Remeasured(
             name=name,
@@ -182,7 +187,7 @@ def test_of_equally_many_pairs_the_compensation_that_costs_less_wins(monkeypatch
             max_degradation=BOUND,
         )
 
-    monkeypatch.setattr(room, "measure", measure)
+    monkeypatch.setattr(room.LastMeasurement, "measure", measure)
 
     def config(params):
         settings = {"tau": params["tau"]}
@@ -192,10 +197,12 @@ def test_of_equally_many_pairs_the_compensation_that_costs_less_wins(monkeypatch
     seen = []
 
     def closer(measured):
-        seen.append(measured)
+        seen.append([*measured])
 
-    done = room.remeasure(None, objective, found, blocks=1, at_most=8, closer=closer)
-    assert [one.config.compensation for one in done] == ["none"]
+    last = room.LastMeasurement(None, objective, blocks=1)
+    last.measure_search(found, at_most=8, closer=closer)
+    assert [one.config.compensation for one in last.measured] == ["none"]
     assert seen == [[({"tau": 1.0, "compensation": "none"}, 0.0)]]
-    done = room.remeasure(None, objective, [found[0], found[2], found[1]], blocks=1, at_most=8)
-    assert room.best_measured(done).config.compensation == "none"
+    last = room.LastMeasurement(None, objective, blocks=1)
+    last.measure_search([found[0], found[2], found[1]], at_most=8)
+    assert last.best.config.compensation == "none"

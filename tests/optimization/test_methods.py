@@ -3,10 +3,10 @@ import json
 import pytest
 from analytic import SMALL_SPACE, SixObjective, SmallObjective
 
-from var_moe.config import VARConfig
+from var_moe.config import SEARCH_SPACE, VARConfig
 from var_moe.errors import UsageError
 from var_moe.optimization.methods import grid_search, random_search
-from var_moe.optimization.search_space import SEARCH_SPACE, defaults, grid_points, sample
+from var_moe.optimization.search_space import defaults, grid_points, sample
 
 
 def points(result):

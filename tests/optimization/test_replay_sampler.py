@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from analytic import SixObjective, rich_evaluation
 
+from var_moe.config import SEARCH_SPACE
 from var_moe.optimization.forecast import Correction, Forecast, feasible_improvement
 from var_moe.optimization.methods import (
     bayesian_optimization,
@@ -21,7 +22,7 @@ from var_moe.optimization.replay_sampler import (
     neighbours,
     pool_points,
 )
-from var_moe.optimization.search_space import SEARCH_SPACE, check_point, dimensions
+from var_moe.optimization.search_space import check_point, dimensions
 
 
 class AnalyticForecaster:

@@ -15,11 +15,9 @@ from var_moe.errors import UsageError
 from var_moe.evaluation.evaluator import Quality
 from var_moe.evaluation.perplexity import DocumentLosses, datasets_of, degradation, worst_of
 from var_moe.optimization.measure_again import (
+    LastMeasurement,
     NothingFitsError,
-    best_measured,
-    best_or_nearest,
     conclude,
-    measure,
 )
 from var_moe.optimization.objective import PolicyObjective
 from var_moe.optimization.results import Evaluation, OptimizationResult
@@ -86,8 +84,15 @@ def objective(robust):
 
 
 @pytest.fixture
-def measured(objective):
-    return measure(objective.evaluator, objective, objective.default, name="one", blocks=1)
+def last(objective):
+    last = LastMeasurement(objective.evaluator, objective, blocks=1)
+    last.candidates.append(last.measure(objective.default, name="one"))
+    return last
+
+
+@pytest.fixture
+def measured(last):
+    return last.candidates[0]
 
 
 def test_the_figures():
@@ -106,10 +111,10 @@ def test_a_search_sees_the_worst(objective, robust):
     assert found.perplexity == pytest.approx(math.exp(2.0065), rel=1e-6)  # of all text
 
 
-def test_who_wins_is_judged_by_the_worst(measured, robust):
+def test_who_wins_is_judged_by_the_worst(last, measured, robust):
     assert measured.passed is not robust
-    assert (best_measured([measured]) is None) is robust
-    assert best_or_nearest([measured]) is measured
+    assert (last.best is None) is robust
+    assert last.nearest is measured
     assert (measured.speed is None) is robust
     row = measured.to_dict()
     assert row["degradation"] == pytest.approx(0.0065, abs=1e-4)
@@ -123,7 +128,7 @@ def test_the_front_is_of_the_worst(measured, robust, tmp_path):
     assert (point["degradation_upper_95"] < BOUND) is not robust
 
 
-def test_the_answer_names_the_worst(measured, tmp_path, robust):
+def test_the_answer_names_the_worst(last, measured, tmp_path, robust):
     result = OptimizationResult(
         best_params=VARConfig(),
         best_score=1.0,
@@ -138,17 +143,7 @@ def test_the_answer_names_the_worst(measured, tmp_path, robust):
         assert "worst data set" not in str(measured.to_dict())
         return
     with pytest.raises(NothingFitsError, match=r"\+2\.02% .* on the worst data set, b\)"):
-        conclude(
-            result,
-            measured=[measured],
-            presets=[],
-            output=tmp_path,
-            max_degradation=BOUND,
-            notes=[],
-            metadata={},
-            top_k=2,
-            profile=None,
-        )
+        conclude(result, last, output=tmp_path, metadata={})
     assert json.loads((tmp_path / "nearest_miss.json").read_text())["worst_dataset"] == "b"
     assert "worst data set" in (tmp_path / "optimization_summary.txt").read_text()
 

@@ -7,12 +7,12 @@ import optuna
 import pytest
 from analytic import SMALL_SPACE, SixObjective, SmallObjective
 
-from var_moe.config import VARConfig
+from var_moe.config import SEARCH_SPACE, VARConfig
 from var_moe.errors import UsageError
 from var_moe.optimization.methods import bayesian_optimization
 from var_moe.optimization.results import Evaluation
 from var_moe.optimization.samplers import SkoptSampler
-from var_moe.optimization.search_space import SEARCH_SPACE, point_key, starting_points
+from var_moe.optimization.search_space import point_key, starting_points
 from var_moe.optimization.trial_log import LOG_NAME
 
 CALLS = 8

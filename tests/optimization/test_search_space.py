@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from var_moe.config import SEARCH_SPACE
 from var_moe.errors import UsageError
 from var_moe.optimization.search_space import (
-    SEARCH_SPACE,
     check_point,
     defaults,
     dimensions,

@@ -119,9 +119,9 @@ def test_when_every_evaluation_fails_the_first_cause_is_told(
 def test_a_last_measurement_that_fails_loses_nothing(
     merged, tuned, small, tmp_path, monkeypatch, error
 ):
-    real, count = room.remeasure, []
+    real, count = room.LastMeasurement, []
 
-    def failing(evaluator, objective, *words, **options):
+    def failing(evaluator, objective, **options):
         quality = evaluator.quality
 
         def once(*given, **more):
@@ -131,9 +131,9 @@ def test_a_last_measurement_that_fails_loses_nothing(
             return quality(*given, **more)
 
         monkeypatch.setattr(evaluator, "quality", once)
-        return real(evaluator, objective, *words, **options)
+        return real(evaluator, objective, **options)
 
-    monkeypatch.setattr(room, "remeasure", failing)
+    monkeypatch.setattr(room, "LastMeasurement", failing)
     words = profiled(small, tuned)
     settings = TuneSettings(
         output=tmp_path, policy="var", method="random", n_calls=2, max_degradation=9, **words
@@ -147,14 +147,16 @@ def test_a_last_measurement_that_fails_loses_nothing(
     assert read(tmp_path / "optimization_results.json")["all_results"]
     assert not (tmp_path / "best_config.json").exists()
     write_report(tmp_path)
-    monkeypatch.setattr(room, "remeasure", real)
+    monkeypatch.setattr(room, "LastMeasurement", real)
     tune(merged, replace(settings, resume=True), verbose=False)
     assert (tmp_path / "best_config.json").exists()
 
 
 @pytest.mark.slow
 def test_a_half_without_documents_is_told(merged, small, tmp_path, monkeypatch):
-    monkeypatch.setattr(room, "halves", lambda documents, equal: (list(documents), []))
+    monkeypatch.setattr(
+        "var_moe.optimization.preparation.halves", lambda documents, equal: (list(documents), [])
+    )
     with pytest.raises(UsageError, match="the last measurement, in its half of the pages"):
         tune(merged, TuneSettings(output=tmp_path, **small), verbose=False)
 

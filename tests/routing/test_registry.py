@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from damages import damage_model
+from var_moe.config import SEARCH_SPACE
 from var_moe.errors import UsageError
-from var_moe.optimization.search_space import SEARCH_SPACE, defaults, validate_space
+from var_moe.optimization.search_space import defaults, validate_space
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.compensation import ResidualMeans
 from var_moe.routing.naee import RatioQuantiles

@@ -60,8 +60,8 @@ def replay(
         max_degradation: bound on the predicted degradation, to mark points of the grid.
         quiet: no progress.
     """
-    from var_moe.config import check_bound
-    from var_moe.optimization.search_space import SEARCH_SPACE, check_grid
+    from var_moe.config import SEARCH_SPACE, check_bound
+    from var_moe.optimization.search_space import check_grid
     from var_moe.storage import check_output_folder
 
     check_output_folder(output)

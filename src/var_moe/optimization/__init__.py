@@ -9,7 +9,7 @@ import importlib
 from typing import Any
 
 _PUBLIC = {
-    "SEARCH_SPACE": "search_space",
+    "SEARCH_SPACE": "methods",
     "grid_size": "search_space",
     "parse_bounds": "search_space",
     "validate_space": "search_space",

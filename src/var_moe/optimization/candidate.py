@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from var_moe.config import VARConfig
+from var_moe.config import DOCUMENTED_FIELDS, VARConfig
 from var_moe.errors import UsageError
 from var_moe.routing.registry import PolicySpec, policy_spec
 from var_moe.storage import read_json
@@ -207,3 +207,13 @@ def load_candidate(path: str | Path) -> Candidate:
     if isinstance(values, Mapping) and isinstance(values.get("config"), Mapping):
         values = values["config"]
     return Candidate.from_dict(values, source=str(path))
+
+
+def documented_params(params: Mapping[str, Any], mode: str) -> VARConfig | dict[str, Any]:
+    """A point as `OptimizationResult.best_params` documents it.
+
+    A VARConfig in ``mode`` where the point has its documented fields alone, else the point.
+    """
+    if set(params) <= set(DOCUMENTED_FIELDS):
+        return VARConfig.from_dict({**params, "mode": mode})
+    return dict(params)

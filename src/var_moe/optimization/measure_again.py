@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from var_moe.calibration.profile import RoutingProfile
 from var_moe.errors import VarMoeError
-from var_moe.evaluation.evaluator import Apart, Evaluator, Quality, Speed
+from var_moe.evaluation.evaluator import Apart, Evaluator, Quality, Speed, measure_apart
+from var_moe.evaluation.perplexity import datasets_of
 from var_moe.execution.session import Session, routed
 from var_moe.optimization.candidate import Candidate
 from var_moe.optimization.objective import PolicyObjective
@@ -32,10 +33,12 @@ from var_moe.optimization.results import (
 from var_moe.optimization.search_space import Params, stand_in_of
 from var_moe.optimization.selection import (
     Z_95,
+    FrontPoint,
     Standing,
     distinct_evaluations,
     nearest_miss,
     promise,
+    to_verify,
     winner,
 )
 from var_moe.optimization.summary import as_text, best_answer, nearest_answer, summary_parts
@@ -95,117 +98,136 @@ class Remeasured:
         }
 
 
-def measure(
-    evaluator: Evaluator,
-    objective: PolicyObjective,
-    config: Candidate,
-    *,
-    name: str,
-    blocks: int,
-    always_time: bool = False,
-) -> Remeasured:
-    """Measure one configuration: quality first, throughput where it keeps the bound."""
-    quality = evaluator.quality(objective.policy(config), what=f"{name}: perplexity")
-    passed = quality.judged.upper < objective.max_degradation
-    speed = None
-    if passed or always_time:
-        speed = evaluator.speed(objective.policy(config), blocks=blocks)
-    return Remeasured(
-        name=name,
-        config=config,
-        quality=quality,
-        speed=speed,
-        max_degradation=objective.max_degradation,
-    )
+class LastMeasurement:
+    """Measures what a search found again, on text that was not searched on.
 
+    Args:
+        evaluator: of that text.
+        objective: makes the policies, and holds the bound.
+        blocks: timed blocks per arm.
 
-def remeasure(
-    evaluator: Evaluator,
-    objective: PolicyObjective,
-    evaluations: Sequence[Evaluation],
-    *,
-    blocks: int,
-    at_most: int,
-    closer: Closer | None = None,
-    done: list[Remeasured] | None = None,
-) -> list[Remeasured]:
-    """Measure a search's evaluations again until no faster one is likely to keep the bound.
-
-    A candidate's upper bound on the new text is predicted as its degradation in the search
-    plus what the upper bounds measured so far, with the same compensation, were above theirs (at
-    first: the search's own error). The fastest that is predicted to keep the bound is measured
-    next, as long as it is faster than what did so far; so a search that hugs the bound costs a few
-    measurements, and a safe configuration is reached when the bold ones fail. Where nothing passes,
-    the evaluation with the smallest degradation is measured last. "Fast" is what the executed
-    pairs predict: a search's few timed blocks would put the luckiest first.
-
-    Measurements that are left go to what ``closer`` proposes from those made. ``done`` takes each
-    as it is made, so that a failure of the next one loses none.
+    What is measured is kept as it is made, so that a failure of the next one loses none:
+    ``candidates`` of the search and of its front, and the policy's ``presets``.
     """
-    bound = objective.max_degradation
-    waiting = distinct_evaluations(
-        [one for one in evaluations if not one.failed and one.degradation is not None]
-    )
-    done = [] if done is None else done
-    points: list[Params] = []
-    above: dict[str | None, list[float]] = defaultdict(list)
 
-    def likely(one: Evaluation) -> bool:
-        assert one.degradation is not None
-        off = above[stand_in_of(one.params)]
-        error = sum(off) / len(off) if off else Z_95 * (one.degradation_se or 0.0)
-        return one.degradation + error < bound
+    def __init__(self, evaluator: Evaluator, objective: PolicyObjective, *, blocks: int) -> None:
+        self.evaluator, self.objective, self._blocks = evaluator, objective, blocks
+        self.candidates: list[Remeasured] = []
+        self.presets: list[Remeasured] = []
 
-    def take(one: Evaluation) -> bool:
-        waiting.remove(one)
-        name = f"candidate {len(done) + 1}"
-        found = measure(
-            evaluator, objective, objective.candidate(one.params), name=name, blocks=blocks
+    @property
+    def measured(self) -> list[Remeasured]:
+        """All of it."""
+        return [*self.candidates, *self.presets]
+
+    @property
+    def best(self) -> Remeasured | None:
+        """The one that wins by the rule of `selection.winner`; None where none keeps the bound."""
+        return winner(self.measured, lambda one: one.standing)
+
+    @property
+    def nearest(self) -> Remeasured:
+        """What comes nearest to keeping the bound."""
+        return min(self.measured, key=lambda one: one.quality.judged.upper)
+
+    def measure(self, config: Candidate, *, name: str, always_time: bool = False) -> Remeasured:
+        """Measure one configuration: quality first, throughput where it keeps the bound."""
+        evaluator, objective = self.evaluator, self.objective
+        quality = evaluator.quality(objective.policy(config), what=f"{name}: perplexity")
+        speed = None
+        if always_time or quality.judged.upper < objective.max_degradation:
+            speed = evaluator.speed(objective.policy(config), blocks=self._blocks)
+        return Remeasured(
+            name=name,
+            config=config,
+            quality=quality,
+            speed=speed,
+            max_degradation=objective.max_degradation,
         )
-        off = found.quality.judged.upper - (one.degradation or 0.0)
-        above[stand_in_of(one.params)].append(off)
-        done.append(found)
-        points.append(one.params)
-        return found.passed
 
-    fastest = -math.inf
-    while len(done) < at_most:
-        fitting = [one for one in waiting if likely(one) and promise(one) > fastest]
-        if not fitting:
-            break
-        # Of equally fast ones, which another compensation makes, the one that costs less.
-        chosen = max(fitting, key=lambda one: (promise(one), -(one.degradation or 0.0)))
-        if take(chosen):
-            fastest = promise(chosen)
-    calmest = nearest_miss(waiting)
-    if best_measured(done) is None and calmest is not None:
-        take(calmest)
-    while closer is not None and len(done) < at_most:
-        uppers = [one.quality.judged.upper for one in done]
-        point = closer(list(zip(points, uppers, strict=True)))
-        if point is None:
-            break
-        name = f"candidate {len(done) + 1}"
-        points.append(point)
-        done.append(
-            measure(evaluator, objective, objective.candidate(point), name=name, blocks=blocks)
+    def measure_search(
+        self, evaluations: Sequence[Evaluation], *, at_most: int, closer: Closer | None = None
+    ) -> None:
+        """Measure a search's evaluations again until no faster one is likely to keep the bound.
+
+        A candidate's upper bound on the new text is predicted as its degradation in the search
+        plus what the upper bounds measured so far, with the same compensation, were above theirs
+        (at first: the search's own error). The fastest that is predicted to keep the bound is
+        measured next, as long as it is faster than what did so far; so a search that hugs the
+        bound costs a few measurements, and a safe configuration is reached when the bold ones
+        fail. Where nothing passes, the evaluation with the smallest degradation is measured last.
+        "Fast" is what the executed pairs predict: a search's few timed blocks would put the
+        luckiest first.
+
+        Measurements that are left go to what ``closer`` proposes from those made.
+        """
+        waiting = distinct_evaluations(
+            [one for one in evaluations if not one.failed and one.degradation is not None]
         )
-    return done
+        uppers: list[tuple[Params, float]] = []  # of the points that are measured
+        above: dict[str | None, list[float]] = defaultdict(list)
 
+        def likely(one: Evaluation) -> bool:
+            assert one.degradation is not None
+            off = above[stand_in_of(one.params)]
+            error = sum(off) / len(off) if off else Z_95 * (one.degradation_se or 0.0)
+            return one.degradation + error < self.objective.max_degradation
 
-def best_measured(measured: Sequence[Remeasured]) -> Remeasured | None:
-    """The one that wins by the rule of `selection.winner`; None where none keeps the bound."""
-    return winner(measured, lambda one: one.standing)
+        def take(params: Params) -> Remeasured:
+            name = f"candidate {len(uppers) + 1}"
+            measured = self.measure(self.objective.candidate(params), name=name)
+            self.candidates.append(measured)
+            uppers.append((params, measured.quality.judged.upper))
+            return measured
 
+        fastest = -math.inf
+        while len(uppers) < at_most:
+            fitting = [one for one in waiting if likely(one) and promise(one) > fastest]
+            if not fitting:
+                break
+            # Of equally fast ones, which another compensation makes, the one that costs less.
+            chosen = max(fitting, key=lambda one: (promise(one), -(one.degradation or 0.0)))
+            waiting.remove(chosen)
+            measured = take(chosen.params)
+            off = measured.quality.judged.upper - (chosen.degradation or 0.0)
+            above[stand_in_of(chosen.params)].append(off)
+            if measured.passed:
+                fastest = promise(chosen)
+        calmest = nearest_miss(waiting)
+        if self.best is None and calmest is not None:
+            take(calmest.params)
+        while closer is not None and len(uppers) < at_most:
+            point = closer(uppers)
+            if point is None:
+                break
+            take(point)
 
-def nearest(measured: Sequence[Remeasured]) -> Remeasured:
-    """What comes nearest to keeping the bound."""
-    return min(measured, key=lambda one: one.quality.judged.upper)
+    def measure_presets(self) -> None:
+        """Measure the policy's presets; one that the search proposed as well takes its figures."""
+        for name, config in self.objective.presets().items():
+            same = next((one for one in self.candidates if one.config == config), None)
+            if same is None:
+                self.presets.append(self.measure(config, name=name, always_time=True))
+            else:
+                self.presets.append(replace(same, name=name))
+        known = [one.config for one in self.presets]
+        self.candidates = [one for one in self.candidates if one.config not in known]
 
+    def measure_front(self, front: Sequence[FrontPoint]) -> None:
+        """Measure points of a front that lie far from what is measured already."""
+        known = [one.config for one in self.measured]
+        for point in to_verify(front, self.objective.max_degradation):
+            config = self.objective.candidate(point.params)
+            if config not in known:
+                name = f"front ({100 * point.degradation:.2f}%)"
+                self.candidates.append(self.measure(config, name=name, always_time=True))
 
-def best_or_nearest(measured: Sequence[Remeasured]) -> Remeasured:
-    """The winner; where nothing keeps the bound, what comes nearest to it."""
-    return best_measured(measured) or nearest(measured)
+    def by_dataset(self) -> list[Apart]:
+        """The winner, or what comes nearest, on each of several data sets by itself."""
+        if not datasets_of(self.evaluator.documents):
+            return []
+        chosen = self.best or self.nearest
+        return measure_apart(self.evaluator, self.objective.policy(chosen.config), what=chosen.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,16 +271,12 @@ class NothingFitsError(VarMoeError):
 
 def conclude(
     result: OptimizationResult,
+    last: LastMeasurement,
     *,
-    measured: Sequence[Remeasured],
-    presets: Sequence[Remeasured],
     apart: Sequence[Apart] = (),
     output: Path,
-    max_degradation: float,
-    notes: Sequence[str],
+    notes: Sequence[str] = (),
     metadata: Mapping[str, Any],
-    profile: RoutingProfile,
-    top_k: int,
 ) -> TuneOutcome:
     """Choose the answer and write every file.
 
@@ -268,23 +286,28 @@ def conclude(
         NothingFitsError: nothing keeps the bound; the files are written all the same, with
             ``nearest_miss.json`` in place of ``best_config.json``.
     """
-    everything = [*measured, *presets]
-    best = best_measured(everything)
+    best, max_degradation = last.best, last.objective.max_degradation
+    top_k = last.evaluator.top_k
     limit = f"{100 * max_degradation:g}%"
+    extra = {key: value for key, value in result.extra.items() if key != "nearest_miss"}
     if best is None:
-        near = nearest(everything)
-        answer = nearest_answer(near, limit, output)
-        result = result.replace(
-            best_score=near.score, extra={**result.extra, "nearest_miss": near.to_dict()}
-        )
+        answer = nearest_answer(last.nearest, limit, output)
+        extra["nearest_miss"] = last.nearest.to_dict()
+        result = result.replace(best_score=last.nearest.score, extra=extra)
     else:
-        default = next((one for one in presets if one.name == "balanced"), None)
+        default = next((one for one in last.presets if one.name == "balanced"), None)
         answer = best_answer(best, default, limit, top_k)
-        extra = {key: value for key, value in result.extra.items() if key != "nearest_miss"}
         result = result.replace(
             best_params=best.config.as_best_params(), best_score=best.score, extra=extra
         )
-    others = tuple(one for one in everything if one is not best)
+    metadata = {
+        **metadata,
+        "remeasured": [one.to_dict() for one in last.measured],
+        "by_dataset": [one.to_dict() for one in apart],
+        "notes": list(notes),
+        "answer": answer,
+    }
+    others = tuple(one for one in last.measured if one is not best)
     parts = summary_parts(
         best=replace(best, name=f"best ({best.name})") if best else None,
         others=others,
@@ -294,9 +317,7 @@ def conclude(
         max_degradation=max_degradation,
         top_k=top_k,
     )
-    save_optimization_results(
-        result, output, metadata={**metadata, "answer": answer}, summary=as_text(parts)
-    )
+    save_optimization_results(result, output, metadata=metadata, summary=as_text(parts))
     if best is None:
         raise NothingFitsError(answer, parts)
     return TuneOutcome(
@@ -305,18 +326,19 @@ def conclude(
         answer=answer,
         parts=tuple(parts),
         result=result,
-        profile=profile,
+        profile=last.objective.profile,
     )
 
 
 @contextmanager
 def unfinished(
     result: OptimizationResult,
-    *measured: Sequence[Remeasured],
+    last: LastMeasurement,
+    *,
     output: Path,
     metadata: Mapping[str, Any],
 ) -> Iterator[None]:
-    """Around the last measurement: where it fails, the search and what was ``measured`` are saved.
+    """Around the last measurement: where it fails, the search and what was measured are saved.
 
     Raises:
         VarMoeError: every evaluation failed, so that there is nothing to measure; or the
@@ -333,7 +355,7 @@ def unfinished(
         yield
     except BaseException as error:
         why = str(error) or "the last measurement was interrupted"
-        rows = [one.to_dict() for group in measured for one in group]
+        rows = [one.to_dict() for one in last.measured]
         saved = result.replace(extra={**result.extra, UNFINISHED: why})
         known = {**metadata, "remeasured": rows, "answer": f"Not finished: {why}"}
         save_optimization_results(saved, output, metadata=known)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Unpack
 
+from var_moe.config import SEARCH_SPACE, check_count
 from var_moe.errors import UsageError
 from var_moe.extras import require
 from var_moe.optimization.forecast import Forecaster
@@ -18,15 +19,7 @@ from var_moe.optimization.samplers import (
     SkoptSampler,
     check_enqueue,
 )
-from var_moe.optimization.search_space import (
-    SEARCH_SPACE,
-    Params,
-    SearchSpace,
-    check_count,
-    grid_point,
-    grid_size,
-    sample,
-)
+from var_moe.optimization.search_space import Params, SearchSpace, grid_point, grid_size, sample
 from var_moe.optimization.study import SearchOptions, run_search
 from var_moe.optimization.trial_log import SearchHeader
 from var_moe.optimization.worker import Objective, RichObjective
@@ -100,8 +93,8 @@ def random_search(
         search_space,
         sampler_of,
         method="random",
-        total=check_count("n_calls", CALLS if n_calls is None else n_calls),
-        total_given=n_calls is not None,
+        total=CALLS,
+        n_calls=n_calls,
         verbose=verbose,
         **options,
     )
@@ -159,8 +152,8 @@ def bayesian_optimization(
         search_space,
         sampler_of,
         method=f"bayesian-{engine}",
-        total=check_count("n_calls", CALLS if n_calls is None else n_calls),
-        total_given=n_calls is not None,
+        total=CALLS,
+        n_calls=n_calls,
         own={"enqueue": points, "n_startup": n_startup},
         verbose=verbose,
         **options,
@@ -213,8 +206,8 @@ def replay_search(
         search_space,
         sampler_of,
         method="replay",
-        total=check_count("n_calls", REPLAY_CALLS if n_calls is None else n_calls),
-        total_given=n_calls is not None,
+        total=REPLAY_CALLS,
+        n_calls=n_calls,
         own={"enqueue": first},
         verbose=verbose,
         **options,

@@ -164,24 +164,19 @@ class PolicyObjective:
         `best_params` becomes the fastest that keeps the bound then; where none does, the
         default configuration, with ``nearest_miss`` in the result's `extra`.
         """
-        from var_moe.optimization.measure_again import best_measured, nearest, remeasure
+        from var_moe.optimization.measure_again import LastMeasurement
 
-        measured = remeasure(
-            self.confirmation,
-            self,
-            result.evaluations,
-            blocks=CONFIRM_BLOCKS,
-            at_most=CONFIRM_AT_MOST,
-        )
-        if not measured:
+        last = LastMeasurement(self.confirmation, self, blocks=CONFIRM_BLOCKS)
+        last.measure_search(result.evaluations, at_most=CONFIRM_AT_MOST)
+        if not last.measured:
             return result
-        extra = {**result.extra, "remeasured": [one.to_dict() for one in measured]}
-        best = best_measured(measured)
+        extra = {**result.extra, "remeasured": [one.to_dict() for one in last.measured]}
+        best = last.best
         if best is not None:
             extra.pop("nearest_miss", None)
             params = best.config.as_best_params()
             return result.replace(best_params=params, best_score=best.score, extra=extra)
-        near = nearest(measured)
+        near = last.nearest
         log.warning(
             "All configurations violate the constraint: the smallest degradation is %+.2f%%, "
             "95%% upper bound %+.2f%%; try a larger max_quality_degradation or wider bounds",

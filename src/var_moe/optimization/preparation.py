@@ -1,8 +1,8 @@
-"""What a tuning or validation run needs before its first evaluation: model, text, profile."""
+"""What a search, or a validation, needs before its first evaluation: text, profile, objective."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,16 +11,22 @@ import numpy as np
 
 from var_moe.calibration.calibrate import with_damages
 from var_moe.calibration.collect import DEFAULT_TOKENS, collect_profile
+from var_moe.calibration.fitted_files import load_compensation
 from var_moe.calibration.profile import HEAD_FILE, RoutingProfile
 from var_moe.config import check_seed
-from var_moe.data.documents import by_page, ids_hash, in_turn
+from var_moe.data.documents import by_page, ids_hash, in_turn, require_documents
 from var_moe.errors import UsageError
-from var_moe.evaluation.evaluator import Progress
+from var_moe.evaluation.evaluator import Evaluator, Progress
+from var_moe.models.checks import check_droppable
 from var_moe.models.identity import difference, identity
+from var_moe.optimization.candidate import Candidate
+from var_moe.optimization.objective import PolicyObjective, searched_compensations
+from var_moe.optimization.search_space import COMPENSATION, SearchSpace, defaults
 
 if TYPE_CHECKING:
     from var_moe.data.documents import EncodedDocument, TextSplit
     from var_moe.models.loading import LoadedModel
+    from var_moe.optimization.settings import TuneSettings
 
 PROFILE_FOLDER = "profile"
 DAMAGE_FOLDER = "damage_pass"
@@ -227,3 +233,128 @@ def _with_damages(
     if place:
         found.save(place)
     return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedSearch:
+    """A model and text that can be searched on: what searches share, whatever their seeds.
+
+    Args:
+        validation, profile, profile_place: the text, and the profile with its folder.
+        evaluator, final: score the search's documents, and those of the last measurement.
+        objective: of the search's documents.
+        space: what is searched, with the compensations where there is a choice.
+        identity: what decides the results besides the search itself.
+    """
+
+    validation: EncodedText
+    profile: RoutingProfile
+    profile_place: Path | None
+    evaluator: Evaluator
+    final: Evaluator
+    objective: PolicyObjective
+    space: SearchSpace
+    identity: Mapping[str, Any]
+
+
+def prepare(
+    loaded: LoadedModel,
+    settings: TuneSettings,
+    *,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda _line: None,
+) -> PreparedSearch:
+    """Read the text, obtain the profile, measure the unmodified model.
+
+    Raises:
+        UsageError: bad input, too little text, a model with one expert per token.
+    """
+    check_droppable(loaded.name, loaded.top_k)
+    validation = read_text(settings.dataset, "validation", loaded)
+    require_documents(validation.documents, 20, "searching and ordering on validation text")
+    profile, place = obtain_profile(
+        loaded,
+        settings.dataset,
+        given=settings.profile,
+        folder=settings.preparations,
+        tokens=settings.calibration_tokens,
+        keep=settings.resume,
+        progress=progress,
+    )
+    if settings.compensation_folder is not None:
+        learned = load_compensation(settings.compensation_folder, loaded)
+        profile = profile.with_compensation(learned)
+    # Each data set is judged by itself: of each, as many documents as of the others.
+    search_half, ordering_half = halves(validation.documents, equal=settings.robust)
+    for half, step in ((search_half, "searching"), (ordering_half, "the last measurement")):
+        # One page may hold nearly all documents, and a page is never split.
+        require_documents(half, 2, f"{step}, in its half of the pages of {settings.dataset!r}")
+    searched = search_half[: settings.max_samples]
+    spec, top_k = settings.spec, loaded.top_k
+    compensations = searched_compensations(profile, spec.name, settings.compensation, top_k)
+    default = Candidate(
+        policy=spec.name,
+        settings={**defaults(spec.search_space(top_k)), **settings.fixed},
+        compensation=compensations[-1],
+    )
+    evaluator = Evaluator(
+        loaded,
+        searched,
+        setting=settings.setting,
+        progress=progress,
+        robust=settings.robust,
+        cost_policies=default.cost_policies(profile, top_k),
+    )
+    objective = PolicyObjective(
+        evaluator,
+        profile,
+        spec.name,
+        fixed=settings.fixed,
+        compensations=compensations,
+        max_degradation=settings.max_degradation,
+        stop_early=settings.by_replay,
+    )
+    say(_baseline_line(evaluator))
+    evaluator.predicted_speedup(evaluator.top_k)  # measured before the search's clock starts
+    final = evaluator.with_documents(ordering_half[: settings.final_samples])
+    evaluator.progress = None  # the search shows its own
+    identity = {
+        "policy": spec.name,
+        "model": loaded.name,
+        "revision": loaded.revision,
+        "dtype": loaded.dtype,
+        "device": str(loaded.device.type),
+        "dataset": settings.dataset,
+        "data_hash": validation.data_hash,
+        "profile_hash": profile.hash,
+        "search_documents": len(searched),
+        "setting": settings.setting.to_dict(),
+    }
+    if settings.robust:
+        identity["robust"] = True
+    space = dict(settings.space_for(top_k))
+    if COMPENSATION in objective.space:
+        space[COMPENSATION] = objective.space[COMPENSATION]
+    best = objective.calibration(compensations[-1]).get("compensation")
+    if best is not None:
+        identity["compensation_hash"] = best.hash
+    return PreparedSearch(
+        validation=validation,
+        profile=profile,
+        profile_place=place,
+        evaluator=evaluator,
+        final=final,
+        objective=objective,
+        space=space,
+        identity=identity,
+    )
+
+
+def _baseline_line(evaluator: Evaluator) -> str:
+    speeds = ", ".join(
+        f"{name} {speed:,.0f}" for name, speed in evaluator.backend_throughputs.items()
+    )
+    return (
+        f"baseline: perplexity {evaluator.baseline_losses.perplexity:.3f} on "
+        f"{len(evaluator.documents)} documents; tokens/s by experts backend: {speeds}"
+    )

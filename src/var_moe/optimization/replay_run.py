@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from var_moe.errors import UsageError
 from var_moe.evaluation.cost import CostModel, fit_cost_model
-from var_moe.evaluation.evaluator import Evaluator, Progress
+from var_moe.evaluation.evaluator import Progress
 from var_moe.optimization.forecast import Floats, Forecast, ForecastGrid
-from var_moe.optimization.measure_again import Remeasured, measure
 from var_moe.optimization.methods import replay_search
 from var_moe.optimization.objective import PolicyObjective
-from var_moe.optimization.replay_sampler import Forecasts, ReplaySampler, pool_points
+from var_moe.optimization.preparation import PreparedSearch
+from var_moe.optimization.replay_sampler import Forecasts, ReplaySampler, pool_points, shares_work
 from var_moe.optimization.results import OptimizationResult
 from var_moe.optimization.search_space import (
     COMPENSATION,
@@ -26,11 +26,11 @@ from var_moe.optimization.search_space import (
     SearchSpace,
     check_grid,
     dimensions,
-    is_config_space,
     stand_in_of,
 )
-from var_moe.optimization.selection import FrontPoint, feasible_front, to_verify
-from var_moe.optimization.settings import not_replayable
+from var_moe.optimization.selection import FrontPoint, feasible_front
+from var_moe.optimization.settings import TuneSettings, not_replayable
+from var_moe.optimization.study import SearchOptions
 from var_moe.storage import atomic_write_json, read_json
 from var_moe.tracing.policies import Replayer, replayer_of
 from var_moe.tracing.record import record_trace
@@ -238,54 +238,43 @@ class ReplaySearch:
 
 
 def search_by_replay(
-    objective: PolicyObjective,
-    space: SearchSpace,
-    *,
+    ready: PreparedSearch,
+    settings: TuneSettings,
     n_calls: int | None,
-    n_points: int | None,
-    data: Mapping[str, str],
-    folder: Path,
+    options: SearchOptions,
+    *,
     progress: Progress | None,
-    options: Mapping[str, Any],
-    shared: Path | None = None,
+    verbose: bool,
 ) -> ReplaySearch:
     """Trace the search's text, then search; evaluations end early where they are futile.
 
     Args:
-        objective: its evaluator's text is traced and scored.
-        space: search space.
+        ready: the model and text; the objective's text is traced and scored.
+        settings: of the search. Where searches share a folder, the trace and the cost model lie
+            there, and a cost model that does is taken as it is.
         n_calls: full evaluations; None leaves it to a search that is resumed.
-        n_points: values per dimension of a grid to choose from; None searches freely.
-        data: ``dataset`` and ``data_hash``, for the trace's head.
-        folder: results folder.
+        options: of the study.
         progress: called with a stage's name, steps done and in all.
-        options: further arguments of `replay_search`.
-        shared: folder of the trace and the cost model, where searches share them; by default the
-            results folder. A cost model that lies there is taken as it is.
+        verbose: show the search's own progress.
     """
+    objective, space = ready.objective, ready.space
     forecaster = make_forecaster(
         objective,
-        folder=shared or folder,
-        resume=bool(options.get("resume")) or shared is not None,
+        dataset=settings.dataset,
+        data_hash=ready.validation.data_hash,
+        folder=settings.preparations,
+        resume=settings.resume or settings.shared is not None,
         progress=progress,
-        **data,
     )
     forecasts = Forecasts(forecaster)
     points: list[Params] | None = None
-    if n_points is not None:
-        points = _learn_grid(forecasts, forecaster.grid(space, n_points, progress), space)
-    if points is None and not is_config_space(space):
+    if settings.method == "grid":
+        points = _learn_grid(forecasts, forecaster.grid(space, settings.points, progress), space)
+    elif not shares_work(space):
         # Before the search, whose own display could not stand beside that of the forecasts.
         pool = pool_points(space, seed=0)
         forecasts.learn(pool, forecaster.forecast(pool, progress))
-    result = replay_search(
-        objective,
-        forecasts,
-        space,
-        n_calls,
-        points=points,
-        **options,
-    )
+    result = replay_search(objective, forecasts, space, n_calls, verbose, points=points, **options)
     sampler = ReplaySampler(
         space,
         forecasts,
@@ -321,26 +310,6 @@ def _forecast(grid: ForecastGrid, number: int) -> Forecast:
     return Forecast(**{field.name: row[field.name] for field in fields(Forecast)})
 
 
-def verify_front(
-    search: ReplaySearch,
-    evaluator: Evaluator,
-    objective: PolicyObjective,
-    measured: Sequence[Remeasured],
-    *,
-    blocks: int,
-    done: list[Remeasured],
-) -> None:
-    """Measure points of the front that lie far from what is measured already, into ``done``."""
-    known = [one.config for one in measured]
-    for point in to_verify(search.front, objective.max_degradation):
-        config = objective.candidate(point.params)
-        if config not in known:
-            name = f"front ({100 * point.degradation:.2f}%)"
-            done.append(
-                measure(evaluator, objective, config, name=name, blocks=blocks, always_time=True)
-            )
-
-
 def replay_metadata(search: ReplaySearch) -> dict[str, Any]:
     """What the metadata say of a search by replay."""
     cost, trace = search.forecaster.cost, search.forecaster.trace
@@ -349,11 +318,3 @@ def replay_metadata(search: ReplaySearch) -> dict[str, Any]:
         "traced_tokens": trace.tokens,
         "cost_model_error_relative": cost.error,
     }
-
-
-__all__ = [
-    "ReplaySearch",
-    "replay_metadata",
-    "search_by_replay",
-    "verify_front",
-]

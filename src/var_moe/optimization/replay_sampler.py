@@ -32,7 +32,6 @@ from var_moe.optimization.search_space import (
     SearchSpace,
     dimensions,
     distinct,
-    is_config_space,
     point_key,
     stand_in_of,
     starting_points,
@@ -252,13 +251,18 @@ def _text_error(evaluations: Sequence[Evaluation], bound: float) -> float:
     return float(np.sqrt(2) * (near.degradation_se or 0.0))
 
 
+def shares_work(space: SearchSpace) -> bool:
+    """Whether points can share settings that are costly to replay, see `SHARED`."""
+    return any(name in SHARED for name in space)
+
+
 def pool_points(space: SearchSpace, seed: int) -> list[Params]:
     """The points to choose from, the default first.
 
-    For VAR the presets, and random points that share what is costly to replay. For any other
-    policy the ends of each range and evenly spread points, whatever the seed.
+    Where some settings are costly to replay, the presets and random points that share them. Else
+    the ends of each range and evenly spread points, whatever the seed.
     """
-    if not is_config_space(space):
+    if not shares_work(space):
         return _even_points(space)
     dims = dimensions(space)
     rng = np.random.default_rng([seed, 5])

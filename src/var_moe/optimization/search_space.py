@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from var_moe.config import DOCUMENTED_FIELDS, PRESETS, SEARCH_SPACE, VARConfig, check_count
+from var_moe.config import DOCUMENTED_FIELDS, PRESETS, VARConfig, check_count
 from var_moe.errors import UsageError
 
 Params: TypeAlias = dict[str, Any]
@@ -259,11 +259,6 @@ def defaults(space: SearchSpace) -> Params:
     return {d.name: d.default for d in dimensions(space)}
 
 
-def is_config_space(space: SearchSpace) -> bool:
-    """Whether every name is one of VARConfig's six documented fields."""
-    return all(name in DOCUMENTED_FIELDS for name in space)
-
-
 def starting_points(space: SearchSpace) -> list[Params]:
     """The default, with each name of a choice once, and, for VARConfig's own fields, the three
     presets; repeats removed.
@@ -275,11 +270,11 @@ def starting_points(space: SearchSpace) -> list[Params]:
     for d in dimensions(space):
         if isinstance(d, Choice):
             points += [{**points[0], d.name: name} for name in d.choices]
-    if is_config_space(space):
-        points += [
-            {d.name: d.clip(preset[d.name]) for d in dimensions(space)}
-            for preset in PRESETS.values()
-        ]
+    points += [
+        {d.name: d.clip(preset[d.name]) for d in dimensions(space)}
+        for preset in PRESETS.values()
+        if space.keys() <= preset.keys()
+    ]
     return distinct(points)
 
 
@@ -449,31 +444,3 @@ def _parse(number: str, integer: bool, text: str) -> int | float:
         kind = "an integer" if integer else "a number"
         raise UsageError(f"bounds {text!r}: {number.strip()!r} is not {kind}") from None
     return int(value) if integer else value
-
-
-__all__ = [
-    "COMPENSATION",
-    "SEARCH_SPACE",
-    "Choice",
-    "Dimension",
-    "Params",
-    "SearchSpace",
-    "check_count",
-    "check_grid",
-    "check_point",
-    "defaults",
-    "dimensions",
-    "distinct",
-    "fresh_sample",
-    "grid_point",
-    "grid_points",
-    "grid_size",
-    "is_config_space",
-    "parse_bounds",
-    "point_count",
-    "point_key",
-    "sample",
-    "stand_in_of",
-    "starting_points",
-    "validate_space",
-]

@@ -12,9 +12,10 @@ from var_moe.config import check_seed
 from var_moe.errors import UsageError, VarMoeError
 from var_moe.evaluation.evaluator import Progress
 from var_moe.optimization.measure_again import NothingFitsError
+from var_moe.optimization.preparation import prepare
 from var_moe.optimization.replay_run import COST_FILE
 from var_moe.optimization.results import METADATA_FILE, RESULTS_FILE, UNFINISHED
-from var_moe.optimization.run import prepare, tune
+from var_moe.optimization.run import tune
 from var_moe.optimization.settings import TuneSettings
 from var_moe.storage import SCHEMA_VERSION, atomic_write_json, entries_of, provenance, read_json
 from var_moe.terminal import figures_table

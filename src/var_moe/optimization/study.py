@@ -26,16 +26,14 @@ from typing import (
 
 import optuna
 
-from var_moe.config import VARConfig, check_seed
-from var_moe.errors import UsageError
+from var_moe.config import check_count, check_seed
+from var_moe.optimization.candidate import documented_params
 from var_moe.optimization.results import Evaluation, OptimizationResult
 from var_moe.optimization.samplers import PointSampler
 from var_moe.optimization.search_space import (
-    Params,
     SearchSpace,
     defaults,
     dimensions,
-    is_config_space,
 )
 from var_moe.optimization.selection import (
     best_evaluation,
@@ -50,7 +48,7 @@ from var_moe.optimization.trial_log import (
     write_header,
 )
 from var_moe.optimization.trials import Trials
-from var_moe.optimization.worker import Objective, ShouldStop, Worker, bound_of
+from var_moe.optimization.worker import Objective, ShouldStop, Worker, bound_of, mode_of
 from var_moe.storage import jsonable
 from var_moe.terminal import duration
 
@@ -108,7 +106,7 @@ def run_search(
     *,
     method: str,
     total: int,
-    total_given: bool = False,
+    n_calls: int | None = None,
     total_flag: str = "--n_calls",
     own: Mapping[str, Any] | None = None,
     verbose: bool = True,
@@ -123,15 +121,16 @@ def run_search(
         space: the search space.
         sampler_of: the sampler of a search that has begun.
         method: its name, in the result and in the trial log.
-        total: evaluations planned.
-        total_given: whether the number was asked for: then it also counts for a resumed search,
-            which otherwise goes on to the number that it was begun with.
+        total: evaluations of a new search.
+        n_calls: the number that was asked for; it counts for a resumed search as well, which goes
+            on to the number that it was begun with by default.
         total_flag: the command-line option that lowers the number.
         own: the method's own settings, which decide the results too.
         verbose: progress on stderr.
         options: see `SearchOptions`.
     """
     started = time.perf_counter()
+    total = check_count("n_calls", total if n_calls is None else n_calls)
     bound, mode = bound_of(objective), mode_of(objective, options.get("mode"))
     facts = {"mode": mode, "max_degradation": bound, **(own or {})}
     header = SearchHeader(
@@ -142,10 +141,10 @@ def run_search(
         settings=jsonable({**facts, **(options.get("settings") or {})}),
     )
     # Fails on a wrong mode now rather than after the last evaluation.
-    as_best_params(space, defaults(space), mode)
+    documented_params(defaults(space), mode)
     opened = open_study(options.get("storage"), header, resume=options.get("resume", False))
     with opened as (study, header):
-        if total_given:
+        if n_calls is not None:
             header = _to_total(study, header, total)
         before = Trials.of(study).evaluations
         progress = SearchProgress(
@@ -181,7 +180,7 @@ def run_search(
         stopped_early=len(evaluations) < header.total,
     )
     if options.get("confirm", True) and isinstance(objective, Confirming):
-        return objective.confirm(result) if is_config_space(space) else result
+        return objective.confirm(result)
     return result
 
 
@@ -196,33 +195,14 @@ def _to_total(study: optuna.Study, header: SearchHeader, total: int) -> SearchHe
     return header
 
 
-def mode_of(objective: Objective, asked: str | None) -> str:
-    """The mode of VAR that a search is about.
-
-    Raises:
-        UsageError: the one asked for is not the one that the objective measures.
-    """
-    own = getattr(objective, "mode", None)
-    if asked is not None and own is not None and asked != own:
-        raise UsageError(f"mode = {asked!r}: the objective measures mode {own!r}")
-    return str(asked or own or "verified")
-
-
-def as_best_params(space: SearchSpace, params: Params, mode: str) -> VARConfig | dict[str, Any]:
-    """`params` as a VARConfig in `mode`, or as they are in a space of other names."""
-    if not is_config_space(space):
-        return dict(params)
-    return VARConfig.from_dict({**params, "mode": mode})
-
-
 def _best(evaluations: list[Evaluation], space: SearchSpace, mode: str) -> dict[str, Any]:
     """The best of a result: the winner, or the default and what comes nearest to the bound."""
     best = best_evaluation(evaluations)
     if best is not None:
-        return {"best_params": as_best_params(space, best.params, mode), "best_score": best.score}
+        return {"best_params": documented_params(best.params, mode), "best_score": best.score}
     miss = nearest_miss(evaluations)
     return {
-        "best_params": as_best_params(space, defaults(space), mode),
+        "best_params": documented_params(defaults(space), mode),
         "best_score": highest_score(evaluations),
         "extra": {} if miss is None else {"nearest_miss": miss.to_dict()},
     }

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from var_moe.calibration.profile import RoutingProfile
-from var_moe.config import VARConfig
+from var_moe.optimization.candidate import Candidate
 from var_moe.optimization.results import LEARNED_TARGET_PCT, NEAREST_MISS_FILE, OptimizationResult
 from var_moe.optimization.search_space import SearchSpace
 from var_moe.optimization.selection import CONVERGENCE_WINDOW
@@ -260,8 +260,11 @@ FASTER = (
 )
 
 
-def profile_notes(profile: RoutingProfile, space: SearchSpace) -> list[str]:
-    """What limits a search of VAR's six thresholds: where they can't bite on this model."""
+def profile_notes(profile: RoutingProfile, default: Candidate, space: SearchSpace) -> list[str]:
+    """Where an entropy threshold can't bite on this model; nothing for a policy without one."""
+    threshold = default.settings.get("entropy_threshold")
+    if threshold is None:
+        return []
     stats = profile.stats
     weight = stats["frequency"].to_numpy(np.float64)
     entropy = stats["mean_entropy"].to_numpy(np.float64)
@@ -269,15 +272,14 @@ def profile_notes(profile: RoutingProfile, space: SearchSpace) -> list[str]:
     def reach(threshold: float) -> float:
         return float(weight[entropy <= threshold].sum() / weight.sum())
 
-    default = VARConfig().entropy_threshold
-    top = float(space["entropy_threshold"]["high"]) if "entropy_threshold" in space else default
-    if reach(default) >= 0.001:
+    top = float(space.get("entropy_threshold", {"high": threshold})["high"])
+    if reach(threshold) >= 0.001:
         return [FASTER]
-    how = "never" if reach(default) == 0 else "hardly ever (below 0.1%)"
+    how = "never" if reach(threshold) == 0 else "hardly ever (below 0.1%)"
     note = (
-        f"with the default entropy_threshold {default} the fast path is {how} taken on this model "
-        f"(a tenth of its table entries lie below {np.quantile(entropy, 0.1):.2f} nats, of at "
-        f"most {profile.head['entropy_max_nats']:.2f}); what cuts pairs here is "
+        f"with the default entropy_threshold {threshold} the fast path is {how} taken on this "
+        f"model (a tenth of its table entries lie below {np.quantile(entropy, 0.1):.2f} nats, of "
+        f"at most {profile.head['entropy_max_nats']:.2f}); what cuts pairs here is "
         "confidence_threshold"
     )
     if reach(top) < 0.001:

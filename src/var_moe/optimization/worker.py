@@ -82,6 +82,18 @@ def bound_of(objective: Objective) -> float | None:
     return bound
 
 
+def mode_of(objective: Objective, asked: str | None) -> str:
+    """The `mode` of a search's best configuration: the objective's own, else what is asked for.
+
+    Raises:
+        UsageError: the one asked for is not the one that the objective measures.
+    """
+    own = getattr(objective, "mode", None)
+    if asked is not None and own is not None and asked != own:
+        raise UsageError(f"mode = {asked!r}: the objective measures mode {own!r}")
+    return str(asked or own or "verified")
+
+
 def run_evaluation(objective: Objective, params: Mapping[str, Any]) -> Evaluation:
     """Evaluate one point, its wall time included.
 
