@@ -9,7 +9,6 @@ from var_moe.analysis.roofline import (
     ForwardWork,
     Machine,
     active_parameters,
-    bound,
     count_work,
     measure_machine,
     reached,
@@ -51,11 +50,13 @@ def test_active_parameters_by_hand(model):
 
 
 @pytest.mark.parametrize(
-    ("intensity", "compute", "memory", "expected"),
-    [(10, 0.7, 0.1, "compute"), (10, 0.2, 0.9, "overhead"), (2, 0.1, 0.6, "memory")],
+    ("flops", "moved", "expected"),
+    [(7000, 700, "compute"), (2000, 200, "overhead"), (1200, 600, "memory")],
 )
-def test_which_roof_holds(intensity, compute, memory, expected):
-    assert bound(intensity, 4.0, of_compute=compute, of_memory=memory) == expected
+def test_which_roof_holds(flops, moved, expected):
+    machine = Machine(flops_per_second=10_000, bytes_per_second=1000)  # the ridge is at 10
+    work = ForwardWork(flops={"experts": flops}, bytes_moved=moved)
+    assert reached(work, machine, 1.0)["bound"] == expected
 
 
 def test_achieved_figures_by_hand():
@@ -74,4 +75,3 @@ def test_the_machine_reaches_something():
     found = measure_machine(cpu, torch.float32, gemm_size=64, copy_bytes=2**16, rounds=2)
     assert found.flops_per_second > 0
     assert found.bytes_per_second > 0
-    assert found.to_dict()["ridge_flops_per_byte"] == pytest.approx(found.ridge)

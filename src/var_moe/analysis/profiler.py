@@ -6,7 +6,7 @@ import os
 import resource
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -193,12 +193,10 @@ class PeakMemory:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             return
-        try:
+        with suppress(OSError):
             _CLEAR.write_text("5")  # see proc(5): resets the peak of the resident set
-        except OSError:
-            return
-        if "VmHWM" in _STATUS.read_text():
-            self.kind = "resident"
+            if "VmHWM" in _STATUS.read_text():
+                self.kind = "resident"
 
     def bytes(self) -> int:
         """The peak."""

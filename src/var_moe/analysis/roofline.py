@@ -42,14 +42,6 @@ class Machine:
         """FLOPs per byte from which computing, and not memory, is what bounds."""
         return self.flops_per_second / self.bytes_per_second
 
-    def to_dict(self) -> dict[str, Any]:
-        """For result files."""
-        return {
-            "gemm_flops_per_second": self.flops_per_second,
-            "copy_bytes_per_second": self.bytes_per_second,
-            "ridge_flops_per_byte": self.ridge,
-        }
-
 
 def measure_machine(
     device: torch.device,
@@ -176,12 +168,12 @@ def roofline(
     stats = systems["var"]["var_stats"]
     kept = {"baseline": stats["top_k"], "var": stats["experts_per_token"]}
     return {
-        "counted": "multiply-adds and bytes of matrix products and attention, as torch counts them "
-        "(no causal mask); not norms, activations, softmax",
         "total_parameters": sum(p.numel() for p in model.parameters()),
-        "active_parameters": active_parameters(model, kept["baseline"]),
-        "machine": machine.to_dict(),
-        "setting": {"batch_size": ids.shape[0], "sequence": ids.shape[1]},
+        "machine": {
+            "gemm_flops_per_second": machine.flops_per_second,
+            "copy_bytes_per_second": machine.bytes_per_second,
+            "ridge_flops_per_byte": machine.ridge,
+        },
         **{
             name: {
                 "active_parameters": active_parameters(model, kept[name]),
@@ -197,28 +189,22 @@ def roofline(
 
 
 def reached(work: ForwardWork, machine: Machine, seconds: float) -> dict[str, Any]:
-    """Figures of a forward that took so many seconds, against the machine's peaks."""
+    """Figures of a forward that took so many seconds, against the machine's peaks.
+
+    ``bound`` is the roof above its intensity, ``compute`` or ``memory``; ``overhead`` where the
+    forward reaches less than `REACHED` of that.
+    """
     flops, moved = work.total_flops / seconds, work.bytes_moved / seconds
-    of_compute, of_memory = flops / machine.flops_per_second, moved / machine.bytes_per_second
+    of_gemm, of_copy = flops / machine.flops_per_second, moved / machine.bytes_per_second
+    computes = work.intensity >= machine.ridge
+    close = (of_gemm if computes else of_copy) >= REACHED
     return {
         "flops": work.flops,
         "bytes": work.bytes_moved,
         "achieved_flops_per_second": flops,
         "achieved_bytes_per_second": moved,
-        "share_of_gemm": of_compute,
-        "share_of_copy": of_memory,
+        "share_of_gemm": of_gemm,
+        "share_of_copy": of_copy,
         "arithmetic_intensity_flops_per_byte": work.intensity,
-        "bound": bound(work.intensity, machine.ridge, of_compute=of_compute, of_memory=of_memory),
+        "bound": ("compute" if computes else "memory") if close else "overhead",
     }
-
-
-def bound(intensity: float, ridge: float, *, of_compute: float, of_memory: float) -> str:
-    """``compute`` or ``memory``: the roof above this intensity; ``overhead`` where it is far off.
-
-    Args:
-        intensity: FLOPs per byte of the work.
-        ridge: FLOPs per byte where the machine's two roofs meet.
-        of_compute, of_memory: reached share of each peak.
-    """
-    name, reached = ("compute", of_compute) if intensity >= ridge else ("memory", of_memory)
-    return name if reached >= REACHED else "overhead"

@@ -20,10 +20,9 @@ from var_moe.analysis.roofline import roofline
 from var_moe.config import VARConfig, check_number
 from var_moe.data.documents import require_documents
 from var_moe.data.encoding import as_documents, check_documents
-from var_moe.evaluation.batching import full_batches
 from var_moe.evaluation.cost import fit_cost_model
 from var_moe.evaluation.evaluator import Evaluator, Progress, Speed, SpeedSetting
-from var_moe.evaluation.throughput import backend_arm, fastest_backend, policy_arm, time_arms
+from var_moe.evaluation.throughput import backend_arm
 from var_moe.execution.session import routed
 from var_moe.growing import GrowingResult
 from var_moe.models.loading import LoadedModel
@@ -122,11 +121,11 @@ def analyse(
         "model": {"name": loaded.name, "revision": loaded.revision, "dtype": loaded.dtype},
         "provenance": provenance(),
     }
+    measured = speed.to_dict()
     compared: dict[str, Any] = {
-        "actual_speedup": speed.speedup.median,
-        "actual_speedup_95": [speed.speedup.low, speed.speedup.high],
-        "backend_factor": speed.backend_factor and speed.backend_factor.to_dict(),
-        "skipping_factor": speed.skipping_factor and speed.skipping_factor.to_dict(),
+        "actual_speedup": measured["speedup"],
+        "actual_speedup_95": measured["speedup_95"],
+        **{name: measured[name] for name in ("backend_factor", "skipping_factor")},
     }
     systems: dict[str, Any] = {
         **origin,
@@ -260,47 +259,34 @@ def measure_scaling(
         throughputs, the backend, speedup and its interval; a length beyond the model's window
         is left out.
     """
+    report = progress or (lambda _stage, _done, _total: None)
     usual, window = evaluator.setting, evaluator.loaded.window
     shapes = [
         *(("sequence", usual.batch_size, s) for s in settings.sequences if s <= window),
         *(("batch_size", b, min(usual.sequence, window)) for b in settings.batch_sizes),
     ]
-    report = progress or (lambda _stage, _done, _total: None)
+    evaluator = replace(evaluator, backend=evaluator.running_backend, progress=None)
     timed: dict[tuple[int, int], dict[str, Any]] = {}
     for done, (_, batch_size, sequence) in enumerate(shapes):
         report("timing sequence lengths and batch sizes", done, len(shapes))
-        if (batch_size, sequence) not in timed:
-            timed[batch_size, sequence] = _timed(
-                evaluator, policy, batch_size, sequence, settings.scaling_blocks
-            )
+        if (batch_size, sequence) in timed:
+            continue
+        forwards = max(1, min(8, FEW_TOKENS // (batch_size * sequence)))
+        shape = SpeedSetting(batch_size=batch_size, sequence=sequence, forwards=forwards)
+        speed = replace(evaluator, setting=shape).speed(
+            policy, blocks=settings.scaling_blocks, factors=False
+        )
+        timed[batch_size, sequence] = {
+            "batch_size": batch_size,
+            "sequence": sequence,
+            "baseline_backend": speed.baseline_backend,
+            "baseline_throughput_tps": speed.baseline_tps,
+            "var_throughput_tps": speed.tps,
+            "speedup": speed.speedup.median,
+            "speedup_95": [speed.speedup.low, speed.speedup.high],
+        }
     report("timing sequence lengths and batch sizes", len(shapes), len(shapes))
     return [{"varied": varied, **timed[b, s]} for varied, b, s in shapes]
-
-
-def _timed(
-    evaluator: Evaluator, policy: RoutingPolicy, batch_size: int, sequence: int, blocks: int
-) -> dict[str, Any]:
-    model = evaluator.model
-    forwards = max(1, min(8, FEW_TOKENS // (batch_size * sequence)))
-    batches = full_batches(
-        evaluator.documents, batch_size=batch_size, sequence=sequence, count=forwards
-    )
-    backend, _ = fastest_backend(model, batches, top_k=evaluator.top_k, blocks=min(blocks, 4))
-    arms = {
-        "baseline": backend_arm(model, backend),
-        "var": policy_arm(model, policy, backend=evaluator.running_backend),
-    }
-    timings = time_arms(model, arms, batches, blocks=blocks)
-    speedup = timings.ratio("baseline", "var")
-    return {
-        "batch_size": batch_size,
-        "sequence": sequence,
-        "baseline_backend": backend,
-        "baseline_throughput_tps": timings.throughput("baseline"),
-        "var_throughput_tps": timings.throughput("var"),
-        "speedup": speedup.median,
-        "speedup_95": [speedup.low, speedup.high],
-    }
 
 
 def profile_full_pipeline(

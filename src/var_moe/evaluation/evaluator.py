@@ -133,7 +133,7 @@ class Evaluator:
     documents: Sequence[EncodedDocument]
     setting: SpeedSetting = field(default_factory=SpeedSetting)
     tokens_per_batch: int = 4096
-    backend: str = "auto"
+    backend: str | ExpertsBackend = "auto"
     progress: Progress | None = None
     cost_policies: tuple[RoutingPolicy, RoutingPolicy] | None = None
     """Policies that run all pairs and only the leading ones, for `predicted_speedup`; by default
@@ -154,7 +154,9 @@ class Evaluator:
     @cached_property
     def running_backend(self) -> ExpertsBackend:
         """Who runs the pairs of every policy: its copies of weights are made once."""
-        return open_backend(self.backend, self.model)
+        if isinstance(self.backend, str):
+            return open_backend(self.backend, self.model)
+        return self.backend
 
     @cached_property
     def timing_batches(self) -> list[Tensor]:
