@@ -17,7 +17,6 @@ from var_moe.report.search import (
     slice_figures,
     tradeoff_figure,
 )
-from var_moe.report.theme import log_ticks
 
 
 def traces(picture):
@@ -136,10 +135,3 @@ def test_a_command_is_repeated_with_the_seed_that_it_drew(change, sample):
         folder = change("optimization_metadata", provenance=provenance)
         origin = build_report(folder).sections[-1]
         assert origin.blocks[0].lines[0] == told
-
-
-def test_ticks_of_a_logarithmic_axis():
-    assert log_ticks(1, 30) == [1, 2, 5, 10, 20]
-    assert log_ticks(0.02, 0.3) == [0.02, 0.05, 0.1, 0.2]
-    assert log_ticks(1e-7, 1) == [1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1]
-    assert log_ticks(0.0055, 0.0095) == []

@@ -18,7 +18,6 @@ FILES = {
     "metadata": "optimization_metadata.json",
     "front": "pareto.json",
     "cost": "cost_model.json",
-    "sensitivity": "sensitivity.json",
     "validation": "validation_results.json",
     "certificate": "certificate.json",
     "stability": "stability.json",

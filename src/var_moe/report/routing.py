@@ -9,7 +9,7 @@ import numpy as np
 
 from var_moe.report.blocks import Picture, Section, Table, pictures, section
 from var_moe.report.folder import Results
-from var_moe.report.theme import BLUE, DENSITY, SERIES, empty_figure, line_at, logarithmic
+from var_moe.report.theme import BLUE, DENSITY, LOGARITHMIC, SERIES, empty_figure, line_at
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,7 +82,7 @@ def frequency_figure(stats: pd.DataFrame) -> Picture:
     rho = float(spearmanr(frequency, entropy).statistic) if len(stats) > 2 else float("nan")
     counts, x_edges, y_edges = np.histogram2d(np.log10(frequency), entropy, bins=(40, 40))
     figure = empty_figure("occurrences of the token", "mean router entropy, nats", legend=False)
-    logarithmic(figure, "x", frequency.tolist())
+    figure.update_xaxes(**LOGARITHMIC)
     figure.add_heatmap(
         x=(10 ** ((x_edges[:-1] + x_edges[1:]) / 2)).tolist(),
         y=((y_edges[:-1] + y_edges[1:]) / 2).tolist(),

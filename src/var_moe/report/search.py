@@ -12,6 +12,7 @@ from var_moe.report.theme import (
     COLD_TO_HOT,
     GREEN,
     GREY,
+    LOGARITHMIC,
     ORANGE,
     PURPLE,
     TALL,
@@ -21,7 +22,6 @@ from var_moe.report.theme import (
     interval_bars,
     limit,
     line_at,
-    logarithmic,
     percent,
     settings,
     speedup,
@@ -244,7 +244,7 @@ def slice_figures(rows: Rows, metadata: Mapping[str, Any]) -> list[Picture]:
     for name in names:
         figure = empty_figure(name, "speedup", height=300, legend=False)
         if space[name].get("log"):
-            logarithmic(figure, "x", [row["params"][name] for row in rows])
+            figure.update_xaxes(**LOGARITHMIC)
         figure.add_scatter(
             x=[row["params"][name] for row in rows],
             y=[row["speedup"] for row in rows],

@@ -10,6 +10,7 @@ from var_moe.report.folder import Results
 from var_moe.report.theme import (
     BLUE,
     GREY,
+    LOGARITHMIC,
     ORANGE,
     SERIES,
     between,
@@ -17,7 +18,6 @@ from var_moe.report.theme import (
     factor,
     interval_bars,
     line_at,
-    logarithmic,
 )
 
 _ARMS = {"baseline": ("unmodified", GREY), "var": ("VAR", BLUE)}
@@ -81,8 +81,7 @@ def components_figure(parts: Mapping[str, Any]) -> Picture:
 def scaling_figure(found: Mapping[str, Any]) -> Picture:
     """Speedup by tokens in a forward, over sequence lengths and batch sizes."""
     figure = empty_figure("tokens in a forward", "speedup", height=380)
-    sizes = [row["batch_size"] * row["sequence"] for row in found["scaling"]]
-    logarithmic(figure, "x", sizes)
+    figure.update_xaxes(**LOGARITHMIC)
     kinds = list(dict.fromkeys(row["varied"] for row in found["scaling"]))
     for kind, colour in zip(kinds, (BLUE, ORANGE), strict=False):
         rows = [row for row in found["scaling"] if row["varied"] == kind]
@@ -128,8 +127,8 @@ def roofline_figure(found: Mapping[str, Any]) -> Picture:
             marker={"size": 12, "color": colour, "symbol": "diamond" if arm == "var" else "circle"},
             name=title,
         )
-    logarithmic(figure, "x", [low, high])
-    logarithmic(figure, "y", [low * copied / 1e9, flops / 1e9])
+    figure.update_xaxes(**LOGARITHMIC)
+    figure.update_yaxes(**LOGARITHMIC)
     return Picture(
         name="roofline",
         title="Roofline",

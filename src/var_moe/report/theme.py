@@ -6,7 +6,6 @@ face; traces use the colours below, which stand out from both.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ SERIES = (BLUE, ORANGE, GREEN, PURPLE, TEAL, RED, "#b0894f", "#c765a5", "#7f9f3f
 TALL = 460  # pixels of the figures that matter most
 DENSITY = [[0.0, "rgba(63,134,200,0.0)"], [0.02, "rgba(63,134,200,0.15)"], [1.0, BLUE]]
 COLD_TO_HOT = [[0.0, GREEN], [0.5, "#d9b23c"], [1.0, RED]]
+LOGARITHMIC = {"type": "log", "minorloglabels": "complete"}  # of an axis
 MOST_HOVERED = 2000
 """Marks with text of their own; an exhaustive grid can have many thousands."""
 
@@ -41,26 +41,6 @@ def empty_figure(x: str, y: str, *, height: int = 400, legend: bool = True) -> A
     figure.update_xaxes(title={"text": x, "standoff": 8, "font": {"size": 13}}, **axis)
     figure.update_yaxes(title={"text": y, "standoff": 8, "font": {"size": 13}}, **axis)
     return figure
-
-
-def logarithmic(figure: Any, axis: str, values: Sequence[float]) -> None:
-    """Make axis ``"x"`` or ``"y"`` logarithmic, with labels at 1, 2 and 5 times powers of ten.
-
-    ``values`` are all that is drawn along it, above 0.
-    """
-    options: dict[str, Any] = {"type": "log"}
-    ticks = log_ticks(min(values), max(values))
-    if len(ticks) > 2:  # within less than that, plotly finds better places
-        options |= {"tickvals": ticks, "ticktext": [f"{tick:,.6g}" for tick in ticks]}
-    (figure.update_xaxes if axis == "x" else figure.update_yaxes)(**options)
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten from low to high; powers alone over many decades."""
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    steps = (1, 2, 5) if last - first <= 4 else (1,)
-    ticks = [float(f"{step}e{power}") for power in range(first, last + 1) for step in steps]
-    return [tick for tick in ticks if low <= tick <= high]
 
 
 def line_at(
