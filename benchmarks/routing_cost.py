@@ -57,30 +57,30 @@ def experts_layer(experts: int, top_k: int) -> Any:
     return module
 
 
-def router(tokens: int, experts: int, top_k: int, dice: torch.Generator) -> tuple[Tensor, Tensor]:
+def router(tokens: int, experts: int, top_k: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """A softmax router's choices on random logits: (T, K) experts and weights."""
-    scores = torch.randn((tokens, experts), generator=dice).softmax(dim=1)
+    scores = torch.randn((tokens, experts), generator=rng).softmax(dim=1)
     weight, index = scores.topk(top_k, dim=1)
     return index, weight / weight.sum(dim=1, keepdim=True)
 
 
-def fewer(index: Tensor, share: float, dice: torch.Generator) -> Tensor:
+def fewer(index: Tensor, share: float, rng: torch.Generator) -> Tensor:
     """The same choices with a random share of the pairs kept; each token keeps its first."""
     spared = max(0.0, (share * index.shape[1] - 1) / (index.shape[1] - 1))
-    keep = torch.rand(index.shape, generator=dice) < spared
+    keep = torch.rand(index.shape, generator=rng) < spared
     keep[:, 0] = True
     return torch.where(keep, index, -1)
 
 
-def var_policy(experts: int, top_k: int, dice: torch.Generator) -> VARPolicy:
+def var_policy(experts: int, top_k: int, rng: torch.Generator) -> VARPolicy:
     """Verified VAR with every part in use: half of the ids on the fast path."""
     lead = leading_count(top_k)
     shape = (1, VOCABULARY)
     table = RoutingTable(
         count=torch.full(shape, 100.0, dtype=torch.float64),
-        entropy=torch.rand(shape, generator=dice, dtype=torch.float64),
-        index=torch.rand((*shape, experts), generator=dice).argsort(dim=2)[..., :lead],
-        weight=torch.rand((*shape, lead), generator=dice),
+        entropy=torch.rand(shape, generator=rng, dtype=torch.float64),
+        index=torch.rand((*shape, experts), generator=rng).argsort(dim=2)[..., :lead],
+        weight=torch.rand((*shape, lead), generator=rng),
     )
     rows = experts**2 if top_k == 2 else experts
     means = ResidualMeans(
@@ -104,14 +104,14 @@ def interleaved(arms: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
 
 def measure(tokens: int, experts: int, top_k: int, rounds: int) -> dict[str, Any]:
     """All ratios for one size."""
-    dice = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     module = experts_layer(experts, top_k)
-    hidden = torch.randn((tokens, HIDDEN), generator=dice)
-    index, weight = router(tokens, experts, top_k, dice)
+    hidden = torch.randn((tokens, HIDDEN), generator=rng)
+    index, weight = router(tokens, experts, top_k, rng)
     # Token ids with a heavy tail, as in text.
-    ids = (torch.rand((tokens,), generator=dice).pow(3) * VOCABULARY).long()
+    ids = (torch.rand((tokens,), generator=rng).pow(3) * VOCABULARY).long()
     context = ForwardContext.of(ids.view(-1, min(SEQUENCE, tokens)))
-    policy = var_policy(experts, top_k, dice)
+    policy = var_policy(experts, top_k, rng)
     backends = {name: open_backend(name) for name in (*OWN, "grouped_mm", "eager")}
     original = type(module).forward.__wrapped__
 
@@ -125,7 +125,7 @@ def measure(tokens: int, experts: int, top_k: int, rounds: int) -> dict[str, Any
     }
     for name, backend in backends.items():
         for share in (1.0, 0.75, 0.5):
-            kept = index if share == 1 else fewer(index, share, dice)
+            kept = index if share == 1 else fewer(index, share, rng)
 
             def run(kept: Tensor = kept, backend: Any = backend) -> object:
                 return backend.run(module, hidden, kept, weight)

@@ -195,20 +195,20 @@ def test_random_generation(stream: Stream) -> None:
 
 def seeded_stream(config: VARConfig, *, seed: int, tokens: int, vocabulary: int) -> Stream:
     """A longer stream of one-document rows, drawn from ``seed``."""
-    dice = random.Random(seed)
+    rng = random.Random(seed)
     stream = Stream(config, 2, vocabulary, 3)
 
     def choice(k: int) -> RouterChoice:
-        return dice.sample(range(6), k), [dice.randint(1, 16) / GRID for _ in range(k)]
+        return rng.sample(range(6), k), [rng.randint(1, 16) / GRID for _ in range(k)]
 
     for layer in range(2):
         for token in range(0, vocabulary, 3):
             experts = list(zip(*choice(2), strict=True))
-            stream.table[layer, token] = (dice.randint(0, 60), dice.choice(ENTROPY), experts)
+            stream.table[layer, token] = (rng.randint(0, 60), rng.choice(ENTROPY), experts)
     for number in range(tokens // 64):
         rows = [
             laid_out(
-                [dice.randrange(vocabulary) for _ in range(16)],
+                [rng.randrange(vocabulary) for _ in range(16)],
                 [],
                 looks=0,
                 left=False,

@@ -94,9 +94,9 @@ def test_the_map_by_hand(dtype: torch.dtype, close: float) -> None:
 def test_where_nothing_is_dropped_nothing_changes(dtype: torch.dtype, rank: int) -> None:
     whole = compensation_of(layers=1, experts=4, hidden=5, top_k=3, rank=rank)
     part = whole.layers[0].to(torch.device("cpu"), dtype)
-    dice = torch.Generator().manual_seed(0)
-    out, hidden = (torch.randn((20, 5), generator=dice).to(dtype) for _ in range(2))
-    row = torch.randint(0, 4, (20, 3), generator=dice)
+    rng = torch.Generator().manual_seed(0)
+    out, hidden = (torch.randn((20, 5), generator=rng).to(dtype) for _ in range(2))
+    row = torch.randint(0, 4, (20, 3), generator=rng)
     found = part.add(out, hidden, row, torch.zeros((20, 3), dtype=dtype))
     assert torch.equal(found, out)
 

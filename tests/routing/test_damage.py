@@ -182,11 +182,11 @@ def test_no_deeper_cut_past_one_that_is_too_much() -> None:
 def routed(tau: float, *, top_k: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Routing]:
     """The weights of many tokens, and what the policy makes of them."""
     damage = damage_model(layers=1, experts=EXPERTS, top_k=top_k, vocabulary=VOCABULARY)
-    dice = torch.Generator().manual_seed(1)
-    index = torch.rand((300, EXPERTS), generator=dice).argsort(dim=1)[:, :top_k]
-    weight = (4 * torch.rand((300, top_k), generator=dice)).exp().to(dtype)
+    rng = torch.Generator().manual_seed(1)
+    index = torch.rand((300, EXPERTS), generator=rng).argsort(dim=1)[:, :top_k]
+    weight = (4 * torch.rand((300, top_k), generator=rng)).exp().to(dtype)
     policy = DamagePolicy(tau, damage=damage)
-    context = ForwardContext.of(torch.randint(0, VOCABULARY, (3, 100), generator=dice))
+    context = ForwardContext.of(torch.randint(0, VOCABULARY, (3, 100), generator=rng))
     return weight, policy.route(context, 0, index, weight)
 
 

@@ -26,9 +26,9 @@ def unit(dropped: float, cut: float = 0.6, tokens: int = 50) -> np.ndarray:
     return sums
 
 
-def documents(dice: np.random.Generator, number: int, mean: float = 0.15) -> list[np.ndarray]:
+def documents(rng: np.random.Generator, number: int, mean: float = 0.15) -> list[np.ndarray]:
     return [
-        unit(float(dice.normal(mean, 0.015)), float(dice.normal(0.6, 0.05))) for _ in range(number)
+        unit(float(rng.normal(mean, 0.015)), float(rng.normal(0.6, 0.05))) for _ in range(number)
     ]
 
 
@@ -131,16 +131,16 @@ def test_tolerance_allows_more(expectation: Expectation) -> None:
 
 
 def test_what_a_shared_cache_ties_together_is_reported_only() -> None:
-    dice = np.random.default_rng(6)
+    rng = np.random.default_rng(6)
 
     def cached(agreement: float) -> np.ndarray:
-        sums = unit(float(dice.normal(0.15, 0.015)))
+        sums = unit(float(rng.normal(0.15, 0.015)))
         sums[:, [1, 4, 10]] = [20, 4, 20]
         sums[:, 12] = 20 * agreement
         return sums
 
     def expected(*, shared: bool) -> Guard:
-        units = [cached(float(dice.normal(0.9, 0.02))) for _ in range(100)]
+        units = [cached(float(rng.normal(0.9, 0.02))) for _ in range(100)]
         made = Expectation.of_units(units, alpha=0.01, policy=POLICY, shared_cache=shared)
         return Guard(expectation=made, action="report")
 
@@ -161,11 +161,11 @@ def test_what_a_shared_cache_ties_together_is_reported_only() -> None:
 def test_false_alarms_with_the_calibrations_own_error() -> None:
     """Calibrated on 60 documents each time, then a stream of the same kind: alpha holds."""
     alpha, studies = 0.2, 150
-    dice = np.random.default_rng(12)
+    rng = np.random.default_rng(12)
     alarms = 0
     for _ in range(studies):
-        made = Expectation.of_units(documents(dice, 60), alpha=alpha, policy=POLICY)
-        watch = played(Guard(expectation=made, action="report"), documents(dice, 150))
+        made = Expectation.of_units(documents(rng, 60), alpha=alpha, policy=POLICY)
+        watch = played(Guard(expectation=made, action="report"), documents(rng, 150))
         alarms += watch.alarm_at is not None
     assert alarms / studies <= alpha + 3 * math.sqrt(alpha * (1 - alpha) / studies)
 

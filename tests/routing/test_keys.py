@@ -44,9 +44,9 @@ def keys_of(batch: ForwardContext, window: int) -> list[int]:
 
 
 def texts(seed: int, *, vocabulary: int = 3, longest: int = 12) -> list[list[int]]:
-    dice = random.Random(seed)
-    lengths = [dice.randint(1, longest) for _ in range(20)]
-    return [[dice.randrange(vocabulary) for _ in range(length)] for length in lengths]
+    rng = random.Random(seed)
+    lengths = [rng.randint(1, longest) for _ in range(20)]
+    return [[rng.randrange(vocabulary) for _ in range(length)] for length in lengths]
 
 
 @pytest.mark.parametrize("window", range(1, 9))
@@ -122,8 +122,8 @@ def test_keys_use_all_64_bits() -> None:
 
 @pytest.mark.parametrize("window", [1, 2, 5, 40])
 def test_documents_end_to_end_have_the_same_keys(window):
-    dice = random.Random(window)
-    rows = [[dice.randrange(3) for _ in range(size)] for size in (7, 1, 30, 12)]
+    rng = random.Random(window)
+    rows = [[rng.randrange(3) for _ in range(size)] for size in (7, 1, 30, 12)]
     batch = padded_batch(rows, left=False)
     place = torch.tensor([at for row in rows for at in range(len(row))])
     found = stream_keys(torch.tensor([token for row in rows for token in row]), place, window)
@@ -134,9 +134,9 @@ def test_documents_end_to_end_have_the_same_keys(window):
 @pytest.mark.parametrize("left", [False, True])
 def test_few_tokens_get_the_keys_that_many_get(window: int, left: bool, monkeypatch) -> None:
     """A step of generation is hashed in plain numbers, a prompt in arrays."""
-    dice = random.Random(window)
-    rows = [[dice.randrange(2**31) for _ in range(n)] for n in (4, 1, 0, 3)]
-    prefixes = [[dice.randrange(2**31) for _ in range(n)] for n in (9, 0, 2, 7)]
+    rng = random.Random(window)
+    rows = [[rng.randrange(2**31) for _ in range(n)] for n in (4, 1, 0, 3)]
+    prefixes = [[rng.randrange(2**31) for _ in range(n)] for n in (9, 0, 2, 7)]
     for batch in (
         padded_batch(rows, left=left),
         padded_batch(rows, left=left, prefixes=prefixes),

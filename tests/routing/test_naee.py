@@ -52,9 +52,9 @@ def test_the_knob_goes_from_everything_to_the_first() -> None:
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_calibration_text_loses_that_share_in_every_layer(share: float) -> None:
-    dice = torch.Generator().manual_seed(4)
+    rng = torch.Generator().manual_seed(4)
     index = torch.arange(8).expand(1000, 8)
-    weights = [(torch.randn((1000, 8), generator=dice) * spread).exp() for spread in (1.0, 3.0)]
+    weights = [(torch.randn((1000, 8), generator=rng) * spread).exp() for spread in (1.0, 3.0)]
     rows = []
     for weight in weights:
         later = (weight / weight.amax(1, keepdim=True)).sort(1).values[:, :-1].reshape(-1)

@@ -47,13 +47,13 @@ class Case:
 
 def table(top_k: int) -> RoutingTable:
     """About half of the tokens on the fast path, with random leading experts."""
-    dice = torch.Generator().manual_seed(7)
+    rng = torch.Generator().manual_seed(7)
     shape, leading = (LAYERS, VOCABULARY), (top_k + 1) // 2
-    index = torch.rand((*shape, EXPERTS), generator=dice).argsort(dim=-1)[..., :leading]
-    weight = torch.rand((*shape, leading), generator=dice) + 0.1
+    index = torch.rand((*shape, EXPERTS), generator=rng).argsort(dim=-1)[..., :leading]
+    weight = torch.rand((*shape, leading), generator=rng) + 0.1
     return RoutingTable(
-        count=torch.randint(0, 100, shape, generator=dice).double(),
-        entropy=torch.rand(shape, generator=dice).double(),
+        count=torch.randint(0, 100, shape, generator=rng).double(),
+        entropy=torch.rand(shape, generator=rng).double(),
         index=index,
         weight=weight.sort(dim=-1, descending=True).values,
     )
@@ -130,17 +130,17 @@ def top_k(request: pytest.FixtureRequest) -> int:
 
 def stream(top_k: int, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Stream:
     """Some forwards of a small vocabulary, with padding on the left and unsorted slots."""
-    dice = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     forwards: Stream = []
     for _ in range(FORWARDS):
-        ids = torch.randint(0, VOCABULARY, (BATCH, LENGTH), generator=dice)
+        ids = torch.randint(0, VOCABULARY, (BATCH, LENGTH), generator=rng)
         mask = torch.ones_like(ids)
         mask[1, :3] = 0
         router = []
         for _ in range(LAYERS):
-            score = torch.rand((TOKENS, EXPERTS), generator=dice)
+            score = torch.rand((TOKENS, EXPERTS), generator=rng)
             index = score.argsort(dim=1)[:, :top_k]
-            weight = (torch.rand((TOKENS, top_k), generator=dice) * 6).exp() / 500
+            weight = (torch.rand((TOKENS, top_k), generator=rng) * 6).exp() / 500
             router.append((index, weight.to(dtype)))
         forwards.append((ForwardContext.of(ids, mask), router))
     return forwards
@@ -384,7 +384,7 @@ def test_the_stream_reaches_every_tier_of_var() -> None:
 def test_no_decision_waits_for_the_device(name: str, top_k: int) -> None:
     """Meta tensors hold no values: reading one on the host would raise.
 
-    The control is left out: there are no dice on such a device.
+    The control is left out: there are no rng on such a device.
     """
     policy = POLICIES[name].make(top_k)
     for context, router in stream(top_k):

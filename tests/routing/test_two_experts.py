@@ -16,9 +16,9 @@ TOKENS, EXPERTS, HIDDEN, VOCABULARY = 200, 8, 16, 50
 
 def choices(seed: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Router decisions in any slot order, with zero weights and ties among them."""
-    dice = torch.Generator().manual_seed(seed)
-    index = torch.rand((TOKENS, EXPERTS), generator=dice).argsort(dim=1)[:, :2]
-    weight = torch.rand((TOKENS, 2), generator=dice).to(dtype)
+    rng = torch.Generator().manual_seed(seed)
+    index = torch.rand((TOKENS, EXPERTS), generator=rng).argsort(dim=1)[:, :2]
+    weight = torch.rand((TOKENS, 2), generator=rng).to(dtype)
     weight[:5] = 0
     weight[5:9] = 0.5
     return index, weight
@@ -27,9 +27,9 @@ def choices(seed: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("seed", range(4))
 def test_a_decision_is_that_of_the_formula(seed: int, dtype: torch.dtype) -> None:
-    dice = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, VOCABULARY, (1, TOKENS), generator=dice)
-    hidden = torch.randn((TOKENS, HIDDEN), generator=dice)
+    rng = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, VOCABULARY, (1, TOKENS), generator=rng)
+    hidden = torch.randn((TOKENS, HIDDEN), generator=rng)
     index, weight = choices(seed, dtype)
     damage = damage_model(
         layers=2, experts=EXPERTS, top_k=2, vocabulary=VOCABULARY, hidden=HIDDEN, seed=seed
@@ -53,21 +53,21 @@ def test_a_decision_is_that_of_the_formula(seed: int, dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("by_pair", [True, False])
 def test_what_is_dropped_of_two_is_that_of_any_k(by_pair: bool) -> None:
-    dice = torch.Generator().manual_seed(3)
+    rng = torch.Generator().manual_seed(3)
     rows = EXPERTS**2 if by_pair else EXPERTS
     part = LayerCompensation(
-        torch.randn((rows + 1, HIDDEN), generator=dice),
-        torch.randn((4, HIDDEN), generator=dice),
-        torch.randn(4, generator=dice),
-        torch.randn((HIDDEN, 4), generator=dice),
+        torch.randn((rows + 1, HIDDEN), generator=rng),
+        torch.randn((4, HIDDEN), generator=rng),
+        torch.randn(4, generator=rng),
+        torch.randn((HIDDEN, 4), generator=rng),
     )
     compensation = Compensation(layers=(part,), by_pair=by_pair, experts=EXPERTS)
     index, weight = choices(1, torch.float32)
     rank = rank_slots(index, weight)
-    kept = torch.rand(TOKENS, generator=dice)[:, None] < 0.5
+    kept = torch.rand(TOKENS, generator=rng)[:, None] < 0.5
     kept = kept | torch.zeros_like(index, dtype=torch.bool).scatter(1, rank[:, :1], True)
-    out = torch.randn((TOKENS, HIDDEN), generator=dice)
-    hidden = torch.randn((TOKENS, HIDDEN), generator=dice)
+    out = torch.randn((TOKENS, HIDDEN), generator=rng)
+    hidden = torch.randn((TOKENS, HIDDEN), generator=rng)
     rows = compensation.rows(index, first_expert(index, weight))
     wanted = part.add(out, hidden, rows, weight.masked_fill(kept, 0))
     found = part.add(out, hidden, *compensation.dropped(index, weight, kept))

@@ -15,11 +15,11 @@ STREAMS, UNITS = 500, 100
 MOST = ALPHA + 3 * math.sqrt(ALPHA * (1 - ALPHA) / STREAMS)
 
 DRAWS = {
-    "even": lambda dice, size: dice.beta(5, 5, size),
-    "skewed": lambda dice, size: dice.beta(0.5, 2, size),
-    "rare": lambda dice, size: (dice.random(size) < 0.05).astype(float),
-    "some missing": lambda dice, size: np.where(
-        dice.random(size) < 0.3, np.nan, dice.beta(2, 2, size)
+    "even": lambda rng, size: rng.beta(5, 5, size),
+    "skewed": lambda rng, size: rng.beta(0.5, 2, size),
+    "rare": lambda rng, size: (rng.random(size) < 0.05).astype(float),
+    "some missing": lambda rng, size: np.where(
+        rng.random(size) < 0.3, np.nan, rng.beta(2, 2, size)
     ),
 }
 MEANS = {"even": 0.5, "skewed": 0.2, "rare": 0.05, "some missing": 0.5}
@@ -63,9 +63,9 @@ slow = pytest.mark.slow
     "kind", ["skewed", *(pytest.param(kind, marks=slow) for kind in DRAWS if kind != "skewed")]
 )
 def test_false_alarms_at_the_edge_of_the_range(kind: str) -> None:
-    dice = np.random.default_rng(7)
+    rng = np.random.default_rng(7)
     edge = np.full(2, MEANS[kind])
-    found = [alarms(DRAWS[kind](dice, (UNITS, 2)), edge, edge) for _ in range(STREAMS)]
+    found = [alarms(DRAWS[kind](rng, (UNITS, 2)), edge, edge) for _ in range(STREAMS)]
     rate = sum(at is not None for at in found) / STREAMS
     assert rate <= MOST
     assert rate > 0.005  # or the test would say nothing
@@ -74,21 +74,20 @@ def test_false_alarms_at_the_edge_of_the_range(kind: str) -> None:
 @slow
 def test_false_alarms_of_dependent_statistics() -> None:
     """All statistics are of the same documents."""
-    dice = np.random.default_rng(8)
+    rng = np.random.default_rng(8)
     edge = np.full(6, 0.5)
     found = [
-        alarms(np.repeat(dice.beta(3, 3, (UNITS, 1)), 6, axis=1), edge, edge)
-        for _ in range(STREAMS)
+        alarms(np.repeat(rng.beta(3, 3, (UNITS, 1)), 6, axis=1), edge, edge) for _ in range(STREAMS)
     ]
     assert sum(at is not None for at in found) / STREAMS <= MOST
 
 
 @pytest.mark.parametrize("shift", [-0.15, 0.15])
 def test_a_shift_of_one_standard_deviation_is_found(shift: float) -> None:
-    dice = np.random.default_rng(9)
+    rng = np.random.default_rng(9)
     low, high = np.array([0.47] * 4), np.array([0.53] * 4)
     found = [
-        alarms(np.clip(dice.normal(0.5 + shift, 0.15, (UNITS, 4)), 0, 1), low, high)
+        alarms(np.clip(rng.normal(0.5 + shift, 0.15, (UNITS, 4)), 0, 1), low, high)
         for _ in range(50)
     ]
     assert None not in found
@@ -96,10 +95,10 @@ def test_a_shift_of_one_standard_deviation_is_found(shift: float) -> None:
 
 
 def test_a_late_shift_is_found_soon() -> None:
-    dice = np.random.default_rng(10)
+    rng = np.random.default_rng(10)
     low, high = np.array([0.47]), np.array([0.53])
-    calm = np.clip(dice.normal(0.5, 0.15, (3000, 1)), 0, 1)
-    shifted = np.clip(dice.normal(0.8, 0.15, (200, 1)), 0, 1)
+    calm = np.clip(rng.normal(0.5, 0.15, (3000, 1)), 0, 1)
+    shifted = np.clip(rng.normal(0.8, 0.15, (200, 1)), 0, 1)
     at = alarms(np.concatenate((calm, shifted)), low, high)
     assert at is not None
     assert 3000 < at < 3080
@@ -115,10 +114,10 @@ def test_endless_drift_stays_a_number() -> None:
 
 @pytest.mark.parametrize("kind", ["even", pytest.param("skewed", marks=slow)])
 def test_range_of_a_mean(kind: str) -> None:
-    dice = np.random.default_rng(11)
+    rng = np.random.default_rng(11)
     missed, widths = 0, []
     for _ in range(100):
-        low, high = mean_range(DRAWS[kind](dice, 40), ALPHA)
+        low, high = mean_range(DRAWS[kind](rng, 40), ALPHA)
         missed += not low <= MEANS[kind] <= high
         widths.append(high - low)
     assert missed / 100 <= ALPHA + 3 * math.sqrt(ALPHA * (1 - ALPHA) / 100)

@@ -84,33 +84,35 @@ def summed(
     return torch.cat((parts, both, pairs)).t()
 
 
-class ForwardDecisions:
-    """The decisions of the running forward, held until all its layers are summed at once.
+class ForwardSums(Observer):
+    """Base of observers that sum a forward's decisions, layers of one kind at once.
 
     In generation, summing each layer apart would cost as much as deciding it.
+
+    Args:
+        layers: L.
+        drops_only: whether the decisions keep the router's slots (`RoutingPolicy.drops_only`).
     """
 
-    def __init__(self) -> None:
-        self._layers: dict[Any, list[tuple[int, Routing, Tensor, Tensor]]] = {}
+    def __init__(self, layers: int, *, drops_only: bool = True) -> None:
+        self._layers, self._drops_only = layers, drops_only
+        self._context: ForwardContext | None = None
+        self._held: dict[Any, list[tuple[int, Routing, Tensor, Tensor]]] = {}
 
-    def clear(self) -> None:
-        """Forget them."""
-        self._layers.clear()
+    def begin(self, context: ForwardContext) -> None:
+        self._context = context
+        self._held.clear()
 
-    def add(self, layer: int, routing: Routing, index: Tensor, weight: Tensor) -> None:
-        """Hold a layer's decision; ``index`` and ``weight`` (T, K) are the router's."""
+    def see(
+        self, layer: int, context: ForwardContext, routing: Routing, index: Tensor, weight: Tensor
+    ) -> None:
         # Layers of one kind are summed in one tensor; they may lie on several devices.
         kind = (index.device, index.shape, routing.index.shape, routing.offer is None)
-        self._layers.setdefault(kind, []).append((layer, routing, index, weight))
+        self._held.setdefault(kind, []).append((layer, routing, index, weight))
 
-    def take(
-        self, context: ForwardContext, *, drops_only: bool, rows: int = 1
-    ) -> Iterator[tuple[list[int], Tensor]]:
-        """Yield the numbers of N layers of one kind and their `summed` (N, rows, 14); forget them.
-
-        The arguments are those of `summed`.
-        """
-        held, self._layers = self._layers, {}
+    def _take(self, context: ForwardContext, rows: int = 1) -> Iterator[tuple[list[int], Tensor]]:
+        """Yield the numbers of N held layers and their `summed` (N, rows, 14), and forget them."""
+        held, self._held = self._held, {}
         for entries in held.values():
             layers, routings, index, weight = zip(*entries, strict=True)
             offers = [one.offer for one in routings if one.offer is not None]
@@ -127,7 +129,7 @@ class ForwardDecisions:
                 torch.cat(index),
                 torch.cat(weight),
                 context.counted_on(index[0].device).repeat(len(layers)),
-                drops_only=drops_only,
+                drops_only=self._drops_only,
                 rows=len(layers) * rows,
             )
             yield list(layers), sums.view(len(layers), rows, -1)
@@ -281,31 +283,20 @@ class RoutingReport:
 _LARGE = 4096  # a forward of so many tokens is summed layer by layer, to hold no decisions
 
 
-class TierCounts(Observer):
-    """Observer that keeps running sums per layer, on the layer's device, until a report.
-
-    Args:
-        layers: L.
-        drops_only: whether the decisions keep the router's slots (`RoutingPolicy.drops_only`).
-    """
+class TierCounts(ForwardSums):
+    """Running sums per layer, kept on the layer's device until a report is asked for."""
 
     def __init__(self, layers: int, *, drops_only: bool = True) -> None:
-        self._number, self._drops_only = layers, drops_only
-        self._decisions = ForwardDecisions()
-        self._context: ForwardContext | None = None
-        # (N, 14) of layers that are summed together, on their device.
+        super().__init__(layers, drops_only=drops_only)
+        # (N, 14) of N layers that are summed together, on their device.
         self._sums: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
         self._top_k = 0
-
-    def begin(self, context: ForwardContext) -> None:
-        self._decisions.clear()
-        self._context = context
 
     def see(
         self, layer: int, context: ForwardContext, routing: Routing, index: Tensor, weight: Tensor
     ) -> None:
         self._top_k = routing.index.shape[1]
-        self._decisions.add(layer, routing, index, weight)
+        super().see(layer, context, routing, index, weight)
         if context.size >= _LARGE:
             self._count(context)
 
@@ -314,7 +305,7 @@ class TierCounts(Observer):
             self._count(self._context)
 
     def _count(self, context: ForwardContext) -> None:
-        for layers, sums in self._decisions.take(context, drops_only=self._drops_only):
+        for layers, sums in self._take(context):
             total = sums[:, 0].double()  # float32 holds the counts of a forward, not those of many
             key = (tuple(layers), sums.device)
             known = self._sums.get(key)
@@ -325,7 +316,7 @@ class TierCounts(Observer):
 
     def report(self) -> dict[str, Any]:
         """Read the sums (waits for the device): the fields of a `RoutingReport`."""
-        sums = torch.zeros((self._number, COLUMNS), dtype=torch.float64)
+        sums = torch.zeros((self._layers, COLUMNS), dtype=torch.float64)
         for (layers, _), part in self._sums.items():
             sums[list(layers)] += part.cpu()
         rows = tuple(tuple(row) for row in sums.tolist())

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from var_moe.routing.counts import COLUMNS, ForwardDecisions, Sums, statistic_names, statistics
-from var_moe.routing.decision import ForwardContext, Observer, Routing
+from var_moe.routing.counts import COLUMNS, ForwardSums, Sums, statistic_names, statistics
+from var_moe.routing.decision import ForwardContext, Routing
 from var_moe.routing.guard import Guard
 from var_moe.routing.wager import Wager
 
@@ -162,22 +162,15 @@ class Watching(Protocol):
         """What has been seen so far."""
 
 
-class Units(Observer):
-    """Observer that sums decisions by document, and shows ``watch`` each one that has ended.
-
-    Args:
-        watch: sees the (L, 14) sums of each document.
-        layers: L.
-        drops_only: whether decisions keep the router's slots.
-    """
+class Units(ForwardSums):
+    """Sums decisions by document, and shows ``watch`` each document that has ended."""
 
     def __init__(self, watch: Watching, layers: int, *, drops_only: bool) -> None:
-        self._watch, self._layers, self._drops_only = watch, layers, drops_only
-        self._decisions = ForwardDecisions()
+        super().__init__(layers, drops_only=drops_only)
+        self._watch = watch
         self._open: dict[int, Sums] = {}
         # The last forward, not yet added: its context, and sums (N, B, 14) of each N layers.
         self._last: tuple[ForwardContext, list[tuple[list[int], Tensor]]] | None = None
-        self._context: ForwardContext | None = None
         self._newest = _GIVEN - 1
 
     @property
@@ -188,25 +181,21 @@ class Units(Observer):
         return {"guard": self._watch.report()}
 
     def begin(self, context: ForwardContext) -> None:
-        self._decisions.clear()
+        super().begin(context)
         self._collect()
-        going_on = {number for number in context.document if number >= 0}
-        self._show([number for number in self._open if number not in going_on])
-        self._context = context
+        continued = {number for number in context.document if number >= 0}
+        self._show([number for number in self._open if number not in continued])
 
     def see(
         self, layer: int, context: ForwardContext, routing: Routing, index: Tensor, weight: Tensor
     ) -> None:
         if not self.native:
-            self._decisions.add(layer, routing, index, weight)
+            super().see(layer, context, routing, index, weight)
 
     def end(self) -> None:
         # Beams are drafts of one text, no documents.
         if self._context is not None and self._context.inserting:
-            sums = self._decisions.take(
-                self._context, drops_only=self._drops_only, rows=len(self._context.ids)
-            )
-            self._last = self._context, list(sums)
+            self._last = self._context, list(self._take(self._context, len(self._context.ids)))
 
     def end_documents(self) -> None:
         self._collect()
