@@ -32,7 +32,7 @@ def analyse(folder: Path, output: Path) -> None:
     """Write the analysis of a profile, and say what it found."""
     from var_moe.analysis.routing import FILE, analyse_routing
     from var_moe.calibration.profile import RoutingProfile
-    from var_moe.cli.report import make_report
+    from var_moe.cli.output import make_report
     from var_moe.storage import atomic_write_json
 
     found = {**analyse_routing(RoutingProfile.load(folder)), "profile_path": str(folder)}

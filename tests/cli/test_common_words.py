@@ -71,14 +71,19 @@ def test_options_needs_one_file(words):
 
 
 def test_options_come_from_a_file_and_words_win(options, capsys):
-    path = options("n-calls: 7\nbounds: [tau=0.1:1]\nfrom: before\nquiet: true\nseed: 5\n")
+    path = options(
+        "n-calls: 7\nbounds: [tau=0.1:1]\nfrom: before\nquiet: true\nseed: 5\n"
+        "trust-remote-code: true\n"
+    )
     found = shown(capsys, "tune", "--config", path, "--seed", "9")
     assert found["n_calls"] == 7
     assert found["bounds"] == ["tau=0.1:1"]
     assert found["from"] == "before"
     assert found["quiet"] is True
+    assert found["trust_remote_code"] is True
     assert found["seed"] == 9
-    assert found["engine"] == "optuna"  # a default
+    assert found["split"] == "test"  # a default
+    assert found["device"] == "auto"  # a default of options that commands share
 
 
 @pytest.mark.parametrize(

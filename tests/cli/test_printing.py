@@ -12,7 +12,7 @@ import pytest
 from rich.table import Table
 
 from var_moe.cli import main
-from var_moe.cli.progress import StageProgress
+from var_moe.cli.output import StageProgress
 from var_moe.terminal import show
 
 NAMES = ("set[/v2]", "runs/[final] v2", "[red]", ":warning: it's", "名前", "two  spaces")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 
 import pytest
 
 from var_moe.cli import main
 from var_moe.cli.main import build_app
+from var_moe.cli.words import normalise
 
 TAKING = ["tune", "certify", "guard", "profile", "evaluate", "compare", "trace", "analyze"]
 
@@ -24,8 +24,9 @@ def table(tmp_path, tiny_texts):
 
 @pytest.mark.parametrize("command", [*TAKING, "fit-compensation"])
 def test_every_command_with_a_data_set_takes_it(command):
-    names = list(inspect.signature(build_app()[command].default_command).parameters)
-    assert names.index("text_column") == names.index("dataset") + 1
+    arguments = build_app()[command].assemble_argument_collection()
+    names = normalise([name for argument in arguments for name in argument.names])
+    assert names.index("--text_column") == names.index("--dataset") + 1
 
 
 @pytest.mark.parametrize("way", ["words", "suffix", "file"])

@@ -6,38 +6,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from var_moe.cli.compensation import parse_compensation
-from var_moe.cli.output import Answer
+from var_moe.cli.options import ModelOptions, RunOptions, TextOptions, parse_compensation
+from var_moe.cli.output import SPEEDUP, Answer, finish, table
 from var_moe.config import check_count
-from var_moe.errors import UsageError
 
 QUICK_SAMPLES = 20
 
 
 def analyze(
     *,
-    model: str = "demo",
-    dataset: str = "demo",
-    split: str = "validation",
+    model: ModelOptions = ModelOptions(),
+    text: TextOptions = TextOptions(),
     var_config: Path | None = None,
     n_samples: int = 100,
     quick: bool = False,
     profile: Path | None = None,
     compensation: str | None = None,
     output: Path = Path("results/phase5"),
-    seed: int = 0,
-    device: str = "auto",
-    dtype: str = "auto",
     threads: int | None = None,
-    trust_remote_code: bool = False,
-    quiet: bool = False,
+    run: RunOptions = RunOptions(),
 ) -> Answer:
     """Systems analysis: components, scaling, roofline, bottlenecks, predicted speedup.
 
     Args:
-        model: demo, a local folder, or a Hub id.
-        dataset: demo (or demo-postgres, ...), wikitext, a Hub name[:config], or a local file.
-        split: part of the text that is timed.
         var_config: a VAR configuration, or the best_config.json or certified_config.json of a
             search; by default the balanced preset.
         n_samples: documents of the text that is timed.
@@ -47,61 +38,46 @@ def analyze(
         compensation: folder of a learned compensation, where it is not the profile's own.
         output: folder for systems_analysis.json and profile_report.json; parts of it are written
             as soon as they are known.
-        seed: draws the documents.
-        device: auto, cpu, cuda, ...
-        dtype: auto, float32, bfloat16, float16.
         threads: of torch on the CPU; by default its own choice.
-        trust_remote_code: run a Hub model's own code.
-        quiet: no progress.
     """
     from var_moe.cli.subject import Subject
     from var_moe.optimization.candidate import load_candidate, preset
 
     candidate = load_candidate(var_config) if var_config else preset("balanced")
-    name, place = parse_compensation(compensation)
-    if name is not None and place is None:
-        raise UsageError(f"--compensation {name}: the configuration names it; expected a folder")
+    _, place = parse_compensation(compensation, folder_only=True)
     check_count("threads", threads)
     subject = Subject(
         model=model,
-        dataset=dataset,
-        split=split,
+        text=text,
+        run=run,
         profile=profile,
         config=var_config,
         output=output,
         compensation=place,
         max_samples=min(n_samples, QUICK_SAMPLES) if quick else n_samples,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
     )
-    subject.check(blocks=1, quiet=quiet)
+    subject.check(blocks=1)
     import torch
 
     from var_moe.analysis.systems import PROFILE_FILE, SYSTEMS_FILE, AnalysisSettings, analyse
-    from var_moe.cli.progress import StageProgress
-    from var_moe.cli.report import make_report
     from var_moe.growing import GrowingResult
     from var_moe.terminal import show
 
     if threads is not None:
         torch.set_num_threads(threads)
-    with StageProgress() as progress, GrowingResult(output / SYSTEMS_FILE) as kept:
-        shown = None if quiet else progress
-        ready = subject.ready(shown, needs=candidate.needs, stand_ins=[candidate.compensation])
+    with run.progress() as progress, GrowingResult(output / SYSTEMS_FILE) as kept:
+        ready = subject.ready(progress, needs=candidate.needs, stand_ins=[candidate.compensation])
         systems = analyse(
             ready.evaluator,
             ready.profile,
             candidate,
             AnalysisSettings.quick() if quick else AnalysisSettings(),
             kept=kept,
-            progress=shown,
+            progress=progress,
         )
     components = systems.pop("profile")
     show(*tables(systems, components))
-    print(f"Saved: {output / SYSTEMS_FILE}, {output / PROFILE_FILE}")
-    make_report(output)
+    finish({}, output / SYSTEMS_FILE, output / PROFILE_FILE, report=output)
     return Answer(systems)
 
 
@@ -112,8 +88,8 @@ def tables(systems: Mapping[str, Any], components: Mapping[str, Any]) -> list[An
         f"do: {row['recommendation']}."
         for row in systems["bottlenecks"]
     ]
-    found, stats = systems["comparison"], systems["var"]["var_stats"]
-    low, high = found["actual_speedup_95"]
+    comparison, stats = systems["comparison"], systems["var"]["var_stats"]
+    low, high = comparison["actual_speedup_95"]
     return [
         _components(components),
         _scaling(systems),
@@ -121,72 +97,74 @@ def tables(systems: Mapping[str, Any], components: Mapping[str, Any]) -> list[An
         *(rows or ["No bottleneck found."]),
         f"{systems['var']['kind']}: {stats['experts_per_token']:.3f} of {stats['top_k']} experts "
         f"per token; fast {stats['fast_pct']:.1f}%, cached {stats['cached_pct']:.1f}%, learned "
-        f"{stats['learned_pct']:.1f}%. Speedup {found['actual_speedup']:.3f}x [{low:.3f}, "
+        f"{stats['learned_pct']:.1f}%. Speedup {comparison['actual_speedup']:.3f}x [{low:.3f}, "
         f"{high:.3f}] against {systems['baseline']['backend']}; the cost model predicts "
-        f"{found['predicted_speedup']:.3f}x ({found['prediction_error_pct']:.1f}% off), and at "
-        f"most {found['largest_speedup']:.3f}x with the leading experts everywhere.",
+        f"{comparison['predicted_speedup']:.3f}x ({comparison['prediction_error_pct']:.1f}% off), "
+        f"and at most {comparison['largest_speedup']:.3f}x with the leading experts everywhere.",
         *(f"Note: {note}" for note in systems["notes"]),
     ]
 
 
 def _components(report: Mapping[str, Any]) -> Any:
-    from var_moe.terminal import figures_table
-
-    columns = ("mean ms", "share", "p50", "p99")
-    table = figures_table("Where a forward's time goes", "component", *columns, *columns)
-
-    def cells(row: Mapping[str, Any]) -> list[str]:
-        share = f"{100 * row.get('share', 1):.1f}%"
-        return [f"{row['mean_ms']:.2f}", share, f"{row['p50_ms']:.2f}", f"{row['p99_ms']:.2f}"]
-
-    arms = [report["baseline"], report["var"]]
-    for name in arms[0]["components"]:
-        table.add_row(name, *(cell for arm in arms for cell in cells(arm["components"][name])))
-    table.add_section()
-    table.add_row("forward", *(cell for arm in arms for cell in cells(arm["forward"])))
-    table.caption = "left: unmodified model; right: VAR"
-    return table
+    arms = {"base": report["baseline"], "var": report["var"]}
+    columns = {"component": "{name}"}
+    for arm, blank in (("base", ""), ("var", " ")):  # the same headings twice
+        columns |= {
+            f"mean ms{blank}": f"{{{arm}[mean_ms]:.2f}}",
+            f"share{blank}": f"{{{arm}[share]:.1%}}",
+            f"p50{blank}": f"{{{arm}[p50_ms]:.2f}}",
+            f"p99{blank}": f"{{{arm}[p99_ms]:.2f}}",
+        }
+    rows: list[dict[str, Any]] = [
+        {"name": name, **{arm: of["components"][name] for arm, of in arms.items()}}
+        for name in report["baseline"]["components"]
+    ]
+    whole = {arm: {"share": 1.0, **of["forward"]} for arm, of in arms.items()}
+    made = table("Where a forward's time goes", columns, [*rows, {"name": "forward", **whole}])
+    made.rows[-2].end_section = True
+    made.caption = "left: unmodified model; right: VAR"
+    return made
 
 
 def _scaling(systems: Mapping[str, Any]) -> Any:
-    from var_moe.terminal import figures_table
-
-    headings = ("batch x sequence", "baseline tokens/s", "VAR tokens/s", "speedup [95%]")
-    table = figures_table("Scaling", "varied", *headings)
-    for row in systems["scaling"]:
-        low, high = row["speedup_95"]
-        table.add_row(
-            row["varied"].replace("_", " "),
-            f"{row['batch_size']} x {row['sequence']}",
-            f"{row['baseline_throughput_tps']:,.0f} ({row['baseline_backend']})",
-            f"{row['var_throughput_tps']:,.0f}",
-            f"{row['speedup']:.3f} [{low:.3f}, {high:.3f}]",
-        )
-    return table
+    columns = {
+        "varied": "{what}",
+        "batch x sequence": "{batch_size} x {sequence}",
+        "baseline tokens/s": "{baseline_throughput_tps:,.0f} ({baseline_backend})",
+        "VAR tokens/s": "{var_throughput_tps:,.0f}",
+        "speedup [95%]": SPEEDUP,
+    }
+    rows = [{**row, "what": row["varied"].replace("_", " ")} for row in systems["scaling"]]
+    return table("Scaling", columns, rows)
 
 
-def _roofline(found: Mapping[str, Any]) -> Any:
-    from var_moe.terminal import figures_table
-
-    machine = found["machine"]
-    table = figures_table(
-        f"Roofline: {found['total_parameters'] / 1e6:,.1f}M parameters; this machine: "
+def _roofline(roofline: Mapping[str, Any]) -> Any:
+    machine = roofline["machine"]
+    columns = {
+        "": "{name}",
+        "active parameters": "{millions:,.1f}M",
+        "GFLOP/s": "{gflops:,.1f}",
+        "of GEMM": "{share_of_gemm:.0%}",
+        "GB/s": "{gbytes:,.1f}",
+        "of copy": "{share_of_copy:.0%}",
+        "FLOP/byte": "{arithmetic_intensity_flops_per_byte:.1f}",
+        "bound": "{bound}",
+        "peak memory": "{mib:,.0f} MiB",
+    }
+    rows = [
+        {
+            **row,
+            "name": name,
+            "millions": row["active_parameters"] / 1e6,
+            "gflops": row["achieved_flops_per_second"] / 1e9,
+            "gbytes": row["achieved_bytes_per_second"] / 1e9,
+            "mib": row["peak_memory_bytes"] / 2**20,
+        }
+        for name, row in ((name, roofline[name]) for name in ("baseline", "var"))
+    ]
+    title = (
+        f"Roofline: {roofline['total_parameters'] / 1e6:,.1f}M parameters; this machine: "
         f"{machine['gemm_flops_per_second'] / 1e9:,.1f} GFLOP/s, "
-        f"{machine['copy_bytes_per_second'] / 1e9:,.1f} GB/s",
-        *("", "active parameters", "GFLOP/s", "of GEMM", "GB/s", "of copy", "FLOP/byte", "bound"),
-        "peak memory",
+        f"{machine['copy_bytes_per_second'] / 1e9:,.1f} GB/s"
     )
-    for name in ("baseline", "var"):
-        row = found[name]
-        table.add_row(
-            name,
-            f"{row['active_parameters'] / 1e6:,.1f}M",
-            f"{row['achieved_flops_per_second'] / 1e9:,.1f}",
-            f"{100 * row['share_of_gemm']:.0f}%",
-            f"{row['achieved_bytes_per_second'] / 1e9:,.1f}",
-            f"{100 * row['share_of_copy']:.0f}%",
-            f"{row['arithmetic_intensity_flops_per_byte']:.1f}",
-            row["bound"],
-            f"{row['peak_memory_bytes'] / 2**20:,.0f} MiB",
-        )
-    return table
+    return table(title, columns, rows)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from var_moe.cli.compensation import parse_compensation
-from var_moe.cli.output import Answer
+from var_moe.cli.options import ModelOptions, RunOptions, TextOptions, Words, parse_compensation
+from var_moe.cli.output import Answer, finish, table
 from var_moe.config import MAX_DEGRADATION, check_count
 from var_moe.errors import UsageError
 
@@ -35,32 +35,24 @@ _COLUMNS = (
 
 def compare(
     *,
-    policies: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
-    model: str = "demo",
-    dataset: str = "demo",
-    split: str = "validation",
+    policies: Words = None,
+    model: ModelOptions = ModelOptions(),
+    text: TextOptions = TextOptions(),
     experts: Annotated[list[float] | None, Parameter(consume_multiple=True)] = None,
-    compensation: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    compensation: Words = None,
     from_: Annotated[Path | None, Parameter(name="--from")] = None,
     profile: Path | None = None,
     output: Path = Path("results/compare"),
     max_samples: int | None = 400,
     blocks: int = 8,
     max_degradation: float = MAX_DEGRADATION,
-    seed: int = 0,
-    device: str = "auto",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-    quiet: bool = False,
+    run: RunOptions = RunOptions(),
 ) -> Answer:
     """Compare policies where they run equally many experts: what it costs, what it brings.
 
     Args:
         policies: names (or comma-separated), by default all; random_skip, the control, is
             always among them.
-        model: demo, a local folder, or a Hub id.
-        dataset: demo (or demo-postgres, ...), wikitext, a Hub name[:config], or a local file.
-        split: part of the text to score.
         experts: experts per token to compare at; by default 87.5%, 75% and 62.5% of K.
         compensation: what stands in for dropped experts, for all policies that only drop: none,
             means, learned, or the folder of a fitted one; several are compared. By default each
@@ -74,11 +66,6 @@ def compare(
         max_samples: score at most so many documents.
         blocks: timed blocks per arm and policy; 0 leaves the timing out.
         max_degradation: the bound drawn into the plot.
-        seed: draws the documents when max_samples takes a part of them.
-        device: auto, cpu, cuda, ...
-        dtype: auto, float32, bfloat16, float16.
-        trust_remote_code: run a Hub model's own code.
-        quiet: no progress.
     """
     from var_moe.cli.subject import Subject
     from var_moe.config import check_bound
@@ -96,25 +83,19 @@ def compare(
         raise UsageError("--compensation: expected one folder at the most")
     subject = Subject(
         model=model,
-        dataset=dataset,
-        split=split,
+        text=text,
+        run=run,
         profile=profile,
         output=output,
         compensation=folders[0] if folders else None,
         max_samples=max_samples,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
     )
     check_count("blocks", blocks, 0)
-    subject.check(blocks=max(1, blocks), quiet=quiet)
-    from var_moe.cli.progress import StageProgress
-    from var_moe.cli.report import make_report
-    from var_moe.cli.tables import print_policies
+    subject.check(blocks=max(1, blocks))
     from var_moe.evaluation.sweep import CONTROL, check_targets, measure_again, require_policies
     from var_moe.growing import GrowingResult
     from var_moe.models.checks import check_droppable
+    from var_moe.terminal import show
 
     if not asked:
         variants = {policy_spec(name).variant_of for name in policy_names()}
@@ -122,23 +103,23 @@ def compare(
     names = require_policies([CONTROL, *asked])
     compensations = [name for name, _ in parsed] or [None]
     rows = [row for row in earlier["rows"] if _wanted(row, compensations)] if earlier else None
-    with StageProgress() as progress, GrowingResult(output / "comparison.json") as kept:
-        shown = None if quiet else progress
+    file = output / "comparison.json"
+    with run.progress() as progress, GrowingResult(file) as kept:
         policies_of = names if rows is None else [row["policy"] for row in rows]
         stand_ins = compensations if rows is None else [row["compensation"] for row in rows]
         needs = {need for name in policies_of for need in policy_spec(name).needs}
         needs |= {"compensation" for name in stand_ins if name not in (None, "none")}
-        ready = subject.ready(shown, needs=needs, stand_ins=stand_ins)
+        ready = subject.ready(progress, needs=needs, stand_ins=stand_ins)
         top_k = ready.evaluator.top_k
         check_droppable(ready.loaded.name, top_k)
         targets = check_targets(experts, top_k) if earlier is None else _targets(earlier)
         _check_peers(ready)
         known = cache(ready.calibration_with)  # it holds tables as large as the vocabulary
         if earlier is None or rows is None:
-            points = _turned(names, ready, targets, compensations, known, shown)
+            points = _turned(names, ready, targets, compensations, known, progress)
         else:
             _check_same(earlier, ready)
-            points = measure_again(ready.evaluator, rows, known, progress=shown)
+            points = measure_again(ready.evaluator, rows, known, progress=progress)
         result = _measure(
             points,
             ready,
@@ -147,14 +128,40 @@ def compare(
             blocks=blocks,
             max_degradation=max_degradation,
             kept=kept,
-            progress=shown,
+            progress=progress,
         )
-    print_policies(result)
-    for note in result["notes"]:
-        print(f"Note: {note}")
-    print(f"Saved: {output / 'comparison.json'}, {output / 'comparison.csv'}")
-    make_report(output)
-    return Answer(result)
+    show(_policies(result))
+    return finish(result, file, file.with_suffix(".csv"), report=output)
+
+
+def _policies(result: dict[str, Any]) -> Any:
+    """The rows of each target, the best first."""
+    text = result["text"]
+    columns = {
+        "policy": "{name}",
+        "experts/token": "{experts_per_token:.3f}",
+        "PPL change": "{degradation:+.2%}",
+        "± s.e.": "{standard_error_pct:.2f}",
+        "random skip": "{degradation_of_random_skip:+.2%}",
+        "speedup": "{speedup:.3f}x",
+        "95%": "{speedup_95[0]:.3f}-{speedup_95[1]:.3f}",
+    }
+    targets = result["targets_experts_per_token"]
+    ordered = sorted(
+        (row for row in result["rows"] if row["target_experts_per_token"] in targets),
+        key=lambda row: (targets.index(row["target_experts_per_token"]), row["degradation"]),
+    )
+    title = (
+        f"{result['model']['name']} on {text['dataset']} ({text['split']}, "
+        f"{result['documents']} documents), perplexity {result['baseline']['perplexity']:.3f}"
+    )
+    rows = [
+        {**row, "standard_error_pct": 100 * row["degradation_standard_error"]} for row in ordered
+    ]
+    made = table(title, columns, rows)
+    for row, before, after in zip(made.rows, ordered, ordered[1:], strict=False):
+        row.end_section = before["target_experts_per_token"] != after["target_experts_per_token"]
+    return made
 
 
 def _measure(
@@ -166,7 +173,7 @@ def _measure(
     blocks: int,
     max_degradation: float,
     kept: GrowingResult,
-    progress: Progress | None,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Score all points, then time them; each is kept as soon as it is known."""
     from var_moe.evaluation.sweep import control_at, timed
@@ -199,8 +206,7 @@ def _measure(
         keep("further points, throughput" if blocks else "further points")
     for number, point in enumerate(points if blocks else ()):
         keep("throughput" if number == 0 else f"throughput after {points[number - 1].name}")
-        if progress:
-            progress(f"timing {point.name}", number, len(points))
+        progress(f"timing {point.name}", number, len(points))
         points[number] = timed(evaluator, point, calibration(point.compensation), blocks=blocks)
     return keep(None)
 
@@ -211,13 +217,13 @@ def _turned(
     targets: tuple[float, ...],
     compensations: list[str | None],
     calibration: Calibration,
-    progress: Progress | None,
+    progress: Progress,
 ) -> Iterator[Point]:
     from var_moe.evaluation.sweep import check_made, droppers, sweep
     from var_moe.optimization.preparation import sample_documents
 
     evaluator = ready.evaluator
-    small = sample_documents(evaluator.documents, TURNING_DOCUMENTS, ready.subject.seed)
+    small = sample_documents(evaluator.documents, TURNING_DOCUMENTS, ready.subject.run.seed)
     turning = evaluator.with_documents(small)
     turning.progress = None
     chosen = {one: names if one is None else droppers(names) for one in compensations}
@@ -255,7 +261,7 @@ def _check_peers(ready: Ready) -> None:
     if profile is not None and profile.peers is None and ready.needs & {"ratios", "sensitivity"}:
         raise UsageError(
             f"profile {subject.profile}: made by an earlier version, without what other policies "
-            f"need; make it again with `var-moe profile --model {shlex.quote(subject.model)}`"
+            f"need; make it again with `var-moe profile --model {shlex.quote(subject.model.model)}`"
         )
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from var_moe.cli.output import Answer
+from var_moe.cli.options import QuietOptions
+from var_moe.cli.output import Answer, StageProgress, make_report
 
 if TYPE_CHECKING:
     from var_moe.calibration.profile import RoutingProfile
-    from var_moe.cli.progress import StageProgress
     from var_moe.models.loading import LoadedModel
     from var_moe.optimization.measure_again import TuneOutcome
 
@@ -21,19 +22,18 @@ BOUND = 0.02  # wide, as little text gives wide intervals
 SEED = 1
 
 
-def demo(*, output: Path = Path("results/demo"), quiet: bool = False) -> Answer:
+def demo(*, output: Path = Path("results/demo"), run: QuietOptions = QuietOptions()) -> Answer:
     """Tour in about two minutes: profile, search, measure again, export, on the bundled model.
 
     The texts are small ones, so that it is short: `var-moe tune` does the same at full size.
 
     Args:
         output: folder for what the tour writes.
-        quiet: no progress.
     """
-    from var_moe.cli.progress import StageProgress
     from var_moe.models.loading import load_model
     from var_moe.optimization.results import RESULTS_FILE
     from var_moe.storage import check_output_folder, read_json
+    from var_moe.terminal import show
 
     check_output_folder(output)
     _say(
@@ -41,17 +41,21 @@ def demo(*, output: Path = Path("results/demo"), quiet: bool = False) -> Answer:
         "A small Mixtral-style language model comes with var_moe. In each of its layers a router "
         "picks 2 of 8 experts for every token. Where the second one adds little, it need not run.",
     )
-    with StageProgress() as progress:
+    with run.progress() as progress:
         loaded = load_model("demo")
-        profile = _profile(loaded, output, None if quiet else progress)
-        outcome = _search(loaded, output, progress, quiet=quiet)
-    _show(outcome, profile)
-    _export(output)
+        profile = _profile(loaded, output, progress)
+        outcome = _search(loaded, output, progress, quiet=run.quiet)
+    show(
+        *outcome.parts,
+        "Speedups are of this machine, for scoring 4 x 128 tokens. The profile has "
+        f"{profile.head['tokens']:,} tokens; `var-moe tune` takes 400,000 and more text "
+        "throughout.",
+    )
     _end(output)
     return Answer(read_json(output / RESULTS_FILE, what="results of a search"))
 
 
-def _profile(loaded: LoadedModel, output: Path, progress: StageProgress | None) -> RoutingProfile:
+def _profile(loaded: LoadedModel, output: Path, progress: StageProgress) -> RoutingProfile:
     from var_moe.calibration.calibrate import with_damages
     from var_moe.calibration.collect import collect_profile
     from var_moe.optimization.preparation import DAMAGE_FOLDER, PROFILE_FOLDER, read_text
@@ -70,9 +74,7 @@ def _profile(loaded: LoadedModel, output: Path, progress: StageProgress | None) 
         **data,
         max_tokens=CALIBRATION_TOKENS,
         seed=SEED,
-        progress=(lambda done, total: progress("profiling the routing", done, total))
-        if progress
-        else None,
+        progress=partial(progress, "profiling the routing"),
     )
     place = output / PROFILE_FOLDER
     profile = with_damages(
@@ -119,23 +121,13 @@ def _search(
     return tune(
         loaded,
         settings,
-        progress=None if quiet else progress,
-        say=(lambda _line: None) if quiet else progress.say,
+        progress=progress,
+        say=progress.say,
         verbose=not quiet,
     )
 
 
-def _show(outcome: TuneOutcome, profile: RoutingProfile) -> None:
-    from var_moe.terminal import show
-
-    show(*outcome.parts)
-    print(
-        f"Speedups are of this machine, for scoring 4 x 128 tokens. The profile has "
-        f"{profile.head['tokens']:,} tokens; `var-moe tune` takes 400,000 and more text throughout."
-    )
-
-
-def _export(output: Path) -> None:
+def _end(output: Path) -> None:
     from var_moe.certification.exporting import export
 
     _say(
@@ -144,11 +136,6 @@ def _export(output: Path) -> None:
         "certified: a certificate needs text that nothing was chosen on (`var-moe certify`).",
     )
     export(output, output / "export")
-
-
-def _end(output: Path) -> None:
-    from var_moe.cli.report import make_report
-
     make_report(output)  # which names it
     print("Written:")
     for path in sorted(output.iterdir()):

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from var_moe.cli.output import Answer
+from var_moe.cli.output import Answer, table
 
 
 def doctor() -> Answer:
@@ -23,48 +23,33 @@ def doctor() -> Answer:
 
 
 def _print(found: Mapping[str, Any]) -> None:
+    from var_moe.cli.diagnosis import EXPERTS, HIDDEN, INTERMEDIATE, TOKENS, TOP_K
     from var_moe.terminal import show
 
-    show(_packages(found["packages"]))
+    columns = {"package": "{name}", "version": "{shown}", "for": "{why}", "install": "{install}"}
+    rows = [
+        {
+            **row,
+            "shown": row["version"] or ("MISSING" if row["needed"] else "-"),
+            "install": row["install"] or "",
+        }
+        for row in found["packages"]
+    ]
+    show(table("Installed", columns, rows))
     if found["backends"]:
-        show(_backends(found["backends"]))
+        title = (
+            f"Experts backends on one layer ({TOKENS:,} tokens, {TOP_K} of {EXPERTS} experts, "
+            f"{HIDDEN} x {INTERMEDIATE})"
+        )
+        backends = sorted(found["backends"], key=lambda row: row["latency_ms"] or float("inf"))
+        rows = [{**row, "why_not": row["why_not"] or ""} for row in backends]
+        show(table(title, {"backend": "{name}", "ms": "{latency_ms:.2f}", "": "{why_not}"}, rows))
     show(*_about(found), *(f"Slow: {line}" for line in found["slow"]))
     if found["missing"]:
         line = f"Missing: {', '.join(found['missing'])}; see `install` above"
     else:
         line = "Nothing that is needed is missing."
     show(line)
-
-
-def _packages(rows: list[dict[str, Any]]) -> Any:
-    from rich.table import Table
-
-    table = Table(title="Installed", title_justify="left")
-    for heading in ("package", "version", "for", "install"):
-        table.add_column(heading)
-    for row in rows:
-        absent = "MISSING" if row["needed"] else "-"
-        table.add_row(row["name"], row["version"] or absent, row["why"], row["install"] or "")
-    return table
-
-
-def _backends(rows: list[dict[str, Any]]) -> Any:
-    from rich.table import Table
-
-    from var_moe.cli.diagnosis import EXPERTS, HIDDEN, INTERMEDIATE, TOKENS, TOP_K
-
-    table = Table(
-        title=f"Experts backends on one layer ({TOKENS:,} tokens, {TOP_K} of {EXPERTS} experts, "
-        f"{HIDDEN} x {INTERMEDIATE})",
-        title_justify="left",
-    )
-    table.add_column("backend")
-    table.add_column("ms", justify="right")
-    table.add_column("")
-    for row in sorted(rows, key=lambda row: row["latency_ms"] or float("inf")):
-        took = "" if row["latency_ms"] is None else f"{row['latency_ms']:.2f}"
-        table.add_row(row["name"], took, row["why_not"] or "")
-    return table
 
 
 def _about(found: Mapping[str, Any]) -> list[str]:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from cyclopts import Parameter
-
-from var_moe.cli.compensation import parse_compensation
-from var_moe.cli.output import Answer
+from var_moe.cli.options import (
+    Mode,
+    ModelOptions,
+    Repeated,
+    RunOptions,
+    TextOptions,
+    parse_compensation,
+)
+from var_moe.cli.output import CHANGE, SPEEDUP, TIERS, Answer, finish, table
 from var_moe.config import check_count
 from var_moe.errors import UsageError
 
@@ -23,33 +28,24 @@ if TYPE_CHECKING:
 
 def evaluate(
     *,
-    model: str = "demo",
-    dataset: str = "demo",
-    split: str = "validation",
+    model: ModelOptions = ModelOptions(),
+    text: TextOptions = TextOptions(),
     config: Path | None = None,
-    preset: Annotated[list[str] | None, Parameter(consume_multiple=False)] = None,
-    mode: Literal["verified", "plain"] | None = None,
+    preset: Repeated = None,
+    mode: Mode = None,
     policy: str | None = None,
-    set: Annotated[list[str] | None, Parameter(consume_multiple=False)] = None,
+    set: Repeated = None,
     compensation: str | None = None,
     profile: Path | None = None,
     output: Path = Path("results/evaluate"),
     max_samples: int | None = None,
     blocks: int = 10,
     decode_blocks: int = 3,
-    seed: int = 0,
-    device: str = "auto",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-    quiet: bool = False,
+    run: RunOptions = RunOptions(),
 ) -> Answer:
     """Compare the baseline with VAR or a peer: perplexity, tokens/s, experts per token, tiers.
 
     Args:
-        model: demo, a local folder, or a Hub id.
-        dataset: demo (or demo-postgres, ...), wikitext, a Hub name[:config], or a local file; or
-            several as a,b,c, which are also reported apart.
-        split: part of the text to score.
         config: a configuration that any command wrote, such as best_config.json or
             certified_config.json, or a VAR configuration (JSON).
         preset: conservative, balanced, aggressive, or keep_all; may be repeated.
@@ -64,11 +60,6 @@ def evaluate(
         max_samples: score at most so many documents.
         blocks: timed blocks per arm.
         decode_blocks: timed blocks of generation per arm and batch size; 0 leaves it out.
-        seed: draws the documents when max_samples takes a part of them.
-        device: auto, cpu, cuda, ...
-        dtype: auto, float32, bfloat16, float16.
-        trust_remote_code: run a Hub model's own code.
-        quiet: no progress.
     """
     from var_moe.cli.subject import Subject
 
@@ -83,51 +74,87 @@ def evaluate(
     check_count("decode_blocks", decode_blocks, 0)
     subject = Subject(
         model=model,
-        dataset=dataset,
-        split=split,
+        text=text,
+        run=run,
         profile=profile,
         config=config,
         output=output,
         compensation=place,
         max_samples=max_samples,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
     )
-    subject.check(blocks=blocks, quiet=quiet)
-    from var_moe.cli.progress import StageProgress
-    from var_moe.cli.report import make_report
-    from var_moe.cli.tables import print_apart, print_comparison, print_decoding
+    subject.check(blocks=blocks)
     from var_moe.growing import GrowingResult
     from var_moe.routing.registry import policy_spec
 
     if policy is not None:
         policy_spec(policy).check(candidates[policy].settings)
-    with StageProgress() as progress, GrowingResult(output / "evaluation.json") as kept:
-        shown = None if quiet else progress
+    file = output / "evaluation.json"
+    with run.progress() as progress, GrowingResult(file) as kept:
         ready = subject.ready(
-            shown,
+            progress,
             needs=frozenset().union(*(one.needs for one in candidates.values())),
             stand_ins=[one.compensation for one in candidates.values()],
         )
         policies = _policies(candidates, ready, with_defaults=policy)
         result = _measure(
-            policies, ready, blocks=blocks, decode_blocks=decode_blocks, kept=kept, progress=shown
+            policies,
+            ready,
+            blocks=blocks,
+            decode_blocks=decode_blocks,
+            kept=kept,
+            progress=progress,
         )
-    text = result["text"]
-    print_comparison(
-        result["rows"],
-        title=f"{model} on {text['dataset']} ({text['split']}, {result['documents']} documents)",
+    _show(result)
+    return finish(result, file, report=output)
+
+
+def _show(result: dict[str, Any]) -> None:
+    """All beside each other, each data set by itself, and generation where it was timed."""
+    from var_moe.optimization.summary import apart_table
+    from var_moe.terminal import show
+
+    text, (baseline, *rows) = result["text"], result["rows"]
+    columns = {
+        "": "{name}",
+        "PPL": "{perplexity:.3f}",
+        "change (95% upper)": "{change}",
+        "tokens/s": "{throughput_tps:,.0f}",
+        "speedup [95%]": "{speed}",
+        "experts/token": "{experts_per_token:.3f}",
+        "fast/cached/learned %": "{tiers}",
+        "cache hits %": "{hits}",
+    }
+    first = {
+        **baseline,
+        "name": f"baseline ({baseline['backend']})",
+        **dict.fromkeys(("change", "hits"), ""),
+        **{"speed": "1.00", "tiers": "0 / 0 / 100"},
+    }
+    cells = {"change": CHANGE, "speed": SPEEDUP, "tiers": TIERS, "hits": "{hits_pct:.1f}"}
+    shown = []
+    for row in rows:
+        values = {**row, "hits_pct": 100 * row["cache_hit_rate"]}
+        shown.append({**row, **{key: cell.format_map(values) for key, cell in cells.items()}})
+    title = (
+        f"{result['model']['name']} on {text['dataset']} ({text['split']}, "
+        f"{result['documents']} documents)"
     )
-    for row in result["rows"]:
-        print_apart(row.get("by_dataset", []), title=f"{row['name']}, each data set by itself")
-    print_decoding(result["rows"])
-    for note in result["notes"]:
-        print(f"Note: {note}")
-    print(f"Saved: {output / 'evaluation.json'}")
-    make_report(output)
-    return Answer(result)
+    show(table(title, columns, [first, *shown]))
+    for row in rows:
+        if row.get("by_dataset"):
+            show(apart_table(row["by_dataset"], title=f"{row['name']}, each data set by itself"))
+    decoding = [{"name": row["name"], **one} for row in rows for one in row.get("decode") or ()]
+    columns = {
+        "": "{name}",
+        "batch": "{batch_size}",
+        "new tokens": "{new_tokens}",
+        "tokens/s": "{throughput_tps:,.0f}",
+        "speedup [95%]": SPEEDUP,
+        "baseline": "{baseline_backend}",
+        "tokens/s ": "{baseline_throughput_tps:,.0f}",
+    }
+    if decoding:
+        show(table("generation, greedy", columns, decoding))
 
 
 def _candidates(
@@ -219,7 +246,7 @@ def _measure(
     blocks: int,
     decode_blocks: int,
     kept: GrowingResult,
-    progress: Progress | None,
+    progress: Progress,
 ) -> dict[str, Any]:
     """A row for the unmodified model and one for each policy; kept as soon as parts are known."""
     from var_moe.evaluation.evaluator import measure_apart
@@ -262,8 +289,7 @@ def _measure(
     for row, (name, _, policy) in zip(rows[1:], policies, strict=True):
         for done, size in enumerate(BATCH_SIZES):
             kept.save(ready.result(rows), missing="generation")
-            if progress:
-                progress(f"{name}: generating", done, len(BATCH_SIZES))
+            progress(f"{name}: generating", done, len(BATCH_SIZES))
             setting = DecodeSetting(batch_size=size)
             row["decode"].append(decoding.speed(policy, setting, blocks=decode_blocks).to_dict())
     return kept.save(ready.result(rows))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Any
 
-from var_moe.cli.output import Answer
+from var_moe.cli.options import CalibrationTextOptions, ModelOptions, RunOptions, settings_of
+from var_moe.cli.output import Answer, finish
 from var_moe.config import check_count
 from var_moe.errors import UsageError
 
@@ -14,31 +13,23 @@ from var_moe.errors import UsageError
 def fit_compensation(
     *,
     profile: Path,
-    model: str = "demo",
-    dataset: str = "demo",
-    split: str = "calibration",
+    model: ModelOptions = ModelOptions(),
+    text: CalibrationTextOptions = CalibrationTextOptions(),
     output: Path | None = None,
     regress_tokens: int | None = None,
     tokens: int | None = None,
     rank: int | None = None,
     rate: float | None = None,
     damage_tokens: int | None = None,
-    seed: int = 0,
-    device: str = "auto",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-    quiet: bool = False,
+    run: RunOptions = RunOptions(),
 ) -> Answer:
     """Distil the unmodified model into what damage-aware skipping leaves of it.
 
     The model's weights stay as they are. What is fitted lies with the profile, and every later
-    command with that profile uses it.
+    command with that profile uses it. A part of the text is held out and ends the fit.
 
     Args:
         profile: profile folder of the same model.
-        model: demo, a local folder, or a Hub id.
-        dataset: demo (or demo-postgres, ...), wikitext, a Hub name[:config], or a local file.
-        split: part of the text to fit on; a part of it is held out and ends the fit.
         output: folder; by default compensation/ in the profile's folder. An interrupted fit goes
             on there.
         regress_tokens: calibration tokens of the layer-wise part; 0 leaves it out.
@@ -46,56 +37,39 @@ def fit_compensation(
         rank: of the map; by default the largest that costs less than 3% of what it saves.
         rate: highest learning rate of the distillation.
         damage_tokens: of the passes that predict what a cut costs, before and after.
-        seed: draws the order of the text and the start.
-        device: auto, cpu, cuda, ...
-        dtype: auto, float32, bfloat16, float16.
-        trust_remote_code: run a Hub model's own code.
-        quiet: no progress.
     """
-    from var_moe.data.text import check_dataset, load_text
-    from var_moe.models.loading import check_name
-    from var_moe.storage import check_output_folder
-
+    options = dict(locals())
     check_count("damage_tokens", damage_tokens)
     if not profile.is_dir():
         raise UsageError(f"{profile}: no such profile folder; make one with `var-moe profile`")
-    check_name(model)
-    check_dataset(dataset)
-    if not quiet:
-        print(f"loading model {model} ...", file=sys.stderr, flush=True)
+    dataset = text.named()
+    run.begin(model.model, dataset, output=output)
     from var_moe.calibration.calibrate import DAMAGE_TOKENS, learn_compensation
     from var_moe.calibration.fit_compensation import FitSettings
     from var_moe.calibration.fitted_files import FOLDER
     from var_moe.calibration.profile import RoutingProfile
-    from var_moe.cli.progress import StageProgress
-    from var_moe.models.loading import load_model
+    from var_moe.data.text import load_text
     from var_moe.optimization.preparation import tokenised
+    from var_moe.storage import check_output_folder
 
     known = RoutingProfile.load(profile)
-    place = output or profile / FOLDER
-    check_output_folder(place)
-    given: dict[str, Any] = {
-        "rank": rank,
-        "regress_tokens": regress_tokens,
-        "tokens": tokens,
-        "rate": rate,
-    }
-    settings = FitSettings(seed=seed, **{k: v for k, v in given.items() if v is not None})
+    place = check_output_folder(output or profile / FOLDER)
+    settings = settings_of(FitSettings, {**options, "seed": run.seed})
     checkpoint = place.parent / f".{place.name}.checkpoint.pt"
-    texts = load_text(dataset, split)
-    with StageProgress() as progress:
-        loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    texts = load_text(dataset, text.split)
+    with run.progress() as progress:
+        loaded = model.load()
         known.check_loaded(loaded)
-        text = tokenised(texts, loaded)
+        encoded = tokenised(texts, loaded)
         fitted = learn_compensation(
             loaded,
             known,
-            text.documents,
-            data={"dataset": dataset, "data_hash": text.data_hash},
+            encoded.documents,
+            data={"dataset": dataset, "data_hash": encoded.data_hash},
             settings=settings,
             damage_tokens=DAMAGE_TOKENS if damage_tokens is None else damage_tokens,
             checkpoint=checkpoint,
-            progress=None if quiet else progress,
+            progress=progress,
         )
     fitted.save(place)
     checkpoint.unlink(missing_ok=True)
@@ -107,5 +81,5 @@ def fit_compensation(
         f"rescaled cuts {held['nothing']:.4f}, start {held['start']:.4f}, layer by layer "
         f"{held['regressed']:.4f}, distilled {held['fitted']:.4f}"
     )
-    print(f"Saved: {place}")
+    finish({}, place)
     return Answer(fitted.head)

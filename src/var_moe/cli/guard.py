@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from cyclopts import Parameter
-
-from var_moe.cli.output import Answer
+from var_moe.cli.options import (
+    RunOptions,
+    Searched,
+    SearchedModelOptions,
+    SearchedTextOptions,
+    Words,
+)
+from var_moe.cli.output import Answer, finish
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,7 +22,6 @@ if TYPE_CHECKING:
     from var_moe.models.loading import LoadedModel
     from var_moe.routing.base import RoutingPolicy
     from var_moe.routing.guard import Guard
-    from var_moe.routing.watch import GuardReport
 
 GUARD_FILE = "guard.json"
 CHECK_FILE = "guard_check.json"
@@ -27,20 +30,16 @@ CHECK_FILE = "guard_check.json"
 def guard(
     results: Path,
     *,
-    check: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    check: Words = None,
     alpha: float = 0.01,
     action: Literal["report", "warn", "fallback"] = "warn",
     tolerance: float = 0.0,
-    model: str | None = None,
-    dataset: str | None = None,
+    model: SearchedModelOptions = SearchedModelOptions(),
+    text: SearchedTextOptions = SearchedTextOptions(),
     profile: Path | None = None,
     output: Path | None = None,
     max_samples: int | None = None,
-    seed: int = 0,
-    device: str = "auto",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-    quiet: bool = False,
+    run: RunOptions = RunOptions(),
 ) -> Answer:
     """Calibrate a guard for `routed(..., guard=...)` on one half of validation, one section a page.
 
@@ -52,65 +51,44 @@ def guard(
         alpha: probability of an alarm, ever, on text like the calibration's.
         action: what the guard does: report, warn, or fallback to the model's own routing.
         tolerance: how far means may leave their range, in standard deviations over documents.
-        model: demo, a local folder, or a Hub id; by default the search's.
-        dataset: text to calibrate on; by default the search's.
         profile: profile folder, where none lies in the results folder.
         output: folder for guard.json and guard_check.json; by default the results folder.
         max_samples: calibrate on and check with at most so many documents each.
-        seed: of the choice of sections and of the order of documents.
-        device: auto, cpu, cuda, ...
-        dtype: auto, float32, bfloat16, float16.
-        trust_remote_code: run a Hub model's own code.
-        quiet: no progress.
     """
-    from var_moe.cli.report import make_report
-    from var_moe.cli.validate import search_of
     from var_moe.config import check_number
-    from var_moe.data.text import check_dataset, load_text
-    from var_moe.errors import UsageError
-    from var_moe.models.loading import check_name
+    from var_moe.data.text import load_text
     from var_moe.optimization.candidate import load_candidate
     from var_moe.optimization.results import CONFIG_FILE
-    from var_moe.storage import SCHEMA_VERSION, check_output_folder, provenance
+    from var_moe.storage import SCHEMA_VERSION, provenance
 
-    if not results.is_dir():
-        raise UsageError(f"{results}: no such folder; expected the results of `var-moe tune`")
-    searched = search_of(results / CONFIG_FILE)
-    model = model or searched.model
-    dataset = dataset or searched.dataset
-    place = check_output_folder(output or results)
+    searched = Searched.of(results)
+    name, dataset = model.model or searched.model, text.named(searched.dataset)
+    place, seed = output or results, run.seed
     check_number("Guard.tolerance", tolerance, low=0)
-    check_name(model)
-    for name in (dataset, *(check or ())):
-        check_dataset(name)
-    chosen = load_candidate(results / CONFIG_FILE)
-    if not quiet:
-        print(f"loading model {model} ...", file=sys.stderr, flush=True)
-    from var_moe.cli.progress import StageProgress
+    candidate = load_candidate(results / CONFIG_FILE)
+    run.begin(name, dataset, *(check or ()), output=place)
     from var_moe.data.documents import one_per_page
     from var_moe.evaluation.guarding import calibrate_guard
     from var_moe.growing import GrowingResult
-    from var_moe.models.loading import load_model
     from var_moe.optimization.preparation import halves, tokenised
     from var_moe.optimization.validation import find_profile
     from var_moe.routing.guard import check_alpha
 
     check_alpha(alpha)
-    found = find_profile(results / CONFIG_FILE, profile)
+    known = find_profile(results / CONFIG_FILE, profile)
     calibration = load_text(dataset, "validation")
-    others = {name: load_text(name, "validation") for name in check or ()}
-    with StageProgress() as progress:
-        loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        found.check_loaded(loaded)
-        policy = chosen.make(found)
-        text = tokenised(calibration, loaded)
-        further = {
-            name: one_per_page(tokenised(other, loaded).documents, seed)[:max_samples]
-            for name, other in others.items()
-        }
-        own, other = (one_per_page(half, seed)[:max_samples] for half in halves(text.documents))
-        if not quiet:
-            progress.say(f"calibrating on {len(own)} documents ...")
+    others = {other: load_text(other, "validation") for other in check or ()}
+    with run.progress() as progress:
+        loaded = model.load(name)
+        known.check_loaded(loaded)
+        policy = candidate.make(known)
+        encoded = tokenised(calibration, loaded)
+        own, half = (one_per_page(part, seed)[:max_samples] for part in halves(encoded.documents))
+        played = {f"{dataset}, other half": half}
+        for other, its_text in others.items():
+            documents = tokenised(its_text, loaded).documents
+            played[other] = one_per_page(documents, seed)[:max_samples]
+        progress.say(f"calibrating on {len(own)} documents ...")
         made = calibrate_guard(
             loaded,
             policy,
@@ -119,11 +97,10 @@ def guard(
             action=action,
             tolerance=tolerance,
             seed=seed,
-            data={"dataset": dataset, "split": "validation", "data_hash": text.data_hash},
-            progress=None if quiet else progress,
+            data={"dataset": dataset, "split": "validation", "data_hash": encoded.data_hash},
+            progress=progress,
         )
         made.save(place / GUARD_FILE)
-        shown = None if quiet else progress
         rows: list[dict[str, Any]] = []
         result = {
             "schema_version": SCHEMA_VERSION,
@@ -132,17 +109,14 @@ def guard(
             "seed": seed,
             "provenance": provenance(),
         }
-        played = {f"{dataset}, other half": other, **further}
         with GrowingResult(place / CHECK_FILE) as kept:
-            for number, (name, documents) in enumerate(played.items()):
+            for number, (other, documents) in enumerate(played.items()):
                 kept.save(result, missing=", ".join(list(played)[number:]))
-                rows.append(_checked(name, loaded, policy, made, documents, seed, shown))
+                rows.append(_checked(other, loaded, policy, made, documents, seed, progress))
             kept.save(result)
     for row in rows:
         print(_line(row))
-    print(f"Saved: {place / GUARD_FILE}, {place / CHECK_FILE}")
-    make_report(place)
-    return Answer(result)
+    return finish(result, place / GUARD_FILE, place / CHECK_FILE, report=place)
 
 
 def _checked(
@@ -152,7 +126,7 @@ def _checked(
     made: Guard,
     documents: Sequence[EncodedDocument],
     seed: int,
-    progress: Progress | None,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Play documents to the guard, from empty caches; one to a forward's row."""
     from var_moe.evaluation.guarding import play
@@ -170,12 +144,9 @@ def _checked(
         "tokens": report.tokens,
         "experts_per_token": report.experts_per_token,
         "departure": None if departure is None else departure.to_dict(),
-        **_state(report.guard),
+        **report.guard.to_dict(),
+        "worst": report.guard.worst().name,
     }
-
-
-def _state(report: GuardReport) -> dict[str, Any]:
-    return {**report.to_dict(), "worst": report.worst().name}
 
 
 def _line(row: dict[str, Any]) -> str:

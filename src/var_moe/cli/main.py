@@ -25,10 +25,9 @@ from var_moe.cli.output import run
 from var_moe.cli.profile import profile
 from var_moe.cli.replay import replay
 from var_moe.cli.report import report
-from var_moe.cli.text_column import with_text_column
 from var_moe.cli.trace import trace
 from var_moe.cli.tune import tune
-from var_moe.cli.words import FORWARDED, Words, read_words
+from var_moe.cli.words import FORWARDED, Words, effective_options, load_options, read_words
 from var_moe.config import check_seed
 from var_moe.errors import UsageError, VarMoeError
 from var_moe.growing import kept_by
@@ -61,10 +60,8 @@ def build_app() -> App:
     )
     commands = (tune, certify, guard, profile, evaluate, compare, trace, replay)
     for command in (*commands, analyze, report, export, doctor, demo):
-        app.command(with_text_column(command), validator=_check_options)
-    app.command(
-        with_text_column(fit_compensation), name="fit-compensation", validator=_check_options
-    )
+        app.command(command, validator=_check_options)
+    app.command(fit_compensation, name="fit-compensation", validator=_check_options)
     app.command(lm_eval, name=FORWARDED, help_flags=(), version_flags=())
     app.register_install_completion_command(name=("--install_completion", "--install-completion"))
     return app
@@ -77,9 +74,10 @@ def _converted(kind: Any, tokens: Sequence[Token]) -> Any:
     return convert(kind, tokens)
 
 
-def _check_options(*, seed: int | None = None, **_others: object) -> None:
+def _check_options(*, seed: int | None = None, **others: object) -> None:
     """What is asked of the options of every command."""
-    check_seed(seed)
+    for one in (seed, *(getattr(value, "seed", None) for value in others.values())):
+        check_seed(one)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -130,12 +128,8 @@ def _main(given: list[str]) -> int:
 def _run(words: Words) -> int:
     app = build_app()
     if words.options is not None and words.rest:
-        from var_moe.cli.options import load_options
-
         app.config = (load_options(words.options, words.rest[0]),)
     if words.show_config:
-        from var_moe.cli.options import effective_options
-
         print(effective_options(app, words.rest), end="")
         return 0
     return run(

@@ -1,81 +1,264 @@
-"""Options of a command as a YAML file: read for ``--options``, written by ``--show_config``."""
+"""Options that several commands take: each group is one frozen dataclass, which cyclopts flattens.
+
+A command has ``model: ModelOptions = ModelOptions()`` among its parameters; the fields are then
+its options ``--model``, ``--device`` and so on. The class is the one place of their defaults and
+of their help. Where the class is ``Searched...``, what is left out is the search's whose results
+the command works on.
+"""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
-from pathlib import Path, PurePath
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from cyclopts import App
-from cyclopts.config import Dict
+from cyclopts import Parameter
 
+from var_moe.config import MAX_DEGRADATION
 from var_moe.errors import UsageError
-from var_moe.storage import expanded
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    from var_moe.cli.output import StageProgress
+    from var_moe.models.loading import LoadedModel
+
+Settings = TypeVar("Settings", bound="DataclassInstance")
+COMPENSATIONS = ("none", "means", "learned")
+Mode = Literal["verified", "plain"] | None
+Words = Annotated[list[str] | None, Parameter(consume_multiple=True)]
+"""An option that takes several words: ``--policies naee ser``."""
+Repeated = Annotated[list[str] | None, Parameter(consume_multiple=False)]
+"""An option that is given several times: ``--set a=1 --set b=2``."""
 
 
-def load_options(path: Path, command: str) -> Dict:
-    """The file as a source of a command's options for cyclopts, which names file and wrong key.
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class SearchedModelOptions:
+    """The model and where it runs.
 
-    Keys are a command's options, with hyphens or underscores.
+    Args:
+        model: demo, a local folder, or a Hub id; by default the search's, or demo.
+        device: auto, cpu, cuda, ...
+        dtype: auto, float32, bfloat16, float16.
+        trust_remote_code: run a Hub model's own code.
+    """
+
+    model: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+
+    def load(self, default: str = "demo") -> LoadedModel:
+        """Load the model; one of the name `default` where none is given."""
+        from var_moe.models.loading import load_model
+
+        return load_model(
+            self.model or default,
+            device=self.device,
+            dtype=self.dtype,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(SearchedModelOptions):
+    """The same where there is no search.
+
+    Args:
+        model: demo, a local folder, or a Hub id.
+    """
+
+    model: str = "demo"
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class SearchedTextOptions:
+    """The data set.
+
+    Args:
+        dataset: demo (or demo-postgres, ...), wikitext, a Hub name[:config], a local file, or
+            several as a,b,c; by default the search's, or demo.
+        text_column: the column of --dataset that holds the text, where that is not clear; the
+            same as name::column as the dataset.
+    """
+
+    dataset: str | None = None
+    text_column: str | None = None
+
+    def named(self, default: str = "demo") -> str:
+        """The data set's name with its text column, as result files record it.
+
+        Args:
+            default: taken where none is given.
+
+        Raises:
+            UsageError: a column without a data set of one's own.
+        """
+        if self.text_column is None:
+            return self.dataset or default
+        if self.dataset in (None, "demo"):
+            raise UsageError(f"--text_column {self.text_column} needs the --dataset that has it")
+        from var_moe.data.text import with_column
+
+        return with_column(self.dataset, self.text_column)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions(SearchedTextOptions):
+    """The data set and its split.
+
+    Args:
+        dataset: demo (or demo-postgres, ...), wikitext, a Hub name[:config], a local file, or
+            several as a,b,c.
+        split: part of the text that is read.
+    """
+
+    dataset: str = "demo"
+    split: str = "validation"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationTextOptions(TextOptions):
+    """The same, where something is fitted."""
+
+    split: str = "calibration"
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class QuietOptions:
+    """How much is said.
+
+    Args:
+        quiet: no progress.
+    """
+
+    quiet: bool = False
+
+    def begin(
+        self, model: str, *datasets: str, output: Path | None, doing: str | None = None
+    ) -> None:
+        """`check_names`, then say what is begun: by default that the model is loaded."""
+        check_names(model, *datasets, output=output)
+        self.say(doing or f"loading model {model} ...")
+
+    def say(self, line: str) -> None:
+        """Write a line to stderr, unless quiet."""
+        self.progress().say(line)
+
+    def progress(self) -> StageProgress:
+        """Progress that says nothing where quiet."""
+        from var_moe.cli.output import StageProgress
+
+        return StageProgress(quiet=self.quiet)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(QuietOptions):
+    """Seed and progress.
+
+    Args:
+        seed: of the choice and order of documents, and of all else that is drawn.
+    """
+
+    seed: int = 0
+
+
+def check_names(model: str, *datasets: str, output: Path | None = None) -> None:
+    """Refuse names that cannot be, in a moment: loading a model takes seconds.
+
+    Args:
+        model: its name.
+        datasets: their names.
+        output: the folder that will be written to, if known.
 
     Raises:
-        UsageError: no such file, no YAML, no mapping, or a key twice.
+        UsageError: says what is missing, or not a folder.
     """
-    import yaml
+    from var_moe.data.text import check_dataset
+    from var_moe.models.loading import check_name
+    from var_moe.storage import check_output_folder
 
-    if not path.is_file():
-        what = "a folder" if path.is_dir() else "no such file"
-        raise UsageError(f"{path}: {what}; expected a file with options of a command in YAML")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not valid YAML ({error})") from None
-    if values is None:
-        values = {}
-    if not isinstance(values, Mapping):
-        raise UsageError(f"{path}: expected `option: value` in each line")
-    data: dict[str, Any] = {}
-    for key, value in values.items():
-        name = str(key).replace("-", "_")
-        if name in data:
-            raise UsageError(f"{path}: {name!r} is given twice, with a hyphen and without")
-        data[name] = _read(value)
-    # Below the command's name: at the top, options that are called as a command is (--profile)
-    # would be taken for that command's.
-    return Dict({command: data}, source=str(path), use_commands_as_keys=True)
+    if output is not None:
+        check_output_folder(output)
+    check_name(model)
+    for dataset in datasets:
+        check_dataset(dataset)
 
 
-def _read(value: Any) -> Any:
-    if isinstance(value, str):
-        return expanded(value)
-    return [_read(item) for item in value] if isinstance(value, list) else value
+def parse_compensation(
+    value: str | None, *, folder_only: bool = False
+) -> tuple[str | None, Path | None]:
+    """The name that a policy is made with, and the folder that it comes from.
 
-
-def effective_options(app: App, words: tuple[str, ...]) -> str:
-    """All options of a command line, defaults included, as YAML that `load_options` reads.
+    Args:
+        value: ``none``, ``means``, ``learned`` (the profile's own), or a folder that
+            `var-moe fit-compensation` left; None leaves it to the policy.
+        folder_only: refuse a name, as a configuration names its own.
 
     Raises:
-        UsageError: the words name no command.
+        UsageError: it is neither.
     """
-    import yaml
-
-    command, bound, _ = app.parse_args(list(words), exit_on_error=False, print_error=False)
-    if not words or words[0].startswith("-"):
-        raise UsageError("--show_config: expected a command, as in `var-moe tune --show_config`")
-    bound.apply_defaults()
-    names = option_names(command)
-    values = {names[name]: _plain(value) for name, value in bound.arguments.items()}
-    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    return f"# var-moe {words[0]}\n{text}"
-
-
-def option_names(command: Callable[..., Any]) -> dict[str, str]:
-    """Each parameter's option, without its hyphens: ``from_`` is ``from``."""
-    return {name: name.rstrip("_") for name in inspect.signature(command).parameters}
+    if value in COMPENSATIONS and folder_only:
+        raise UsageError(f"--compensation {value}: the configuration names it; expected a folder")
+    if value is None or value in COMPENSATIONS:
+        return value, None
+    if not Path(value).is_dir():
+        raise UsageError(
+            f"--compensation {value}: expected {', '.join(COMPENSATIONS)}, or the folder of a "
+            "fitted one"
+        )
+    return "learned", Path(value)
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, PurePath):
-        return str(value)
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+@dataclass(frozen=True, kw_only=True)
+class Searched:
+    """What a search was asked; of an unknown one, the demo's."""
+
+    model: str = "demo"
+    dataset: str = "demo"
+    max_degradation: float = MAX_DEGRADATION
+    robust: bool = False
+
+    @classmethod
+    def beside(cls, config: Path) -> Searched:
+        """Of the search that left a configuration, as far as the file beside it says so."""
+        from var_moe.optimization.results import METADATA_FILE
+        from var_moe.storage import entries_of, read_json
+
+        beside = config.parent / METADATA_FILE
+        if not beside.is_file():
+            return cls()
+        metadata = read_json(beside, what="metadata of a search")
+        with entries_of(beside):
+            known = {**metadata.get("identity", {}), **metadata.get("settings", {})}
+        names = ("model", "dataset", "max_degradation", "robust")
+        return cls(**{key: known[key] for key in names if key in known})
+
+    @classmethod
+    def of(cls, results: Path) -> Searched:
+        """Of a results folder.
+
+        Raises:
+            UsageError: no such folder.
+        """
+        if not results.is_dir():
+            raise UsageError(f"{results}: no such folder; expected the results of `var-moe tune`")
+        from var_moe.optimization.results import CONFIG_FILE
+
+        return cls.beside(results / CONFIG_FILE)
+
+
+def settings_of(kind: type[Settings], options: Mapping[str, Any]) -> Settings:
+    """A command's settings, as Python callers have them, from its options of the same names.
+
+    Args:
+        kind: the settings' dataclass, where the defaults stand.
+        options: None is an option that is not given; what is no field is left out.
+    """
+    names = {one.name for one in fields(kind)}
+    given = {name: value for name, value in options.items() if name in names}
+    return kind(**{name: value for name, value in given.items() if value is not None})

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from var_moe.cli.output import Answer
+from var_moe.cli.options import Mode, QuietOptions, Words
+from var_moe.cli.output import TIERS, Answer, finish, table
 from var_moe.config import MAX_DEGRADATION
 from var_moe.errors import UsageError
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from var_moe.evaluation.cost import CostModel
     from var_moe.evaluation.evaluator import Progress
     from var_moe.optimization.candidate import Candidate
+    from var_moe.optimization.forecast import ForecastGrid
     from var_moe.tracing.trace import RoutingTrace
 
 COST_FILE = "cost_model.json"
@@ -28,6 +30,15 @@ _NO_DAMAGE = (
     "the trace was recorded with --decisions_only, so no degradation is predicted and there is "
     "no front"
 )
+_SHOWN = 12  # points of a front
+_SHORT = {
+    "frequency_threshold": "freq.",
+    "entropy_threshold": "entropy",
+    "confidence_threshold": "conf.",
+    "cache_size": "cache",
+    "cache_ttl_seconds": "ttl",
+    "context_window_size": "window",
+}
 
 
 def replay(
@@ -35,13 +46,13 @@ def replay(
     *,
     profile: Path | None = None,
     config: Annotated[list[Path] | None, Parameter(consume_multiple=True)] = None,
-    preset: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    preset: Words = None,
     grid: int | None = None,
-    mode: Literal["verified", "plain"] | None = None,
+    mode: Mode = None,
     cost: Path | None = None,
     output: Path = Path("results/replay"),
     max_degradation: float = MAX_DEGRADATION,
-    quiet: bool = False,
+    run: QuietOptions = QuietOptions(),
 ) -> Answer:
     """Predict tiers, experts per token, degradation and speedup from a trace.
 
@@ -58,7 +69,6 @@ def replay(
             folder of the trace or the profile.
         output: folder for replay.json and replay.csv.
         max_degradation: bound on the predicted degradation, to mark points of the grid.
-        quiet: no progress.
     """
     from var_moe.config import SEARCH_SPACE, check_bound
     from var_moe.optimization.search_space import check_grid
@@ -70,8 +80,7 @@ def replay(
         raise UsageError("--grid has configurations of its own: leave --config and --preset out")
     if grid is not None:
         check_grid(SEARCH_SPACE, grid, name="grid")
-    if not quiet:
-        print(f"reading trace {trace} ...", file=sys.stderr, flush=True)
+    run.say(f"reading trace {trace} ...")
     configs = _configs(config or [], preset or [], mode)
     place = _profile_folder(trace, profile)
     model = _cost_model(cost, [trace, trace.parent, place, place.parent])
@@ -89,19 +98,38 @@ def replay(
     notes += [] if recorded.damage else [_NO_DAMAGE]
     about = _about(recorded, known, trace, place, model, notes)
     if grid is None:
-        result = _some(recorded, known, configs, model, about, output)
-    else:
-        from var_moe.cli.progress import StageProgress
+        rows = _rows(recorded, known, configs, model)
+        return _end({**about, "rows": rows}, _flat(rows), output, _replays(rows, about["trace"]))
+    with run.progress() as progress:
+        forecasts = _grid(recorded, known, grid, mode or "verified", model, progress)
+    names = {"degradation": "predicted_degradation", "speedup": "predicted_speedup"}
+    front = _front(forecasts, mode or "verified", max_degradation, names)
+    result = {
+        **about,
+        "mode": mode or "verified",
+        "max_degradation": max_degradation,
+        "values": {name: list(known) for name, known in forecasts.values.items()},
+        "points": forecasts.size,
+        "front": front,
+    }
+    columns = {names.get(name, name): column for name, column in forecasts.table().items()}
+    return _end(result, columns, output, *_shown_front(result))
 
-        with StageProgress() as progress:
-            shown = None if quiet else progress
-            mode = mode or "verified"
-            result = _grid(
-                recorded, known, grid, mode, model, about, output, max_degradation, shown
-            )
-    for note in notes:
-        print(f"Note: {note}")
-    return Answer(result)
+
+def _end(result: dict[str, Any], columns: Mapping[str, Any], output: Path, *parts: Any) -> Answer:
+    """Write both files, and show the parts."""
+    import pandas as pd
+
+    from var_moe.storage import atomic_write, atomic_write_json, jsonable
+    from var_moe.terminal import show
+
+    plain: dict[str, Any] = jsonable(result)
+    json_file, csv_file = output / "replay.json", output / "replay.csv"
+    atomic_write_json(json_file, plain)
+    frame = pd.DataFrame(columns)
+    atomic_write(csv_file, lambda temporary: frame.to_csv(temporary, index=False))
+    show(*parts)
+    return finish(plain, json_file, csv_file)
 
 
 def _configs(files: list[Path], presets: list[str], mode: str | None) -> dict[str, Candidate]:
@@ -175,16 +203,13 @@ def _about(
     }
 
 
-def _some(
+def _rows(
     trace: RoutingTrace,
     profile: RoutingProfile,
     configs: dict[str, Candidate],
     cost: CostModel | None,
-    about: dict[str, Any],
-    output: Path,
-) -> dict[str, Any]:
-    from var_moe.cli.replay_tables import print_replays
-    from var_moe.storage import atomic_write_json, jsonable
+) -> list[dict[str, Any]]:
+    """What each configuration decides, and its speedup where there is a cost model."""
     from var_moe.tracing.policies import replayer_of
 
     rows = []
@@ -200,28 +225,24 @@ def _some(
         speedup = cost and cost.speedup(replayed.report, decided=timed or helped, residual=helped)
         row = {"name": name, "config": one.to_dict(), **replayed.to_dict()}
         rows.append({**row, "predicted_speedup": speedup})
-    result: dict[str, Any] = jsonable({**about, "rows": rows})
-    atomic_write_json(output / "replay.json", result)
-    flat = [
-        {
-            "name": row["name"],
-            **{k: v for k, v in row["config"].items() if k != "settings"},
-            **row["config"].get("settings", {}),
-            **{k: v for k, v in row.items() if k in _FLAT},
-        }
-        for row in rows
-    ]
-    columns = dict.fromkeys(name for row in flat for name in row)
-    _write_csv({name: [row.get(name) for row in flat] for name in columns}, output)
-    print_replays(rows, about["trace"])
-    print(f"Saved: {output / 'replay.json'}, {output / 'replay.csv'}")
-    return result
+    return rows
 
 
-_FLAT = (
+_FIGURES = (
     *("experts_per_token", "fast_pct", "cached_pct", "learned_pct", "cache_hit_rate"),
     *("predicted_degradation", "predicted_speedup"),
 )
+
+
+def _flat(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The rows as columns of a CSV file, each setting a column."""
+    flat = []
+    for row in rows:
+        own = {key: value for key, value in row["config"].items() if key != "settings"}
+        figures = {key: row[key] for key in row if key in _FIGURES}
+        flat.append({"name": row["name"], **own, **row["config"].get("settings", {}), **figures})
+    columns = dict.fromkeys(name for row in flat for name in row)
+    return {name: [row.get(name) for row in flat] for name in columns}
 
 
 def _grid(
@@ -230,16 +251,12 @@ def _grid(
     n_points: int,
     mode: str,
     cost: CostModel | None,
-    about: dict[str, Any],
-    output: Path,
-    max_degradation: float,
-    progress: Progress | None,
-) -> dict[str, Any]:
-    from var_moe.cli.replay_tables import print_front
-    from var_moe.config import SEARCH_SPACE, VARConfig
+    progress: Progress,
+) -> ForecastGrid:
+    """Forecasts of every combination of `n_points` values of VAR's thresholds."""
+    from var_moe.config import SEARCH_SPACE
     from var_moe.optimization.forecast import ForecastGrid
     from var_moe.optimization.search_space import dimensions
-    from var_moe.storage import atomic_write_json, jsonable
     from var_moe.tracing.replay import TraceReplay
 
     values = {d.name: tuple(d.grid(n_points)) for d in dimensions(SEARCH_SPACE)}
@@ -251,33 +268,67 @@ def _grid(
     columns = TraceReplay(trace, profile).grid(
         values, {"mode": mode}, speedups=speedups if cost else None, progress=progress
     )
-    found = ForecastGrid(values=values, columns=columns)
-    predicted = {"degradation": "predicted_degradation", "speedup": "predicted_speedup"}
+    return ForecastGrid(values=values, columns=columns)
+
+
+def _front(
+    forecasts: ForecastGrid, mode: str, max_degradation: float, names: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """The points that no other beats in speed and degradation; none without degradations."""
+    from var_moe.config import VARConfig
+
     front = []
-    for number in found.front() if "degradation" in found.columns else []:
-        row = {predicted.get(name, name): value for name, value in found.row(number).items()}
-        config = VARConfig(mode=mode, **found.point(number))
+    for number in forecasts.front() if "degradation" in forecasts.columns else []:
+        row = {names.get(name, name): value for name, value in forecasts.row(number).items()}
+        config = VARConfig(mode=mode, **forecasts.point(number))
         feasible = row["predicted_degradation"] <= max_degradation
         front.append({"config": config.to_dict(), **row, "feasible": feasible})
-    result: dict[str, Any] = {
-        **about,
-        "mode": mode,
-        "max_degradation": max_degradation,
-        "values": {name: list(known) for name, known in found.values.items()},
-        "points": found.size,
-        "front": front,
+    return front
+
+
+def _where(trace: Mapping[str, Any]) -> str:
+    return f"{trace['model']} on {trace['dataset']}, {trace['tokens']:,} tokens"
+
+
+def _replays(rows: Sequence[Mapping[str, Any]], trace: Mapping[str, Any]) -> Any:
+    """A line for each configuration."""
+    columns = {
+        "": "{name}",
+        "experts/token": "{experts_per_token:.3f}",
+        "fast/cached/learned %": TIERS,
+        "cache hits %": "{hits_pct:.1f}",
+        "PPL change, predicted": "{predicted_degradation:+.2%}",
+        "speedup, predicted": "{predicted_speedup:.3f}x",
     }
-    atomic_write_json(output / "replay.json", jsonable(result))
-    _write_csv({predicted.get(k, k): v for k, v in found.table().items()}, output)
-    print_front(front, about["trace"], found.size, mode, max_degradation)
-    print(f"Saved: {output / 'replay.json'}, {output / 'replay.csv'}")
-    return result
+    shown = [
+        {"predicted_degradation": None, **row, "hits_pct": 100 * row["cache_hit_rate"]}
+        for row in rows
+    ]
+    return table(f"Replayed {_where(trace)}", columns, shown)
 
 
-def _write_csv(columns: dict[str, Any], output: Path) -> None:
-    import pandas as pd
-
-    from var_moe.storage import atomic_write
-
-    frame = pd.DataFrame(columns)
-    atomic_write(output / "replay.csv", lambda temporary: frame.to_csv(temporary, index=False))
+def _shown_front(result: Mapping[str, Any]) -> list[Any]:
+    """Points of the front; some of them where there are many."""
+    front, limit = result["front"], f"{100 * result['max_degradation']:g}%"
+    if not front:
+        return []
+    columns = {short: f"{{config[{name}]:g}}" for name, short in _SHORT.items()}
+    columns |= {
+        "experts/token": "{experts_per_token:.3f}",
+        "fast/cached/learned %": TIERS,
+        "PPL change": "{predicted_degradation:+.2%}{star}",
+        "speedup": "{predicted_speedup:.3f}x",
+    }
+    last = len(front) - 1
+    chosen = {round(last * step / (_SHOWN - 1)) for step in range(_SHOWN)}
+    feasible = [number for number, row in enumerate(front) if row["feasible"]]
+    rows = [
+        {"predicted_speedup": None, **front[number], "star": " *" * front[number]["feasible"]}
+        for number in sorted(chosen | set(feasible[-1:]))
+    ]
+    title = (
+        f"{len(front)} points that no other beats in speed and degradation "
+        f"(* predicted within {limit})"
+    )
+    about = f"Replayed {result['points']:,} points ({result['mode']}): {_where(result['trace'])}"
+    return [about, table(title, columns, rows)]

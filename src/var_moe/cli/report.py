@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -51,16 +50,3 @@ def report(
             "figures": [str(one) for one in written],
         }
     )
-
-
-def make_report(folder: Path) -> None:
-    """The report of a command that ends; a report that fails does not take the results with it."""
-    from var_moe.errors import VarMoeError
-    from var_moe.report.page import write_report
-
-    try:
-        path = write_report(folder)
-    except (VarMoeError, OSError) as error:
-        print(f"Note: no report was made ({error})", file=sys.stderr)
-        return
-    print(f"Report: {path}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
 
     from var_moe.calibration.fitted_files import FittedCompensation
     from var_moe.calibration.profile import RoutingProfile
+    from var_moe.cli.options import ModelOptions, RunOptions, TextOptions
     from var_moe.data.documents import TextSplit
     from var_moe.evaluation.evaluator import Evaluator, Progress
     from var_moe.models.loading import LoadedModel
@@ -24,44 +24,43 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A model and a text as a command line names them."""
+    """A model and a text as a command line names them.
 
-    model: str
-    dataset: str
-    split: str
+    Args:
+        profile: its folder, if one is given.
+        output: folder of the results, and of a profile that is made.
+        max_samples: documents of the text at the most.
+        compensation: folder of a learned one, where it is not the profile's own.
+        config: a configuration: the profile beside it is taken where none is given.
+    """
+
+    model: ModelOptions
+    text: TextOptions
+    run: RunOptions
     profile: Path | None
     output: Path
     max_samples: int | None
-    seed: int
-    device: str
-    dtype: str
-    trust_remote_code: bool
     compensation: Path | None = None
-    """Folder of a learned compensation, where it is not the profile's own."""
     config: Path | None = None
-    """A configuration: the profile beside it is taken where none is given."""
 
-    def check(self, *, blocks: int, quiet: bool) -> None:
+    @cached_property
+    def dataset(self) -> str:
+        """The data set's name, with its text column."""
+        return self.text.named()
+
+    def check(self, *, blocks: int) -> None:
         """What can be told in a moment, before a library is loaded.
 
         Raises:
             UsageError: names the option that is wrong.
         """
-        from var_moe.data.text import check_dataset
-        from var_moe.models.loading import check_name
-        from var_moe.storage import check_output_folder
-
-        check_output_folder(self.output)
         check_count("blocks", blocks)
         check_count("max_samples", self.max_samples, 2)
-        check_name(self.model)
-        check_dataset(self.dataset)
-        if not quiet:
-            print(f"loading model {self.model} ...", file=sys.stderr, flush=True)
+        self.run.begin(self.model.model, self.dataset, output=self.output)
 
     def ready(
         self,
-        progress: Progress | None,
+        progress: Progress,
         *,
         needs: Collection[str] = (),
         stand_ins: Collection[str | None] = (),
@@ -80,28 +79,22 @@ class Subject:
         from var_moe.data.documents import require_documents
         from var_moe.data.text import load_text
         from var_moe.evaluation.evaluator import Evaluator
-        from var_moe.models.loading import load_model
         from var_moe.optimization.preparation import sample_documents, tokenised
 
-        text = load_text(self.dataset, self.split)
+        text = load_text(self.dataset, self.text.split)
         require_documents(text.documents, 2, "comparing perplexities")
         known = self._known_profile(needed=bool(needs))
         fresh = bool(needs) and known is None
         calibration = load_text(self.dataset, "calibration") if fresh else None
         learned = None
-        loaded = load_model(
-            self.model,
-            device=self.device,
-            dtype=self.dtype,
-            trust_remote_code=self.trust_remote_code,
-        )
+        loaded = self.model.load()
         if known is not None and not self._fits(known, loaded):
             known = None
         if self.compensation is not None:
             learned = load_compensation(self.compensation, loaded)
         self._check_stand_ins(stand_ins, known, loaded.top_k)
         encoded = tokenised(text, loaded)
-        documents = sample_documents(encoded.documents, self.max_samples, self.seed)
+        documents = sample_documents(encoded.documents, self.max_samples, self.run.seed)
         require_documents(documents, 2, "comparing perplexities")
         return Ready(
             subject=self,
@@ -219,7 +212,7 @@ class Ready:
                 "profile_hash": None if profile is None else profile.hash,
                 "setting": self.evaluator.setting.to_dict(),
                 "model": {"name": loaded.name, "revision": loaded.revision, "dtype": loaded.dtype},
-                "seed": self.subject.seed,
+                "seed": self.subject.run.seed,
                 "provenance": provenance(),
             }
         )

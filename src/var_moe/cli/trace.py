@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from var_moe.cli.output import Answer
+from var_moe.cli.options import ModelOptions, RunOptions, TextOptions
+from var_moe.cli.output import Answer, StageProgress, table
 from var_moe.config import check_count
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from var_moe.calibration.profile import RoutingProfile
-    from var_moe.cli.progress import StageProgress
     from var_moe.data.documents import EncodedDocument
     from var_moe.models.loading import LoadedModel
     from var_moe.tracing.trace import RoutingTrace
@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 
 def trace(
     *,
-    model: str = "demo",
-    dataset: str = "demo",
-    split: str = "validation",
+    model: ModelOptions = ModelOptions(),
+    text: TextOptions = TextOptions(),
     profile: Path | None = None,
     output: Path = Path("results/trace"),
     max_tokens: int | None = None,
@@ -31,18 +30,11 @@ def trace(
     decisions_only: bool = False,
     timings: bool = False,
     tokens_per_batch: int = 4096,
-    seed: int = 0,
-    device: str = "auto",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-    quiet: bool = False,
+    run: RunOptions = RunOptions(),
 ) -> Answer:
     """Record every decision of the router on a text, for `var-moe replay`.
 
     Args:
-        model: demo, a local folder, or a Hub id.
-        dataset: demo (or demo-postgres, ...), wikitext, a Hub name[:config], or a local file.
-        split: part of the text to record.
         profile: profile folder; by default the calibration split is profiled first, into
             the folder `profile` of the output.
         output: folder for the trace; an interrupted one goes on there.
@@ -53,42 +45,25 @@ def trace(
         timings: also time a few forwards and fit the cost model, so that a replay predicts
             speedups; kept as cost_model.json beside the trace.
         tokens_per_batch: padded tokens per forward; fewer need less memory.
-        seed: draws the documents when max_tokens or max_samples take a part of them.
-        device: auto, cpu, cuda, ...
-        dtype: auto, float32, bfloat16, float16.
-        trust_remote_code: run a Hub model's own code.
-        quiet: no progress.
     """
-    from var_moe.data.text import check_dataset, load_text
-    from var_moe.models.loading import check_name
-    from var_moe.storage import check_output_folder
-
-    check_output_folder(output)
-    counts = {
-        "max_tokens": max_tokens,
-        "max_samples": max_samples,
-        "tokens_per_batch": tokens_per_batch,
-    }
-    for name, count in counts.items():
-        check_count(name, count)
-    check_name(model)
-    check_dataset(dataset)
-    if not quiet:
-        print(f"loading model {model} ...", file=sys.stderr, flush=True)
+    check_count("max_tokens", max_tokens)
+    check_count("max_samples", max_samples)
+    check_count("tokens_per_batch", tokens_per_batch)
+    dataset = text.named()
+    run.begin(model.model, dataset, output=output)
     from var_moe.calibration.profile import RoutingProfile
-    from var_moe.cli.progress import StageProgress
-    from var_moe.models.loading import load_model
+    from var_moe.data.text import load_text
     from var_moe.optimization.preparation import obtain_profile, sample_documents, tokenised
     from var_moe.tracing.record import record_trace
 
-    texts = load_text(dataset, split)
+    texts = load_text(dataset, text.split)
     if profile is not None:
         RoutingProfile.load(profile)  # a damaged one is refused before the model is loaded
     calibration = load_text(dataset, "calibration") if profile is None else None
-    with StageProgress() as progress:
-        loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        text = tokenised(texts, loaded)
-        documents = sample_documents(text.documents, max_samples, seed)
+    with run.progress() as progress:
+        loaded = model.load()
+        encoded = tokenised(texts, loaded)
+        documents = sample_documents(encoded.documents, max_samples, run.seed)
         means, place = obtain_profile(
             loaded,
             dataset,
@@ -96,30 +71,27 @@ def trace(
             folder=output,
             damages=not decisions_only,
             calibration=calibration,
-            progress=None if quiet else progress,
+            progress=progress,
         )
-        if not quiet:
-            asked = (max_tokens, seed)
-            progress.say(_size(loaded, documents, means, output, asked, not decisions_only))
-        found = record_trace(
+        asked = (max_tokens, run.seed)
+        progress.say(_size(loaded, documents, means, output, asked, not decisions_only))
+        recorded = record_trace(
             loaded,
             documents,
             dataset=dataset,
-            data_hash=text.data_hash,
+            data_hash=encoded.data_hash,
             folder=output,
             profile=means,
             damage=not decisions_only,
             max_tokens=max_tokens,
             tokens_per_batch=tokens_per_batch,
-            seed=seed,
-            progress=None
-            if quiet
-            else lambda done, total: progress("tracing the router", done, total),
+            seed=run.seed,
+            progress=partial(progress, "tracing the router"),
         )
         if timings:
-            _fit_cost(loaded, documents, means, output, progress, quiet=quiet)
-    _print(found, output, place)
-    return Answer(found.head)
+            _fit_cost(loaded, documents, means, output, progress)
+    _print(recorded, output, place)
+    return Answer(recorded.head)
 
 
 def _fit_cost(
@@ -128,8 +100,6 @@ def _fit_cost(
     profile: RoutingProfile,
     output: Path,
     progress: StageProgress,
-    *,
-    quiet: bool,
 ) -> None:
     """The cost model of this machine and model, VAR's own work included."""
     from var_moe.evaluation.cost import fit_cost_model
@@ -138,14 +108,12 @@ def _fit_cost(
     from var_moe.optimization.replay_run import COST_FILE
     from var_moe.storage import atomic_write_json
 
-    if not quiet:
-        progress.say("timing forwards for the cost model ...")
+    progress.say("timing forwards for the cost model ...")
     evaluator = Evaluator(loaded, documents)
     most, least = preset("balanced").cost_policies(profile, loaded.top_k) or (None, None)
     cost = fit_cost_model(evaluator, var_all=most, var_leading=least)
     atomic_write_json(output / COST_FILE, cost.to_dict())
-    if not quiet:
-        progress.say(f"cost model: median error {100 * cost.error:.1f}% on timings left out")
+    progress.say(f"cost model: median error {100 * cost.error:.1f}% on timings left out")
 
 
 def _size(
@@ -178,8 +146,6 @@ def _size(
 def _print(trace: RoutingTrace, output: Path, profile: Path | None) -> None:
     import math
 
-    from rich.table import Table
-
     from var_moe.terminal import show
     from var_moe.tracing.trace import folder_size
 
@@ -188,16 +154,22 @@ def _print(trace: RoutingTrace, output: Path, profile: Path | None) -> None:
     if trace.nll is not None:
         nll = float(trace.nll.double().sum()) / max(trace.scored, 1)
         perplexity = f", perplexity {math.exp(nll):.3f}"
-    # A line of its own: as a title it would be broken to the small table's width.
-    show(
-        f"{head['model']} on {head['dataset']}: {trace.tokens:,} tokens of "
-        f"{len(trace.documents):,} documents, {folder_size(output) / 2**20:,.1f} MiB{perplexity}",
-    )
-    table = Table()
-    for heading in ("layer", "entropy (nats)", "first expert's mass"):
-        table.add_column(heading, justify="right")
     entropy = trace.entropy.float().mean(dim=1).tolist()
     mass = trace.weight[:, :, 0].float().mean(dim=1).tolist()
-    for layer, (nats, share) in enumerate(zip(entropy, mass, strict=True)):
-        table.add_row(str(layer), f"{nats:.3f}", f"{share:.3f}")
-    show(table, f"Trace: {output}", f"Profile: {profile}")
+    rows = [
+        {"layer": layer, "entropy": nats, "mass": share}
+        for layer, (nats, share) in enumerate(zip(entropy, mass, strict=True))
+    ]
+    columns = {
+        "layer": "{layer}",
+        "entropy (nats)": "{entropy:.3f}",
+        "first expert's mass": "{mass:.3f}",
+    }
+    show(
+        # A line of its own: as a title it would be broken to the small table's width.
+        f"{head['model']} on {head['dataset']}: {trace.tokens:,} tokens of "
+        f"{len(trace.documents):,} documents, {folder_size(output) / 2**20:,.1f} MiB{perplexity}",
+        table(None, columns, rows),
+        f"Trace: {output}",
+        f"Profile: {profile}",
+    )

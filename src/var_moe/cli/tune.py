@@ -8,9 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from var_moe.cli.answer import answer
-from var_moe.cli.compensation import parse_compensation
-from var_moe.cli.output import Answer
+from var_moe.cli.options import (
+    Mode,
+    QuietOptions,
+    Repeated,
+    SearchedModelOptions,
+    SearchedTextOptions,
+    check_names,
+    parse_compensation,
+    settings_of,
+)
+from var_moe.cli.output import Answer, finish, make_report
+from var_moe.cli.validate import answer
 from var_moe.cli.validate import validate as run_validation
 from var_moe.errors import UsageError
 
@@ -21,8 +30,8 @@ if TYPE_CHECKING:
 def tune(
     *,
     method: Literal["replay", "bayesian", "grid", "random"] | None = None,
-    model: str | None = None,
-    dataset: str | None = None,
+    model: SearchedModelOptions = SearchedModelOptions(),
+    text: SearchedTextOptions = SearchedTextOptions(),
     n_calls: int | None = None,
     n_points: int | None = None,
     exhaustive: bool = False,
@@ -33,23 +42,20 @@ def tune(
     seed: int | None = None,
     seeds: str | None = None,
     robust: bool = False,
-    mode: Literal["verified", "plain"] | None = None,
+    mode: Mode = None,
     policy: str | None = None,
     compensation: str | None = None,
     engine: Literal["optuna", "skopt"] | None = None,
     max_samples: int | None = None,
     final_samples: int | None = None,
-    bounds: Annotated[list[str] | None, Parameter(consume_multiple=False)] = None,
+    bounds: Repeated = None,
     storage: str | None = None,
     resume: bool = False,
     profile: Path | None = None,
     calibration_tokens: int | None = None,
     split: str = "test",
-    device: str = "auto",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
     yes: bool = False,
-    quiet: bool = False,
+    run: QuietOptions = QuietOptions(),
 ) -> Answer:
     """Find the configuration with the most throughput within a perplexity bound.
 
@@ -58,9 +64,6 @@ def tune(
             thousands of forecasts choose; grid chooses among n_points^6 forecasts (with --policy,
             it runs the model for each point of its grid); bayesian and random run the model for
             each point.
-        model: demo (default), a local folder, or a Hub id.
-        dataset: demo (default; or demo-postgres, ...), wikitext, a Hub name[:config], or a
-            local file; or several as a,b,c: the search is on all of them together.
         n_calls: full evaluations; 10 by default where forecasts choose them, else 50.
         n_points: values per dimension of the grid; 5 by default, 3 with --exhaustive.
         exhaustive: run the model for every point of the grid.
@@ -90,16 +93,9 @@ def tune(
         profile: a ready profile folder; by default the routing is profiled first.
         calibration_tokens: size of a fresh profile.
         split: text for --validate.
-        device: auto, cpu, cuda, ...
-        dtype: auto, float32, bfloat16, float16.
-        trust_remote_code: run a Hub model's own code.
         yes: do not ask before a long grid.
-        quiet: no progress.
     """
-    from var_moe.cli.progress import StageProgress
-    from var_moe.models.loading import check_name, load_model
-    from var_moe.storage import read_json
-
+    options = dict(locals())
     if seeds is not None and (validate is not None or from_ is not None):
         raise UsageError("--seeds belongs to a search, not to --validate or --from")
     if validate is not None:
@@ -107,84 +103,51 @@ def tune(
             raise UsageError("--policy does not belong to --validate: the configuration names it")
         return run_validation(
             validate,
-            compensation=compensation,
             model=model,
-            dataset=dataset,
-            split=split,
+            text=text,
+            run=run,
+            compensation=compensation,
             max_degradation=max_degradation,
             robust=robust,
             output=output,
             profile=profile,
+            split=split,
             mode=mode,
             max_samples=max_samples,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            quiet=quiet,
         )
     if from_ is not None:
         return answer(from_, max_degradation, output)
-    from var_moe.data.text import check_dataset
     from var_moe.optimization.seeds import STABILITY_FILE, parse_seeds, seeds_table, tune_seeds
     from var_moe.optimization.settings import TuneSettings
     from var_moe.optimization.trial_log import check_storage
+    from var_moe.storage import read_json
 
     # Everything that can be wrong is looked at before the model is loaded.
-    model = model or "demo"
     if seeds is not None and seed is not None:
         raise UsageError("--seeds and --seed do not belong together: give one of them")
     several = parse_seeds(seeds) if seeds is not None else ()
-    stand_in, place = parse_compensation(compensation)
-    check_name(model)
-    check_dataset(dataset or TuneSettings.dataset)
-    asked: dict[str, Any] = {
-        "method": method,
-        "engine": engine,
-        "exhaustive": exhaustive,
-        "dataset": dataset,
-        "robust": robust,
-        "n_calls": n_calls,
-        "n_points": n_points,
-        "max_degradation": max_degradation,
-        "output": output,
-        "seed": seed,
-        "mode": mode,
-        "policy": policy,
-        "compensation": stand_in,
-        "compensation_folder": place,
-        "max_samples": max_samples,
-        "final_samples": final_samples,
-        "bounds": bounds,
-        "storage": storage,
-        "resume": resume,
-        "profile": profile,
-        "calibration_tokens": calibration_tokens,
-    }
-    # What is not asked for is left to the settings, which Python callers use as well.
-    settings = TuneSettings(**{name: value for name, value in asked.items() if value is not None})
+    name, place = parse_compensation(compensation)
+    options |= {"dataset": text.named(), "compensation": name, "compensation_folder": place}
+    check_names(model.model or "demo", options["dataset"])
+    settings = settings_of(TuneSettings, options)
     output = settings.output
     check_storage(settings.trial_log, resume=settings.resume)
     if settings.method == "grid" and settings.exhaustive and not yes:
         _confirm_grid(settings)
-    if not quiet:
-        print(f"loading model {model} ...", file=sys.stderr, flush=True)
-    from var_moe.cli.report import make_report
+    run.say(f"loading model {model.model or 'demo'} ...")
     from var_moe.optimization.measure_again import NothingFitsError
     from var_moe.optimization.results import RESULTS_FILE
     from var_moe.optimization.run import tune as run_tune
     from var_moe.terminal import show, show_next
 
-    with StageProgress() as progress:
-        loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        shown: dict[str, Any] = {"verbose": not quiet}
-        if not quiet:
-            shown |= {"progress": progress, "say": progress.say}
+    with run.progress() as progress:
+        loaded = model.load()
+        shown: dict[str, Any] = {"verbose": not run.quiet}
+        shown |= {"progress": progress, "say": progress.say}
         if several:
             report = tune_seeds(loaded, settings, several, **shown)
             show(seeds_table(report))
-            print(f"Saved: {output / STABILITY_FILE}")
-            make_report(output)
-            return Answer(report)
+            return finish({**report}, output / STABILITY_FILE, report=output)
         try:
             outcome = run_tune(loaded, settings, **shown)
         except NothingFitsError as error:
@@ -192,8 +155,7 @@ def tune(
             make_report(output)
             error.result = read_json(output / RESULTS_FILE, what="results of a search")
             raise
-    show(*outcome.parts)
-    show(f"Results: {output}")
+    show(*outcome.parts, f"Results: {output}")
     make_report(output)
     show_next("tune", "--validate", output / "best_config.json")
     return Answer(read_json(output / RESULTS_FILE, what="results of a search"))

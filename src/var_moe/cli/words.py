@@ -5,12 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
 
 from var_moe.errors import UsageError
 from var_moe.storage import expanded
+
+if TYPE_CHECKING:
+    from cyclopts import App
+    from cyclopts.config import Dict
 
 FORWARDED = "lm-eval"
 """The command whose words are another program's, to be left as they are."""
@@ -81,3 +86,69 @@ def normalise(arguments: Sequence[str]) -> list[str]:
             argument = expanded(argument)
         out.append(argument)
     return out
+
+
+def load_options(path: Path, command: str) -> Dict:
+    """The file as a source of a command's options for cyclopts, which names file and wrong key.
+
+    Keys are a command's options, with hyphens or underscores.
+
+    Raises:
+        UsageError: no such file, no YAML, no mapping, or a key twice.
+    """
+    import yaml
+    from cyclopts.config import Dict
+
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "no such file"
+        raise UsageError(f"{path}: {what}; expected a file with options of a command in YAML")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not valid YAML ({error})") from None
+    if values is None:
+        values = {}
+    if not isinstance(values, Mapping):
+        raise UsageError(f"{path}: expected `option: value` in each line")
+    data: dict[str, Any] = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name in data:
+            raise UsageError(f"{path}: {name!r} is given twice, with a hyphen and without")
+        data[name] = _read(value)
+    # Below the command's name: at the top, options that are called as a command is (--profile)
+    # would be taken for that command's.
+    return Dict({command: data}, source=str(path), use_commands_as_keys=True)
+
+
+def _read(value: Any) -> Any:
+    if isinstance(value, str):
+        return expanded(value)
+    return [_read(item) for item in value] if isinstance(value, list) else value
+
+
+def effective_options(app: App, words: Sequence[str]) -> str:
+    """All options of a command line, defaults included, as YAML that `load_options` reads.
+
+    Raises:
+        UsageError: the words name no command.
+    """
+    import yaml
+
+    _, bound, _ = app.parse_args(list(words), exit_on_error=False, print_error=False)
+    if not words or words[0].startswith("-"):
+        raise UsageError("--show_config: expected a command, as in `var-moe tune --show_config`")
+    bound.apply_defaults()
+    values: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        # ``from_`` is ``from``; options that commands share are the fields of a dataclass.
+        own = asdict(value) if is_dataclass(value) else {name.rstrip("_"): value}  # type: ignore[arg-type]
+        values |= {name: _plain(value) for name, value in own.items()}
+    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return f"# var-moe {words[0]}\n{text}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, PurePath):
+        return str(value)
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
