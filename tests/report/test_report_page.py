@@ -149,21 +149,6 @@ def test_figures_survive_as_json(sample):
         assert json.loads(text)["layout"]["height"] > 0
 
 
-@pytest.mark.parametrize(
-    ("file", "text", "message"),
-    [
-        ("pareto.json", "{", "pareto.json: not valid JSON"),
-        ("pareto.json", "[]", "pareto.json: expected an object"),
-        ("certificate.json", '{"schema_version": 9}', "certificate.json: schema_version 9"),
-        ("certificate.json", '{"schema_version": 1}', "not as this version of var_moe writes it"),
-    ],
-)
-def test_a_broken_file_is_named(sample, file, text, message):
-    (sample / file).write_text(text)
-    with pytest.raises(UsageError, match=message):
-        build_report(sample)
-
-
 def test_a_folder_without_results_is_refused(tmp_path):
     with pytest.raises(UsageError, match="nothing to report"):
         build_report(tmp_path)
@@ -263,6 +248,8 @@ def test_a_guard_has_a_report(tmp_path):
     ("file", "text", "line"),
     [
         ("certificate.json", '{"schema_version": 1', "certificate.json: not valid JSON"),
+        ("certificate.json", '{"schema_version": 9}', "certificate.json: schema_version 9"),
+        ("pareto.json", "[]", "pareto.json: expected an object"),
         ("certificate.json", '{"schema_version": 1}', "certificate.json ('certified' is missing)"),
         ("cost_model.json", "{}", "cost_model.json ('setting' is missing)"),
         ("pareto.json", '{"schema_version": 1, "points": 3}', r"pareto.json ('int' object is not"),

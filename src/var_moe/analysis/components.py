@@ -57,15 +57,15 @@ class DecisionMarks(Observer):
 
 def attention_modules(model: Any) -> list[tuple[int, nn.Module]]:
     """(layer, module) of each attention, or whatever mixes tokens in its place."""
-    found: list[tuple[int, nn.Module]] = []
+    modules: list[tuple[int, nn.Module]] = []
     outermost = "no module"
     for name, module in model.named_modules():
         *above, last = name.split(".")
         inside = name.startswith(outermost + ".")
         if last in _ATTENTION and above and above[-1].isdigit() and not inside:
             outermost = name
-            found.append((int(above[-1]), module))
-    return found
+            modules.append((int(above[-1]), module))
+    return modules
 
 
 @contextmanager

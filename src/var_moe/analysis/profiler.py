@@ -114,14 +114,14 @@ class GPUProfiler:
             raise UsageError(f"profile name {name!r}: expected some text without {SEPARATOR!r}")
         self._open.append(name)
         path = SEPARATOR.join(self._open)
-        found: list[Span] = []
+        spans: list[Span] = []
         try:
             outermost = len(self._open) == 1
-            with recorded(self.device) if outermost else nullcontext(found) as found, mark(name):
+            with recorded(self.device) if outermost else nullcontext(spans) as spans, mark(name):
                 yield
         finally:
             self._open.pop()
-            self._spans += found
+            self._spans += spans
             self._peaks[path] = max(self._peaks.get(path, 0), self._memory.bytes())
 
     def reset(self) -> None:

@@ -292,7 +292,7 @@ def routed(
             few tokens and ``grouped_mm`` for many, without their dropped pairs.
         guard: warns, or goes over to the model's own routing, when decisions leave the range
             that it was calibrated on (`calibrate_guard`); its stream of documents is this block.
-        observers: see each forward's decisions.
+        observers: follow each forward's decisions (`Observer`).
 
     Yields:
         The `Session`, with `report()` and `reset()`.

@@ -122,9 +122,9 @@ def section(name: str, title: str, blocks: Iterable[Block | None], *, intro: str
     return Section(name=name, title=title, intro=intro, blocks=[one for one in blocks if one])
 
 
-def pictures(*found: Picture | None) -> Pictures | None:
+def pictures(*given: Picture | None) -> Pictures | None:
     """Those that are there, or nothing."""
-    there = [one for one in found if one is not None]
+    there = [one for one in given if one is not None]
     return Pictures(pictures=there) if there else None
 
 

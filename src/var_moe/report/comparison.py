@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from itertools import cycle
 from typing import Any
 
 from var_moe.report.blocks import Notes, Picture, Section, Table, pictures, section
@@ -11,7 +12,6 @@ from var_moe.report.theme import (
     GREY,
     SERIES,
     empty_figure,
-    interval_bars,
     limit,
     line_at,
     percent,
@@ -20,40 +20,57 @@ from var_moe.report.theme import (
 )
 
 CONTROL = "random_skip"
-Rows = Sequence[Mapping[str, Any]]
 
 
 def comparison_section(results: Results) -> Section:
     """Policies at equal experts per token, with a figure for each compensation, the best first."""
-    found = results.get("comparison")
-    text, rows = found["text"], found["rows"]
+    comparison = results.get("comparison")
+    text, rows = comparison["text"], comparison["rows"]
     ahead = sorted(rows, key=lambda row: row["degradation"])
     kinds = list(dict.fromkeys(row.get("compensation") for row in ahead))
     return section(
         "policies",
         "Policies at equal experts per token",
         [
-            pictures(*(experts_figure(found, kind, alone=len(kinds) == 1) for kind in kinds)),
-            pictures(speed_figure(found)),
-            *(_table(found, target) for target in found["targets_experts_per_token"]),
-            Notes(lines=found["notes"]) if found["notes"] else None,
+            pictures(*(experts_figure(comparison, kind, alone=len(kinds) == 1) for kind in kinds)),
+            *(_table(comparison, target) for target in comparison["targets_experts_per_token"]),
+            Notes(lines=comparison["notes"]) if comparison["notes"] else None,
         ],
-        intro=f"{found['model']['name']} on {text['dataset']} ({text['split']}), "
-        f"{found['documents']:,} documents, perplexity {found['baseline']['perplexity']:.3f}.",
+        intro=f"{comparison['model']['name']} on {text['dataset']} ({text['split']}), "
+        f"{comparison['documents']:,} documents, perplexity "
+        f"{comparison['baseline']['perplexity']:.3f}.",
     )
 
 
-def experts_figure(found: Mapping[str, Any], kind: str | None, *, alone: bool) -> Picture:
+def experts_figure(comparison: Mapping[str, Any], kind: str | None, *, alone: bool) -> Picture:
     """Degradation against executed experts per token, of one compensation."""
-    rows = found["rows"]
-    figure = _figure(
-        found, "experts per token", [row for row in rows if row.get("compensation") == kind]
-    )
+    rows = comparison["rows"]
+    figure = empty_figure("experts per token", "perplexity change, %", height=520)
+    ways = dict.fromkeys((row["policy"], row.get("dial")) for row in rows)
+    colours = dict(zip((way for way in ways if way[0] != CONTROL), cycle(SERIES), strict=False))
+    some = [row for row in rows if row.get("compensation") == kind]
+    for name in dict.fromkeys(row["name"] for row in some):
+        points = sorted(
+            (row for row in some if row["name"] == name), key=lambda row: -row["experts_per_token"]
+        )
+        way = (points[0]["policy"], points[0].get("dial"))
+        errors = [196 * point["degradation_standard_error"] for point in points]
+        figure.add_scatter(
+            x=[point["experts_per_token"] for point in points],
+            y=[100 * point["degradation"] for point in points],
+            error_y={"array": errors},
+            text=[f"{name}<br>{settings(point['settings'])}" for point in points],
+            name=name.removesuffix(f" + {kind}"),
+            mode="lines+markers",
+            line={"color": colours.get(way, GREY)},
+        )
     # One scale for all, so that the eye compares them.
     most = max(row["degradation"] + 2 * row["degradation_standard_error"] for row in rows)
     least = min(row["degradation"] - 2 * row["degradation_standard_error"] for row in rows)
     figure.update_yaxes(range=[100 * (min(least, 0) - 0.03 * most), 103 * most])
     figure.update_xaxes(autorange="reversed")
+    bound = comparison["max_degradation"]
+    line_at(figure, f"bound {limit(bound)}", y=100 * bound)
     return Picture(
         name="policies-experts" if alone else f"policies-experts-{kind}",
         title="What cuts cost" if alone else f"What cuts cost, compensation: {kind}",
@@ -63,62 +80,8 @@ def experts_figure(found: Mapping[str, Any], kind: str | None, *, alone: bool) -
     )
 
 
-def speed_figure(found: Mapping[str, Any]) -> Picture | None:
-    """Degradation against measured speedup, of the policies that were timed at every target."""
-    untimed = {row["name"] for row in found["rows"] if not row["speedup"]}
-    rows = [row for row in found["rows"] if row["name"] not in untimed]
-    if not rows:
-        return None
-    return Picture(
-        name="policies-speed",
-        title="What cuts bring",
-        caption="Measured speedup against the unmodified model; bars are 95% intervals over "
-        "interleaved blocks.",
-        figure=_figure(found, "speedup", rows),
-    )
-
-
-def _figure(found: Mapping[str, Any], x: str, rows: Rows) -> Any:
-    """Perplexity change against experts per token or speedup, which has the error bars.
-
-    A policy has one colour in all figures, and a dash for each compensation of a figure.
-    """
-    figure = empty_figure(x, "perplexity change, %", height=520)
-    ways = [(row["policy"], row.get("dial")) for row in found["rows"] if row["policy"] != CONTROL]
-    colours = dict(zip(dict.fromkeys(ways), SERIES * len(ways), strict=False))
-    kinds = dict.fromkeys(row.get("compensation") for row in rows)
-    dashes = dict(zip(kinds, ("solid", "dash", "dot", "dashdot"), strict=False))
-    for name in dict.fromkeys(row["name"] for row in rows):
-        points = sorted(
-            (row for row in rows if row["name"] == name), key=lambda row: -row["experts_per_token"]
-        )
-        first = points[0]
-        values = [point[x.replace(" ", "_")] for point in points]
-        if x == "speedup":
-            ends = [point["speedup_95"] for point in points]
-            bars: dict[str, Any] = {"error_x": interval_bars(values, ends, thickness=1)}
-        else:
-            errors = [196 * point["degradation_standard_error"] for point in points]
-            bars = {"error_y": {"array": errors}}
-        figure.add_scatter(
-            x=values,
-            y=[100 * point["degradation"] for point in points],
-            text=[f"{name}<br>{settings(point['settings'])}" for point in points],
-            name=name if len(kinds) > 1 else name.removesuffix(f" + {first.get('compensation')}"),
-            mode="lines+markers",
-            line={
-                "color": colours.get((first["policy"], first.get("dial")), GREY),
-                "dash": dashes.get(first.get("compensation"), "solid"),
-            },
-            **bars,
-        )
-    bound = found["max_degradation"]
-    line_at(figure, f"bound {limit(bound)}", y=100 * bound)
-    return figure
-
-
-def _table(found: Mapping[str, Any], target: float) -> Table | None:
-    rows = [row for row in found["rows"] if row["target_experts_per_token"] == target]
+def _table(comparison: Mapping[str, Any], target: float) -> Table | None:
+    rows = [row for row in comparison["rows"] if row["target_experts_per_token"] == target]
     columns: dict[str, Any] = {
         "policy": "{name}",
         "experts per token": "{experts_per_token:.3f}",

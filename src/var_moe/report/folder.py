@@ -87,11 +87,11 @@ def read_results(folder: Path) -> Results:
         path = folder / file
         if not path.is_file():
             continue
-        found = _checked(path, name)
-        if INCOMPLETE in found:
-            unfinished[name] = found
-        if INCOMPLETE not in found or name in _OF_ROWS:
-            parts[name] = found
+        part = _checked(path, name)
+        if INCOMPLETE in part:
+            unfinished[name] = part
+        if INCOMPLETE not in part or name in _OF_ROWS:
+            parts[name] = part
     if "analysis" in unfinished:
         parts.pop("components", None)  # of which the analysis is the frame
     for name, needed in _NEED.items():
@@ -131,8 +131,8 @@ def _stats(folder: Path, parts: dict[str, Any]) -> pd.DataFrame | None:
     """The profile's rows: the folder itself, one beside the results, or the one they name."""
     profile = parts.get("metadata", {}).get("profile") or {}
     if not profile and "routing" in parts:
-        found = parts["routing"]
-        profile = {"path": found.get("profile_path"), "hash": found["profile_hash"]}
+        routing = parts["routing"]
+        profile = {"path": routing.get("profile_path"), "hash": routing["profile_hash"]}
     named = profile.get("path")
     places = [folder, folder / "profile", *([Path(named)] if named else [])]
     for place in places:

@@ -40,26 +40,27 @@ def _headline(
     return Headline(title=title, question=question, answers=answers, **more)
 
 
-def _on_text(found: Mapping[str, Any]) -> str:
-    return f"{found['model']['name']} on {found['text']['dataset']} ({found['text']['split']})"
+def _on_text(result: Mapping[str, Any]) -> str:
+    return f"{result['model']['name']} on {result['text']['dataset']} ({result['text']['split']})"
 
 
 def _certified(results: Results) -> list[Answer]:
-    found = results.get("certificate")
-    if found is None:
+    certificate = results.get("certificate")
+    if certificate is None:
         return []
-    return [Answer(sentence=found["sentence"], tone=GOOD if found["certified"] else BAD)]
+    tone = GOOD if certificate["certified"] else BAD
+    return [Answer(sentence=certificate["sentence"], tone=tone)]
 
 
-def _held_out(found: Mapping[str, Any], which: str = "it") -> Answer:
+def _held_out(measured: Mapping[str, Any], which: str = "it") -> Answer:
     """What held-out text says of a configuration."""
-    bound, upper = limit(found["max_degradation"]), percent(found["degradation_upper_95"])
-    chosen = "was profiled or" if found.get("seen") else "nothing was"
-    kept = found["degradation_upper_95"] < found["max_degradation"]
+    bound, upper = limit(measured["max_degradation"]), percent(measured["degradation_upper_95"])
+    chosen = "was profiled or" if measured.get("seen") else "nothing was"
+    kept = measured["degradation_upper_95"] < measured["max_degradation"]
     return Answer(
-        sentence=f"On {found['text']['split']}, which {chosen} chosen on, {which} "
-        f"{'keeps' if kept else 'breaks'} the bound of {bound}: {percent(found['degradation'])} "
-        f"(95% upper bound {upper}) at {factor(found['speedup'])} {between(found['speedup_95'])}.",
+        sentence=f"On {measured['text']['split']}, which {chosen} chosen on, {which} "
+        f"{'keeps' if kept else 'breaks'} the bound of {bound}: "
+        f"{percent(measured['degradation'])} (95% upper bound {upper}) at {speedup(measured)}.",
         tone=GOOD if kept else BAD,
     )
 
@@ -150,12 +151,12 @@ def _of_search(results: Results) -> Headline:
 
 
 def _of_bound(results: Results) -> Headline:
-    found = results.get("metadata")
+    metadata = results.get("metadata")
     return _headline(
-        f"{found['identity']['model']} on {found['identity']['dataset']}",
+        f"{metadata['identity']['model']} on {metadata['identity']['dataset']}",
         "Which verified configuration of an earlier search runs fastest, while perplexity rises "
-        f"by less than {limit(found['max_degradation'])}?",
-        found["answer"],
+        f"by less than {limit(metadata['max_degradation'])}?",
+        metadata["answer"],
         good=True,
     )
 
@@ -168,35 +169,37 @@ def _of_guard(results: Results) -> Headline:
 
 
 def _of_validation(results: Results) -> Headline:
-    found = results.get("validation")
-    split, config, bound = found["text"]["split"], found["config"], found["max_degradation"]
+    validation = results.get("validation")
+    split, config = validation["text"]["split"], validation["config"]
+    bound = validation["max_degradation"]
     return Headline(
-        title=_on_text(found),
+        title=_on_text(validation),
         question=f"Does the configuration ({kind(config)}) keep perplexity within {limit(bound)} "
         f"on {split}, and how fast is it?",
-        answers=(*_certified(results), _held_out(found)),
-        cards=tuple(_measured_cards(found, found["top_k"], bound, split)),
+        answers=(*_certified(results), _held_out(validation)),
+        cards=tuple(_measured_cards(validation, validation["top_k"], bound, split)),
         configuration=config,
     )
 
 
 def _of_certificate(results: Results) -> Headline:
-    found = results.get("certificate")
+    certificate = results.get("certificate")
+    model, dataset = certificate["identity"]["model"], certificate["text"]["dataset"]
     return Headline(
-        title=f"Certificate: {found['identity']['model']} on {found['text']['dataset']}",
+        title=f"Certificate: {model} on {dataset}",
         question="Which configuration surely keeps perplexity within "
-        f"{limit(found['max_degradation'])}?",
+        f"{limit(certificate['max_degradation'])}?",
         answers=tuple(_certified(results)),
         cards=tuple(_certificate_cards(results)),
-        configuration=found.get("certified_config"),
+        configuration=certificate.get("certified_config"),
     )
 
 
 def _of_seeds(results: Results) -> Headline:
-    found = results.get("stability")
-    experts, speed = found["spread"]["experts_per_token"], found["spread"]["speedup"]
-    kept = sum(run["found"] for run in found["runs"])
-    sentence = f"{kept} of {len(found['runs'])} seeds kept the bound"
+    stability = results.get("stability")
+    experts, speed = stability["spread"]["experts_per_token"], stability["spread"]["speedup"]
+    kept = sum(run["found"] for run in stability["runs"])
+    sentence = f"{kept} of {len(stability['runs'])} seeds kept the bound"
     if experts is not None:
         sentence += (
             f", with {experts['min']:.3f} to {experts['max']:.3f} experts per token (a spread of "
@@ -205,18 +208,18 @@ def _of_seeds(results: Results) -> Headline:
             "machine's timing)"
         )
     return _headline(
-        f"Seeds: {found['model']} on {found['dataset']}",
+        f"Seeds: {stability['model']} on {stability['dataset']}",
         "Does the answer depend on the seed of the search?",
         f"{sentence}.",
-        good=kept == len(found["runs"]),
+        good=kept == len(stability["runs"]),
     )
 
 
 def _of_comparison(results: Results) -> Headline:
-    found = results.get("comparison")
+    comparison = results.get("comparison")
     least: dict[str, list[str]] = {}  # of each policy that is ahead somewhere
-    for target in found["targets_experts_per_token"]:
-        rows = [row for row in found["rows"] if row["target_experts_per_token"] == target]
+    for target in comparison["targets_experts_per_token"]:
+        rows = [row for row in comparison["rows"] if row["target_experts_per_token"] == target]
         if rows:
             best = min(rows, key=lambda row: row["degradation"])
             told = f"{percent(best['degradation'])} at {target:g}"
@@ -224,43 +227,43 @@ def _of_comparison(results: Results) -> Headline:
     ahead = "; ".join(f"{name} ({', '.join(told)})" for name, told in least.items())
     sentences = [f"At equal experts per token, least costs {ahead}."] if least else []
     question = "At equally many executed experts per token, which policy costs least?"
-    return _headline(f"Policies: {_on_text(found)}", question, *sentences, good=True)
+    return _headline(f"Policies: {_on_text(comparison)}", question, *sentences, good=True)
 
 
 def _of_evaluation(results: Results) -> Headline:
-    found = results.get("evaluation")
+    evaluation = results.get("evaluation")
     told = [
         f"{row['name']}: {percent(row['degradation'])} perplexity (95% upper bound "
         f"{percent(row['degradation_upper_95'])}), {speedup(row)}, "
         f"{row['experts_per_token']:.2f} experts per token."
-        for row in found["rows"]
+        for row in evaluation["rows"]
         if row["name"] != "baseline"
     ]
     question = "What does each policy cost, and what does it bring?"
-    return _headline(_on_text(found), question, *told)
+    return _headline(_on_text(evaluation), question, *told)
 
 
 def _of_analysis(results: Results) -> Headline:
-    found = results.get("analysis")
-    compared, stats = found["comparison"], found["var"]["var_stats"]
-    rows = [row for row in found["bottlenecks"] if row["severity"] != "info"]
+    analysis = results.get("analysis")
+    compared, stats = analysis["comparison"], analysis["var"]["var_stats"]
+    rows = [row for row in analysis["bottlenecks"] if row["severity"] != "info"]
     named = ", ".join(row["name"].replace("_", " ") for row in rows)
     bounds = f"What bounds it: {named}." if rows else "No bottleneck was found."
     return _headline(
-        f"Systems analysis of {found['model']['name']}",
-        f"Where does the time of a forward go with {found['var']['kind']}?",
+        f"Systems analysis of {analysis['model']['name']}",
+        f"Where does the time of a forward go with {analysis['var']['kind']}?",
         f"{factor(compared['actual_speedup'])} {between(compared['actual_speedup_95'])} the speed "
         f"of the unmodified model at {stats['experts_per_token']:.2f} experts per token. {bounds}",
         good=compared["actual_speedup_95"][0] > 1,
-        configuration=found["var"]["config"],
+        configuration=analysis["var"]["config"],
     )
 
 
 def _of_routing(results: Results) -> Headline:
-    found = results.get("routing")
-    told = "; ".join(f"{row['claim']}: {row['verdict']}" for row in found["hypotheses"])
+    routing = results.get("routing")
+    told = "; ".join(f"{row['claim']}: {row['verdict']}" for row in routing["hypotheses"])
     return _headline(
-        f"Routing of {found['model']} on {found['dataset']}",
+        f"Routing of {routing['model']} on {routing['dataset']}",
         "Is routing predictable enough for a static table?",
         f"{told[:1].upper()}{told[1:]}.",
     )

@@ -14,8 +14,9 @@ _MET = {True: "yes", False: "no", None: "-"}
 
 def held_out_section(results: Results) -> Section:
     """The configuration on text that nothing was chosen on."""
-    found = results.get("validation")
-    text = found["text"]
+    validation = results.get("validation")
+    text = validation["text"]
+    kind = "text that was seen" if validation.get("seen") else "held-out text"
     criteria: dict[str, Any] = {
         "criterion": "{name}",
         "measured": "{measured}",
@@ -23,33 +24,33 @@ def held_out_section(results: Results) -> Section:
     }
     return section(
         "held-out",
-        f"On {'text that was seen' if found.get('seen') else 'held-out text'} ({text['split']})",
+        f"On {kind} ({text['split']})",
         [
-            _figures(found),
-            Table.of("Success criteria", found["criteria"], criteria, words=2),
-            datasets_table(found.get("by_dataset")),
-            Notes(lines=found["notes"]) if found["notes"] else None,
+            _figures(validation),
+            Table.of("Success criteria", validation["criteria"], criteria, words=2),
+            datasets_table(validation.get("by_dataset")),
+            Notes(lines=validation["notes"]) if validation["notes"] else None,
         ],
-        intro=f"{text['dataset']}, {text['split']}: {found['documents']:,} documents, perplexity "
-        f"{found['baseline_perplexity']:.3f} of the unmodified model.",
+        intro=f"{text['dataset']}, {text['split']}: {validation['documents']:,} documents, "
+        f"perplexity {validation['baseline_perplexity']:.3f} of the unmodified model.",
     )
 
 
-def _figures(found: Mapping[str, Any]) -> Table:
+def _figures(validation: Mapping[str, Any]) -> Table:
     rows = [
-        ("perplexity", f"{found['perplexity']:.3f}"),
-        ("change (95% upper bound)", change(found)),
+        ("perplexity", f"{validation['perplexity']:.3f}"),
+        ("change (95% upper bound)", change(validation)),
         (
             "random skipping at as many experts, the control",
-            percent(found["random_skip"]["degradation"]),
+            percent(validation["random_skip"]["degradation"]),
         ),
-        ("experts per token", f"{found['experts_per_token']:.3f} of {found['top_k']}"),
-        (f"speedup against {found['baseline_backend']} [95%]", speedup(found)),
-        ("  of which our path keeping all pairs", _ratio(found["backend_factor"])),
-        ("  of which skipping", _ratio(found["skipping_factor"])),
-        ("predicted from executed pairs", factor(found["predicted_speedup"])),
-        ("single runs", ", ".join(factor(run["speedup"]) for run in found["runs"])),
-        ("baseline against itself, the noise", _ratio(found["noise_floor"])),
+        ("experts per token", f"{validation['experts_per_token']:.3f} of {validation['top_k']}"),
+        (f"speedup against {validation['baseline_backend']} [95%]", speedup(validation)),
+        ("  of which our path keeping all pairs", _ratio(validation["backend_factor"])),
+        ("  of which skipping", _ratio(validation["skipping_factor"])),
+        ("predicted from executed pairs", factor(validation["predicted_speedup"])),
+        ("single runs", ", ".join(factor(run["speedup"]) for run in validation["runs"])),
+        ("baseline against itself, the noise", _ratio(validation["noise_floor"])),
     ]
     return Table(title="Measured", headings=("", ""), rows=rows)
 
@@ -76,7 +77,7 @@ def datasets_table(rows: Any, *, title: str = "Each data set by itself") -> Tabl
 
 def seeds_section(results: Results) -> Section:
     """The winners of several seeds, one row each."""
-    found = results.get("stability")
+    stability = results.get("stability")
 
     def known(one: Any) -> Any:
         return lambda run: one(run) if run["found"] else ""
@@ -88,14 +89,14 @@ def seeds_section(results: Results) -> Section:
         "experts per token": known("{experts_per_token:.3f}".format_map),
         "winner": known(lambda run: settings(run["config"])),
     }
-    table = Table.of("Winners", found["runs"], columns)
-    return section("seeds", f"{len(found['runs'])} seeds", [table])
+    table = Table.of("Winners", stability["runs"], columns)
+    return section("seeds", f"{len(stability['runs'])} seeds", [table])
 
 
 def evaluation_section(results: Results) -> Section:
     """Policies beside the unmodified model."""
-    found = results.get("evaluation")
-    text = found["text"]
+    evaluation = results.get("evaluation")
+    text = evaluation["text"]
 
     def other(one: Any) -> Any:
         return lambda row: "" if row["name"] == "baseline" else one(row)
@@ -110,16 +111,18 @@ def evaluation_section(results: Results) -> Section:
         "fast / cached / learned, %": other(tiers),
     }
     generation = [
-        {"name": row["name"], **one} for row in found["rows"] for one in row.get("decode") or ()
+        {"name": row["name"], **one}
+        for row in evaluation["rows"]
+        for one in row.get("decode") or ()
     ]
     return section(
         "evaluation",
         "Beside the unmodified model",
         [
-            Table.of("Measured on the same tokens", found["rows"], columns),
+            Table.of("Measured on the same tokens", evaluation["rows"], columns),
             *(
                 datasets_table(row.get("by_dataset"), title=f"{row['name']}, each data set")
-                for row in found["rows"]
+                for row in evaluation["rows"]
                 if row["name"] != "baseline"
             ),
             Table.of(
@@ -135,14 +138,14 @@ def evaluation_section(results: Results) -> Section:
                 },
             ),
         ],
-        intro=f"{found['model']['name']} on {text['dataset']} ({text['split']}), "
-        f"{found['documents']:,} documents.",
+        intro=f"{evaluation['model']['name']} on {text['dataset']} ({text['split']}), "
+        f"{evaluation['documents']:,} documents.",
     )
 
 
 def guard_section(results: Results) -> Section:
     """The data sets that were played to the guard."""
-    found = results.get("guard")
+    guard = results.get("guard")
     columns: dict[str, Any] = {
         "text": "{text}",
         "documents": "{documents:,}",
@@ -150,4 +153,4 @@ def guard_section(results: Results) -> Section:
             "no" if row["alarm_at"] is None else "after {alarm_at:,}".format_map(row)
         ),
     }
-    return section("guard", "The guard", [Table.of("Played to it", found["checks"], columns)])
+    return section("guard", "The guard", [Table.of("Played to it", guard["checks"], columns)])

@@ -100,7 +100,7 @@ def left_out_section(results: Results) -> Section | None:
 
     What an unfinished file holds of rows stands in its own section.
     """
-    unfinished = [_line(FILES[name], found) for name, found in results.unfinished.items()]
+    unfinished = [_line(FILES[name], part) for name, part in results.unfinished.items()]
     foreign = [f"{FILES[name]}: of another profile than the search's." for name in results.foreign]
     if not unfinished and not foreign:
         return None
@@ -115,10 +115,8 @@ def left_out_section(results: Results) -> Section | None:
     )
 
 
-def _line(file: str, found: Mapping[str, Any]) -> str:
+def _line(file: str, part: Mapping[str, Any]) -> str:
     known = ""
-    if found.get("degradation") is not None:
-        known = (
-            f"; perplexity {change(found)} at {found['experts_per_token']:.3f} experts per token"
-        )
-    return f"{file}: without {found[INCOMPLETE]}{known}."
+    if part.get("degradation") is not None:
+        known = f"; perplexity {change(part)} at {part['experts_per_token']:.3f} experts per token"
+    return f"{file}: without {part[INCOMPLETE]}{known}."

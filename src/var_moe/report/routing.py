@@ -118,7 +118,7 @@ def consistency_figure(stats: pd.DataFrame) -> Picture:
 
 def hypotheses_section(results: Results) -> Section:
     """Each hypothesis with its test, figure and verdict, and the coverage of the fast path."""
-    found = results.get("routing")
+    analysis = results.get("routing")
 
     def shown(name: str, digits: int = 3, scale: float = 1) -> Any:
         return lambda row: "-" if row[name] is None else f"{scale * row[name]:.{digits}f}"
@@ -136,17 +136,17 @@ def hypotheses_section(results: Results) -> Section:
         "hypotheses",
         "Is routing what the fast path needs?",
         [
-            Table.of("Hypotheses", found["hypotheses"], columns, words=5),
-            pictures(coverage_figure(found)),
-            Table.of("Layers", found["layers"], layers),
+            Table.of("Hypotheses", analysis["hypotheses"], columns, words=5),
+            pictures(coverage_figure(analysis)),
+            Table.of("Layers", analysis["layers"], layers),
         ],
-        intro=f"{found['model']} on {found['tokens']:,} tokens of {found['dataset']}.",
+        intro=f"{analysis['model']} on {analysis['tokens']:,} tokens of {analysis['dataset']}.",
     )
 
 
-def coverage_figure(found: Mapping[str, Any]) -> Picture:
+def coverage_figure(analysis: Mapping[str, Any]) -> Picture:
     """Share of tokens on the fast path, by both of its thresholds."""
-    coverage = found["coverage"]
+    coverage = analysis["coverage"]
     figure = empty_figure("entropy_threshold, nats", "tokens on the fast path, %")
     for number, (frequency, shares) in enumerate(
         zip(coverage["frequency_thresholds"], coverage["share"], strict=True)

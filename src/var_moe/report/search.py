@@ -240,7 +240,7 @@ def slice_figures(rows: Rows, metadata: Mapping[str, Any]) -> list[Picture]:
     """Values of each parameter that took several, against speedup, coloured by degradation."""
     space = metadata.get("settings", {}).get("space", {})
     names = [name for name in space if len({row["params"].get(name) for row in rows}) > 1]
-    found = []
+    figures = []
     for name in names:
         figure = empty_figure(name, "speedup", height=300, legend=False)
         if space[name].get("log"):
@@ -261,7 +261,7 @@ def slice_figures(rows: Rows, metadata: Mapping[str, Any]) -> list[Picture]:
                 "colorbar": {"title": {"text": "PPL, %", "side": "right"}, "thickness": 10},
             },
         )
-        found.append(
+        figures.append(
             Picture(
                 name=f"slice-{name.replace('_', '-')}",
                 title=name,
@@ -273,7 +273,7 @@ def slice_figures(rows: Rows, metadata: Mapping[str, Any]) -> list[Picture]:
                 small=len(names) > 1,
             )
         )
-    return found
+    return figures
 
 
 def importance_figure(search: Mapping[str, Any], metadata: Mapping[str, Any]) -> Picture | None:

@@ -25,35 +25,35 @@ _ARMS = {"baseline": ("unmodified", GREY), "var": ("VAR", BLUE)}
 
 def systems_section(results: Results) -> Section:
     """The systems analysis."""
-    found, parts = results.get("analysis"), results.get("components")
-    compared = found["comparison"]
+    analysis, parts = results.get("analysis"), results.get("components")
+    compared = analysis["comparison"]
     return section(
         "systems",
         "Systems analysis",
         [
-            _bottlenecks(found),
+            _bottlenecks(analysis),
             pictures(
                 components_figure(parts) if parts else None,
-                scaling_figure(found),
-                roofline_figure(found),
+                scaling_figure(analysis),
+                roofline_figure(analysis),
             ),
-            _roofline_table(found),
-            Notes(lines=found["notes"]) if found["notes"] else None,
+            _roofline_table(analysis),
+            Notes(lines=analysis["notes"]) if analysis["notes"] else None,
         ],
-        intro=f"With {found['var']['kind']}. The cost model predicts "
+        intro=f"With {analysis['var']['kind']}. The cost model predicts "
         f"{factor(compared['predicted_speedup'])}, {compared['prediction_error_pct']:.1f}% off; "
         f"with the leading experts everywhere it would be {factor(compared['largest_speedup'])}.",
     )
 
 
-def _bottlenecks(found: Mapping[str, Any]) -> Table | None:
+def _bottlenecks(analysis: Mapping[str, Any]) -> Table | None:
     columns: dict[str, Any] = {
         "severity": "{severity}",
         "bottleneck": lambda row: row["name"].replace("_", " "),
         "evidence": "{evidence}",
         "what to do": "{recommendation}",
     }
-    return Table.of("What bounds it", found["bottlenecks"], columns, words=4)
+    return Table.of("What bounds it", analysis["bottlenecks"], columns, words=4)
 
 
 def components_figure(parts: Mapping[str, Any]) -> Picture:
@@ -78,13 +78,13 @@ def components_figure(parts: Mapping[str, Any]) -> Picture:
     )
 
 
-def scaling_figure(found: Mapping[str, Any]) -> Picture:
+def scaling_figure(analysis: Mapping[str, Any]) -> Picture:
     """Speedup by tokens in a forward, over sequence lengths and batch sizes."""
     figure = empty_figure("tokens in a forward", "speedup", height=380)
     figure.update_xaxes(**LOGARITHMIC)
-    kinds = list(dict.fromkeys(row["varied"] for row in found["scaling"]))
+    kinds = list(dict.fromkeys(row["varied"] for row in analysis["scaling"]))
     for kind, colour in zip(kinds, (BLUE, ORANGE), strict=False):
-        rows = [row for row in found["scaling"] if row["varied"] == kind]
+        rows = [row for row in analysis["scaling"] if row["varied"] == kind]
         speeds = [row["speedup"] for row in rows]
         figure.add_scatter(
             x=[row["batch_size"] * row["sequence"] for row in rows],
@@ -105,9 +105,9 @@ def scaling_figure(found: Mapping[str, Any]) -> Picture:
     )
 
 
-def roofline_figure(found: Mapping[str, Any]) -> Picture:
+def roofline_figure(analysis: Mapping[str, Any]) -> Picture:
     """Achieved FLOP/s against intensity, below what a matrix product and a copy reach here."""
-    roof, machine = found["roofline"], found["roofline"]["machine"]
+    roof, machine = analysis["roofline"], analysis["roofline"]["machine"]
     flops, copied = machine["gemm_flops_per_second"], machine["copy_bytes_per_second"]
     places = [roof[arm]["arithmetic_intensity_flops_per_byte"] for arm in _ARMS]
     low, high = min([*places, flops / copied]) / 4, max([*places, flops / copied]) * 4
@@ -138,9 +138,9 @@ def roofline_figure(found: Mapping[str, Any]) -> Picture:
     )
 
 
-def _roofline_table(found: Mapping[str, Any]) -> Table | None:
-    rows = [{"arm": _ARMS[arm][0], **found[arm], **found["roofline"][arm]} for arm in _ARMS]
-    compared = found["comparison"]
+def _roofline_table(analysis: Mapping[str, Any]) -> Table | None:
+    rows = [{"arm": _ARMS[arm][0], **analysis[arm], **analysis["roofline"][arm]} for arm in _ARMS]
+    compared = analysis["comparison"]
     return Table.of(
         "Measured",
         rows,
@@ -154,7 +154,7 @@ def _roofline_table(found: Mapping[str, Any]) -> Table | None:
             "peak MiB": lambda row: f"{row['peak_memory_bytes'] / 2**20:,.0f}",
         },
         caption=f"Speedup {factor(compared['actual_speedup'])} "
-        f"{between(compared['actual_speedup_95'])} against {found['baseline']['backend']}.",
+        f"{between(compared['actual_speedup_95'])} against {analysis['baseline']['backend']}.",
     )
 
 
