@@ -33,7 +33,6 @@ from var_moe.data.text import load_text
 from var_moe.evaluation.evaluator import Evaluator
 from var_moe.evaluation.throughput import (
     BATCH_SIZES,
-    DecodeSetting,
     Decoding,
     backend_arm,
     policy_arm,
@@ -215,13 +214,14 @@ def main() -> None:
 
     decoding, result["decoding"] = Decoding(model, documents, top_k=loaded.top_k), []
     for size in BATCH_SIZES:
-        speed = decoding.speed(var, DecodeSetting(batch_size=size), blocks=max(3, args.blocks // 3))
+        speed = decoding.speed(var, size, blocks=max(3, args.blocks // 3))
         prompts = torch.tensor([d.ids[:32].tolist() for d in documents[:size]])
         share = policy_share_of_decoding(model, var, prompts)
-        result["decoding"].append({**speed.to_dict(), "policy_share": share})
+        result["decoding"].append({**speed, "policy_share": share})
+        low, high = speed["speedup_95"]
         print(
-            f"generation, batch {size}: VAR {speed.speedup.median:.3f}x of "
-            f"{speed.baseline_backend} [{speed.speedup.low:.3f}, {speed.speedup.high:.3f}], "
+            f"generation, batch {size}: VAR {speed['speedup']:.3f}x of "
+            f"{speed['baseline_backend']} [{low:.3f}, {high:.3f}], "
             f"policy {100 * share:.1f}%"
         )
     atomic_write_json(args.output / "forward.json", result)

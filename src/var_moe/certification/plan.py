@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from var_moe.certification.inference import QualityClaim
-from var_moe.config import MAX_DEGRADATION, check_bound, check_count, check_seed
+from var_moe.config import MAX_DEGRADATION, check_bound, check_count, check_number, check_seed
 from var_moe.errors import UsageError
 from var_moe.evaluation.evaluator import SpeedSetting
 from var_moe.optimization.candidate import Candidate, load_candidate
@@ -83,13 +83,11 @@ class CertifySettings:
             )
         if not (math.isfinite(self.alpha) and 0 < self.alpha < 0.5):
             raise UsageError(f"alpha = {self.alpha}: expected a number in (0, 0.5)")
-        if not 1 <= self.candidates <= AT_MOST_CANDIDATES:
-            raise UsageError(
-                f"candidates = {self.candidates}: expected an integer in [1, {AT_MOST_CANDIDATES}]"
-            )
-        share = self.max_learned_pct
-        if share is not None and not 0 < share <= 100:
-            raise UsageError(f"max_learned_pct = {share}: expected a number in (0, 100]")
+        most = AT_MOST_CANDIDATES
+        check_number("candidates", self.candidates, integer=True, low=1, high=most)
+        if self.max_learned_pct is not None:
+            share = self.max_learned_pct
+            check_number("max_learned_pct", share, low=0, high=100, open_low=True)
         for name, least in (("blocks", 0), ("ordering_samples", 2), ("max_samples", 2)):
             check_count(name, getattr(self, name), least)
         if self.split not in JUDGED_ON:

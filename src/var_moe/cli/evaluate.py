@@ -249,8 +249,8 @@ def _measure(
     progress: Progress,
 ) -> dict[str, Any]:
     """A row for the unmodified model and one for each policy; kept as soon as parts are known."""
-    from var_moe.evaluation.evaluator import measure_apart
-    from var_moe.evaluation.throughput import BATCH_SIZES, DecodeSetting, Decoding
+    from var_moe.evaluation.evaluator import measure_by_dataset
+    from var_moe.evaluation.throughput import BATCH_SIZES, Decoding
 
     evaluator = ready.evaluator
     baseline: dict[str, Any] = {
@@ -271,8 +271,7 @@ def _measure(
         rows.append({**row, **quality.to_dict(), "by_dataset": []})
         waiting = [other for other, *_ in policies[number + 1 :]]
         kept.save(ready.result(rows), missing=", ".join([*waiting, *later]))
-        apart = measure_apart(evaluator, policy, what=name)
-        rows[-1]["by_dataset"] = [one.to_dict() for one in apart]
+        rows[-1]["by_dataset"] = measure_by_dataset(evaluator, policy, what=name)
     for row, (_, _, policy) in zip(rows[1:], policies, strict=True):
         kept.save(ready.result(rows), missing=", ".join(later))
         speed = evaluator.speed(policy, blocks=blocks)
@@ -290,6 +289,5 @@ def _measure(
         for done, size in enumerate(BATCH_SIZES):
             kept.save(ready.result(rows), missing="generation")
             progress(f"{name}: generating", done, len(BATCH_SIZES))
-            setting = DecodeSetting(batch_size=size)
-            row["decode"].append(decoding.speed(policy, setting, blocks=decode_blocks).to_dict())
+            row["decode"].append(decoding.speed(policy, size, blocks=decode_blocks))
     return kept.save(ready.result(rows))

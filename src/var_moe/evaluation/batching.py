@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from var_moe.routing.decision import ForwardContext
 
 if TYPE_CHECKING:
     from var_moe.data.documents import EncodedDocument
+    from var_moe.execution.session import Session
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,16 @@ def collate(rows: Sequence[Window]) -> ForwardContext:
         document=tuple(row.document for row in rows),
         prefix=prefix if longest else None,
     )
+
+
+def logits_of(model: Any, batch: ForwardContext, session: Session | None = None) -> Tensor:
+    """Logits (B, S, V) of one forward, of which the routing session is told beforehand."""
+    if session is not None:
+        session.announce(batch)
+    device = next(model.parameters()).device
+    ids, mask = batch.ids.to(device), batch.valid.long().to(device)
+    logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    return logits
 
 
 def full_batches(

@@ -24,10 +24,10 @@ from var_moe.evaluation.perplexity import (
     degradation,
     document_losses,
     groups_of,
-    losses_of,
     worst_of,
 )
 from var_moe.evaluation.throughput import (
+    Arm,
     Ratio,
     Timings,
     backend_arm,
@@ -182,10 +182,17 @@ class Evaluator:
         """Tokens per second of each of transformers' backends."""
         return self._fastest[1]
 
+    @property
+    def _baseline(self) -> Arm:
+        return backend_arm(self.model, self.baseline_backend)
+
+    def _routed(self, policy: RoutingPolicy) -> Arm:
+        return policy_arm(self.model, policy, backend=self.running_backend)
+
     @cached_property
     def baseline_losses(self) -> DocumentLosses:
         """Losses of the unmodified model, on its fastest backend."""
-        with backend_arm(self.model, self.baseline_backend)():
+        with self._baseline():
             return self._losses("baseline perplexity")
 
     def _losses(self, what: str, **options: Any) -> DocumentLosses:
@@ -246,20 +253,16 @@ class Evaluator:
 
         With ``factors``, our path keeping all pairs is timed in the same run.
         """
-        routed_arm = policy_arm(self.model, policy, backend=self.running_backend)
         reports: list[RoutingReport] = []  # every block decides alike
 
         @contextmanager
         def reported() -> Iterator[Any]:
-            with routed_arm() as session:
+            with self._routed(policy)() as session:
                 yield session
                 reports[:] = [session.report()]
 
-        arms: dict[str, Any] = {"baseline": backend_arm(self.model, self.baseline_backend)}
-        if factors:
-            arms["keep_all"] = policy_arm(self.model, None, backend=self.running_backend)
-        arms["policy"] = reported
-        timings = self._time(arms, blocks, "throughput")
+        arms = {"keep_all": self._routed(NativePolicy())} if factors else {}
+        timings = self._time("throughput", blocks, {**arms, "policy": reported})
         return Speed(
             speedup=timings.ratio("baseline", "policy"),
             backend_factor=timings.ratio("baseline", "keep_all") if factors else None,
@@ -273,28 +276,29 @@ class Evaluator:
             experts_per_token=reports[0].experts_per_token,
         )
 
-    def _time(self, arms: dict[str, Any], blocks: int, what: str) -> Timings:
+    def _time(self, what: str, blocks: int, arms: dict[str, Arm]) -> Timings:
+        """Time the baseline and these arms."""
         return time_arms(
-            self.model, arms, self.timing_batches, blocks=blocks, progress=self._progress(what)
+            self.model,
+            {"baseline": self._baseline, **arms},
+            self.timing_batches,
+            blocks=blocks,
+            progress=self._progress(what),
         )
 
     def noise_floor(self, *, blocks: int) -> Ratio:
         """Baseline against baseline: the ratio that the measurement shows where there is none."""
-        arm = backend_arm(self.model, self.baseline_backend)
-        return self._time({"one": arm, "two": arm}, blocks, "noise floor").ratio("one", "two")
+        timings = self._time("noise floor", blocks, {"again": self._baseline})
+        return timings.ratio("baseline", "again")
 
     @cached_property
     def _pair_cost(self) -> tuple[float, float]:
         """Relative forward time (baseline = 1) at K and at ceil(K/2) experts per token."""
         leading = FixedKPolicy(leading_count(self.top_k))
         most, least = self.cost_policies or (NativePolicy(), leading)
-        arms = {
-            "baseline": backend_arm(self.model, self.baseline_backend),
-            "all": policy_arm(self.model, most, backend=self.running_backend),
-            "half": policy_arm(self.model, least, backend=self.running_backend),
-        }
-        timings = self._time(arms, 5, "cost of an expert")
-        at_all, at_half = (1 / timings.ratio("baseline", arm).median for arm in ("all", "half"))
+        arms = {"all": self._routed(most), "half": self._routed(least)}
+        timings = self._time("cost of an expert", 5, arms)
+        at_all, at_half = (1 / timings.ratio("baseline", arm).median for arm in arms)
         return at_all, at_half
 
     def predicted_speedup(self, experts_per_token: float) -> float:
@@ -335,19 +339,9 @@ class Evaluator:
         return other
 
 
-@dataclass(frozen=True, kw_only=True)
-class Apart:
-    """A policy's quality on one data set, or source, of a text."""
-
-    dataset: str
-    quality: Quality
-
-    def to_dict(self) -> dict[str, Any]:
-        """For result files."""
-        return {"dataset": self.dataset, **self.quality.to_dict()}
-
-
-def measure_apart(evaluator: Evaluator, policy: RoutingPolicy, *, what: str = "") -> list[Apart]:
+def measure_by_dataset(
+    evaluator: Evaluator, policy: RoutingPolicy, *, what: str = ""
+) -> list[dict[str, Any]]:
     """A policy on each data set of the evaluator's text, or on each source of a single one.
 
     Each is scored in a pass of its own, from empty caches: the result that it would have as the
@@ -359,14 +353,14 @@ def measure_apart(evaluator: Evaluator, policy: RoutingPolicy, *, what: str = ""
         what: the policy's name, for the progress.
 
     Returns:
-        In the order in which they first occur; empty for a text of one source.
+        Rows for result files, in the order in which they first occur; none for one source.
     """
-    parts = []
+    rows = []
     for name, at in groups_of(evaluator.documents).items():
         if len(at) < LEAST:
             continue
         part = evaluator.with_documents([evaluator.documents[i] for i in at])
-        part.baseline_losses = losses_of(evaluator.baseline_losses, at)
+        part.baseline_losses = evaluator.baseline_losses.at(at)
         label = f"{what}: {name}" if what else name
-        parts.append(Apart(dataset=name, quality=part.quality(policy, what=label)))
-    return parts
+        rows.append({"dataset": name, **part.quality(policy, what=label).to_dict()})
+    return rows

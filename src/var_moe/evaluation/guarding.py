@@ -11,7 +11,7 @@ import torch
 
 from var_moe.config import check_seed
 from var_moe.data.documents import check_encoded
-from var_moe.evaluation.batching import collate, in_order
+from var_moe.evaluation.batching import collate, in_order, logits_of
 from var_moe.evaluation.evaluator import Progress
 from var_moe.execution.session import Session, routed
 from var_moe.models.identity import identity
@@ -132,22 +132,13 @@ def play(
     order = list(range(len(documents)))
     if seed is not None:
         order = np.random.default_rng(check_seed(seed)).permutation(len(documents)).tolist()
-    device = next(loaded.model.parameters()).device
+    played, places = [documents[number] for number in order], range(len(documents))
     before = session.policy.ids_before
     with torch.inference_mode():
-        played = [documents[number] for number in order]
-        for rows in in_order(
-            played, range(len(played)), tokens_per_batch, window=loaded.window, prefix=before
-        ):
+        for rows in in_order(played, places, tokens_per_batch, window=loaded.window, prefix=before):
             if progress:  # rows come in order; a long document has several
                 progress(what, rows[-1].document, len(documents))
-            batch = collate(rows)
-            session.announce(batch)
-            loaded.model(
-                input_ids=batch.ids.to(device),
-                attention_mask=batch.valid.long().to(device),
-                use_cache=False,
-            )
+            logits_of(loaded.model, collate(rows), session)
     session.end_documents()
     if progress:
         progress(what, len(documents), len(documents))

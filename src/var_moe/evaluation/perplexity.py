@@ -19,7 +19,7 @@ from torch import Tensor
 
 from var_moe.data.documents import check_encoded
 from var_moe.errors import UsageError, VarMoeError
-from var_moe.evaluation.batching import Window, batches, collate
+from var_moe.evaluation.batching import Window, batches, collate, logits_of
 from var_moe.evaluation.sequential import FUTILE_ALPHA, is_over
 
 if TYPE_CHECKING:
@@ -45,6 +45,10 @@ class DocumentLosses:
     def perplexity(self) -> float:
         """exp of the mean loss over all scored tokens."""
         return math.exp(float(self.nll.sum()) / int(self.tokens.sum()))
+
+    def at(self, positions: NDArray[np.int64]) -> DocumentLosses:
+        """Those of some of the documents."""
+        return DocumentLosses(nll=self.nll[positions], tokens=self.tokens[positions])
 
 
 def document_losses(
@@ -77,7 +81,6 @@ def document_losses(
     check_encoded(documents)
     if not any(len(document.ids) > 1 for document in documents):
         raise UsageError("no text to score: expected at least one document of two tokens")
-    device = next(model.parameters()).device
     before = session.policy.ids_before if session is not None else 0
     nll = np.zeros(len(documents))
     tokens = np.zeros(len(documents), dtype=np.int64)
@@ -85,13 +88,7 @@ def document_losses(
     with torch.inference_mode():
         for rows in batches(documents, tokens_per_batch, window=window, prefix=before):
             batch = collate(rows)
-            if session is not None:
-                session.announce(batch)
-            ids = batch.ids.to(device)
-            logits = model(
-                input_ids=ids, attention_mask=batch.valid.long().to(device), use_cache=False
-            ).logits
-            losses = _token_losses(logits, ids)
+            losses = _token_losses(logits_of(model, batch, session), batch.ids)
             _add(nll, tokens, rows, losses.double().cpu().numpy())
             done += len({row.document for row in rows})
             if progress:
@@ -242,11 +239,6 @@ def _by(names: Sequence[str]) -> dict[str, NDArray[np.int64]]:
     return {name: np.flatnonzero(each == name) for name in distinct}
 
 
-def losses_of(losses: DocumentLosses, at: NDArray[np.int64]) -> DocumentLosses:
-    """The losses of the documents at these positions."""
-    return DocumentLosses(nll=losses.nll[at], tokens=losses.tokens[at])
-
-
 @dataclass(frozen=True, kw_only=True)
 class Worst:
     """The data set whose degradation has the highest upper bound: all others are below it."""
@@ -286,7 +278,7 @@ def worst_of(
                 f"too few documents of {name!r} to judge it: {scored}, at least {LEAST} needed"
             )
         if scored >= LEAST:
-            change = degradation(losses_of(baseline, at), losses_of(other, at))
+            change = degradation(baseline.at(at), other.at(at))
             judged.append(Worst(dataset=name, change=change))
     return max(judged, key=lambda one: one.change.upper)
 

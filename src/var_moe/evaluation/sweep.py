@@ -7,11 +7,12 @@ nothing may be turned.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from var_moe.config import check_number
 from var_moe.errors import UsageError
@@ -115,30 +116,17 @@ def sweep(
             done += 1
             strength = _turned(turning, spec, turn, calibration, target, seen)
             if abs(seen[strength] / target - 1) <= REACHED:
-                made, settings = (dial, target, compensation), turn(strength)
-                yield _scored(evaluator, calibration, spec.name, settings, *made)
+                settings = turn(strength)
+                yield Point(
+                    policy=spec.name,
+                    dial=dial,
+                    target=target,
+                    compensation=compensation,
+                    settings=settings,
+                    quality=evaluator.quality(spec.make(settings, calibration)),
+                )
     if progress:
         progress("policies", total, total)
-
-
-def _scored(
-    evaluator: Evaluator,
-    calibration: Mapping[str, Any],
-    policy: str,
-    settings: Mapping[str, Any],
-    dial: str,
-    target: float,
-    compensation: str | None,
-) -> Point:
-    """Score a policy at one setting."""
-    return Point(
-        policy=policy,
-        dial=dial,
-        target=target,
-        compensation=compensation,
-        settings=settings,
-        quality=evaluator.quality(policy_spec(policy).make(settings, calibration)),
-    )
 
 
 def timed(
@@ -184,21 +172,12 @@ def control_at(points: Sequence[Point], experts_per_token: float, top_k: int) ->
 
     None outside the measured range.
     """
-    known = sorted(
-        [
-            (float(top_k), 0.0),
-            *(
-                (p.quality.report.experts_per_token, p.quality.change.value)
-                for p in points
-                if p.policy == CONTROL
-            ),
-        ]
-    )
-    for (low, cost), (high, next_cost) in itertools.pairwise(known):
-        if low <= experts_per_token <= high:
-            part = (experts_per_token - low) / (high - low) if high > low else 0.0
-            return cost + part * (next_cost - cost)
-    return None
+    measured = [point.quality for point in points if point.policy == CONTROL]
+    known = [(one.report.experts_per_token, one.change.value) for one in measured]
+    counts, costs = zip(*sorted([(float(top_k), 0.0), *known]), strict=True)
+    if not counts[0] <= experts_per_token <= counts[-1]:
+        return None
+    return float(np.interp(experts_per_token, counts, costs))
 
 
 def droppers(names: Sequence[str]) -> tuple[str, ...]:
@@ -264,14 +243,14 @@ def measure_again(
     for done, row in enumerate(rows):
         if progress:
             progress(str(row.get("name", row["policy"])), done, len(rows))
-        yield _scored(
-            evaluator,
-            calibration(row["compensation"]),
-            row["policy"],
-            row["settings"],
-            row["dial"],
-            row["target_experts_per_token"],
-            row["compensation"],
+        policy = policy_spec(row["policy"]).make(row["settings"], calibration(row["compensation"]))
+        yield Point(
+            policy=row["policy"],
+            dial=row["dial"],
+            target=row["target_experts_per_token"],
+            compensation=row["compensation"],
+            settings=row["settings"],
+            quality=evaluator.quality(policy),
         )
     if progress:
         progress("policies", len(rows), len(rows))

@@ -9,7 +9,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from var_moe.data.documents import EncodedDocument
 
 HF_BACKENDS = ("eager", "grouped_mm", "batched_mm")
-BATCH_SIZES = (1, 16)
+BATCH_SIZES = (1, 16)  # of decoding
+PROMPT_TOKENS, NEW_TOKENS = 32, 128
 _CHOOSING_TOKENS, _CHOOSING_BLOCKS = 16, 3
 _GATHER_LIMIT_BYTES = 2**30  # batched_mm copies each pair's weights; above this it can't win
 
@@ -226,40 +227,10 @@ def fastest_backend(
 # -- decoding --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class DecodeSetting:
-    """What decoding is timed on; recorded with every result."""
-
-    batch_size: int
-    prompt_tokens: int = 32
-    new_tokens: int = 128
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecodeSpeed:
-    """A policy's decoding throughput against the unmodified model's, prompts included."""
-
-    setting: DecodeSetting
-    speedup: Ratio
-    baseline_backend: str  # the fastest for this batch size
-    baseline_tps: float  # new tokens per second
-    tps: float
-    blocks: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """For result files."""
-        return {
-            **asdict(self.setting),
-            **self.speedup.as_speedup(),
-            "baseline_backend": self.baseline_backend,
-            "baseline_throughput_tps": self.baseline_tps,
-            "throughput_tps": self.tps,
-            "blocks": self.blocks,
-        }
-
-
 class Decoding:
-    """Times policies on prompts from a text; the baseline's backend is measured once per size.
+    """Times greedy decoding of prompts from a text; prompts are included.
+
+    The baseline's backend is measured once per batch size.
 
     Args:
         model: a transformers MoE causal language model.
@@ -280,36 +251,35 @@ class Decoding:
         self._top_k, self._backend = top_k, backend
         self._fastest: dict[int, str] = {}
 
-    def baseline_backend(self, setting: DecodeSetting) -> str:
+    def baseline_backend(self, batch_size: int) -> str:
         """The fastest of transformers' experts backends at this batch size."""
-        size = setting.batch_size
-        if size not in self._fastest:
-            names = usable_backends(self._model, size, self._top_k)
+        if batch_size not in self._fastest:
+            names = usable_backends(self._model, batch_size, self._top_k)
             arms = {name: backend_arm(self._model, name) for name in names}
-            timings = self._time(arms, setting, _CHOOSING_BLOCKS, _CHOOSING_TOKENS)
-            self._fastest[size] = max(names, key=timings.throughput)
-        return self._fastest[size]
+            timings = self._time(arms, batch_size, _CHOOSING_BLOCKS, _CHOOSING_TOKENS)
+            self._fastest[batch_size] = max(names, key=timings.throughput)
+        return self._fastest[batch_size]
 
-    def speed(self, policy: RoutingPolicy, setting: DecodeSetting, *, blocks: int) -> DecodeSpeed:
-        """Decode greedily, baseline and policy in alternating blocks."""
-        name = self.baseline_backend(setting)
+    def speed(self, policy: RoutingPolicy, batch_size: int, *, blocks: int) -> dict[str, Any]:
+        """Baseline and policy in alternating blocks, as a row of a result file."""
+        name = self.baseline_backend(batch_size)
         arms = {
             "baseline": backend_arm(self._model, name),
             "policy": policy_arm(self._model, policy, backend=self._backend),
         }
-        timings = self._time(arms, setting, blocks, setting.new_tokens)
-        return DecodeSpeed(
-            setting=setting,
-            speedup=timings.ratio("baseline", "policy"),
-            baseline_backend=name,
-            baseline_tps=timings.throughput("baseline"),
-            tps=timings.throughput("policy"),
-            blocks=blocks,
-        )
+        timings = self._time(arms, batch_size, blocks, NEW_TOKENS)
+        return {
+            "batch_size": batch_size,
+            "prompt_tokens": PROMPT_TOKENS,
+            "new_tokens": NEW_TOKENS,
+            **timings.ratio("baseline", "policy").as_speedup(),
+            "baseline_backend": name,
+            "baseline_throughput_tps": timings.throughput("baseline"),  # new tokens per second
+            "throughput_tps": timings.throughput("policy"),
+            "blocks": blocks,
+        }
 
-    def _time(
-        self, arms: dict[str, Arm], setting: DecodeSetting, blocks: int, new_tokens: int
-    ) -> Timings:
+    def _time(self, arms: dict[str, Arm], batch_size: int, blocks: int, new_tokens: int) -> Timings:
         def generate(model: Any, ids: Tensor) -> None:
             # Always as many tokens: an early end would make a policy look fast.
             model.generate(
@@ -322,16 +292,16 @@ class Decoding:
                 pad_token_id=0,
             )
 
-        group = ArmGroup(arms, [self._prompts(setting)], setting.batch_size * new_tokens)
+        group = ArmGroup(arms, [self._prompts(batch_size)], batch_size * new_tokens)
         (timings,) = time_groups(self._model, [group], blocks=blocks, run=generate)
         return timings
 
-    def _prompts(self, setting: DecodeSetting) -> Tensor:
-        """(B, prompt_tokens) first tokens of documents that are long enough."""
-        length = setting.prompt_tokens
+    def _prompts(self, batch_size: int) -> Tensor:
+        """(B, PROMPT_TOKENS) first tokens of documents that are long enough."""
+        length = PROMPT_TOKENS
         prompts = [d.ids[:length].tolist() for d in self._documents if len(d.ids) >= length]
         if not prompts:
             joined = [int(i) for d in self._documents for i in d.ids]
             prompts = [(joined * (length // max(len(joined), 1) + 1))[:length]]
-        rows = [prompts[i % len(prompts)] for i in range(setting.batch_size)]
+        rows = [prompts[i % len(prompts)] for i in range(batch_size)]
         return torch.tensor(rows, dtype=torch.int64)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from var_moe.calibration.profile import RoutingProfile
 from var_moe.errors import VarMoeError
-from var_moe.evaluation.evaluator import Apart, Evaluator, Quality, Speed, measure_apart
+from var_moe.evaluation.evaluator import Evaluator, Quality, Speed, measure_by_dataset
 from var_moe.evaluation.perplexity import datasets_of
 from var_moe.execution.session import Session, routed
 from var_moe.optimization.candidate import Candidate
@@ -222,12 +222,13 @@ class LastMeasurement:
                 name = f"front ({100 * point.degradation:.2f}%)"
                 self.candidates.append(self.measure(config, name=name, always_time=True))
 
-    def by_dataset(self) -> list[Apart]:
+    def by_dataset(self) -> list[dict[str, Any]]:
         """The winner, or what comes nearest, on each of several data sets by itself."""
         if not datasets_of(self.evaluator.documents):
             return []
         chosen = self.best or self.nearest
-        return measure_apart(self.evaluator, self.objective.policy(chosen.config), what=chosen.name)
+        policy = self.objective.policy(chosen.config)
+        return measure_by_dataset(self.evaluator, policy, what=chosen.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,14 +274,14 @@ def conclude(
     result: OptimizationResult,
     last: LastMeasurement,
     *,
-    apart: Sequence[Apart] = (),
+    by_dataset: Sequence[Mapping[str, Any]] = (),
     output: Path,
     notes: Sequence[str] = (),
     metadata: Mapping[str, Any],
 ) -> TuneOutcome:
     """Choose the answer and write every file.
 
-    ``apart`` is the choice, or the nearest miss, on each of several data sets.
+    ``by_dataset`` has the choice, or the nearest miss, on each of several data sets.
 
     Raises:
         NothingFitsError: nothing keeps the bound; the files are written all the same, with
@@ -303,7 +304,7 @@ def conclude(
     metadata = {
         **metadata,
         "remeasured": [one.to_dict() for one in last.measured],
-        "by_dataset": [one.to_dict() for one in apart],
+        "by_dataset": list(by_dataset),
         "notes": list(notes),
         "answer": answer,
     }
@@ -311,7 +312,7 @@ def conclude(
     parts = summary_parts(
         best=replace(best, name=f"best ({best.name})") if best else None,
         others=others,
-        apart=apart,
+        by_dataset=by_dataset,
         answer=answer,
         notes=notes,
         max_degradation=max_degradation,

@@ -71,7 +71,7 @@ def tune(
             last.measure_presets()
             if replayed:
                 last.measure_front(replayed.front)
-            apart = last.by_dataset()
+            by_dataset = last.by_dataset()
         if replayed:
             about["replay"] = replay_metadata(replayed)
             save_front(
@@ -88,7 +88,7 @@ def tune(
             *ready.final.timing_notes(),
         ]
         return conclude(
-            result, last, apart=apart, output=settings.output, notes=notes, metadata=about
+            result, last, by_dataset=by_dataset, output=settings.output, notes=notes, metadata=about
         )
 
 

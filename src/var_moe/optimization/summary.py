@@ -19,7 +19,6 @@ from var_moe.terminal import WIDTH, figures_table, show
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from var_moe.evaluation.evaluator import Apart
     from var_moe.evaluation.throughput import Ratio
     from var_moe.optimization.measure_again import Remeasured
 
@@ -78,7 +77,7 @@ def _worst(row: Remeasured) -> list[str]:
 
 
 def apart_table(rows: Sequence[Mapping[str, Any]], *, title: str) -> Any:
-    """One row per data set, from what `evaluation.evaluator.Apart.to_dict` gives."""
+    """One row per data set, from `evaluation.evaluator.measure_by_dataset`."""
     table = figures_table(
         title,
         *("data set", "documents", "PPL baseline", "PPL", "change (95% upper)"),
@@ -101,7 +100,7 @@ def summary_parts(
     *,
     best: Remeasured | None,
     others: Sequence[Remeasured],
-    apart: Sequence[Apart] = (),
+    by_dataset: Sequence[Mapping[str, Any]] = (),
     answer: str,
     notes: Sequence[str],
     max_degradation: float,
@@ -115,9 +114,9 @@ def summary_parts(
     parts: list[RenderableType] = [answer, ""]
     if rows:
         parts += [result_table(rows, baseline_tps=tps, top_k=top_k), ""]
-    if apart:
+    if by_dataset:
         title = f"{rows[0].name if best else 'Nearest miss'}, each data set by itself"
-        parts += [apart_table([one.to_dict() for one in apart], title=title), ""]
+        parts += [apart_table(by_dataset, title=title), ""]
     if best and best.speed:
         back, skip = best.speed.backend_factor, best.speed.skipping_factor
         if back and skip:

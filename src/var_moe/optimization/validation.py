@@ -9,7 +9,13 @@ from var_moe.calibration.fitted_files import load_compensation
 from var_moe.calibration.profile import RoutingProfile
 from var_moe.config import MAX_DEGRADATION, check_bound
 from var_moe.errors import UsageError
-from var_moe.evaluation.evaluator import Evaluator, Progress, Speed, SpeedSetting, measure_apart
+from var_moe.evaluation.evaluator import (
+    Evaluator,
+    Progress,
+    Speed,
+    SpeedSetting,
+    measure_by_dataset,
+)
 from var_moe.growing import GrowingResult
 from var_moe.optimization.candidate import load_candidate
 from var_moe.optimization.preparation import PROFILE_FOLDER, read_text, sample_documents
@@ -164,8 +170,8 @@ def validate(
         quality = evaluator.quality(config.make(profile))
         executed = quality.report.experts_per_token
         known("the data sets apart, the control, throughput", **quality.to_dict())
-        apart = measure_apart(evaluator, config.make(profile))
-        known("the control, throughput", by_dataset=[one.to_dict() for one in apart])
+        by_dataset = measure_by_dataset(evaluator, config.make(profile))
+        known("the control, throughput", by_dataset=by_dataset)
         control = evaluator.quality(
             RandomSkipPolicy(_share_dropped(executed, evaluator.top_k)),
             what="random skip: perplexity",

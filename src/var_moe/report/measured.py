@@ -60,7 +60,7 @@ def _ratio(value: Mapping[str, float]) -> str:
 
 
 def datasets_table(rows: Any, *, title: str = "Each data set by itself") -> Table | None:
-    """One row per data set, from what ``evaluation.evaluator.Apart.to_dict`` gives."""
+    """One row per data set, from ``evaluation.evaluator.measure_by_dataset``."""
     return Table.of(
         title,
         rows or (),
