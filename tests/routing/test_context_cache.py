@@ -199,6 +199,12 @@ def test_padding_takes_no_part() -> None:
     assert cache.forward([7]) == [NONE]  # tick 3
 
 
+def test_time_goes_on_across_padding_in_a_row() -> None:
+    expiring = Cache(ttl=0.003).forward([7, 0, 8, 0, 9, 7], padding=(1, 3))
+    assert expiring == [NONE] * 6  # the second 7 is the row's fourth token, three ticks later
+    assert Cache(ttl=0.003).forward([7, 0, 8, 7], padding=(1,)) == [NONE, NONE, NONE, 0]
+
+
 def test_looking_up_neither_inserts_nor_refreshes_nor_fills_nor_ticks() -> None:
     cache = Cache(size=2, ttl=0.004)
     cache.begin([7, 8, 7, 9, 9, 9], looks_only=(2, 3, 4, 5))

@@ -10,6 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Self
 
 NEW, GONE = -1, -2  # instead of a row of storage: none yet, none any more
@@ -109,25 +110,25 @@ class Walk:
         entry.row = GONE
 
     def row(self, stream: Stream, keys: list[int], looks: list[bool], stays: list[bool]) -> None:
-        """One row of the batch: ``looks`` up, and ``stays`` (inserts or refreshes its key)."""
+        """One row of the batch: tokens that look up, and those that also insert or refresh."""
         now = stream.clock.advance(sum(stays))
         if self.size == 0:
             self.local.extend([NEW] * len(keys))
             return
-        start, end = 0, len(keys)
-        while end and not looks[end - 1]:  # padding stands at one end, as a rule
-            end -= 1
-        while start < end and not looks[start]:
-            start += 1
-        self.local.extend([NEW] * start)
-        if all(stays[start:end]):
-            self._plain(stream, keys[start:end], now)
-        else:
-            self._mixed(stream, keys[start:end], looks[start:end], stays[start:end], now)
-        self.local.extend([NEW] * (len(keys) - end))
+        start = 0
+        for (look, stay), run in groupby(zip(looks, stays, strict=True)):
+            end = start + sum(1 for _ in run)
+            if stay:
+                self._insert(stream, keys[start:end], now)
+                now += (end - start) * stream.clock.step
+            elif look:
+                self._look_up(stream, keys[start:end], now)
+            else:
+                self.local.extend([NEW] * (end - start))
+            start = end
 
-    def _plain(self, stream: Stream, keys: list[int], now: int) -> None:
-        """Tokens that all insert."""
+    def _insert(self, stream: Stream, keys: list[int], now: int) -> None:
+        """Tokens that insert or refresh their keys."""
         entries, met, base, size, ttl = stream.entries, self.met, self.base, self.size, self.ttl
         step, number = stream.clock.step, base + len(met)
         find, refresh, note = entries.get, entries.move_to_end, self.local.append
@@ -155,16 +156,10 @@ class Walk:
                 note(entry.number)
             now += step
 
-    def _mixed(
-        self, stream: Stream, keys: list[int], looks: list[bool], stays: list[bool], now: int
-    ) -> None:
-        """Tokens of which some only look up, or are padding."""
-        for key, look, stay in zip(keys, looks, stays, strict=True):
-            if stay:
-                self._plain(stream, [key], now)
-                now += stream.clock.step
-                continue
-            entry = stream.entries.get(key) if look else None
+    def _look_up(self, stream: Stream, keys: list[int], now: int) -> None:
+        """Tokens that leave nothing in the cache."""
+        for key in keys:
+            entry = stream.entries.get(key)
             if entry is None or now - entry.born >= self.ttl:
                 self.local.append(NEW)
                 continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Self, TypeAlias
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from var_moe.config import PRESETS, SEARCH_SPACE, VARConfig
 from var_moe.errors import UsageError
-from var_moe.routing.arrays import NUMPY, Array, Operations, operations
+from var_moe.routing.arrays import Array, Operations, operations
 from var_moe.routing.base import Dial, RoutingPolicy
 from var_moe.routing.compensation import ResidualMeans
 from var_moe.routing.context_cache import ContextCache, Hits
@@ -22,8 +22,6 @@ from var_moe.routing.keys import context_keys
 from var_moe.routing.lru import Clock, TokenClock
 
 _FAST, _CACHED, _LEARNED = (int(tier) for tier in (Tier.FAST, Tier.CACHED, Tier.LEARNED))
-Place: TypeAlias = tuple[torch.device, bool]
-"""Where decisions are made, and whether in numpy."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +41,12 @@ class RoutingTable:
 
 @dataclass(frozen=True)
 class _Layer:
-    """One layer's part of the profile, in the library and on the device that decides."""
+    """One layer's part of the profile, on the layer's device."""
 
-    expected: Array | None  # (V,) the table's first expert, -1 off the fast path; None: all are off
-    index: Array  # (V, leading) leading experts of the table
-    weight: Array  # (V, leading)
+    # (V,) the table's first expert, -1 for ids off the fast path; None where all are
+    expected: Tensor | None
+    index: Tensor  # (V, leading) leading experts of the table
+    weight: Tensor  # (V, leading)
     residual: Tensor | None  # (rows + 1, D)
 
 
@@ -93,7 +92,7 @@ class VARPolicy(RoutingPolicy):
         self.context_window = config.context_window_size
         self._eligible = table.eligible(config.frequency_threshold, config.entropy_threshold)
         self._any_eligible = self._eligible.any(dim=1).tolist()
-        self._layers: dict[tuple[int, Place], _Layer] = {}
+        self._layers: dict[tuple[int, torch.device], _Layer] = {}
 
     @property
     def made_for(self) -> Mapping[str, int]:
@@ -139,7 +138,7 @@ class VARPolicy(RoutingPolicy):
 
     @property
     def adds_residual(self) -> bool:
-        return self.residuals is not None or self.compensation is not None
+        return self.residuals is not None or super().adds_residual
 
     @classmethod
     def presets(cls) -> Mapping[str, Mapping[str, Any]]:
@@ -191,34 +190,27 @@ class VARPolicy(RoutingPolicy):
             documents = [n if n >= 0 else -1 - row for row, n in enumerate(context.document)]
         self.cache.begin(keys, context.valid, context.stays, documents)
 
-    def _part(self, layer: int, place: Place) -> _Layer:
-        """The layer's part of the profile, copied to its place once."""
-        part = self._layers.get((layer, place))
+    def _part(self, layer: int, device: torch.device) -> _Layer:
+        """The layer's part of the profile, copied to its device once."""
+        part = self._layers.get((layer, device))
         if part is None:
-            device, as_numpy = place
-            means = self.residuals
-
-            def bring(values: Tensor) -> Array:
-                return values.numpy() if as_numpy else values.to(device)
-
-            index, expected = self.table.index[layer], None
+            index, means, expected = self.table.index[layer], self.residuals, None
             if self._any_eligible[layer]:
-                expected = bring(torch.where(self._eligible[layer], index[:, 0], -1))
-            part = self._layers[layer, place] = _Layer(
+                expected = torch.where(self._eligible[layer], index[:, 0], -1).to(device)
+            part = self._layers[layer, device] = _Layer(
                 expected=expected,
-                index=bring(index),
-                weight=bring(self.table.weight[layer]),
+                index=index.to(device),
+                weight=self.table.weight[layer].to(device),
                 residual=None if means is None else means.table[layer].to(device),
             )
         return part
 
     def route(self, context: ForwardContext, layer: int, index: Tensor, weight: Tensor) -> Routing:
-        ops = operations(weight)
-        place = (index.device, ops is NUMPY)
-        part, ids = self._part(layer, place), ops.of_tensor(context.ids_on(index.device))
+        ops, part = operations(weight), self._part(layer, index.device)
+        tensors = (context.ids_on(index.device), index, weight)
         # A weight sum of zero gives NaN, which is not confident, and no warning.
         with np.errstate(invalid="ignore"):
-            return self._decide(ops, layer, part, ids, ops.of_tensor(index), ops.of_tensor(weight))
+            return self._decide(ops, layer, part, *(ops.of_tensor(each) for each in tensors))
 
     def _decide(
         self, ops: Operations, layer: int, part: _Layer, ids: Array, index: Array, weight: Array
@@ -231,7 +223,7 @@ class VARPolicy(RoutingPolicy):
             )
         lead_index, lead_weight = ops.take(index, leading), ops.take(weight, leading)
         kept, total = lead_weight.sum(1), weight.sum(1)
-        expected = None if part.expected is None else part.expected[ids]  # (T,)
+        expected = None if part.expected is None else ops.of_tensor(part.expected)[ids]  # (T,)
         if leading.shape[1] == index.shape[1]:
             confident = lead_index[:, 0] >= 0  # all: the mass is 1, whatever the rounding
         else:
@@ -282,8 +274,8 @@ class VARPolicy(RoutingPolicy):
         if expected is not None:
             fast = expected >= 0
             tier = ops.where(fast, _FAST, tier)
-            stored_index = ops.where(fast[:, None], part.index[ids], stored_index)
-            stored_weight = ops.where(fast[:, None], part.weight[ids], stored_weight)
+            stored_index = ops.where(fast[:, None], ops.of_tensor(part.index)[ids], stored_index)
+            stored_weight = ops.where(fast[:, None], ops.of_tensor(part.weight)[ids], stored_weight)
         replaced = (tier != _LEARNED)[:, None]
         total = weight.sum(1)
         out_index = ops.where(replaced, -1, index)
