@@ -18,13 +18,16 @@ from numpy.typing import NDArray
 
 from var_moe.config import DOCUMENTED_FIELDS, VARConfig
 from var_moe.errors import UsageError
+from var_moe.routing.counts import RoutingReport
 from var_moe.routing.decision import Tier
-from var_moe.tracing.policies import FIGURES, Times, predicted_degradation
-from var_moe.tracing.replay import TraceReplay, damage_effects, damage_kinds, stored_counts
+from var_moe.routing.keeping import leading_count
+from var_moe.tracing.policies import FIGURES, Replay, Times, predicted_degradation
+from var_moe.tracing.replay import TraceReplay
 from var_moe.tracing.stays import Ints, SlotHits
 
 if TYPE_CHECKING:
     from var_moe.evaluation.evaluator import Progress
+    from var_moe.tracing.trace import RoutingTrace
 
 Floats = NDArray[np.float64]
 
@@ -75,6 +78,63 @@ class GridReplay:
         squares = sum(rows.sum(axis=2) for rows in self.squares.values())
         return predicted_degradation(first, squares, self.scored)
 
+    def replay(self, place: tuple[int, int], top_k: int, adds_residual: bool) -> Replay:
+        """One of its configurations, by the places of its two thresholds."""
+        tiers = self.tiers[place].tolist()
+        report = RoutingReport(
+            tokens=self.tokens,
+            top_k=top_k,
+            tier_counts=tuple((fast, cached, learned) for fast, cached, learned in tiers),
+            executed_pairs=tuple(self.pairs[place].tolist()),
+        )
+        first, squares = (
+            {kind: rows[place].tolist() for kind, rows in sums.items()} or None
+            for sums in (self.first, self.squares)
+        )
+        return Replay(
+            report=report,
+            scored=self.scored,
+            first=first,
+            squares=squares,
+            adds_residual=adds_residual,
+        )
+
+
+def stored_counts(
+    run: NDArray[np.int16], own: NDArray[np.int16]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """How many executed experts are chosen but do not lead, and how many are not chosen.
+
+    Args:
+        run: (R, lead) stored experts that run.
+        own: (R, K) the tokens' own experts by rank.
+
+    Returns:
+        (R,) each; both zero where a token's own leading experts run.
+    """
+    lead = run.shape[1]
+    same = run[:, :, None] == own[:, None, :]  # (R, lead, K)
+    leading = same[:, :, :lead].any(axis=2).sum(axis=1)
+    chosen = same.any(axis=2).sum(axis=1)
+    return chosen - leading, lead - chosen
+
+
+def damage_kinds(trace: RoutingTrace, config: VARConfig) -> tuple[str, ...]:
+    """The kinds of damage that a configuration's decisions do, on this trace."""
+    residual = config.uses_residuals and "cut_residual" in trace.damage
+    cut = "cut_residual" if residual else "cut"
+    return (cut, "next", "foreign") if config.mode == "plain" else (cut,)
+
+
+def damage_effects(trace: RoutingTrace, kind: str, layer: int) -> NDArray[np.float32]:
+    """The change of the loss by one decision of a kind, of each token. (N,)"""
+    effect: NDArray[np.float32] = trace.damage[kind][layer].numpy()
+    if kind != "cut":
+        return effect
+    lead = leading_count(trace.top_k)
+    # Without a rank to cut at (K = 1) no token is cut.
+    return effect[:, lead - 1] if lead < trace.top_k else effect.sum(axis=1)
+
 
 class ThresholdGrid:
     """Replays configurations, each with all combinations of two lists of thresholds.
@@ -112,7 +172,9 @@ class ThresholdGrid:
     def evaluate(self, config: VARConfig) -> GridReplay:
         """All combinations; the configuration's own frequency and entropy thresholds are unused.
 
-        Equal to `TraceReplay.evaluate` of each; damages up to the rounding of sums.
+        In plain mode a table's or a slot's experts run unseen. Where they are the token's own
+        leading ones, that is a cut. Else its damage is made of those that are chosen but do not
+        lead (``next``) and those that are not chosen (``foreign``), in proportion.
         """
         replay, trace = self.replay, self.replay.trace
         kinds = damage_kinds(trace, config) if trace.damage else ()

@@ -5,10 +5,11 @@ A policy of the registry may have a faster `Replayer` of its own, as VAR has in 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -83,21 +84,21 @@ class Replay:
         return {**self.report.to_dict(), "predicted_degradation": self.degradation}
 
 
-class Replayer(Protocol):
+class Replayer(ABC):
     """Replays settings of one policy on one trace."""
 
     @classmethod
+    @abstractmethod
     def of(cls, trace: RoutingTrace, spec: PolicySpec, calibration: Settings) -> Replayer:
         """For a policy of the registry, with its inputs as `RoutingProfile.calibration` gives
         them."""
-        ...
 
+    @abstractmethod
     def replay(
         self, settings: Sequence[Settings], progress: Progress | None = None
     ) -> list[Replay]:
         """In the order of ``settings``; ``progress`` is called with a stage, replays done and in
         all."""
-        ...
 
     def grid(
         self,
@@ -118,7 +119,22 @@ class Replayer(Protocol):
         Returns:
             `FIGURES`; ``degradation`` where the trace tells it, ``speedup`` where predicted.
         """
-        ...
+        shape = tuple(len(own) for own in values.values())
+        points = [
+            {**fixed, **dict(zip(values, point, strict=True))}
+            for point in product(*values.values())
+        ]
+        replays = self.replay(points, progress)
+        columns = {name: [getattr(one.report, name) for one in replays] for name in FIGURES}
+        degradations = [one.degradation for one in replays]
+        if None not in degradations:
+            columns["degradation"] = degradations
+        if speedups is not None:
+            columns["speedup"] = [
+                float(speedups(np.array(one.report.executed_pairs), one.adds_residual))
+                for one in replays
+            ]
+        return {name: np.array(column).reshape(shape) for name, column in columns.items()}
 
 
 FIGURES = ("experts_per_token", "fast_pct", "cached_pct", "learned_pct", "cache_hit_rate")
@@ -132,7 +148,7 @@ def replayer_of(trace: RoutingTrace, policy: str, calibration: Settings) -> Repl
     return found.of(trace, spec, calibration)
 
 
-class PolicyReplayer:
+class PolicyReplayer(Replayer):
     """Replays any policy with its own code.
 
     Args:
@@ -159,31 +175,6 @@ class PolicyReplayer:
             if progress:
                 progress(self.STAGE, len(replays), len(settings))
         return replays
-
-    def grid(
-        self,
-        values: Mapping[str, Sequence[Any]],
-        fixed: Settings,
-        *,
-        speedups: Times | None = None,
-        progress: Progress | None = None,
-    ) -> dict[str, NDArray[np.float64]]:
-        shape = tuple(len(own) for own in values.values())
-        points = [
-            {**fixed, **dict(zip(values, point, strict=True))}
-            for point in product(*values.values())
-        ]
-        replays = self.replay(points, progress)
-        columns = {name: [getattr(one.report, name) for one in replays] for name in FIGURES}
-        degradations = [one.degradation for one in replays]
-        if None not in degradations:
-            columns["degradation"] = degradations
-        if speedups is not None:
-            columns["speedup"] = [
-                float(speedups(np.array(one.report.executed_pairs), one.adds_residual))
-                for one in replays
-            ]
-        return {name: np.array(column).reshape(shape) for name, column in columns.items()}
 
 
 def evaluate_policy(

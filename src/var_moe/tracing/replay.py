@@ -7,7 +7,7 @@ does, fed document by document.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +16,11 @@ from numpy.typing import NDArray
 
 from var_moe.config import VARConfig
 from var_moe.errors import UsageError
-from var_moe.routing.counts import RoutingReport
-from var_moe.routing.decision import Tier
 from var_moe.routing.keeping import leading_count
 from var_moe.routing.keys import stream_keys
 from var_moe.routing.lru import TokenClock
 from var_moe.routing.var import RoutingTable
-from var_moe.tracing.policies import Replay, Settings, Times
+from var_moe.tracing.policies import Replay, Replayer, Settings, Times
 from var_moe.tracing.stays import Bools, Recency, SlotHits, Stays, layer_hits
 
 if TYPE_CHECKING:
@@ -31,56 +29,7 @@ if TYPE_CHECKING:
     from var_moe.tracing.trace import ProfileView, RoutingTrace
 
 
-@dataclass(frozen=True)
-class LayerDecisions:
-    """What a configuration decides in one layer.
-
-    In plain mode a table's or a slot's experts run unseen. Where they are the token's own leading
-    ones, it is in ``cut``. Else ``next_count`` says how many of the leading_count(K) that run are
-    chosen by the token but do not lead, and ``foreign_count`` how many it did not choose.
-    """
-
-    layer: int
-    tier: NDArray[np.uint8]  # (N,) a Tier
-    cut: Bools  # (N,) runs its own leading experts alone, and drops some
-    next_count: NDArray[np.int64]  # (N,) zero where the token's own experts run
-    foreign_count: NDArray[np.int64]  # (N,) likewise
-
-
-def stored_counts(
-    run: NDArray[np.int16], own: NDArray[np.int16]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """How many executed experts are chosen but do not lead, and how many are not chosen.
-
-    Args:
-        run: (R, lead) stored experts that run.
-        own: (R, K) the tokens' own experts by rank.
-
-    Returns:
-        (R,) each; both zero where a token's own leading experts run.
-    """
-    lead = run.shape[1]
-    same = run[:, :, None] == own[:, None, :]  # (R, lead, K)
-    leading = same[:, :, :lead].any(axis=2).sum(axis=1)
-    chosen = same.any(axis=2).sum(axis=1)
-    return chosen - leading, lead - chosen
-
-
-def damage_kinds(trace: RoutingTrace, config: VARConfig) -> tuple[str, ...]:
-    """The kinds of damage that a configuration's decisions do, on this trace."""
-    residual = config.uses_residuals and "cut_residual" in trace.damage
-    cut = "cut_residual" if residual else "cut"
-    return (cut, "next", "foreign") if config.mode == "plain" else (cut,)
-
-
-def damage_effects(trace: RoutingTrace, kind: str, layer: int) -> NDArray[np.float32]:
-    """The change of the loss by one decision of a kind, of each token. (N,)"""
-    effect: NDArray[np.float32] = trace.damage[kind][layer].numpy()
-    if kind != "cut":
-        return effect
-    lead = leading_count(trace.top_k)
-    # Without a rank to cut at (K = 1) no token is cut.
-    return effect[:, lead - 1] if lead < trace.top_k else effect.sum(axis=1)
+_GRID_AT_MOST = 16  # configurations that `evaluate_many` replays as one grid
 
 
 @dataclass
@@ -92,7 +41,7 @@ class _Kept:
     recency: dict[Any, Recency] = field(default_factory=dict)
 
 
-class TraceReplay:
+class TraceReplay(Replayer):
     """Replays configurations on one trace with one profile's table.
 
     Args:
@@ -198,104 +147,35 @@ class TraceReplay:
             self._kept.hits = (key, hits)
         return self._kept.hits[1]
 
-    # -- one configuration -------------------------------------------------------------------
-
-    def decisions(self, config: VARConfig, *, kinds: bool = True) -> Iterator[LayerDecisions]:
-        """What the configuration decides, layer by layer.
-
-        Args:
-            config: the thresholds.
-            kinds: in plain mode, compare stored experts with the token's own; without, ``cut``
-                and both counts stay empty.
-        """
-        eligible = self.table.eligible(config.frequency_threshold, config.entropy_threshold)
-        for layer, (row, hits) in enumerate(zip(eligible.numpy(), self.hits(config), strict=True)):
-            fast = row[self.id_number] if row.any() else np.zeros(self.trace.tokens, dtype=bool)
-            if config.mode == "plain":
-                yield self._plain(layer, fast, hits, kinds)
-            else:
-                yield self._verified(layer, fast, hits, self.confident(config, layer))
-
-    def _verified(
-        self, layer: int, fast: Bools, hits: SlotHits, confident: Bools
-    ) -> LayerDecisions:
-        """The table, else the slot, licenses the cut if it agrees with the router."""
-        tier = np.full(len(fast), Tier.LEARNED, dtype=np.uint8)
-        tier[hits.token[hits.licensed]] = Tier.CACHED
-        if fast.any():
-            tier[fast] = np.where(self.match[layer][fast], Tier.FAST, Tier.LEARNED)
-        cut = confident | (tier != Tier.LEARNED)
-        if self.lead == self.trace.top_k:
-            cut = np.zeros_like(cut)
-        none = np.zeros(len(fast), dtype=np.int64)
-        return LayerDecisions(layer, tier, cut, next_count=none, foreign_count=none)
-
-    def _plain(self, layer: int, fast: Bools, hits: SlotHits, kinds: bool) -> LayerDecisions:
-        """The table's experts, else the slot's, run unseen."""
-        tier = np.full(len(fast), Tier.LEARNED, dtype=np.uint8)
-        tier[hits.token] = Tier.CACHED
-        tier[fast] = Tier.FAST
-        cut = np.zeros(len(fast), dtype=bool)
-        next_count, foreign_count = np.zeros((2, len(fast)), dtype=np.int64)
-        if kinds:
-            cached = ~fast[hits.token]
-            by_table = np.flatnonzero(fast)
-            token = np.concatenate((by_table, hits.token[cached]))
-            table = self.table_experts(layer)[self.id_number[by_table]]
-            slots = self.index[layer][hits.source[cached], : self.lead]
-            run = np.concatenate((table, slots))  # (R, lead) experts that run
-            following, foreign = stored_counts(run, self.index[layer][token])
-            next_count[token], foreign_count[token] = following, foreign
-            if self.lead < self.trace.top_k:
-                cut[token] = following + foreign == 0
-        return LayerDecisions(layer, tier, cut, next_count, foreign_count)
+    # -- replays -----------------------------------------------------------------------------
 
     def evaluate(self, config: VARConfig) -> Replay:
         """Tiers and executed pairs of one configuration, and its damage where that is recorded."""
-        trace, plain = self.trace, config.mode == "plain"
-        kinds = damage_kinds(trace, config) if trace.damage else ()
-        first: dict[str, list[float]] = {kind: [] for kind in kinds}
-        squares: dict[str, list[float]] = {kind: [] for kind in kinds}
-        tiers, pairs = [], []
-        for decided in self.decisions(config, kinds=bool(kinds)):
-            count = np.bincount(decided.tier, minlength=len(Tier))
-            tiers.append((int(count[0]), int(count[1]), int(count[2])))
-            half = trace.tokens - count[Tier.LEARNED] if plain else np.count_nonzero(decided.cut)
-            pairs.append(int(trace.tokens * trace.top_k - half * (trace.top_k - self.lead)))
-            for kind in kinds:
-                effect = self._effects(kind, decided)
-                first[kind].append(float(effect.sum()))
-                squares[kind].append(float(np.dot(effect, effect)))
-        report = RoutingReport(
-            tokens=trace.tokens,
-            top_k=trace.top_k,
-            tier_counts=tuple(tiers),
-            executed_pairs=tuple(pairs),
-        )
-        return Replay(
-            report=report,
-            scored=trace.scored,
-            first=first or None,
-            squares=squares or None,
-            adds_residual=config.uses_residuals,
-        )
-
-    def _effects(self, kind: str, decided: LayerDecisions) -> NDArray[np.float64]:
-        """Damages of the decisions of a kind; stored experts count in proportion."""
-        share = {"next": decided.next_count, "foreign": decided.foreign_count}.get(kind)
-        token = np.flatnonzero(decided.cut if share is None else share)
-        effect = damage_effects(self.trace, kind, decided.layer)[token].astype(np.float64)
-        return effect if share is None else effect * (share[token] / self.lead)
+        return self.evaluate_many([config])[0]
 
     def evaluate_many(self, configs: Sequence[VARConfig]) -> list[Replay]:
         """The same for many, in the order given; what they share is computed once."""
+        from var_moe.tracing.grid import ThresholdGrid
 
-        def shared(number: int) -> tuple[Any, ...]:
-            config = configs[number]
-            return (*_stays_key(config), config.confidence_threshold)
-
-        done = {i: self.evaluate(configs[i]) for i in sorted(range(len(configs)), key=shared)}
-        return [done[i] for i in range(len(configs))]
+        # Those that differ in the two thresholds of the fast path alone are one grid's.
+        alike: dict[VARConfig, list[int]] = {}
+        for number, config in enumerate(configs):
+            base = config.replace(frequency_threshold=0, entropy_threshold=0.0)
+            alike.setdefault(base, []).append(number)
+        replays: dict[int, Replay] = {}
+        for base in sorted(alike, key=lambda one: (*_stays_key(one), one.confidence_threshold)):
+            for start in range(0, len(alike[base]), _GRID_AT_MOST):
+                numbers = alike[base][start : start + _GRID_AT_MOST]
+                frequencies = sorted({configs[i].frequency_threshold for i in numbers})
+                entropies = sorted({configs[i].entropy_threshold for i in numbers})
+                grid = ThresholdGrid(self, frequencies, entropies).evaluate(base)
+                for i in numbers:
+                    place = (
+                        frequencies.index(configs[i].frequency_threshold),
+                        entropies.index(configs[i].entropy_threshold),
+                    )
+                    replays[i] = grid.replay(place, self.trace.top_k, base.uses_residuals)
+        return [replays[i] for i in range(len(configs))]
 
     # -- as a `Replayer` of policy ``var`` ---------------------------------------------------
 
