@@ -306,7 +306,7 @@ def profile_full_pipeline(
     Args:
         model: a transformers MoE causal language model.
         tokenizer: its tokenizer.
-        texts: what `var_moe.data.text.as_documents` takes: texts, or token ids.
+        texts: what `var_moe.data.encoding.as_documents` takes: texts, or token ids.
         config: a `VARConfig` or another `Candidate`; by default the balanced preset.
         profile: routing statistics of other text. Without one, half of the texts are profiled
             and speed is measured on the other half.

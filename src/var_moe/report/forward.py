@@ -92,14 +92,15 @@ def tiers_figure(row: Mapping[str, Any]) -> Picture | None:
     )
 
 
+# Term of the cost model -> its name, colour, and the entry of the work that it is multiplied by.
 _TERMS = {
-    "pair": ("expert pairs", BLUE),
-    "expert": ("reading experts", TEAL),
-    "rest": ("attention, norms, head", GREY),
-    "fixed": ("calls of the model", "#b0b4ba"),
-    "calls": ("calls of the policy", PURPLE),
-    "policy": ("decisions", ORANGE),
-    "residual": ("compensation", RED),
+    "pair": ("expert pairs", BLUE, "pairs"),
+    "expert": ("reading experts", TEAL, "experts"),
+    "rest": ("attention, norms, head", GREY, "tokens"),
+    "fixed": ("calls of the model", "#b0b4ba", "forwards"),
+    "calls": ("calls of the policy", PURPLE, "calls"),
+    "policy": ("decisions", ORANGE, "decided"),
+    "residual": ("compensation", RED, "cut"),
 }
 
 
@@ -125,11 +126,15 @@ def breakdown_figure(cost: Mapping[str, Any], winner: Mapping[str, Any] | None) 
     if winner:
         works["the winner"] = _work_of(cost, winner, tokens)
     works["leading experts only"] = shown.get("leading pairs")
-    there = {name: work for name, work in works.items() if work}
+    there = {
+        name: {**work, "forwards": 1, "calls": int(work["decided"] > 0)}
+        for name, work in works.items()
+        if work
+    }
     figure = empty_figure("milliseconds a forward", "", height=140 + 56 * len(there))
-    for term, (title, colour) in _TERMS.items():
+    for term, (title, colour, amount) in _TERMS.items():
         seconds = cost["seconds"][f"{term}_s"]
-        values = [1000 * seconds * _amount(term, work) for work in there.values()]
+        values = [1000 * seconds * work[amount] for work in there.values()]
         if max(values, default=0) > 0:
             figure.add_bar(
                 y=list(there), x=values, orientation="h", name=title, marker={"color": colour}
@@ -150,15 +155,6 @@ def breakdown_figure(cost: Mapping[str, Any], winner: Mapping[str, Any] | None) 
         "else is there bounds the speedup.",
         figure=figure,
     )
-
-
-def _amount(term: str, work: Mapping[str, Any]) -> float:
-    keys = {"pair": "pairs", "expert": "experts", "rest": "tokens", "residual": "cut"}
-    if term == "fixed":
-        return 1.0
-    if term == "calls":
-        return float(work["decided"] > 0)
-    return float(work["decided"] if term == "policy" else work[keys[term]])
 
 
 def _work_of(
