@@ -36,6 +36,7 @@ def report(make_tiny_mixtral, tiny_tokenizer, tiny_texts, tmp_path_factory):
     return found, folder
 
 
+@pytest.mark.slow
 def test_the_documented_keys(report):
     found, folder = report
     systems = json.loads((folder / "systems_analysis.json").read_text())
@@ -55,6 +56,7 @@ def test_the_documented_keys(report):
         assert row.keys() == {"name", "severity", "evidence", "recommendation"}
 
 
+@pytest.mark.slow
 def test_figures_belong_together(report):
     found, _ = report
     for arm in ("baseline", "var"):
@@ -71,6 +73,7 @@ def test_figures_belong_together(report):
     ]
 
 
+@pytest.mark.slow
 def test_component_timings(report):
     found, folder = report
     saved = json.loads((folder / "profile_report.json").read_text())
