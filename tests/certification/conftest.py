@@ -20,10 +20,10 @@ index select from where order group join list dict tuple class def return yield
 @pytest.fixture(scope="session")
 def certify_text(tmp_path_factory):
     """Sixty documents to validate on, eighty to certify on."""
-    dice = random.Random(11)
+    rng = random.Random(11)
     folder = tmp_path_factory.mktemp("certify_text")
     for split, count in {"calibration": 20, "validation": 60, "certify": 80, "test": 20}.items():
-        rows = [{"text": " ".join(dice.choices(WORDS.split(), k=30))} for _ in range(count)]
+        rows = [{"text": " ".join(rng.choices(WORDS.split(), k=30))} for _ in range(count)]
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{split}.jsonl").write_text(lines)
     return folder

@@ -32,11 +32,11 @@ def shares(candidates):
 
 def test_the_choice_and_safer_points_of_the_front(results):
     front = [point(i / 100) for i in range(1, 60)]  # 0.04% to 2.36%
-    found = find(results(skip(0.235), front))
-    assert len(found) == 10
-    assert next(iter(found)) == "best"
-    assert shares(found)[0] == 0.235
-    others = shares(found)[1:]
+    candidates = find(results(skip(0.235), front))
+    assert len(candidates) == 10
+    assert next(iter(candidates)) == "best"
+    assert shares(candidates)[0] == 0.235
+    others = shares(candidates)[1:]
     assert others[0] == 0.01  # the safest
     assert others[-1] == 0.24  # the fastest that is believed to keep 1%
     gaps = [b - a for a, b in itertools.pairwise(others)]
@@ -46,30 +46,30 @@ def test_the_choice_and_safer_points_of_the_front(results):
 
 def test_points_of_one_name_are_all_tested(results):
     front = [{**point(share), "name": "best"} for share in (0.1, 0.2)]
-    found = find(results(skip(0.23), front))
-    assert sorted(shares(found)) == [0.1, 0.2, 0.23]
-    assert next(iter(found)) == "best"
+    candidates = find(results(skip(0.23), front))
+    assert sorted(shares(candidates)) == [0.1, 0.2, 0.23]
+    assert next(iter(candidates)) == "best"
 
 
 def test_equal_candidates_are_one(results):
-    found = find(results(skip(0.2), [point(0.2), point(0.1)]))
-    assert sorted(shares(found)) == [0.1, 0.2]
+    candidates = find(results(skip(0.2), [point(0.2), point(0.1)]))
+    assert sorted(shares(candidates)) == [0.1, 0.2]
 
 
 def test_where_nothing_is_below_the_bound_the_safest_is_asked(results):
-    found = find(results(skip(0.5), [point(0.4), point(0.5), point(0.6)]))
-    assert shares(found) == [0.5, 0.4]
+    candidates = find(results(skip(0.5), [point(0.4), point(0.5), point(0.6)]))
+    assert shares(candidates) == [0.5, 0.4]
 
 
 def test_var_is_certified_with_a_cache_of_each_document(results):
     front = [{"config": VARConfig().to_dict(), "degradation": 0.001}]
-    found = find(results(VARConfig(confidence_threshold=0.6).to_dict(), front))
-    assert [one.settings["cache_scope"] for one in found.values()] == ["document"] * 2
+    candidates = find(results(VARConfig(confidence_threshold=0.6).to_dict(), front))
+    assert [one.settings["cache_scope"] for one in candidates.values()] == ["document"] * 2
 
 
 def test_without_a_front_the_choice_is_turned_down(results):
-    found = find(results(VARConfig(confidence_threshold=0.8).to_dict()))
-    thresholds = [one.settings["confidence_threshold"] for one in found.values()]
+    candidates = find(results(VARConfig(confidence_threshold=0.8).to_dict()))
+    thresholds = [one.settings["confidence_threshold"] for one in candidates.values()]
     assert thresholds == pytest.approx([0.8, 0.83, 0.86, 0.9, 0.94])
     assert shares(find(results(skip(0.4)))) == pytest.approx([0.4, 0.34, 0.28, 0.2, 0.12])
     native = find(results({"policy": "native", "settings": {}}))
@@ -80,9 +80,9 @@ def test_a_nearest_miss_stands_in_for_a_choice(results, tmp_path):
     folder = results(skip(0.4))
     (folder / "best_config.json").rename(folder / "nearest_miss.json")
     (folder / "nearest_miss.json").write_text(json.dumps({"config": skip(0.4)}))
-    found = find(folder)
-    assert next(iter(found)) == "nearest miss"
-    assert len(found) == 5
+    candidates = find(folder)
+    assert next(iter(candidates)) == "nearest miss"
+    assert len(candidates) == 5
 
 
 @pytest.mark.parametrize(

@@ -39,12 +39,11 @@ def test_the_worst_counts_once_more():
     assert with_worst(values).tolist() == [-3, -1, -2, 2, 2]
     found = below_zero(values, resamples=99)
     assert found.p_t == pytest.approx(t_p_value(np.array([-3.0, -1, -2, 2, 2])))
-    assert found.p_t_plain == pytest.approx(t_p_value(values))
 
 
 def test_the_larger_p_value_decides():
-    dice = np.random.default_rng(3)
-    for values in (dice.lognormal(size=40) - 2.2, -dice.lognormal(size=40) + 1.2):
+    rng = np.random.default_rng(3)
+    for values in (rng.lognormal(size=40) - 2.2, -rng.lognormal(size=40) + 1.2):
         found = below_zero(values)
         assert found.p == max(found.p_t, found.p_bootstrap)
         assert found.p_t != pytest.approx(found.p_bootstrap, abs=0.002)
@@ -53,11 +52,11 @@ def test_the_larger_p_value_decides():
 def test_the_bootstrap_is_the_studentised_one():
     """The definition, in a loop, on resamples of its own."""
     values = np.random.default_rng(5).exponential(size=30) - 0.95
-    dice, n = np.random.default_rng(6), 30
+    rng, n = np.random.default_rng(6), 30
     observed = values.mean() / (values.std(ddof=1) / math.sqrt(n))
     count = 0
     for _ in range(4000):
-        drawn = dice.choice(values, size=n)
+        drawn = rng.choice(values, size=n)
         error = drawn.std(ddof=1) / math.sqrt(n)
         count += (drawn.mean() - values.mean()) / error <= observed
     assert bootstrap_p_value(values) == pytest.approx((count + 1) / 4001, abs=0.012)
@@ -85,12 +84,9 @@ def test_values_without_spread(value, p):
     assert (found.p < 0.05) is (value < 0)
 
 
-def test_skewness_is_reported_with_cochrans_rule():
+def test_the_skewness_is_reported():
     values = np.random.default_rng(1).lognormal(size=100)
-    found = below_zero(values)
-    assert found.skewness == pytest.approx(stats.skew(values, bias=False))
-    assert not found.normal_enough
-    assert below_zero(np.random.default_rng(1).normal(size=100)).normal_enough
+    assert below_zero(values).skewness == pytest.approx(stats.skew(values, bias=False))
 
 
 def test_a_single_value_is_no_sample():
@@ -99,10 +95,10 @@ def test_a_single_value_is_no_sample():
 
 
 def test_the_interval_agrees_with_the_paired_comparison():
-    dice = np.random.default_rng(9)
-    tokens = dice.integers(50, 500, size=60)
+    rng = np.random.default_rng(9)
+    tokens = rng.integers(50, 500, size=60)
     base = 3.0 * tokens
-    change = 0.005 * tokens + dice.normal(size=60)
+    change = 0.005 * tokens + rng.normal(size=60)
     known = degradation(
         DocumentLosses(nll=base, tokens=tokens), DocumentLosses(nll=base + change, tokens=tokens)
     )

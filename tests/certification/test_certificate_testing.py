@@ -78,7 +78,7 @@ def test_blocks_needed_are_those_where_a_bound_begins():
 
 
 def test_the_bound_errs_as_seldom_as_it_says():
-    dice = np.random.default_rng(1)
-    ratios = np.exp(dice.standard_t(2, size=(2000, 12)))  # median 1
+    rng = np.random.default_rng(1)
+    ratios = np.exp(rng.standard_t(2, size=(2000, 12)))  # median 1
     wrong = sum(median_lower_bound(row.tolist(), 0.05) > 1 for row in ratios)
     assert wrong <= 0.05 * 2000 + 20

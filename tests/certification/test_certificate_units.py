@@ -23,13 +23,13 @@ def loaded(make_tiny_mixtral, tiny_tokenizer):
 @pytest.fixture(scope="module")
 def sections():
     """Forty sections on sixteen pages, which repeat contexts of each other."""
-    dice = np.random.default_rng(4)
-    pattern = dice.integers(1, 300, size=40)
+    rng = np.random.default_rng(4)
+    pattern = rng.integers(1, 300, size=40)
     return [
         EncodedDocument(
             f"page{number % 16}#{number}",
             "made",
-            np.concatenate([pattern[: 10 + number % 20], dice.integers(1, 300, size=number % 7)]),
+            np.concatenate([pattern[: 10 + number % 20], rng.integers(1, 300, size=number % 7)]),
         )
         for number in range(40)
     ]
@@ -42,11 +42,11 @@ def evaluator(loaded, sections):
 
 
 def test_the_unmodified_model_changes_nothing(evaluator, sections):
-    found = UnitScorer(evaluator, shuffled_pages(sections, seed=0), chunk_units=5).all(None)
-    assert (found.change == 0).all()
-    assert found.tokens.sum() == sum(len(one.ids) - 1 for one in sections)
-    assert (found.experts_per_token, found.learned_pct) == (2.0, 100.0)
-    assert len(found.decisions) == 4  # chunks of 5, 5, 5, 1 pages
+    measured = UnitScorer(evaluator, shuffled_pages(sections, seed=0), chunk_units=5).all(None)
+    assert (measured.change == 0).all()
+    assert measured.tokens.sum() == sum(len(one.ids) - 1 for one in sections)
+    assert (measured.experts_per_token, measured.learned_pct) == (2.0, 100.0)
+    assert len(measured.decisions) == 4  # chunks of 5, 5, 5, 1 pages
 
 
 def test_chunks_are_as_the_whole(evaluator, sections, loaded):
@@ -62,7 +62,7 @@ def test_chunks_are_as_the_whole(evaluator, sections, loaded):
     )
     units = shuffled_pages(sections, seed=0)
     for policy in (VARPolicy(config, profile.table()), TopPPolicy(0.7)):
-        found = UnitScorer(evaluator, units, chunk_units=3).all(policy)
+        measured = UnitScorer(evaluator, units, chunk_units=3).all(policy)
         whole, report = evaluator.losses(policy)
         change = dict(
             zip(
@@ -72,13 +72,13 @@ def test_chunks_are_as_the_whole(evaluator, sections, loaded):
             )
         )
         expected = [sum(change[one.id] for one in unit) for unit in units]
-        assert found.change == pytest.approx(expected, abs=1e-3)
-        assert found.executed.sum() == sum(report.executed_pairs)
-        assert found.learned.sum() == sum(row[2] for row in report.tier_counts)
-        assert found.experts_per_token == pytest.approx(report.experts_per_token)
-        assert found.learned_pct == pytest.approx(report.learned_pct)
-        assert found.documents.sum() == 40
-        assert abs(found.change).max() > 0.05  # it does change something
+        assert measured.change == pytest.approx(expected, abs=1e-3)
+        assert measured.executed.sum() == sum(report.executed_pairs)
+        assert measured.learned.sum() == sum(row[2] for row in report.tier_counts)
+        assert measured.experts_per_token == pytest.approx(report.experts_per_token)
+        assert measured.learned_pct == pytest.approx(report.learned_pct)
+        assert measured.documents.sum() == 40
+        assert abs(measured.change).max() > 0.05  # it does change something
 
 
 def test_a_shared_cache_would_couple_documents(evaluator, sections, loaded):
@@ -89,5 +89,5 @@ def test_a_shared_cache_would_couple_documents(evaluator, sections, loaded):
     )
     units = shuffled_pages(sections, seed=0)
     policy = VARPolicy(config, profile.table())
-    found = UnitScorer(evaluator, units, chunk_units=3).all(policy)
-    assert found.executed.sum() != sum(evaluator.losses(policy)[1].executed_pairs)
+    measured = UnitScorer(evaluator, units, chunk_units=3).all(policy)
+    assert measured.executed.sum() != sum(evaluator.losses(policy)[1].executed_pairs)

@@ -20,10 +20,10 @@ from var_moe.data.documents import EncodedDocument
 @pytest.fixture(scope="module")
 def two_sets(tmp_path_factory):
     """Two data sets; the documents of the second start with a Z, and are known by that."""
-    root, dice = tmp_path_factory.mktemp("sets"), random.Random(3)
+    root, rng = tmp_path_factory.mktemp("sets"), random.Random(3)
     sizes = {"calibration": 10, "validation": 60, "certify": 60}
     for name, mark in (("calm", ""), ("harsh", "Z ")):
-        write_data_set(root / name, sizes, dice, words=WORDS[:14], length=12, mark=mark)
+        write_data_set(root / name, sizes, rng, words=WORDS[:14], length=12, mark=mark)
     return f"{root / 'calm'},{root / 'harsh'}"
 
 
@@ -59,13 +59,13 @@ def measured(change, tokens):
 def test_the_largest_p_decides():
     """a: -1 nat below its allowance each; b: on it, give or take."""
     groups = {"a": np.array([0, 2, 4, 6]), "b": np.array([1, 3, 5, 7])}
-    found = measured([-1, 0.5, -1.1, -0.5, -0.9, 0.4, -1, -0.4], [10] * 8)
+    losses = measured([-1, 0.5, -1.1, -0.5, -0.9, 0.4, -1, -0.4], [10] * 8)
     claim = QualityClaim(bound=1e-9, alpha=0.05)
-    tests = judge_apart(found, groups, claim)
+    tests = judge_apart(losses, groups, claim)
     p = {one.dataset: one.test.p for one in tests}
     assert p["a"] < 0.05 < p["b"]
     assert worst_test(tests).dataset == "b"
-    (union,) = judge_apart(found, {}, claim)
+    (union,) = judge_apart(losses, {}, claim)
     assert union.units == 8
     assert union.test.p < p["b"]
 
@@ -81,11 +81,11 @@ def test_units_are_judged_apart_only_where_that_is_claimed():
 
 def test_the_union_is_certified_and_each_data_set_described(certify):
     """+0.38% on one and +1.14% on the other: about +0.76% together."""
-    code, found, captured = certify(0.38)
+    code, certificate, captured = certify(0.38)
     assert code == 0
-    assert found["certified_config"] == skip(0.38)
-    assert not found["robust"]
-    rows = {row["dataset"].rpartition("/")[2]: row for row in found["by_dataset"]}
+    assert certificate["certified_config"] == skip(0.38)
+    assert not certificate["robust"]
+    rows = {row["dataset"].rpartition("/")[2]: row for row in certificate["by_dataset"]}
     assert rows["calm"]["degradation"] == pytest.approx(0.0038, abs=0.001)
     assert rows["harsh"]["degradation"] == pytest.approx(0.0114, abs=0.001)
     assert rows["harsh"]["degradation_upper"] > 0.01  # the union hides it
@@ -98,31 +98,33 @@ def test_the_union_is_certified_and_each_data_set_described(certify):
         low, high = row["degradation_interval"]
         assert low < row["degradation"] < row["degradation_upper"] < high
     assert "descriptive, not claimed" in captured.out
-    assert any("The data sets apart" in line for line in found["not_claimed"])
-    assert [part["documents"] for part in found["text"]["datasets"]] == [60, 60]
+    assert any("The data sets apart" in line for line in certificate["not_claimed"])
+    assert [part["documents"] for part in certificate["text"]["datasets"]] == [60, 60]
 
 
 def test_robust_refuses_what_one_data_set_does_not_keep(certify):
     """Half as much keeps the bound on each: +0.19% and +0.57%."""
-    code, found, captured = certify(0.38, "--robust")
+    code, certificate, captured = certify(0.38, "--robust")
     assert code == 0
-    assert found["certified_config"] == skip(0.19)
-    assert found["robust"]
-    test = found["tests"][0]
-    assert [row["passed"] for row in found["tests"]] == [True, False][: len(found["tests"])]
+    assert certificate["certified_config"] == skip(0.19)
+    assert certificate["robust"]
+    test = certificate["tests"][0]
+    assert [row["passed"] for row in certificate["tests"]] == [True, False][
+        : len(certificate["tests"])
+    ]
     assert test["decided_by"].endswith("harsh")
     assert test["degradation"] == pytest.approx(0.0057, abs=0.001)
     assert test["p"] == max(row["p"] for row in test["by_dataset"])
-    assert "on text like each of " in found["sentence"]
-    assert not any(row["descriptive"] for row in found["by_dataset"])
+    assert "on text like each of " in certificate["sentence"]
+    assert not any(row["descriptive"] for row in certificate["by_dataset"])
     assert "the claim is about each" in captured.out
 
 
 def test_robust_alone_refuses_where_the_union_would_pass(certify):
-    code, found, captured = certify(0.38, "--robust", "--candidates", 1)
+    code, certificate, captured = certify(0.38, "--robust", "--candidates", 1)
     assert code == 1
-    assert not found["certified"]
-    assert found["nearest_miss"]["degradation"] == pytest.approx(0.0114, abs=0.001)
+    assert not certificate["certified"]
+    assert certificate["nearest_miss"]["degradation"] == pytest.approx(0.0114, abs=0.001)
     assert "harsh, the worst" in captured.err
 
 

@@ -56,47 +56,49 @@ def validation_ids(monkeypatch):
 
 
 def test_the_baseline_is_certified_at_exactly_nothing(results, made_up, certify):
-    code, found, out = certify(results(NATIVE), "--max_degradation", "1e-6", "--blocks", "20")
+    code, certificate, out = certify(results(NATIVE), "--max_degradation", "1e-6", "--blocks", "20")
     assert code == 0
-    assert found["certified"]
-    (test,) = found["tests"]
+    assert certificate["certified"]
+    (test,) = certificate["tests"]
     assert (test["degradation"], test["degradation_interval"]) == (0.0, [0.0, 0.0])
-    assert [claim["name"] for claim in found["claims"]] == ["quality"]  # no speedup is claimed
-    assert "times its speed" not in found["sentence"]
+    assert [claim["name"] for claim in certificate["claims"]] == [
+        "quality"
+    ]  # no speedup is claimed
+    assert "times its speed" not in certificate["sentence"]
     assert "perplexity rises by less than 0.0001%" in out
 
 
 def test_the_fastest_that_passes_is_certified(results, made_up, certify):
     folder = results(skip(0.2), [point(i / 20) for i in range(1, 13)])
-    code, found, out = certify(folder, "--max_degradation", "0.01")
+    code, certificate, out = certify(folder, "--max_degradation", "0.01")
     assert code == 0
-    assert found["confirmatory"]
+    assert certificate["confirmatory"]
     # 0.2 costs 0.8%; 0.25 would cost exactly the bound, and was not believed to keep it.
-    assert found["certified_config"]["settings"] == {"share": 0.2}
-    assert read(folder / "certified_config.json") == found["certified_config"]
-    assert [row["passed"] for row in found["tests"]] == [True] * len(found["order"])
-    measured = [row["degradation"] for row in found["tests"]]
+    assert certificate["certified_config"]["settings"] == {"share": 0.2}
+    assert read(folder / "certified_config.json") == certificate["certified_config"]
+    assert [row["passed"] for row in certificate["tests"]] == [True] * len(certificate["order"])
+    measured = [row["degradation"] for row in certificate["tests"]]
     assert measured == sorted(measured)
     assert measured[-1] == pytest.approx(0.008, abs=0.001)
     assert "less than 1% against the unmodified model" in out
-    assert "With 95% confidence" in found["sentence"]
-    assert f"{found['text']['documents']} documents" in found["sentence"]
+    assert "With 95% confidence" in certificate["sentence"]
+    assert f"{certificate['text']['documents']} documents" in certificate["sentence"]
     entries = read(folder / "certify_ledger.json")["entries"]
     assert [entry["state"] for entry in entries] == ["finished"]
-    assert entries[0]["data_hash"] == found["hashes"]["certify_part"]
-    assert entries[0]["study"] == found["hashes"]["study"]
-    assert read(folder / "certificate_frozen.json")["hash"] == found["hashes"]["study"]
+    assert entries[0]["data_hash"] == certificate["hashes"]["certify_part"]
+    assert entries[0]["study"] == certificate["hashes"]["study"]
+    assert read(folder / "certificate_frozen.json")["hash"] == certificate["hashes"]["study"]
 
 
 def test_what_is_over_the_bound_is_refused_before_the_text_is_opened(results, made_up, certify):
     folder = results(skip(0.5))  # +2%
-    code, found, line = certify(folder, "--candidates", 1)
+    code, certificate, line = certify(folder, "--candidates", 1)
     assert code == 1
-    assert not found["certified"]
-    assert not found["opened"]
+    assert not certificate["certified"]
+    assert not certificate["opened"]
     assert "no candidate is below the bound on the ordering part" in line
-    assert found["nearest_miss"]["config"] == skip(0.5)
-    assert found["nearest_miss"]["degradation"] == pytest.approx(0.02, abs=0.002)
+    assert certificate["nearest_miss"]["config"] == skip(0.5)
+    assert certificate["nearest_miss"]["degradation"] == pytest.approx(0.02, abs=0.002)
     assert not (folder / "certify_ledger.json").exists()  # the text is still good
     assert not (folder / "certified_config.json").exists()
 
@@ -109,15 +111,15 @@ def test_what_is_over_the_bound_on_the_certify_part_is_refused(
     calm = validation_ids
     made_up.rate = lambda share, ids: (0.04 if ids.tobytes() in calm else 0.2) * share
     folder = results(skip(0.1))
-    code, found, line = certify(folder, "--candidates", 1, *mode)
+    code, certificate, line = certify(folder, "--candidates", 1, *mode)
     assert code == 1
-    assert found["opened"]
-    (test,) = found["tests"]
+    assert certificate["opened"]
+    (test,) = certificate["tests"]
     assert not test["passed"]
     assert test["p"] > 0.9
     assert "Nearest miss: best, measured +" in line
     assert test["degradation"] == pytest.approx(0.02, abs=0.002)
-    assert found["nearest_miss"]["config"] == skip(0.1)
+    assert certificate["nearest_miss"]["config"] == skip(0.1)
     assert read(folder / "certify_ledger.json")["entries"][0]["certified"] is False
     assert test["state"] == ("refuted" if mode == ["--sequential"] else "open")
 
@@ -126,23 +128,23 @@ def test_the_sequence_ends_at_the_first_failure(results, made_up, certify, valid
     calm = validation_ids
     made_up.rate = lambda share, ids: (0.01 if ids.tobytes() in calm else 0.04) * share
     folder = results(skip(0.8), [point(s, 0.01 * s) for s in (0.1, 0.4, 0.6)])
-    code, found, _ = certify(folder)
+    code, certificate, _ = certify(folder)
     assert code == 0
     # 0.4% passes, 1.6% fails, and what comes after it is not tested.
-    assert [row["passed"] for row in found["tests"]] == [True, False]
-    assert [row["experts_per_token"] for row in found["order"]] == pytest.approx(
+    assert [row["passed"] for row in certificate["tests"]] == [True, False]
+    assert [row["experts_per_token"] for row in certificate["order"]] == pytest.approx(
         [1.9, 1.6, 1.4, 1.2], abs=0.01
     )
-    assert found["certified_config"]["settings"] == {"share": 0.1}
+    assert certificate["certified_config"]["settings"] == {"share": 0.1}
 
 
 def test_streaming_ends_early(results, made_up, certify):
     folder = results(skip(0.1))
-    code, found, _ = certify(folder, "--candidates", 1, "--sequential")
+    code, certificate, _ = certify(folder, "--candidates", 1, "--sequential")
     assert code == 0
-    (test,) = found["tests"]
+    (test,) = certificate["tests"]
     assert test["state"] == "proven"
-    assert test["units"] == 64 < found["text"]["units"] == 80
+    assert test["units"] == 64 < certificate["text"]["units"] == 80
     assert test["p"] == test["p_anytime"] <= 0.05
     assert "p_t" not in test  # which would be wrong of a sample that stopped when it looked good
     low, high = test["degradation_interval"]
@@ -151,12 +153,12 @@ def test_streaming_ends_early(results, made_up, certify):
 
 def test_holm_where_there_is_no_order(results, made_up, certify):
     folder = results(skip(0.2), [point(0.1), point(0.05)])
-    code, found, _ = certify(folder, "--unordered")
+    code, certificate, _ = certify(folder, "--unordered")
     assert code == 0
-    assert "Holm" in found["procedure"]
-    assert found["power"] == []
-    assert len(found["tests"]) == 3
-    assert found["certified_config"]["settings"] == {"share": 0.2}
+    assert "Holm" in certificate["procedure"]
+    assert certificate["power"] == []
+    assert len(certificate["tests"]) == 3
+    assert certificate["certified_config"]["settings"] == {"share": 0.2}
 
 
 def test_a_second_certification_after_new_tuning(results, made_up, certify):
@@ -164,16 +166,16 @@ def test_a_second_certification_after_new_tuning(results, made_up, certify):
     assert certify(folder)[0] == 0
     first = read(folder / "certificate.json")
     results(skip(0.15))  # tuned again
-    code, found, line = certify(folder)
+    code, certificate, line = certify(folder)
     assert code == 2
     assert "opened before, for other candidates" in line
     assert "--reuse" in line
-    assert found == first  # nothing was written over
-    code, found, out = certify(folder, "--reuse")
+    assert certificate == first  # nothing was written over
+    code, certificate, out = certify(folder, "--reuse")
     assert code == 0
-    assert not found["confirmatory"]
+    assert not certificate["confirmatory"]
     assert out.startswith("Not confirmatory: With 95% confidence")
-    assert "opened before" in found["not_confirmatory_because"][0]
+    assert "opened before" in certificate["not_confirmatory_because"][0]
     assert "not confirmatory" in (folder / "certificate.html").read_text()
     states = [entry["confirmatory"] for entry in read(folder / "certify_ledger.json")["entries"]]
     assert states == [True, False]
@@ -191,34 +193,36 @@ def test_another_bound_is_another_study_and_a_repeat_is_none(results, made_up, c
 def test_too_few_documents_are_said_with_the_number(results, made_up, certify):
     made_up.noise = 0.02
     folder = results(skip(0.1))
-    code, found, line = certify(folder, "--candidates", 1, "--max_samples", 12)
+    code, certificate, line = certify(folder, "--candidates", 1, "--max_samples", 12)
     assert code == 1
-    needed = found["order"][0]["units_needed"]
+    needed = certificate["order"][0]["units_needed"]
     # About ((1.64 + 0.84) 0.02 / 0.006)^2 = 69, and more for the worst page.
     assert 30 < needed < 300
     assert f"too few documents: {needed:,} pages needed to certify best, 12 there" in line
-    assert not found["opened"]
-    assert found["power"][0].endswith("%")
+    assert not certificate["opened"]
+    assert certificate["power"][0].endswith("%")
     assert not (folder / "certify_ledger.json").exists()
 
 
 def test_what_just_failed_says_how_much_text_it_needs(results, made_up, certify):
     made_up.noise = 0.012
-    code, found, line = certify(results(skip(0.1)), "--candidates", 1, "--max_samples", 12)
+    code, certificate, line = certify(results(skip(0.1)), "--candidates", 1, "--max_samples", 12)
     assert code == 1
-    assert found["opened"]  # it had a fair chance
-    assert f"{found['order'][0]['units_needed']} pages give it a chance of 80%, 12 were" in line
+    assert certificate["opened"]  # it had a fair chance
+    assert (
+        f"{certificate['order'][0]['units_needed']} pages give it a chance of 80%, 12 were" in line
+    )
 
 
 def test_the_learned_share_is_a_claim_of_its_own(results, made_up, certify):
     folder = results(skip(0.1))
-    code, found, line = certify(folder, "--candidates", 1, "--max_learned_pct", "50")
+    code, certificate, line = certify(folder, "--candidates", 1, "--max_learned_pct", "50")
     assert code == 1  # random skipping leaves all decisions to the router
-    quality, learned = found["claims"]
+    quality, learned = certificate["claims"]
     assert (quality["holds"], learned["holds"]) == (True, False)
     assert (quality["alpha"], learned["alpha"]) == pytest.approx((0.04, 0.01))
     assert "a learned share below 50% was not shown (measured 100.0%)" in line
-    assert found["nearest_miss"]["config"] == skip(0.1)
+    assert certificate["nearest_miss"]["config"] == skip(0.1)
 
 
 def test_stopped_between_freezing_and_testing(
@@ -239,12 +243,12 @@ def test_stopped_between_freezing_and_testing(
     assert [row["name"] for row in frozen["order"]]
     assert read(folder / "certify_ledger.json")["entries"][0]["state"] == "opened"
     before = made_up.scored
-    code, found, _ = certify(folder)
+    code, certificate, _ = certify(folder)
     assert code == 0
-    assert found["confirmatory"]  # the same study goes on
-    assert found["order"] == frozen["order"]
+    assert certificate["confirmatory"]  # the same study goes on
+    assert certificate["order"] == frozen["order"]
     # The order was not measured again.
-    assert made_up.scored - before == 80 * len(found["tests"])
+    assert made_up.scored - before == 80 * len(certificate["tests"])
 
 
 @pytest.mark.slow
@@ -286,7 +290,7 @@ def test_a_speedup_is_claimed_by_its_lower_bound(
         setting=SpeedSetting(batch_size=2, sequence=64, forwards=1),
     )
     try:
-        found = certify(
+        certificate = certify(
             load_model(str(tiny_model_folder)),
             results({"policy": "top_p", "settings": {"p": 0.7}}),
             dataset=str(certify_text),
@@ -295,29 +299,29 @@ def test_a_speedup_is_claimed_by_its_lower_bound(
         )
     except NotCertifiedError as error:  # pragma: no cover - says what went wrong
         pytest.fail(str(error))
-    claims = {claim["name"]: claim for claim in found["claims"]}
+    claims = {claim["name"]: claim for claim in certificate["claims"]}
     assert claims["speedup"]["alpha"] == pytest.approx(0.01)
     # One of eight: P(all but one block above the median) = 0.4%.
     assert claims["speedup"]["at_least"] == sorted(claims["speedup"]["block_ratios"])[0]
     assert len(claims["speedup"]["block_ratios"]) == 8
     assert claims["speedup"]["holds"] is (claims["speedup"]["at_least"] > 1)
-    assert ("times its speed" in found["sentence"]) is claims["speedup"]["holds"]
+    assert ("times its speed" in certificate["sentence"]) is claims["speedup"]["holds"]
 
 
 def test_the_page_needs_nothing_else(results, made_up, certify):
     folder = results(skip(0.1), [point(0.05)])
     assert certify(folder)[0] == 0
     page = (folder / "certificate.html").read_text()
-    found = read(folder / "certificate.json")
+    certificate = read(folder / "certificate.json")
     assert not re.search(r"<script|<link|<img|https?://|url\(|@import", page)
     for needed in (
-        found["hashes"]["certify_part"],
-        found["hashes"]["study"],
+        certificate["hashes"]["certify_part"],
+        certificate["hashes"]["study"],
         "prefers-color-scheme: dark",
         "@media print",
         "What this does not claim",
-        *(row["name"] for row in found["order"]),
-        *(f"{row['p']:.3g}" for row in found["tests"]),
+        *(row["name"] for row in certificate["order"]),
+        *(f"{row['p']:.3g}" for row in certificate["tests"]),
     ):
         assert needed in page
 

@@ -220,8 +220,8 @@ def test_a_data_set_of_one_document_cannot_be_judged():
 
 
 def test_a_search_drops_what_is_over_on_one_data_set_alone():
-    dice = np.random.default_rng(0)
-    change = np.concatenate([dice.normal(-0.02, 0.002, 60), dice.normal(0.02, 0.002, 60)])
+    rng = np.random.default_rng(0)
+    change = np.concatenate([rng.normal(-0.02, 0.002, 60), rng.normal(0.02, 0.002, 60)])
     before, after = per_token(*[1.0] * 120), per_token(*(1.0 + change))
     groups = datasets_of(named(*["a"] * 60, *["b"] * 60))
     assert not any_over(before, after, {}, 0.01)  # together nothing changes

@@ -25,19 +25,19 @@ def test_the_boundary_by_hand() -> None:
 
 @pytest.mark.parametrize("heavy", [False, True])
 def test_it_is_seldom_wrong_at_any_time(heavy: bool) -> None:
-    dice = np.random.default_rng(1)
+    rng = np.random.default_rng(1)
     wrong = 0
     for _ in range(400):
-        values = dice.standard_t(4, size=200) if heavy else dice.normal(size=200)
+        values = rng.standard_t(4, size=200) if heavy else rng.normal(size=200)
         wrong += any(lower_bound(values[:n], alpha=0.05) > 0 for n in range(15, 201))
     # 20 are expected at most; an interval that is looked at each time is wrong in over 100.
     assert wrong <= 30
 
 
 def test_what_is_clearly_over_is_seen_and_what_is_not_is_left_alone() -> None:
-    dice = np.random.default_rng(2)
-    tokens = dice.integers(100, 600, size=100)
-    noise = dice.normal(scale=2.0, size=100)
+    rng = np.random.default_rng(2)
+    tokens = rng.integers(100, 600, size=100)
+    noise = rng.normal(scale=2.0, size=100)
     change = math.log1p(0.02) * tokens + noise
     assert is_over(change, tokens, 0.01)
     assert is_over(change[:30], tokens[:30], 0.01)

@@ -116,12 +116,13 @@ def _certificate(
     path = folder / CERTIFICATE_FILE
     if not path.is_file():
         return None
-    found: Mapping[str, Any] = read_json(path, what="certificate")
+    certificate: Mapping[str, Any] = read_json(path, what="certificate")
     with entries_of(path):
-        if not found.get("certified") or found.get("certified_config") != candidate.to_dict():
+        known = certificate.get("certified_config") if certificate.get("certified") else None
+        if known != candidate.to_dict():
             return None
-        hashes = found["hashes"]
-        with_it = hashes.get("compensation", {}).get(found["certified_name"])
-        if hashes["profile"] != profile.hash or with_it != fitted:
+        hashes = certificate["hashes"]
+        tested_with = hashes.get("compensation", {}).get(certificate["certified_name"])
+        if hashes["profile"] != profile.hash or tested_with != fitted:
             return None
-        return {name: found[name] for name in _QUOTED}
+        return {name: certificate[name] for name in _QUOTED}

@@ -39,8 +39,6 @@ from var_moe.evaluation.perplexity import log_ratio
 Floats = NDArray[np.float64]
 
 RESAMPLES = 9_999
-SKEW_RULE = 25
-"""Cochran's rule (1977, 2.15): normal theory serves from n > 25 skewness^2 on."""
 
 QUALITY, SPEEDUP, LEARNED = "quality", "speedup", "learned_pct"
 QUALITY_SHARE = 0.8
@@ -54,9 +52,7 @@ class MeanTest:
 
     p_t: float
     p_bootstrap: float
-    p_t_plain: float  # without the worst page once more: for comparison, it decides nothing
-    skewness: float
-    normal_enough: bool
+    skewness: float  # of the sample itself
 
     @property
     def p(self) -> float:
@@ -201,9 +197,7 @@ def below_zero(values: Floats, *, resamples: int = RESAMPLES) -> MeanTest:
     return MeanTest(
         p_t=float(t_p_value(with_worst(values))),
         p_bootstrap=bootstrap_p_value(with_worst(values), resamples=resamples),
-        p_t_plain=float(t_p_value(values)),
         skewness=skewness,
-        normal_enough=bool(n > SKEW_RULE * skewness**2),
     )
 
 

@@ -58,25 +58,21 @@ def encode(
 
 def _token_ids(documents: Sequence[TextDocument], tokenizer: Any) -> list[list[int]]:
     """Each document's ids, by what its column holds."""
-    rows: list[list[int]] = [[]] * len(documents)
     kinds = [document.column.kind if document.column else "text" for document in documents]
-    for kind in ("text", "chat"):
-        places = [at for at, other in enumerate(kinds) if other == kind]
-        if not places:
-            continue
-        texts = [
-            documents[at].text if kind == "text" else _rendered(documents[at], tokenizer)
-            for at in places
-        ]
-        # A chat template writes the special tokens itself.
-        special = {} if kind == "text" else {"add_special_tokens": False}
-        encoded = tokenizer(texts, return_attention_mask=False, verbose=False, **special)
-        for at, row in zip(places, encoded["input_ids"], strict=True):
-            rows[at] = row
-    for at, kind in enumerate(kinds):
-        if kind == "ids":
-            rows[at] = json.loads(documents[at].text)
-    return rows
+    rows: dict[int, list[int]] = {
+        at: json.loads(documents[at].text) for at, kind in enumerate(kinds) if kind == "ids"
+    }
+    texts = {at: documents[at].text for at, kind in enumerate(kinds) if kind == "text"}
+    chats = {
+        at: _rendered(documents[at], tokenizer) for at, kind in enumerate(kinds) if kind == "chat"
+    }
+    # A chat template writes the special tokens itself.
+    for some, special in ((texts, {}), (chats, {"add_special_tokens": False})):
+        if some:
+            given = list(some.values())
+            ids = tokenizer(given, return_attention_mask=False, verbose=False, **special).input_ids
+            rows.update(zip(some, ids, strict=True))
+    return [rows[at] for at in range(len(documents))]
 
 
 def _rendered(document: TextDocument, tokenizer: Any) -> str:
