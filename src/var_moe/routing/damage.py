@@ -32,7 +32,27 @@ _LEAST_MASS = 1e-6  # a share that float16 holds; its logarithm is finite
 
 
 @dataclass(frozen=True, kw_only=True)
-class DamageModel:
+class _Terms:
+    """Terms of the prediction for all layers; those of one layer lack the first dimension."""
+
+    base: Tensor  # (L, K - 1)
+    slope: Tensor  # (L, K - 1)
+    curve: Tensor  # (L, K - 1)
+    pair: Tensor  # (L, E * E), K = 2; else (L, 0)
+    first: Tensor  # (L, E), K > 2; else (L, 0)
+    dropped: Tensor  # (L, E), K > 2; else (L, 0)
+    token: Tensor  # (L, V)
+    inner: Tensor  # (L, H, D); H = 0: no look at the layer's input
+    bias: Tensor  # (L, H)
+    out: Tensor  # (L, H)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All terms by name."""
+        return {field.name: getattr(self, field.name) for field in fields(_Terms)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DamageModel(_Terms):
     """Predicts the damage D_k of running a token's first k experts alone, k = 1..K-1.
 
     With m the routing mass of what is dropped, the prediction in layer l is log-linear:
@@ -45,16 +65,6 @@ class DamageModel:
     with h the layer's input: like the router, it is known before any expert runs.
     """
 
-    base: Tensor  # (L, K - 1)
-    slope: Tensor  # (L, K - 1)
-    curve: Tensor  # (L, K - 1)
-    pair: Tensor  # (L, E * E), K = 2; else (L, 0)
-    first: Tensor  # (L, E), K > 2; else (L, 0)
-    dropped: Tensor  # (L, E), K > 2; else (L, 0)
-    token: Tensor  # (L, V)
-    inner: Tensor  # (L, H, D); H = 0: no look at the layer's input
-    bias: Tensor  # (L, H)
-    out: Tensor  # (L, H)
     compensation: Compensation | None = None  # in place when the damages were taken
 
     @property
@@ -80,17 +90,12 @@ class DamageModel:
             digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-
     @classmethod
     def of_named(
         cls, tensors: Mapping[str, Tensor], prefix: str, compensation: Compensation | None
     ) -> DamageModel:
         """From tensors named ``<prefix>.<field>``; a KeyError names one that is missing."""
-        names = (field.name for field in fields(cls) if field.name != "compensation")
-        own = {name: tensors[f"{prefix}.{name}"] for name in names}
+        own = {field.name: tensors[f"{prefix}.{field.name}"] for field in fields(_Terms)}
         return cls(**own, compensation=compensation)
 
     def layer(self, number: int, device: torch.device) -> LayerDamage:
@@ -100,19 +105,9 @@ class DamageModel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerDamage:
-    """One layer of a `DamageModel`; its tensors lack the first dimension."""
+class LayerDamage(_Terms):
+    """One layer of a `DamageModel`."""
 
-    base: Tensor
-    slope: Tensor
-    curve: Tensor
-    pair: Tensor
-    first: Tensor
-    dropped: Tensor
-    token: Tensor
-    inner: Tensor
-    bias: Tensor
-    out: Tensor
     experts: int
 
     def hint(self, hidden: Tensor) -> Tensor | None:
