@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from var_moe.cli import main
-from var_moe.cli.diagnosis import PACKAGES
+from var_moe.cli.doctor import NEEDED
 from var_moe.errors import UsageError
 from var_moe.extras import OPTIONAL, require
 
@@ -68,5 +68,5 @@ def test_every_extra_that_is_named_exists():
 
 
 def test_what_the_doctor_calls_needed_is_a_dependency():
-    needed = names([package.name for package in PACKAGES if not package.install])
+    needed = names(NEEDED)
     assert needed - {"huggingface-hub"} <= names(PROJECT["dependencies"])

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from var_moe.cli import diagnosis, main
+from var_moe.cli import doctor, main
 from var_moe.execution.backends.packed import has_kernels
 
 
@@ -31,8 +31,8 @@ def test_it_measures_this_machine(capsys):
 
 
 def test_it_says_it_to_people(capsys, monkeypatch):
-    monkeypatch.setattr(diagnosis, "backends", list)
-    monkeypatch.setattr(diagnosis, "dtypes", list)
+    monkeypatch.setattr(doctor, "backends", list)
+    monkeypatch.setattr(doctor, "dtypes", list)
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
     for words in ("Installed", "threads", "offline mode (HF_HUB_OFFLINE is set)", "Cache:"):
@@ -40,9 +40,9 @@ def test_it_says_it_to_people(capsys, monkeypatch):
 
 
 def test_what_is_needed_and_missing_fails(capsys, monkeypatch):
-    monkeypatch.setattr(diagnosis, "version_of", lambda name: None if name == "optuna" else "1")
-    monkeypatch.setattr(diagnosis, "backends", list)
-    monkeypatch.setattr(diagnosis, "dtypes", list)
+    monkeypatch.setattr(doctor, "version_of", lambda name: None if name == "optuna" else "1")
+    monkeypatch.setattr(doctor, "backends", list)
+    monkeypatch.setattr(doctor, "dtypes", list)
     assert main(["doctor"]) == 1
     said = capsys.readouterr().out
     assert "Missing: optuna" in said
@@ -50,8 +50,8 @@ def test_what_is_needed_and_missing_fails(capsys, monkeypatch):
 
 
 def test_an_extra_names_its_command(monkeypatch):
-    monkeypatch.setattr(diagnosis, "version_of", lambda _name: None)
-    rows = {package.name: package.to_dict() for package in diagnosis.PACKAGES}
+    monkeypatch.setattr(doctor, "version_of", lambda _name: None)
+    rows = {row["name"]: row for row in doctor.packages()}
     assert rows["kaleido"]["install"] == "pip install 'var-moe[figures]'"
     assert not rows["kaleido"]["needed"]
 
@@ -71,7 +71,7 @@ def test_what_is_slow_is_said_with_its_reason():
         ],
         "dtypes": [timed("float32", 1.0), timed("float16", 4.0), timed("bfloat16", 1.05)],
     }
-    threads, halves, eager, swap, memory = diagnosis.slow_things(found)
+    threads, halves, eager, swap, memory = doctor.slow_things(found)
     assert threads == "torch uses 2 of 8 cores (OMP_NUM_THREADS=2): set OMP_NUM_THREADS=8"
     assert halves.startswith("float16 takes 4.0 times as long as float32")
     assert eager.startswith("eager takes 2.0 times as long as grouped_mm")
@@ -84,6 +84,6 @@ def test_memory_is_read_from_the_system(tmp_path):
     rows = {"MemTotal": 2048, "MemFree": 100, "MemAvailable": 1024, "SwapTotal": 512}
     rows["SwapFree"] = 256
     place.write_text("".join(f"{name}: {value} kB\n" for name, value in rows.items()))
-    found = diagnosis.memory(place)
+    found = doctor.memory(place)
     assert found == {"total_mib": 2.0, "available_mib": 1.0, "swap_used_mib": 0.25}
-    assert set(diagnosis.memory(tmp_path / "none").values()) == {None}
+    assert set(doctor.memory(tmp_path / "none").values()) == {None}

@@ -15,6 +15,9 @@ from var_moe.cli.options import (
 )
 from var_moe.cli.output import Answer, finish, make_report, table
 
+_CHANGE = "{degradation:+.2%} [{degradation_interval[0]:.2%}, {degradation_interval[1]:.2%}]"
+_TEST = f"  {{name}}: {_CHANGE}, p = {{p:.3g}}, {{experts_per_token:.3f}} experts per token,"
+
 
 def certify(
     results: Path,
@@ -99,13 +102,7 @@ def certify(
             raise
     print(certificate["sentence"])
     for row in certificate["tests"]:
-        low, high = row["degradation_interval"]
-        print(
-            f"  {row['name']}: {row['degradation']:+.2%} "
-            f"[{100 * low:.2f}, {100 * high:.2f}], p = {row['p']:.3g}, "
-            f"{row['experts_per_token']:.3f} experts per token, "
-            f"{'passed' if row['passed'] else 'failed'}"
-        )
+        print(_TEST.format_map(row), "passed" if row["passed"] else "failed")
     if certificate["by_dataset"]:
         show(_described(certificate["by_dataset"]))
     return finish(certificate, place / CERTIFICATE_FILE, place / PAGE_FILE, report=place)
@@ -114,15 +111,13 @@ def certify(
 def _described(rows: Sequence[Mapping[str, Any]]) -> Any:
     """Each data set by itself, with pages as the units."""
     claimed = "descriptive, not claimed" if rows[0]["descriptive"] else "the claim is about each"
-    ends = [[100 * end for end in row["degradation_interval"]] for row in rows]
     columns = {
         "data set": "{dataset}",
         "pages": "{units:,}",
         "PPL baseline": "{baseline_perplexity:.3f}",
         "PPL": "{perplexity:.3f}",
-        "change": "{degradation:+.2%} [{ends[0]:.2f}, {ends[1]:.2f}]",
+        "change": _CHANGE,
         "upper": "{degradation_upper:+.2%}",
         "experts/token": "{experts_per_token:.3f}",
     }
-    shown = [{**row, "ends": pair} for row, pair in zip(rows, ends, strict=True)]
-    return table(f"Each data set ({claimed})", columns, shown)
+    return table(f"Each data set ({claimed})", columns, rows)

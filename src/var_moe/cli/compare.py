@@ -141,7 +141,7 @@ def _policies(result: dict[str, Any]) -> Any:
         "policy": "{name}",
         "experts/token": "{experts_per_token:.3f}",
         "PPL change": "{degradation:+.2%}",
-        "± s.e.": "{standard_error_pct:.2f}",
+        "± s.e.": "{degradation_standard_error:.2%}",
         "random skip": "{degradation_of_random_skip:+.2%}",
         "speedup": "{speedup:.3f}x",
         "95%": "{speedup_95[0]:.3f}-{speedup_95[1]:.3f}",
@@ -155,10 +155,7 @@ def _policies(result: dict[str, Any]) -> Any:
         f"{result['model']['name']} on {text['dataset']} ({text['split']}, "
         f"{result['documents']} documents), perplexity {result['baseline']['perplexity']:.3f}"
     )
-    rows = [
-        {**row, "standard_error_pct": 100 * row["degradation_standard_error"]} for row in ordered
-    ]
-    made = table(title, columns, rows)
+    made = table(title, columns, ordered)
     for row, before, after in zip(made.rows, ordered, ordered[1:], strict=False):
         row.end_section = before["target_experts_per_token"] != after["target_experts_per_token"]
     return made

@@ -117,29 +117,25 @@ def _show(result: dict[str, Any]) -> None:
     columns = {
         "": "{name}",
         "PPL": "{perplexity:.3f}",
-        "change (95% upper)": "{change}",
+        "change (95% upper)": CHANGE,
         "tokens/s": "{throughput_tps:,.0f}",
-        "speedup [95%]": "{speed}",
+        "speedup [95%]": SPEEDUP,
         "experts/token": "{experts_per_token:.3f}",
-        "fast/cached/learned %": "{tiers}",
-        "cache hits %": "{hits}",
+        "fast/cached/learned %": TIERS,
+        "cache hits": "{cache_hit_rate:.1%}",
     }
     first = {
         **baseline,
         "name": f"baseline ({baseline['backend']})",
-        **dict.fromkeys(("change", "hits"), ""),
-        **{"speed": "1.00", "tiers": "0 / 0 / 100"},
+        **dict.fromkeys(("degradation", "degradation_upper_95", "cache_hit_rate")),
+        **{"speedup": 1.0, "speedup_95": (1.0, 1.0)},
+        **{"fast_pct": 0.0, "cached_pct": 0.0, "learned_pct": 100.0},
     }
-    cells = {"change": CHANGE, "speed": SPEEDUP, "tiers": TIERS, "hits": "{hits_pct:.1f}"}
-    shown = []
-    for row in rows:
-        values = {**row, "hits_pct": 100 * row["cache_hit_rate"]}
-        shown.append({**row, **{key: cell.format_map(values) for key, cell in cells.items()}})
     title = (
         f"{result['model']['name']} on {text['dataset']} ({text['split']}, "
         f"{result['documents']} documents)"
     )
-    show(table(title, columns, [first, *shown]))
+    show(table(title, columns, [first, *rows]))
     for row in rows:
         if row.get("by_dataset"):
             show(apart_table(row["by_dataset"], title=f"{row['name']}, each data set by itself"))

@@ -21,9 +21,8 @@ if TYPE_CHECKING:
     from var_moe.optimization.forecast import ForecastGrid
     from var_moe.tracing.trace import RoutingTrace
 
-COST_FILE = "cost_model.json"
 _NO_COST = (
-    f"no {COST_FILE} beside the trace or the profile, so no speedup is predicted: give one with "
+    "no cost_model.json beside the trace or the profile, so no speedup is predicted: give one with "
     "--cost (`var-moe tune` fits one)"
 )
 _NO_DAMAGE = (
@@ -159,8 +158,7 @@ def _cost_model(given: Path | None, folders: list[Path]) -> CostModel | None:
     from var_moe.evaluation.cost import CostModel
     from var_moe.storage import read_json
 
-    found = [given] if given else [folder / COST_FILE for folder in folders]
-    for path in found:
+    for path in [given] if given else [folder / "cost_model.json" for folder in folders]:
         if given or path.is_file():
             return CostModel.from_dict(read_json(path, what="cost model"), source=str(path))
     return None
@@ -296,14 +294,11 @@ def _replays(rows: Sequence[Mapping[str, Any]], trace: Mapping[str, Any]) -> Any
         "": "{name}",
         "experts/token": "{experts_per_token:.3f}",
         "fast/cached/learned %": TIERS,
-        "cache hits %": "{hits_pct:.1f}",
+        "cache hits": "{cache_hit_rate:.1%}",
         "PPL change, predicted": "{predicted_degradation:+.2%}",
         "speedup, predicted": "{predicted_speedup:.3f}x",
     }
-    shown = [
-        {"predicted_degradation": None, **row, "hits_pct": 100 * row["cache_hit_rate"]}
-        for row in rows
-    ]
+    shown = [{"predicted_degradation": None, **row} for row in rows]
     return table(f"Replayed {_where(trace)}", columns, shown)
 
 
