@@ -167,7 +167,6 @@ def replay_search(
     n_calls: int | None = None,
     verbose: bool = True,
     *,
-    enqueue: Sequence[Params] = (),
     points: Sequence[Params] | None = None,
     **options: Unpack[SearchOptions],
 ) -> OptimizationResult:
@@ -182,14 +181,12 @@ def replay_search(
         search_space: see `SEARCH_SPACE`.
         n_calls: full evaluations, 10 by default; see `random_search`.
         verbose: progress on stderr.
-        enqueue: points to evaluate first.
         points: choose among these alone, as all points of a grid.
         options: seed, storage, resume, ...: see `SearchOptions`.
 
     Raises:
         UsageError: an argument is not valid, or the storage holds another search.
     """
-    first = check_enqueue(search_space, enqueue)
 
     def sampler_of(header: SearchHeader) -> PointSampler:
         return ReplaySampler(
@@ -197,7 +194,6 @@ def replay_search(
             Forecasts(forecaster),
             bound=objective_fn.max_degradation,
             seed=header.known_seed,
-            first=first,
             points=points,
         )
 
@@ -208,7 +204,6 @@ def replay_search(
         method="replay",
         total=REPLAY_CALLS,
         n_calls=n_calls,
-        own={"enqueue": first},
         verbose=verbose,
         **options,
     )

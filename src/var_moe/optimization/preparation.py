@@ -123,12 +123,12 @@ def halves(
 def _halves(documents: Sequence[EncodedDocument]) -> tuple[list[EncodedDocument], ...]:
     groups = by_page(documents)
     rng = np.random.default_rng(20_26)
-    found: tuple[list[EncodedDocument], list[EncodedDocument]] = ([], [])
+    both: tuple[list[EncodedDocument], list[EncodedDocument]] = ([], [])
     for at in rng.permutation(len(groups)):
-        smaller = found[0] if len(found[0]) <= len(found[1]) else found[1]
+        smaller = min(both, key=len)
         smaller.extend(groups[at])
     # Shuffled, because a search takes the first of its half.
-    return tuple([half[i] for i in rng.permutation(len(half))] for half in found)
+    return tuple([half[i] for i in rng.permutation(len(half))] for half in both)
 
 
 def obtain_profile(
@@ -222,7 +222,7 @@ def _with_damages(
     """The profile with predicted damages, which are fitted and saved where there are none."""
     if profile.damages:
         return profile
-    found = with_damages(
+    profile = with_damages(
         loaded,
         profile,
         text.documents,
@@ -231,8 +231,8 @@ def _with_damages(
         progress=progress,
     )
     if place:
-        found.save(place)
-    return found
+        profile.save(place)
+    return profile
 
 
 @dataclass(frozen=True, kw_only=True)

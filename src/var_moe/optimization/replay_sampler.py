@@ -101,7 +101,6 @@ class ReplaySampler(PointSampler):
         forecasts: of its points.
         bound: on the degradation.
         seed: of the pool and the local search.
-        first: points to evaluate before all others.
         points: choose among these alone, as a grid's.
     """
 
@@ -112,12 +111,11 @@ class ReplaySampler(PointSampler):
         *,
         bound: float,
         seed: int,
-        first: Sequence[Params] = (),
         points: Sequence[Params] | None = None,
     ) -> None:
         super().__init__(space, seed=seed)
         self._forecasts, self._bound = forecasts, bound
-        self._first, self._local = list(first), points is None
+        self._local = points is None
         self.pool = pool_points(space, seed) if points is None else list(points)
 
     def predict(
@@ -154,8 +152,6 @@ class ReplaySampler(PointSampler):
     def point(self, request: Request) -> Params | None:
         """The point with the highest expected gain; None where every point decides as one that
         is evaluated."""
-        if request.number < len(self._first):
-            return self._first[request.number]
         caution = CAUTION[request.number % len(CAUTION)]
         limit = self._bound - caution * _text_error(request.evaluations, self._bound)
         tried = {stand_in_of(point) for point in request.points}

@@ -227,13 +227,13 @@ def save_optimization_results(
     best = result.best_params
     config = jsonable(best) if isinstance(best, dict) else best.to_dict()
     failed = bool(result.evaluations) and all(one.failed for one in result.evaluations)
-    found = not failed and not {"nearest_miss", UNFINISHED} & set(result.extra)
+    has_best = not failed and not {"nearest_miss", UNFINISHED} & set(result.extra)
     atomic_write_json(
         folder / RESULTS_FILE,
         {
             "schema_version": SCHEMA_VERSION,
             "best_score": jsonable(result.best_score),
-            "best_params": config if found else None,
+            "best_params": config if has_best else None,
             "optimization_time": jsonable(result.optimization_time),
             "num_evaluations": result.num_evaluations,
             "converged": result.converged,
@@ -258,7 +258,7 @@ def save_optimization_results(
         ),
     )
     atomic_write_text(folder / SUMMARY_FILE, summary or default_summary(result))
-    if found:
+    if has_best:
         (folder / NEAREST_MISS_FILE).unlink(missing_ok=True)
         atomic_write_json(folder / CONFIG_FILE, config)
     else:

@@ -197,8 +197,7 @@ class TuneSettings:
         values["setting"] = self.setting.to_dict()
         values["storage"] = shown(self.trial_log)
         values |= {"n_calls": self.calls, "n_points": self.points}
-        found: dict[str, Any] = jsonable(values)
-        return found
+        return dict(jsonable(values))
 
 
 def not_replayable(policy: str) -> str:

@@ -88,14 +88,14 @@ class Trials:
     @cached_property
     def evaluations(self) -> list[Evaluation]:
         """The finished ones, by their numbers."""
-        found = []
+        finished = []
         for trial in self.trials:
             number = self.numbers.get(trial.number)
             if number is None or EVALUATION not in trial.user_attrs:
                 continue
             if trial.state.is_finished():
-                found.append((number, self._evaluation(trial)))
-        return [evaluation for _, evaluation in sorted(found, key=lambda pair: pair[0])]
+                finished.append((number, self._evaluation(trial)))
+        return [evaluation for _, evaluation in sorted(finished, key=lambda pair: pair[0])]
 
     def _evaluation(self, trial: FrozenTrial) -> Evaluation:
         if trial.number not in self.known:

@@ -43,13 +43,13 @@ def find_profile(config_path: Path, given: Path | None) -> RoutingProfile:
     Raises:
         UsageError: there is none, or its hash is not the one that the search recorded.
     """
-    found = profile_beside(config_path, given)
-    if found is None:
+    profile = profile_beside(config_path, given)
+    if profile is None:
         raise UsageError(
             f"{config_path}: no profile beside it; give the one it was tuned with as --profile "
             "FOLDER"
         )
-    return found
+    return profile
 
 
 def profile_beside(config_path: Path, given: Path | None = None) -> RoutingProfile | None:
@@ -58,8 +58,8 @@ def profile_beside(config_path: Path, given: Path | None = None) -> RoutingProfi
     recorded: dict[str, Any] = {}
     if metadata_path.is_file():
         with entries_of(metadata_path):
-            found = read_json(metadata_path, what="metadata of a search").get("profile")
-            recorded = dict(found or {})
+            metadata = read_json(metadata_path, what="metadata of a search")
+            recorded = dict(metadata.get("profile") or {})
     # Beside the configuration first: a results folder may have been moved.
     places = [given] if given else [config_path.parent / PROFILE_FOLDER]
     if not given and recorded.get("path"):
@@ -163,8 +163,8 @@ def validate(
     path = (output or config_path.parent) / VALIDATION_FILE
     with GrowingResult(path) as kept:
 
-        def known(missing: str | None = None, **found: Any) -> dict[str, Any]:
-            result.update(found)
+        def known(missing: str | None = None, **figures: Any) -> dict[str, Any]:
+            result.update(figures)
             return kept.save(jsonable(result), missing=missing)
 
         quality = evaluator.quality(config.make(profile))

@@ -72,14 +72,14 @@ class DamageProbe:
         self._number = 0
         self._pending: dict[int, _Pending] = {}
         self._probes: list[Tensor] = []
-        self._found: dict[int, dict[str, Tensor]] = {}
+        self._damages: dict[int, dict[str, Tensor]] = {}
 
     def begin(self, number: int) -> None:
         """Forward ``number`` starts."""
         self._number = number
         self._pending.clear()
         self._probes.clear()
-        self._found.clear()
+        self._damages.clear()
 
     def watch(
         self,
@@ -133,11 +133,11 @@ class DamageProbe:
         Raises:
             RuntimeError: a layer's output did not reach the loss.
         """
-        missing = [layer for layer in range(layers) if layer not in self._found]
+        missing = [layer for layer in range(layers) if layer not in self._damages]
         if missing:
             raise RuntimeError(f"no gradient came back to MoE layer {missing[0]}")
-        found = [self._found.pop(layer) for layer in range(layers)]
-        return {name: torch.stack([row[name] for row in found]) for name in found[0]}
+        by_layer = [self._damages.pop(layer) for layer in range(layers)]
+        return {name: torch.stack([row[name] for row in by_layer]) for name in by_layer[0]}
 
     @torch.no_grad()
     def _catch(self, layer: int, gradient: Tensor) -> None:
@@ -146,19 +146,19 @@ class DamageProbe:
         g = gradient[note.at].float()  # (n, D)
         effect = torch.einsum("nd,nkd->nk", g, note.outputs[note.at].float())
         effect = effect.gather(1, note.rank)
-        found = {name: value.cpu() for name, value in _own(note.weight, effect).items()}
+        damages = {name: value.cpu() for name, value in _own(note.weight, effect).items()}
         if self._residuals is not None:
-            found["cut_residual"] = self._cut_residual(layer, note, g, effect).cpu()
+            damages["cut_residual"] = self._cut_residual(layer, note, g, effect).cpu()
         if self._compensation is not None:
-            found["cut_compensated"] = self._cut_compensated(layer, note, g, effect).cpu()
+            damages["cut_compensated"] = self._cut_compensated(layer, note, g, effect).cpu()
         if not self._stored:
-            del found["next"]
-            self._found[layer] = found
+            del damages["next"]
+            self._damages[layer] = damages
             return
-        found["foreign"] = found["next"]
+        damages["foreign"] = damages["next"]
         if note.foreign.shape[1]:
-            found["foreign"] = self._foreign(note, g, effect).cpu()
-        self._found[layer] = found
+            damages["foreign"] = self._foreign(note, g, effect).cpu()
+        self._damages[layer] = damages
 
     def _cut_residual(self, layer: int, note: _Pending, g: Tensor, effect: Tensor) -> Tensor:
         means, lead = self._residuals, leading_count(note.index.shape[1])

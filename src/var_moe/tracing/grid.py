@@ -49,21 +49,18 @@ class GridReplay:
     @property
     def experts_per_token(self) -> Floats:
         """Executed pairs per layer and token. (F, G)"""
-        found: Floats = self.pairs.mean(axis=2) / self.tokens
-        return found
+        return np.asarray(self.pairs.mean(axis=2) / self.tokens)
 
     @property
     def tiers_pct(self) -> Floats:
         """Shares of fast, cached and learned in percent. (F, G, 3)"""
-        found: Floats = 100 * self.tiers.mean(axis=2) / self.tokens
-        return found
+        return np.asarray(100 * self.tiers.mean(axis=2) / self.tokens)
 
     @property
     def cache_hit_rate(self) -> Floats:
         """Of what is not on the fast path, the share served by the cache. (F, G)"""
         _, cached, learned = np.moveaxis(self.tiers.sum(axis=2), 2, 0)
-        found: Floats = cached / np.maximum(cached + learned, 1)
-        return found
+        return np.asarray(cached / np.maximum(cached + learned, 1))
 
     @property
     def degradation(self) -> Floats:
@@ -179,8 +176,8 @@ class ThresholdGrid:
         replay, trace = self.replay, self.replay.trace
         kinds = damage_kinds(trace, config) if trace.damage else ()
         fast, always = self._fixed_parts(config, kinds)
-        found = enumerate(replay.hits(config))
-        hit = np.stack([self._hit(config, kinds, layer, hits) for layer, hits in found], axis=1)
+        by_layer = enumerate(replay.hits(config))
+        hit = np.stack([self._hit(config, kinds, layer, one) for layer, one in by_layer], axis=1)
         on_path = self._reaching(fast)  # (Q, L, F, G)
         beside = hit.sum(axis=2)[..., None, None] - self._reaching(hit)
         summed = np.moveaxis(on_path + beside + always[..., None, None], 1, -1)  # (Q, F, G, L)
@@ -255,17 +252,17 @@ class ThresholdGrid:
         if kinds and run is not None:
             following, foreign = stored_counts(run, self.replay.index[layer][token])
             share = (following + foreign == 0, following / run.shape[1], foreign / run.shape[1])
-            found = self._effects(kinds, layer, token)
-            effects = [e * part for e, part in zip(found, share, strict=True)]
+            whole = self._effects(kinds, layer, token)
+            effects = [e * part for e, part in zip(whole, share, strict=True)]
         return np.stack([count, count, *self._weighed(layer, token, effects)])
 
     def _effects(self, kinds: tuple[str, ...], layer: int, token: Ints) -> list[Floats]:
         """Of each kind, the damage of some tokens' decisions."""
         trace = self.replay.trace
-        found = [damage_effects(trace, kind, layer)[token].astype(np.float64) for kind in kinds]
-        if found and self.replay.lead == trace.top_k:  # there is nothing to cut
-            found[0][:] = 0.0
-        return found
+        effects = [damage_effects(trace, kind, layer)[token].astype(np.float64) for kind in kinds]
+        if effects and self.replay.lead == trace.top_k:  # there is nothing to cut
+            effects[0][:] = 0.0
+        return effects
 
     def _count(self, layer: int, token: Ints) -> Floats:
         """How many tokens are in each bin. (B,)"""
@@ -276,16 +273,15 @@ class ThresholdGrid:
         """Sums of each of the effects, then of their squares, by bin. (B,) each"""
         place, size = self._bin[layer][token], self._shape[0] * self._shape[1]
         weights = [*effects, *(effect * effect for effect in effects)]
-        found = [np.bincount(place, weights=weight, minlength=size) for weight in weights]
-        return [sums.astype(np.float64, copy=False) for sums in found]
+        sums = [np.bincount(place, weights=weight, minlength=size) for weight in weights]
+        return [one.astype(np.float64, copy=False) for one in sums]
 
     def _reaching(self, sums: Floats) -> Floats:
         """From sums by bin to sums over the ids that reach both thresholds. (Q, L, F, G)"""
         bins = sums.reshape(*sums.shape[:2], *self._shape)
         summed = bins[..., ::-1, ::-1].cumsum(axis=-2).cumsum(axis=-1)[..., ::-1, ::-1]
         rows, columns = self._order
-        found: Floats = summed[..., 1:, 1:][..., rows, columns]
-        return found
+        return np.asarray(summed[..., 1:, 1:][..., rows, columns])
 
 
 def threshold_grid(

@@ -144,8 +144,8 @@ def replayer_of(trace: RoutingTrace, policy: str, calibration: Settings) -> Repl
     """The replayer of a policy: its own, or its code where a compensation stands in."""
     spec = policy_spec(policy)
     own = spec.replay is not None and calibration.get("compensation") is None
-    found: type[Replayer] = load_target(spec.replay) if own and spec.replay else PolicyReplayer
-    return found.of(trace, spec, calibration)
+    kind: type[Replayer] = load_target(spec.replay) if own and spec.replay else PolicyReplayer
+    return kind.of(trace, spec, calibration)
 
 
 class PolicyReplayer(Replayer):

@@ -57,8 +57,8 @@ class TraceReplay(Replayer):
         >>> from var_moe import RoutingProfile, RoutingTrace, TraceReplay, VARConfig
         >>> trace = RoutingTrace.load("results/trace")
         >>> profile = RoutingProfile.load("results/trace/profile")
-        >>> found = TraceReplay(trace, profile).evaluate(VARConfig.preset("balanced"))
-        >>> found.report.experts_per_token, found.report.learned_pct, found.degradation
+        >>> replay = TraceReplay(trace, profile).evaluate(VARConfig.preset("balanced"))
+        >>> replay.report.experts_per_token, replay.report.learned_pct, replay.degradation
     """
 
     profile_hash: str | None = None
@@ -128,8 +128,7 @@ class TraceReplay(Replayer):
 
     def confident(self, config: VARConfig, layer: int) -> Bools:
         """Whose leading experts have enough of the routing mass. (N,)"""
-        found: Bools = self._mass[layer] >= config.confidence_threshold
-        return found
+        return np.asarray(self._mass[layer] >= config.confidence_threshold)
 
     def table_experts(self, layer: int) -> NDArray[np.int16]:
         """The table's leading experts of each id that occurs. (U, lead)"""

@@ -140,10 +140,10 @@ def _expire(starts: Bools, time: Ints, step: int) -> None:
     heads = heads[time[ends - 1] - time[heads] >= step]
     while len(heads):
         due = np.minimum(time[heads] + step, beyond)
-        found = np.searchsorted(rising, run[heads] * (beyond + 1) + due)
-        inside = found < len(starts)
-        inside[inside] = run[found[inside]] == run[heads[inside]]
-        heads = found[inside]
+        next_heads = np.searchsorted(rising, run[heads] * (beyond + 1) + due)
+        inside = next_heads < len(starts)
+        inside[inside] = run[next_heads[inside]] == run[heads[inside]]
+        heads = next_heads[inside]
         starts[heads] = True
 
 

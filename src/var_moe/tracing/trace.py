@@ -147,12 +147,12 @@ class RoutingTrace:
 
     def columns(self) -> dict[str, Tensor]:
         """All tensors that have one entry per token, by their names in a shard."""
-        found = {"ids": self.ids, "index": self.index, "weight": self.weight}
-        found["entropy"] = self.entropy
+        columns = {"ids": self.ids, "index": self.index, "weight": self.weight}
+        columns["entropy"] = self.entropy
         for name in ("nll", "hint", "hidden"):
             if getattr(self, name) is not None:
-                found[name] = getattr(self, name)
-        return found | {f"damage.{name}": value for name, value in self.damage.items()}
+                columns[name] = getattr(self, name)
+        return columns | {f"damage.{name}": value for name, value in self.damage.items()}
 
     def _layout(self) -> dict[str, Any]:
         return {"starts": self.starts.tolist(), "documents": self.documents.tolist()}
@@ -244,9 +244,9 @@ class Writer:
     def resume(self) -> int:
         """Keep the whole shards of the same key and drop all else; returns the forwards done."""
         done = 0
-        while found := self._whole(self.folder / shard_file(len(self._shards))):
-            done = found.pop("done")
-            self._shards.append(found)
+        while shard := self._whole(self.folder / shard_file(len(self._shards))):
+            done = shard.pop("done")
+            self._shards.append(shard)
         self.clear(keep=len(self._shards))
         return int(done)
 
@@ -333,7 +333,7 @@ def read_shards(folder: Path, shards: list[dict[str, Any]]) -> dict[str, Tensor]
     from safetensors.torch import load_file
 
     total, at = sum(shard["tokens"] for shard in shards), 0
-    found: dict[str, Tensor] = {}
+    columns: dict[str, Tensor] = {}
     for shard in shards:
         path = folder / str(shard["file"])
         if not path.is_file():
@@ -347,13 +347,13 @@ def read_shards(folder: Path, shards: list[dict[str, Any]]) -> dict[str, Tensor]
         # Filled shard by shard, so that a large trace is not held twice.
         for name, value in part.items():
             dim = token_dim(name)
-            if name not in found:
+            if name not in columns:
                 shape = [*value.shape]
                 shape[dim] = total
-                found[name] = value.new_empty(shape)
-            found[name].narrow(dim, at, value.shape[dim]).copy_(value)
+                columns[name] = value.new_empty(shape)
+            columns[name].narrow(dim, at, value.shape[dim]).copy_(value)
         at += shard["tokens"]
-    return found
+    return columns
 
 
 def _hash(path: Path) -> str:
