@@ -52,7 +52,8 @@ def test_public_names_are_documented(site: Path) -> None:
     import var_moe
 
     page = (site / "api.html").read_text(encoding="utf-8")
-    anchors = {name: f'id="{module}.{name}"' for name, module in var_moe._PUBLIC.items()}
+    places = var_moe._PLACES.items()
+    anchors = {name: f'id="var_moe.{module}.{name}"' for name, module in places}
     assert [name for name, anchor in anchors.items() if anchor not in page] == []
 
 
