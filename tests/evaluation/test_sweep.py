@@ -109,11 +109,11 @@ def test_policies_that_can_be_compared():
 
 
 @pytest.mark.parametrize("top_k", [2, 8])
-@pytest.mark.parametrize("name", [n for n in policy_names() if policy_spec(n).dials(2)])
-def test_settings_of_a_dial_are_its_policys(name, top_k, profile):
+@pytest.mark.parametrize("name", [n for n in policy_names() if policy_spec(n).sweeps(2)])
+def test_settings_of_a_sweep_are_its_policys(name, top_k, profile):
     """Every setting can be built, whatever K; those that need no calibration of that K."""
     spec = policy_spec(name)
-    for turn in spec.dials(top_k).values():
+    for turn in spec.sweeps(top_k).values():
         for strength in (0.0, 0.3, 0.5, 1.0):
             settings = turn(strength)
             if not ({"ratios", "sensitivity", "damage"} & set(spec.needs) and top_k == 8):

@@ -207,12 +207,12 @@ def test_executed_pairs_fall_with_tau(top_k: int) -> None:
     assert kept[-1].sum() < 1.05 * len(kept[-1])
 
 
-def test_dials_and_search_space_span_one_range() -> None:
+def test_sweeps_and_search_space_span_one_range() -> None:
     space = DamagePolicy.search_space(2)["tau"]
-    (dial,) = DamagePolicy.dials(2).values()
+    (sweep,) = DamagePolicy.sweeps(2).values()
     assert (space["low"], space["high"]) == (TAU_LOW, TAU_HIGH)
-    assert dial(0.0)["tau"] == pytest.approx(TAU_LOW)
-    assert dial(1.0)["tau"] == pytest.approx(TAU_HIGH)
+    assert sweep(0.0)["tau"] == pytest.approx(TAU_LOW)
+    assert sweep(1.0)["tau"] == pytest.approx(TAU_HIGH)
 
 
 def test_a_hint_does_not_outlive_its_layer() -> None:

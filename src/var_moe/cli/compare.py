@@ -99,7 +99,7 @@ def compare(
 
     if not asked:
         variants = {policy_spec(name).variant_of for name in policy_names()}
-        asked = [n for n in policy_names() if policy_spec(n).dials(2) and n not in variants]
+        asked = [n for n in policy_names() if policy_spec(n).sweeps(2) and n not in variants]
     names = require_policies([CONTROL, *asked])
     compensations = [name for name, _ in parsed] or [None]
     rows = [row for row in earlier["rows"] if _wanted(row, compensations)] if earlier else None

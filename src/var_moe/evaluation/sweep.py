@@ -17,7 +17,7 @@ import numpy as np
 from var_moe.config import check_number
 from var_moe.errors import UsageError
 from var_moe.evaluation.evaluator import Evaluator, Progress, Quality, Speed
-from var_moe.routing.base import Dial
+from var_moe.routing.base import Sweep
 from var_moe.routing.registry import PolicySpec, policy_spec
 from var_moe.storage import read_json
 
@@ -105,7 +105,7 @@ def sweep(
     ways = [
         (spec, dial, turn)
         for spec in map(policy_spec, names)
-        for dial, turn in spec.dials(evaluator.top_k).items()
+        for dial, turn in spec.sweeps(evaluator.top_k).items()
     ]
     done, total = 0, len(ways) * len(targets)
     for spec, dial, turn in ways:
@@ -140,7 +140,7 @@ def timed(
 def _turned(
     evaluator: Evaluator,
     spec: PolicySpec,
-    turn: Dial,
+    turn: Sweep,
     calibration: Mapping[str, Any],
     target: float,
     seen: dict[float, float],
@@ -192,19 +192,19 @@ def check_made(names: Sequence[str], calibration: Mapping[str, Any], *, top_k: i
         UsageError: says what it lacks.
     """
     for spec in map(policy_spec, names):
-        for turn in spec.dials(top_k).values():
+        for turn in spec.sweeps(top_k).values():
             spec.make(turn(0.0), calibration)
 
 
 def require_policies(names: Sequence[str]) -> tuple[str, ...]:
-    """The names, each a known policy that has something to turn.
+    """The names, each a known policy with a sweep.
 
     Raises:
-        UsageError: an unknown policy, or one with nothing to turn.
+        UsageError: an unknown policy, or one without a sweep.
     """
     for name in names:
-        if not policy_spec(name).dials(2):
-            raise UsageError(f"policy {name!r} has nothing to turn: leave it out of --policies")
+        if not policy_spec(name).sweeps(2):
+            raise UsageError(f"policy {name!r} has no strength to vary: leave it out of --policies")
     return tuple(dict.fromkeys(names))
 
 

@@ -14,7 +14,7 @@ from var_moe.errors import UsageError
 from var_moe.routing.compensation import Compensation
 from var_moe.routing.decision import ForwardContext, Routing
 
-Dial = Callable[[float], dict[str, Any]]
+Sweep = Callable[[float], dict[str, Any]]
 """From a strength in [0, 1] to settings of `RoutingPolicy.build`, with ever fewer pairs."""
 
 
@@ -112,12 +112,12 @@ class RoutingPolicy(ABC):
         return {}
 
     @classmethod
-    def dials(cls, top_k: int) -> dict[str, Dial]:
-        """Ways from mild to hard, for comparing policies at equal experts per token.
+    def sweeps(cls, top_k: int) -> dict[str, Sweep]:
+        """Sweeps from mild to hard cuts, for comparing policies at equal experts per token.
 
         Returns:
             Name -> function from strength in [0, 1] to settings; executed pairs fall with
-            strength. A policy with one way names it ``""``; empty where there is none.
+            strength. A policy with one sweep names it ``""``; empty where there is none.
         """
         return {}
 
@@ -140,14 +140,14 @@ class RoutingPolicy(ABC):
     def milder(
         cls, settings: Mapping[str, Any], strength: float, top_k: int
     ) -> dict[str, Any] | None:
-        """Settings that cut ``strength`` times as hard; None where no dial sets them all."""
-        dial = cls.dials(top_k).get("")
-        if dial is None or len(settings) != 1 or set(dial(0.5)) != set(settings):
+        """Settings that cut ``strength`` times as hard; None where no sweep sets them all."""
+        sweep = cls.sweeps(top_k).get("")
+        if sweep is None or len(settings) != 1 or set(sweep(0.5)) != set(settings):
             return None
         ((name, value),) = settings.items()
         steps = [step / 1000 for step in range(1001)]
-        own = min(steps, key=lambda step: abs(float(dial(step)[name]) - float(value)))
-        return dial(strength * own)
+        own = min(steps, key=lambda step: abs(float(sweep(step)[name]) - float(value)))
+        return sweep(strength * own)
 
     @classmethod
     def cost_settings(

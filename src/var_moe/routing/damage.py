@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from var_moe.config import check_number
 from var_moe.errors import UsageError
 from var_moe.routing.arrays import operations
-from var_moe.routing.base import Dial, RoutingPolicy, check_calibrated
+from var_moe.routing.base import Sweep, RoutingPolicy, check_calibrated
 from var_moe.routing.compensation import Compensation
 from var_moe.routing.decision import ForwardContext, Routing
 from var_moe.routing.keeping import all_pairs, kept_pairs, learned_tier, rank_slots, shares
@@ -183,7 +183,7 @@ class DamagePolicy(RoutingPolicy):
         return {"tau": {**entry, "log": True}}
 
     @classmethod
-    def dials(cls, top_k: int) -> dict[str, Dial]:
+    def sweeps(cls, top_k: int) -> dict[str, Sweep]:
         return {"": lambda strength: {"tau": TAU_LOW ** (1 - strength) * TAU_HIGH**strength}}
 
     def compensated(self, compensation: Compensation | None) -> Self:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from var_moe.config import check_number
 from var_moe.errors import UsageError
-from var_moe.routing.base import Dial, RoutingPolicy, check_calibrated, check_keys
+from var_moe.routing.base import Sweep, RoutingPolicy, check_calibrated, check_keys
 from var_moe.routing.decision import ForwardContext, Routing
 from var_moe.routing.keeping import kept_pairs
 
@@ -115,7 +115,7 @@ class NAEEPolicy(RoutingPolicy):
         return {"quantile": {"type": "float", "low": 0.0, "high": 1.0, "default": 0.5}}
 
     @classmethod
-    def dials(cls, top_k: int) -> dict[str, Dial]:
+    def sweeps(cls, top_k: int) -> dict[str, Sweep]:
         return {"": lambda strength: {"quantile": strength}}
 
     def route(self, context: ForwardContext, layer: int, index: Tensor, weight: Tensor) -> Routing:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from var_moe.config import check_number
 from var_moe.errors import UsageError
-from var_moe.routing.base import Dial, RoutingPolicy, check_calibrated, check_keys
+from var_moe.routing.base import Sweep, RoutingPolicy, check_calibrated, check_keys
 from var_moe.routing.decision import ForwardContext, Routing
 from var_moe.routing.keeping import all_pairs, kept_pairs, leading_slots
 
@@ -145,7 +145,7 @@ class PerLayerKPolicy(RoutingPolicy):
         return {"experts_per_token": entry}
 
     @classmethod
-    def dials(cls, top_k: int) -> dict[str, Dial]:
+    def sweeps(cls, top_k: int) -> dict[str, Sweep]:
         return {"": lambda strength: {"experts_per_token": top_k - strength * (top_k - 1)}}
 
     def route(self, context: ForwardContext, layer: int, index: Tensor, weight: Tensor) -> Routing:

@@ -12,7 +12,7 @@ from var_moe.config import plain
 from var_moe.errors import UsageError
 
 if TYPE_CHECKING:
-    from var_moe.routing.base import Dial, RoutingPolicy
+    from var_moe.routing.base import Sweep, RoutingPolicy
 
 CALIBRATION = {
     "table": "the static table of a profile (RoutingTable)",
@@ -88,9 +88,9 @@ class PolicySpec:
         """What a tuner may vary, for a model with K = ``top_k``; empty: nothing."""
         return self.load().search_space(top_k)
 
-    def dials(self, top_k: int) -> dict[str, Dial]:
-        """Ways from mild to hard; see `RoutingPolicy.dials`."""
-        return self.load().dials(top_k)
+    def sweeps(self, top_k: int) -> dict[str, Sweep]:
+        """Ways from mild to hard; see `RoutingPolicy.sweeps`."""
+        return self.load().sweeps(top_k)
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Refuse settings that `make` would refuse, as far as it shows without calibration.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from var_moe.config import check_number
-from var_moe.routing.base import Dial, RoutingPolicy
+from var_moe.routing.base import Sweep, RoutingPolicy
 from var_moe.routing.decision import ForwardContext, Routing
 from var_moe.routing.keeping import (
     all_pairs,
@@ -49,7 +49,7 @@ class FixedKPolicy(RoutingPolicy):
         return {"k": {"type": "int", "low": 1, "high": top_k, "default": leading_count(top_k)}}
 
     @classmethod
-    def dials(cls, top_k: int) -> dict[str, Dial]:
+    def sweeps(cls, top_k: int) -> dict[str, Sweep]:
         return {"": lambda strength: {"k": top_k - round(strength * (top_k - 1))}}
 
     def route(self, context: ForwardContext, layer: int, index: Tensor, weight: Tensor) -> Routing:
@@ -85,7 +85,7 @@ class RandomSkipPolicy(RoutingPolicy):
         return {"share": {"type": "float", "low": 0.0, "high": 1.0, "default": 0.5}}
 
     @classmethod
-    def dials(cls, top_k: int) -> dict[str, Dial]:
+    def sweeps(cls, top_k: int) -> dict[str, Sweep]:
         return {"": lambda strength: {"share": strength}}
 
     def reset(self) -> None:
@@ -135,7 +135,7 @@ class SERPolicy(RoutingPolicy):
         }
 
     @classmethod
-    def dials(cls, top_k: int) -> dict[str, Dial]:
+    def sweeps(cls, top_k: int) -> dict[str, Sweep]:
         return {"": lambda strength: {"min_experts": 1, "threshold": strength}}
 
     def route(self, context: ForwardContext, layer: int, index: Tensor, weight: Tensor) -> Routing:
@@ -174,7 +174,7 @@ class TopPPolicy(RoutingPolicy):
         return {"p": {"type": "float", "low": low, "high": 1.0, "default": max(low, 0.8)}}
 
     @classmethod
-    def dials(cls, top_k: int) -> dict[str, Dial]:
+    def sweeps(cls, top_k: int) -> dict[str, Sweep]:
         return {"": lambda strength: {"p": 1 - strength * (1 - 1 / top_k)}}
 
     def route(self, context: ForwardContext, layer: int, index: Tensor, weight: Tensor) -> Routing:

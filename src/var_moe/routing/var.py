@@ -13,7 +13,7 @@ from torch import Tensor
 from var_moe.config import PRESETS, SEARCH_SPACE, VARConfig
 from var_moe.errors import UsageError
 from var_moe.routing.arrays import Array, Operations, operations
-from var_moe.routing.base import Dial, RoutingPolicy
+from var_moe.routing.base import Sweep, RoutingPolicy
 from var_moe.routing.compensation import ResidualMeans
 from var_moe.routing.context_cache import ContextCache, Hits
 from var_moe.routing.decision import ForwardContext, Residual, Routing, Tier
@@ -108,7 +108,7 @@ class VARPolicy(RoutingPolicy):
         return {name: dict(entry) for name, entry in SEARCH_SPACE.items()}
 
     @classmethod
-    def dials(cls, top_k: int) -> dict[str, Dial]:
+    def sweeps(cls, top_k: int) -> dict[str, Sweep]:
         ends = {name: (entry["low"], entry["high"]) for name, entry in SEARCH_SPACE.items()}
         # Settings that cut less the higher they are.
         falling = ("frequency_threshold", "confidence_threshold", "context_window_size")
