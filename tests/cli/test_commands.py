@@ -358,7 +358,7 @@ def test_compare_writes_table_data_and_picture(common, tmp_path, capsys):
     ("words", "message"),
     [
         (["--policies", "nae"], "did you mean 'naee'"),
-        (["--policies", "native"], "nothing to turn"),
+        (["--policies", "native"], "no strength to vary"),
         (["--blocks", "-1"], "blocks = -1: expected an integer of at least 0"),
         (["--experts", "3"], "experts = 3"),
         (["--max_degradation", "-1"], "max_degradation"),

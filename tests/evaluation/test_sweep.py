@@ -104,7 +104,7 @@ def test_policies_that_can_be_compared():
     assert require_policies(["naee", "ser", "naee"]) == ("naee", "ser")
     with pytest.raises(UsageError, match="did you mean 'naee'"):
         require_policies(["nae"])
-    with pytest.raises(UsageError, match="'native' has nothing to turn"):
+    with pytest.raises(UsageError, match="'native' has no strength to vary"):
         require_policies(["native"])
 
 

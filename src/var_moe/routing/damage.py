@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from var_moe.config import check_number
 from var_moe.errors import UsageError
 from var_moe.routing.arrays import operations
-from var_moe.routing.base import Sweep, RoutingPolicy, check_calibrated
+from var_moe.routing.base import RoutingPolicy, Sweep, check_calibrated
 from var_moe.routing.compensation import Compensation
 from var_moe.routing.decision import ForwardContext, Routing
 from var_moe.routing.keeping import all_pairs, kept_pairs, learned_tier, rank_slots, shares

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from var_moe.config import check_number
 from var_moe.errors import UsageError
-from var_moe.routing.base import Sweep, RoutingPolicy, check_calibrated, check_keys
+from var_moe.routing.base import RoutingPolicy, Sweep, check_calibrated, check_keys
 from var_moe.routing.decision import ForwardContext, Routing
 from var_moe.routing.keeping import kept_pairs
 

@@ -12,7 +12,7 @@ from var_moe.config import plain
 from var_moe.errors import UsageError
 
 if TYPE_CHECKING:
-    from var_moe.routing.base import Sweep, RoutingPolicy
+    from var_moe.routing.base import RoutingPolicy, Sweep
 
 CALIBRATION = {
     "table": "the static table of a profile (RoutingTable)",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from var_moe.config import check_number
-from var_moe.routing.base import Sweep, RoutingPolicy
+from var_moe.routing.base import RoutingPolicy, Sweep
 from var_moe.routing.decision import ForwardContext, Routing
 from var_moe.routing.keeping import (
     all_pairs,

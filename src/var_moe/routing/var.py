@@ -13,7 +13,7 @@ from torch import Tensor
 from var_moe.config import PRESETS, SEARCH_SPACE, VARConfig
 from var_moe.errors import UsageError
 from var_moe.routing.arrays import Array, Operations, operations
-from var_moe.routing.base import Sweep, RoutingPolicy
+from var_moe.routing.base import RoutingPolicy, Sweep
 from var_moe.routing.compensation import ResidualMeans
 from var_moe.routing.context_cache import ContextCache, Hits
 from var_moe.routing.decision import ForwardContext, Residual, Routing, Tier
