@@ -16,7 +16,7 @@ from var_moe.evaluation.batching import batches
 from var_moe.evaluation.perplexity import document_losses
 from var_moe.execution.backends import open_backend
 from var_moe.execution.backends.base import weighted_sum
-from var_moe.execution.dispatch import attach, detach
+from var_moe.execution.dispatch import dispatched
 from var_moe.execution.session import routed
 from var_moe.models.loading import LoadedModel
 from var_moe.routing.keeping import leading_count, rank_slots
@@ -114,12 +114,8 @@ class Nudged:
 
 def nll_with(model, ids, session):
     """Summed loss of one document, in float64."""
-    before = attach(model, session)
-    try:
-        with torch.inference_mode():
-            logits = model(input_ids=ids, use_cache=False).logits[0].double()
-    finally:
-        detach(model, before)
+    with dispatched(model, session), torch.inference_mode():
+        logits = model(input_ids=ids, use_cache=False).logits[0].double()
     return float(-logits.log_softmax(-1)[:-1].gather(1, ids[0, 1:, None]).sum())
 
 

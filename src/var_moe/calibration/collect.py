@@ -23,7 +23,7 @@ from var_moe.errors import UsageError, VarMoeError
 from var_moe.evaluation.batching import batches, collate, drawn
 from var_moe.execution.backends import open_backend
 from var_moe.execution.backends.base import weighted_sum
-from var_moe.execution.dispatch import attach, detach
+from var_moe.execution.dispatch import dispatched
 from var_moe.models.identity import identity
 from var_moe.models.moe_layers import RouterLogits, experts_shape
 from var_moe.routing.decision import ForwardContext
@@ -157,26 +157,26 @@ def collect_profile(
     key = f"{_CHECKPOINT_FORMAT}:{ids_hash(chosen)}:{sha256_of([str(about)])}"
     key += f":{tokens_per_batch}:{size}"
     done = collector.resume(checkpoint, key)
-    before = attach(model, collector)
-    try:
-        with RouterLogits(model, about["layers"]) as collector.logits, torch.inference_mode():
-            for number, rows in enumerate(batches(chosen, tokens_per_batch, window=size), start=1):
-                if number <= done:
-                    continue
-                context = collate(rows)
-                collector.begin(context)
-                model(
-                    input_ids=context.ids.to(loaded.device),
-                    attention_mask=context.valid.long().to(loaded.device),
-                    use_cache=False,
-                    logits_to_keep=1,
-                )
-                if progress:
-                    progress(collector.statistics.tokens, len(ids))
-                if checkpoint and number % _CHECKPOINT_EVERY == 0:
-                    collector.save(checkpoint, key, number)
-    finally:
-        detach(model, before)
+    with (
+        dispatched(model, collector),
+        RouterLogits(model, about["layers"]) as collector.logits,
+        torch.inference_mode(),
+    ):
+        for number, rows in enumerate(batches(chosen, tokens_per_batch, window=size), start=1):
+            if number <= done:
+                continue
+            context = collate(rows)
+            collector.begin(context)
+            model(
+                input_ids=context.ids.to(loaded.device),
+                attention_mask=context.valid.long().to(loaded.device),
+                use_cache=False,
+                logits_to_keep=1,
+            )
+            if progress:
+                progress(collector.statistics.tokens, len(ids))
+            if checkpoint and number % _CHECKPOINT_EVERY == 0:
+                collector.save(checkpoint, key, number)
     if not torch.isfinite(collector.statistics.sums["entropy_mean"]).all():
         raise VarMoeError(f"model {loaded.name!r} gives non-finite router logits; try float32")
     source = {

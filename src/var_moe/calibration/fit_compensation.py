@@ -34,7 +34,7 @@ from var_moe.config import check_count, check_seed
 from var_moe.errors import UsageError, VarMoeError
 from var_moe.evaluation.batching import Window, batches, collate
 from var_moe.execution.backends import open_backend
-from var_moe.execution.dispatch import attach, detach
+from var_moe.execution.dispatch import dispatched
 from var_moe.models.identity import identity
 from var_moe.models.moe_layers import experts_shape
 from var_moe.routing.compensation import Compensation, LayerCompensation
@@ -145,16 +145,14 @@ def fit_compensation(
     settings = settings or FitSettings()
     start.check(**experts_shape(loaded.model))
     fit = _Fit(loaded, documents, damage, taus, start, settings, checkpoint, progress)
-    before = attach(loaded.model, fit.session)
     asked = [p.requires_grad for p in loaded.model.parameters()]
     try:
         loaded.model.requires_grad_(False)
-        with torch.inference_mode(False):
+        with dispatched(loaded.model, fit.session), torch.inference_mode(False):
             return fit.run()
     finally:
         for parameter, value in zip(loaded.model.parameters(), asked, strict=True):
             parameter.requires_grad_(value)
-        detach(loaded.model, before)
 
 
 @dataclass

@@ -20,7 +20,7 @@ from var_moe.evaluation.batching import batches, collate, drawn
 from var_moe.evaluation.perplexity import document_losses
 from var_moe.execution.backends import open_backend
 from var_moe.execution.backends.base import ExpertsBackend, weighted_sum
-from var_moe.execution.dispatch import attach, detach
+from var_moe.execution.dispatch import dispatched
 from var_moe.execution.session import routed
 from var_moe.models.identity import identity
 from var_moe.routing.base import RoutingPolicy
@@ -116,20 +116,16 @@ def trace_without_backward(
     chosen = list(drawn(documents, tokens, seed).values())
     session = _Sizes(open_backend("sorted"), compensation)
     total, done, parts = sum(len(document.ids) for document in chosen), 0, []
-    before = attach(loaded.model, session)
-    try:
-        with torch.no_grad():
-            for rows in batches(chosen, tokens_per_batch, window=loaded.window):
-                batch = collate(rows)
-                session.begin(batch)
-                forward(loaded.model, batch, torch.device(loaded.device), logits_to_keep=1)
-                named = {k: torch.stack([row[k] for row in session.rows]) for k in session.rows[0]}
-                parts.append({"ids": batch.ids[batch.counted], **named})
-                done += len(parts[-1]["ids"])
-                if progress:
-                    progress(done, total)
-    finally:
-        detach(loaded.model, before)
+    with dispatched(loaded.model, session), torch.no_grad():
+        for rows in batches(chosen, tokens_per_batch, window=loaded.window):
+            batch = collate(rows)
+            session.begin(batch)
+            forward(loaded.model, batch, torch.device(loaded.device), logits_to_keep=1)
+            named = {k: torch.stack([row[k] for row in session.rows]) for k in session.rows[0]}
+            parts.append({"ids": batch.ids[batch.counted], **named})
+            done += len(parts[-1]["ids"])
+            if progress:
+                progress(done, total)
     columns = joined(parts)
     few = list(drawn(documents, min(tokens, SENSITIVITY_TOKENS), seed).values())
     small = sum(len(document.ids) for document in few)

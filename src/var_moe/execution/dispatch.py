@@ -7,6 +7,8 @@ hands the call to the session that runs the module.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ class ExpertsSession(Protocol):
         """The layer's output (T, D) for the router's decision."""
 
 
-# Which session runs a module: filled and emptied by `attach` and `detach` alone.
+# Which session runs a module: filled and emptied by `dispatched` alone.
 _active: dict[int, tuple[ExpertsSession, int]] = {}
 
 
@@ -41,8 +43,9 @@ def _dispatch(module: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor) 
     return session.experts(layer, module, hidden, index, weight)
 
 
-def attach(model: Any, session: ExpertsSession) -> dict[str, str | None]:
-    """Send the model's experts through `session`; returns what `detach` puts back.
+@contextmanager
+def dispatched(model: Any, session: ExpertsSession) -> Iterator[None]:
+    """Send the model's experts through `session` until the block ends.
 
     Raises:
         UsageError: the model has no experts module, is compiled or routed already, or an experts
@@ -91,14 +94,8 @@ def attach(model: Any, session: ExpertsSession) -> dict[str, str | None]:
                     f"experts module {name!r} holds FP8 weights, which cannot be routed; "
                     "load the model in bfloat16"
                 )
-    except BaseException:
-        detach(model, before)
-        raise
-    return before
-
-
-def detach(model: Any, before: dict[str, str | None]) -> None:
-    """Put the experts backend back and forget the model's modules."""
-    for _, module in experts_modules(model):
-        _active.pop(id(module), None)
-    model.set_experts_implementation(before)
+        yield
+    finally:
+        for _, module in modules:
+            _active.pop(id(module), None)
+        model.set_experts_implementation(before)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from var_moe.errors import UsageError
 from var_moe.execution.backends import open_backend
 from var_moe.execution.backends.base import ExpertsBackend
-from var_moe.execution.dispatch import attach, detach
+from var_moe.execution.dispatch import dispatched
 from var_moe.execution.texts import Texts
 from var_moe.models.loading import LoadedModel
 from var_moe.models.moe_layers import experts_shape
@@ -342,7 +342,7 @@ def _routed(
             )
         session = Session(chosen, backend, sizes["layers"], observers)
         backend.begin()
-        leaving.callback(detach, model, attach(model, session))
+        leaving.enter_context(dispatched(model, session))
         _running.add(session)
         leaving.callback(_running.discard, session)
         for one in called:

@@ -296,7 +296,7 @@ def _config(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _uncompiled(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """With a static cache, `generate` would compile the model on a GPU: see `dispatch.attach`."""
+    """With a static cache, `generate` would compile the model on a GPU: see `dispatched`."""
     given = _config(args, kwargs)
     if given is None:
         return args, {"disable_compile": True, **kwargs}

@@ -14,7 +14,7 @@ from var_moe.errors import UsageError, VarMoeError
 from var_moe.evaluation.batching import Window, batches, collate, drawn
 from var_moe.execution.backends import open_backend
 from var_moe.execution.backends.base import weighted_sum
-from var_moe.execution.dispatch import attach, detach
+from var_moe.execution.dispatch import dispatched
 from var_moe.models.identity import identity
 from var_moe.models.moe_layers import RouterLogits, experts_shape
 from var_moe.routing.compensation import Compensation
@@ -228,21 +228,17 @@ def _record(
     parts: list[dict[str, Tensor]] = []
     done = writer.resume() if writer else 0
     sizes = [sum(len(row.ids) - row.overlap for row in rows) for rows in forwards]
-    before = attach(loaded.model, recorder)
-    try:
-        # Off where a caller has it on: what is made in inference mode has no way back.
-        with recorder.logits, torch.inference_mode(False):
-            for number, rows in enumerate(forwards):
-                if number < done or not sizes[number]:
-                    continue
-                parts.append(_forward(loaded, recorder, rows, number))
-                if progress:
-                    progress(sum(sizes[: number + 1]), sum(sizes))
-                if writer and len(parts) == _FORWARDS_PER_SHARD:
-                    writer.add(joined(parts), done=number + 1)
-                    parts.clear()
-    finally:
-        detach(loaded.model, before)
+    # Inference mode is off where a caller has it on: what is made in it has no way back.
+    with dispatched(loaded.model, recorder), recorder.logits, torch.inference_mode(False):
+        for number, rows in enumerate(forwards):
+            if number < done or not sizes[number]:
+                continue
+            parts.append(_forward(loaded, recorder, rows, number))
+            if progress:
+                progress(sum(sizes[: number + 1]), sum(sizes))
+            if writer and len(parts) == _FORWARDS_PER_SHARD:
+                writer.add(joined(parts), done=number + 1)
+                parts.clear()
     if writer and parts:
         writer.add(joined(parts), done=len(forwards))
     return parts
