@@ -20,7 +20,7 @@ def test_analyze_writes_its_files_and_tells_in_words(common, tmp_path, capsys):
     config.write_text(json.dumps({"frequency_threshold": 1, "entropy_threshold": 5.0}))
     output = tmp_path / "phase5"
     words = ["analyze", *common, "--var_config", str(config), "--n_samples", "12", "--quick"]
-    assert main([*words, "--threads", "1", "--output", str(output), "--quiet"]) == 0
+    assert main([*words, "--output", str(output), "--quiet"]) == 0
     said = capsys.readouterr().out
     for part in ("Where a forward's time goes", "Scaling", "Roofline", "cost model predicts"):
         assert part in said
@@ -68,7 +68,6 @@ def script(name, *words):
     ("words", "said"),
     [
         (["--var_config", "nowhere.json"], "nowhere.json: no such VAR configuration"),
-        (["--threads", "0"], "threads = 0: expected an integer of at least 1"),
         (["--n_samples", "1"], "max_samples = 1: expected an integer of at least 2"),
         (["--compensation", "means"], "the configuration names it; expected a folder"),
     ],

@@ -228,13 +228,6 @@ def test_bad_words(refused, words, expected, tmp_path, tiny_model_folder):
     assert expected in refused(*words)
 
 
-def test_a_long_grid_needs_a_yes(refused, tmp_path):
-    words = ["tune", "--method", "grid", "--exhaustive", "--n_points", "4"]
-    line = refused(*words, "--output", tmp_path)
-    assert "4,096 evaluations" in line
-    assert "--yes" in line
-
-
 def test_debug_shows_the_traceback(tmp_path):
     with pytest.raises(Exception, match="no such VAR configuration"):
         main(["tune", "--validate", str(tmp_path / "no.json"), "--debug"])

@@ -134,10 +134,3 @@ def test_a_closed_stream_leads_nowhere(stream, profiled, monkeypatch):
 def test_a_name_with_brackets_is_no_json(name, capsys):
     assert main(["report", name]) == 2
     assert f"error: {name}: no such folder" in capsys.readouterr().err
-
-
-def test_a_closed_stdin_answers_nothing(common, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", None)
-    words = ["--policy", "var", "--method", "grid", "--exhaustive", "--n_points", "5"]
-    assert main(["tune", *common, *words]) == 2
-    assert "needs a confirmation" in capsys.readouterr().err

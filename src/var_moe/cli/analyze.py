@@ -8,7 +8,6 @@ from typing import Any
 
 from var_moe.cli.options import ModelOptions, RunOptions, TextOptions, parse_compensation
 from var_moe.cli.output import SPEEDUP, Answer, finish, table
-from var_moe.config import check_count
 
 QUICK_SAMPLES = 20
 
@@ -23,7 +22,6 @@ def analyze(
     profile: Path | None = None,
     compensation: str | None = None,
     output: Path = Path("results/phase5"),
-    threads: int | None = None,
     run: RunOptions = RunOptions(),
 ) -> Answer:
     """Systems analysis: components, scaling, roofline, bottlenecks, predicted speedup.
@@ -38,14 +36,12 @@ def analyze(
         compensation: folder of a learned compensation, where it is not the profile's own.
         output: folder for systems_analysis.json and profile_report.json; parts of it are written
             as soon as they are known.
-        threads: of torch on the CPU; by default its own choice.
     """
     from var_moe.cli.subject import Subject
     from var_moe.optimization.candidate import load_candidate, preset
 
     candidate = load_candidate(var_config) if var_config else preset("balanced")
     _, place = parse_compensation(compensation, folder_only=True)
-    check_count("threads", threads)
     subject = Subject(
         model=model,
         text=text,
@@ -57,14 +53,10 @@ def analyze(
         max_samples=min(n_samples, QUICK_SAMPLES) if quick else n_samples,
     )
     subject.check(blocks=1)
-    import torch
-
     from var_moe.analysis.systems import PROFILE_FILE, SYSTEMS_FILE, AnalysisSettings, analyse
     from var_moe.growing import GrowingResult
     from var_moe.terminal import show
 
-    if threads is not None:
-        torch.set_num_threads(threads)
     with run.progress() as progress, GrowingResult(output / SYSTEMS_FILE) as kept:
         ready = subject.ready(progress, needs=candidate.needs, stand_ins=[candidate.compensation])
         systems = analyse(

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import sys
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from var_moe.cli.output import Answer, table
@@ -21,29 +20,14 @@ if TYPE_CHECKING:
 HUB_SECONDS = 2.0
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, TOKENS = 128, 512, 8, 2, 256
 """Sizes of the layer that is timed."""
-ROUNDS = 5
-PATIENCE_SECONDS = 0.2
-"""A backend whose first run takes longer is not run again: some copy weights for every pair."""
-SLOWER = 1.1  # what is called slower: above the noise of a layer that takes milliseconds
-NEEDED = {
-    "torch": "tensors",
-    "transformers": "models",
-    "accelerate": "models on several devices",
-    "tokenizers": "tokenizers",
-    "safetensors": "files of tensors",
-    "huggingface_hub": "the Hub",
-    "datasets": "data sets of the Hub",
-    "numpy": "numbers",
-    "scipy": "statistics",
-    "pandas": "profiles",
-    "pyarrow": "profiles",
-    "optuna": "the search",
-    "rich": "tables",
-    "cyclopts": "the command line",
-    "PyYAML": "--options FILE",
-    "jinja2": "certificates and reports",
-}
-"""What each library is for that var_moe does not work without, by its name for pip."""
+SLOWER = 1.2  # what is called slower: above the noise of a layer that takes milliseconds
+DEMO_MIB = 2048  # memory that the demo needs
+NEEDED = (
+    *("torch", "transformers", "accelerate", "tokenizers", "safetensors", "huggingface_hub"),
+    *("datasets", "numpy", "scipy", "pandas", "pyarrow", "optuna", "rich", "cyclopts"),
+    *("PyYAML", "jinja2"),
+)
+"""What var_moe does not work without, by names for pip."""
 
 
 def doctor() -> Answer:
@@ -60,15 +44,8 @@ def doctor() -> Answer:
 def _print(found: Mapping[str, Any]) -> None:
     from var_moe.terminal import show
 
-    columns = {"package": "{name}", "version": "{shown}", "for": "{why}", "install": "{install}"}
-    rows = [
-        {
-            **row,
-            "shown": row["version"] or ("MISSING" if row["needed"] else "-"),
-            "install": row["install"] or "",
-        }
-        for row in found["packages"]
-    ]
+    columns = {"package": "{name}", "version": "{version}", "for": "{why}", "install": "{install}"}
+    rows = [{name: value or "-" for name, value in row.items()} for row in found["packages"]]
     show(table("Installed", columns, rows))
     if found["backends"]:
         title = (
@@ -78,50 +55,24 @@ def _print(found: Mapping[str, Any]) -> None:
         backends = sorted(found["backends"], key=lambda row: row["latency_ms"] or float("inf"))
         rows = [{**row, "why_not": row["why_not"] or ""} for row in backends]
         show(table(title, {"backend": "{name}", "ms": "{latency_ms:.2f}", "": "{why_not}"}, rows))
-    show(*_about(found), *(f"Slow: {line}" for line in found["slow"]))
-    if found["missing"]:
-        line = f"Missing: {', '.join(found['missing'])}; see `install` above"
-    else:
-        line = "Nothing that is needed is missing."
-    show(line)
-
-
-def _about(found: Mapping[str, Any]) -> list[str]:
-    """Machine, memory and Hub, a line each."""
-    lines = []
-    here, free, hub = found["machine"], found["memory"], found["hub"]
-    if here is not None:
-        devices = ", ".join(here["devices"]) or "cpu"
-        omp = here["omp_num_threads"] or "not set"
-        lines.append(
-            f"Device: {devices}; {here['cores']} cores, torch uses {here['torch_threads']} threads "
-            f"(OMP_NUM_THREADS {omp})"
+    here, hub, missing = found["machine"], found["hub"], ", ".join(found["missing"])
+    if here:
+        print(
+            f"Device: {', '.join(here['devices']) or 'cpu'}; {here['cores']} cores, torch uses "
+            f"{here['torch_threads']} threads; memory: {here['memory_mib']:,.0f} MiB"
         )
-    if free["available_mib"] is not None:
-        lines.append(
-            f"Memory: {free['available_mib']:,.0f} of {free['total_mib']:,.0f} MiB free, "
-            f"{free['swap_used_mib']:,.0f} MiB of swap in use"
-        )
-    if hub["offline"]:
-        state = "offline mode (HF_HUB_OFFLINE is set): only what is in the cache can be loaded"
-    elif hub["reachable"]:
-        state = f"{hub['endpoint']} answers"
-    else:
-        state = "no answer within 2 s: only what is in the cache can be loaded"
-    lines.append(f"Hub: {state}")
-    lines.append(f"Cache: {hub['cache']} ({hub['cached_models']} models)")
-    return lines
+    if hub:
+        print(f"Hub: {hub['state']}")
+        print(f"Cache: {hub['cache']} ({hub['cached_models']} models)")
+    show(*(f"Slow: {line}" for line in found["slow"]))
+    print(f"Missing: {missing}" if missing else "Nothing that is needed is missing.")
 
 
-def diagnose(*, time_backends: bool = True) -> dict[str, Any]:
-    """Versions, device, threads, memory, backends, Hub; what is missing and what is slow.
+def diagnose() -> dict[str, Any]:
+    """The result of ``var-moe doctor --json``.
 
-    Args:
-        time_backends: time a small experts layer with each backend, which takes a second or two.
-
-    Returns:
-        The result of ``var-moe doctor --json``. ``missing`` names what var_moe does not work
-        without, ``slow`` says what costs time here, each in one line.
+    ``missing`` names what var_moe does not work without, ``slow`` says what costs time here, each
+    in one line. With torch or transformers missing nothing is timed.
     """
     libraries = packages()
     missing = [row["name"] for row in libraries if row["needed"] and not row["version"]]
@@ -131,89 +82,65 @@ def diagnose(*, time_backends: bool = True) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": libraries,
         "missing": missing,
-        "memory": memory(),
-        "hub": hub_state(),
-        "machine": machine() if "torch" not in missing else None,
-        "backends": backends() if usable and time_backends else [],
-        "dtypes": dtypes() if usable and time_backends else [],
+        "hub": hub_state() if "huggingface_hub" not in missing else None,
+        "machine": machine() if usable else None,
+        "backends": backends() if usable else [],
+        "dtypes": dtypes() if usable else [],
         "provenance": provenance(),
     }
-    found["slow"] = slow_things(found)
-    return found
+    return {**found, "slow": slow_things(found)}
 
 
 def packages() -> list[dict[str, Any]]:
     """The libraries that var_moe uses, each with its version or the command that installs it."""
-    rows = [(name, why, True, f"pip install {name}") for name, why in NEEDED.items()]
+    rows = [(name, "", True, f"pip install {name}") for name in NEEDED]
     rows += [(one.package, one.purpose, False, one.install) for one in OPTIONAL.values()]
-    versions = {name: version_of(name) for name, *_ in rows}
-    return [
-        {
-            "name": name,
-            "version": versions[name],
-            "needed": needed,
-            "why": why,
-            "install": None if versions[name] else install,
-        }
-        for name, why, needed, install in rows
-    ]
+    found = []
+    for name, why, needed, install in rows:
+        version = version_of(name)
+        row = {"name": name, "version": version, "needed": needed, "why": why}
+        found.append({**row, "install": None if version else install})
+    return found
 
 
 def machine() -> dict[str, Any]:
-    """Devices and threads."""
+    """Devices, threads and memory."""
     import torch
 
-    cuda, cores = torch.cuda.is_available(), os.cpu_count() or 1
+    from var_moe.execution.backends.packed import memory_limit
+
+    affinity = getattr(os, "sched_getaffinity", None)
     return {
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "device": "cuda" if cuda else "cpu",
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores,
+        "cores": len(affinity(0)) if affinity else os.cpu_count() or 1,
         "torch_threads": torch.get_num_threads(),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
-        "bfloat16": bool(cuda and torch.cuda.is_bf16_supported()),
-    }
-
-
-def memory(place: Path = Path("/proc/meminfo")) -> dict[str, float | None]:
-    """Free memory and swap in use, in MiB; None where the system does not tell."""
-    if not place.is_file():
-        return {"total_mib": None, "available_mib": None, "swap_used_mib": None}
-    kib = {}
-    for line in place.read_text(encoding="utf-8").splitlines():
-        name, _, value = line.partition(":")
-        kib[name] = float(value.split()[0])
-    swap = kib.get("SwapTotal", 0.0) - kib.get("SwapFree", 0.0)
-    return {
-        "total_mib": kib["MemTotal"] / 1024,
-        "available_mib": kib.get("MemAvailable", kib["MemFree"]) / 1024,
-        "swap_used_mib": swap / 1024,
+        "memory_mib": memory_limit() / 2**20,
     }
 
 
 def hub_state() -> dict[str, Any]:
     """Whether the Hub answers, and where what was fetched from it lies."""
-    try:
-        from huggingface_hub import constants
-    except ImportError:
-        return {"offline": None, "reachable": None, "cache": None, "cached_models": None}
+    from huggingface_hub import constants
+
     from var_moe import hub
 
     silent = hub.offline()
+    reachable = not silent and hub.answers(HUB_SECONDS)
+    why = "offline mode (HF_HUB_OFFLINE is set)" if silent else f"no answer in {HUB_SECONDS:g} s"
+    alone = f"{why}: only what is in the cache can be loaded"
     cache = Path(constants.HF_HUB_CACHE)
     return {
-        "endpoint": constants.ENDPOINT,
         "offline": silent,
-        "reachable": not silent and hub.answers(HUB_SECONDS),
+        "reachable": reachable,
+        "state": f"{constants.ENDPOINT} answers" if reachable else alone,
         "cache": str(cache),
         "cached_models": len(list(cache.glob("models--*"))),
     }
 
 
 def backends() -> list[dict[str, Any]]:
-    """Each experts backend on one small layer: its time, or why it does not run here.
-
-    All run the same tokens in turn, so that a busy machine hits all alike; the median counts.
-    """
+    """Each experts backend on one small layer: its time, or why it does not run here."""
     import torch
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -221,31 +148,22 @@ def backends() -> list[dict[str, Any]]:
     from var_moe.execution.backends.packed import has_kernels
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    module, hidden, index, weight = _layer(device)
+    layer = module, hidden, _, _ = _layer(device)
     original = type(module).forward.__wrapped__
     names = ["eager", *(name for name in ALL_EXPERTS_FUNCTIONS if name != IMPLEMENTATION)]
-    arms: dict[str, Any] = {}
-    for name in names:
-        function = ALL_EXPERTS_FUNCTIONS.get_interface(name, original)
-        arms[name] = lambda function=function: function(module, hidden, index, weight)
-    packed = device == "cpu" and has_kernels(hidden.dtype)
-    for name in ("sorted", "packed") if packed else ("sorted",):
-        own = open_backend(name)
-        arms[f"var_moe {name}"] = lambda own=own: own.run(module, hidden, index, weight)
-    return _timed(arms, device)
+    own = ["sorted", "packed"] if device == "cpu" and has_kernels(hidden.dtype) else ["sorted"]
+    functions = {name: ALL_EXPERTS_FUNCTIONS.get_interface(name, original) for name in names}
+    functions |= {f"var_moe {name}": open_backend(name).run for name in own}
+    return [_timed(name, partial(run, *layer)) for name, run in functions.items()]
 
 
 def dtypes() -> list[dict[str, Any]]:
     """A matrix product in each dtype."""
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    one = torch.ones((TOKENS, INTERMEDIATE), device=device)
-    arms: dict[str, Any] = {}
-    for name in ("float32", "bfloat16", "float16"):
-        factor = one.to(getattr(torch, name))
-        arms[name] = lambda factor=factor: factor @ factor.t()
-    return _timed(arms, device)
+    one = torch.ones((TOKENS, INTERMEDIATE), device="cuda" if torch.cuda.is_available() else "cpu")
+    factors = {name: one.to(getattr(torch, name)) for name in ("float32", "bfloat16", "float16")}
+    return [_timed(name, partial(torch.mm, it, it.t())) for name, it in factors.items()]
 
 
 def _layer(device: str) -> tuple[Any, Tensor, Tensor, Tensor]:
@@ -272,75 +190,44 @@ def _layer(device: str) -> tuple[Any, Tensor, Tensor, Tensor]:
     return module.to(device), hidden.to(device), index.to(device), weight.to(device)
 
 
-def _timed(arms: Mapping[str, Any], device: str) -> list[dict[str, Any]]:
-    """Median time of each arm after a round of warm-up, or why it does not run."""
+def _timed(name: str, run: Callable[[], Any]) -> dict[str, Any]:
+    """Median time after a warm-up, or why it does not run."""
     import torch
+    from torch.utils.benchmark import Timer
 
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    broken: dict[str, str] = {}
-    with torch.inference_mode():
-        for _round in range(1 + ROUNDS):
-            for name, run in arms.items():
-                if name in broken or seconds[name][:1] > [PATIENCE_SECONDS]:
-                    continue
-                start = time.perf_counter()
-                try:
-                    run()
-                except Exception as error:  # whatever a backend's own kernels raise
-                    broken[name] = " ".join(str(error).split())[:120] or type(error).__name__
-                    continue
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                seconds[name].append(time.perf_counter() - start)
-    return [
-        {
-            "name": name,
-            "usable": name not in broken,
-            "why_not": broken.get(name),
-            # The median without the warm-up, where there is more than that.
-            "latency_ms": None
-            if name in broken
-            else 1000 * median(seconds[name][1:] or seconds[name]),
-        }
-        for name in arms
-    ]
+    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    try:
+        with torch.inference_mode():
+            median = timer.blocked_autorange(min_run_time=0.1).median
+    except Exception as error:  # whatever a backend's own kernels raise
+        why_not = " ".join(str(error).split())[:120] or type(error).__name__
+        return {"name": name, "usable": False, "why_not": why_not, "latency_ms": None}
+    return {"name": name, "usable": True, "why_not": None, "latency_ms": 1000 * median}
 
 
 def slow_things(found: Mapping[str, Any]) -> list[str]:
     """What costs time on this machine, and what to do about it, a line each."""
-    here, free, lines = found["machine"], found["memory"], []
-    if here is not None and here["device"] == "cpu" and here["torch_threads"] < here["cores"]:
-        omp = here["omp_num_threads"]
-        why = f" (OMP_NUM_THREADS={omp})" if omp else ""
+    here = found["machine"]
+    if here is None:
+        return []
+    lines, cores = [], here["cores"]
+    if not here["devices"] and here["torch_threads"] < cores:
+        why = f" (OMP_NUM_THREADS={here['omp_num_threads']})" if here["omp_num_threads"] else ""
         lines.append(
-            f"torch uses {here['torch_threads']} of {here['cores']} cores{why}: "
-            f"set OMP_NUM_THREADS={here['cores']}"
+            f"torch uses {here['torch_threads']} of {cores} cores{why}: set OMP_NUM_THREADS={cores}"
         )
-    took, timed = (
-        {row["name"]: row["latency_ms"] for row in found[what] if row["usable"]}
-        for what in ("dtypes", "backends")
-    )
-    lines += [
-        f"{name} takes {ms / took['float32']:.1f} times as long as float32 in a matrix product "
-        "here: --dtype float32"
-        for name, ms in took.items()
-        if ms > SLOWER * took["float32"]
-    ]
-    standard = {name: ms for name, ms in timed.items() if not name.startswith("var_moe")}
-    best = min(standard, key=lambda name: standard[name], default="")
-    lines += [
-        f"{name} takes {standard[name] / standard[best]:.1f} times as long as {best} on a small "
-        "layer: speedups count against the fastest one"
-        for name in sorted(standard)
-        if standard[name] > SLOWER * standard[best]
-    ]
-    if free["swap_used_mib"] and free["swap_used_mib"] > 100:
-        lines.append(
-            f"{free['swap_used_mib']:,.0f} MiB of swap are in use: timings on a machine that "
-            "swaps say little"
-        )
-    if free["available_mib"] is not None and free["available_mib"] < 2048:
-        lines.append(
-            f"{free['available_mib']:,.0f} MiB of memory are free: the demo needs about 2,048"
-        )
+    for what, of, advice in (
+        ("dtypes", "in a matrix product here", "--dtype float32"),
+        ("backends", "on a small layer", "speedups count against the fastest one"),
+    ):
+        took = {row["name"]: row["latency_ms"] for row in found[what] if row["usable"]}
+        took = {name: ms for name, ms in took.items() if not name.startswith("var_moe")}
+        best = "float32" if what == "dtypes" else min(took, key=lambda name: took[name], default="")
+        lines += [
+            f"{name} takes {ms / took[best]:.1f} times as long as {best} {of}: {advice}"
+            for name, ms in took.items()
+            if ms > SLOWER * took[best]
+        ]
+    if 0 < here["memory_mib"] < DEMO_MIB:
+        lines.append(f"{here['memory_mib']:,.0f} MiB of memory: the demo needs about {DEMO_MIB:,}")
     return lines

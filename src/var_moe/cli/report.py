@@ -15,7 +15,6 @@ def report(
     *,
     output: Path | None = None,
     figures: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
-    open: bool = False,
 ) -> Answer:
     """Make one HTML page of whatever results a folder holds.
 
@@ -27,7 +26,6 @@ def report(
         output: the page's file; report.html in the folder by default.
         figures: also each figure as a file, in these formats: png, svg, pdf; into the folder
             figures beside the page.
-        open: show the page in the browser.
     """
     from var_moe.report.page import check_formats, export_figures, write_report
     from var_moe.storage import SCHEMA_VERSION
@@ -39,10 +37,6 @@ def report(
     if figures:
         written = export_figures(results, figures, path.parent / "figures")
         print(f"Figures: {len(written)} in {path.parent / 'figures'}")
-    if open:
-        import webbrowser
-
-        webbrowser.open(path.resolve().as_uri())
     return Answer(
         {
             "schema_version": SCHEMA_VERSION,

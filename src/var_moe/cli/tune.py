@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -22,9 +21,6 @@ from var_moe.cli.options import (
 )
 from var_moe.cli.output import CHANGE, SPEEDUP, Answer, finish, make_report, table
 from var_moe.errors import UsageError
-
-if TYPE_CHECKING:
-    from var_moe.optimization.settings import TuneSettings
 
 
 def tune(
@@ -54,7 +50,6 @@ def tune(
     profile: Path | None = None,
     calibration_tokens: int | None = None,
     split: str = "test",
-    yes: bool = False,
     run: QuietOptions = QuietOptions(),
 ) -> Answer:
     """Find the configuration with the most throughput within a perplexity bound.
@@ -93,7 +88,6 @@ def tune(
         profile: a ready profile folder; by default the routing is profiled first.
         calibration_tokens: size of a fresh profile.
         split: text for --validate.
-        yes: do not ask before a long grid.
     """
     options = dict(locals())
     if seeds is not None and (validate is not None or from_ is not None):
@@ -132,8 +126,6 @@ def tune(
     settings = settings_of(TuneSettings, options)
     output = settings.output
     check_storage(settings.trial_log, resume=settings.resume)
-    if settings.method == "grid" and settings.exhaustive and not yes:
-        _confirm_grid(settings)
     run.say(f"loading model {model.model or 'demo'} ...")
     from var_moe.optimization.measure_again import NothingFitsError
     from var_moe.optimization.results import RESULTS_FILE
@@ -159,23 +151,6 @@ def tune(
     make_report(output)
     show_next("tune", "--validate", output / "best_config.json")
     return Answer(read_json(output / RESULTS_FILE, what="results of a search"))
-
-
-def _confirm_grid(settings: TuneSettings) -> None:
-    from var_moe.optimization.methods import CONFIRM_ABOVE
-    from var_moe.optimization.search_space import grid_size
-
-    size = grid_size(settings.space_for(2), settings.points)
-    print(f"grid: {size:,} evaluations", file=sys.stderr)
-    if size <= CONFIRM_ABOVE:
-        return
-    if not sys.stdin.isatty():
-        raise UsageError(
-            f"a grid of {size:,} evaluations needs a confirmation: add --yes, or lower --n_points"
-        )
-    answer = input(f"{size:,} evaluations take long. Go on? [y/N] ")
-    if answer.strip().lower() not in ("y", "yes"):
-        raise UsageError("not confirmed; lower --n_points or choose --method bayesian")
 
 
 def _validate(

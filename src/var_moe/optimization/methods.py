@@ -27,9 +27,6 @@ from var_moe.optimization.worker import Objective, RichObjective
 CALLS, REPLAY_CALLS = 50, 10
 ENGINES = {"optuna": GPPointSampler, "skopt": SkoptSampler}
 
-CONFIRM_ABOVE = 1000
-"""Evaluations above which a command asks before it starts; `grid_search` itself never asks."""
-
 
 def grid_search(
     objective_fn: Objective,
