@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,7 @@ from benchmarks.certification.population import (
 )
 from scipy import stats
 
-from var_moe.certification.inference import bootstrap_p_value, fixed_sequence, t_p_value, with_worst
-from var_moe.certification.judging import FIRST_LOOK
-from var_moe.certification.scoring import CHUNK_UNITS
-from var_moe.evaluation.sequential import margin
+from var_moe.certification.inference import bootstrap_p_value, t_p_value, with_worst
 
 BOUND = 0.01
 
@@ -55,42 +52,6 @@ def fixed_p(z: Floats, resamples: int) -> dict[str, Floats]:
     }
 
 
-def sequential(z: Floats, alpha: float, *, best_at: int) -> tuple[Floats, Floats]:
-    """Whether each study is proven at any look, and after how many units. (studies,) each
-
-    The looks of `judging.judge`, for all studies at once.
-    """
-    units, studies = z.shape
-    proven, stopped = np.zeros(studies, dtype=bool), np.full(studies, float(units))
-    refuted = np.zeros(studies, dtype=bool)
-    sums, squares = np.cumsum(z, axis=0), np.cumsum(np.square(z), axis=0)
-    worst = np.maximum.accumulate(z, axis=0)
-    for n in looks(units):
-        open_now = ~(proven | refuted)
-        add = worst[n - 1]
-        mean, deviation = _moments(sums[n - 1] + add, squares[n - 1] + add**2, n + 1)
-        wide = margin(n + 1, alpha=alpha, best_at=best_at)
-        now = open_now & (-mean > deviation * wide)
-        mean, deviation = _moments(sums[n - 1], squares[n - 1], n)
-        wide = margin(n, alpha=alpha, best_at=best_at)
-        over = open_now & ~now & (mean > deviation * wide)
-        stopped[now | over] = n
-        proven |= now
-        refuted |= over
-    return proven, stopped
-
-
-def looks(units: int) -> list[int]:
-    """After how many units a sequential certificate looks."""
-    ends = [*range(CHUNK_UNITS, units, CHUNK_UNITS), units]
-    return [n for n in ends if n >= min(FIRST_LOOK, units)]
-
-
-def _moments(total: Floats, squares: Floats, n: int) -> tuple[Floats, Floats]:
-    mean = total / n
-    return mean, np.sqrt(np.maximum(squares / n - mean**2, 0.0) * n / (n - 1))
-
-
 def rate(certified: Any) -> dict[str, Any]:
     """A share of studies with its exact binomial 95% interval."""
     count, n = int(np.sum(certified)), len(certified)
@@ -116,20 +77,15 @@ def false_certifications(recorded: Recorded, plan: Plan) -> list[dict[str, Any]]
             row: dict[str, Any] = {"population": name, "pages": pages, "stress": name in STRESS}
             for way, p in fixed_p(z, plan.resamples).items():
                 row[way] = rate(p <= plan.alpha)
-            row["sequential"] = rate(sequential(z, plan.alpha, best_at=_best_at(pages))[0])
             row["naive"] = rate(z.mean(axis=0) < 0)
             rows.append(row)
     return rows
 
 
-def _best_at(pages: int) -> int:
-    return max(FIRST_LOOK, pages // 2)
-
-
 def power(
     recorded: Recorded, plan: Plan, truths: Sequence[float] = (0.003, 0.005, 0.008)
 ) -> list[dict[str, Any]]:
-    """Below the bound: how often a certificate is given, and how early in sequential mode."""
+    """Below the bound: how often a certificate is given."""
     dice = np.random.default_rng(plan.seed + 1)
     rows = []
     for name in POWER_OF:
@@ -144,7 +100,6 @@ def power(
                     bound=BOUND,
                     dice=dice,
                 )
-                proven, stopped = sequential(z, plan.alpha, best_at=_best_at(pages))
                 rows.append(
                     {
                         "population": name,
@@ -152,8 +107,6 @@ def power(
                         "truth": truth,
                         "fixed": rate(fixed_p(z, plan.resamples)["fixed"] <= plan.alpha),
                         "t": rate(t_p_value(z) <= plan.alpha),
-                        "sequential": rate(proven),
-                        "median_pages": float(np.median(stopped)),
                     }
                 )
     return rows
@@ -196,12 +149,8 @@ def best_of_many(recorded: Recorded, plan: Plan, *, tries: int = 50) -> list[dic
 
 
 def _sequence_errs(z: Floats, plan: Plan) -> bool:
-    """Whether a fixed sequence certifies any of these. (candidates, pages)"""
-
-    def test(row: Floats) -> Callable[[], bool]:
-        return lambda: bool(fixed_p(row, plan.resamples)["fixed"] <= plan.alpha)
-
-    return any(fixed_sequence([test(row) for row in z]))
+    """Whether a fixed sequence certifies any of these: its first. (candidates, pages)"""
+    return bool(fixed_p(z[0], plan.resamples)["fixed"] <= plan.alpha)
 
 
 def units_matter(recorded: Recorded, plan: Plan, name: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 def markdown(found: Mapping[str, Any]) -> str:
     """Tables of what `simulate` returned."""
     bound, alpha, studies = found["bound"], found["alpha"], found["studies"]
-    ways = ("t", "bootstrap", "fixed", "sequential", "naive")
+    ways = ("t", "bootstrap", "fixed", "naive")
     lines = [
         "# Do certificates hold what they promise?",
         "",
@@ -29,16 +29,15 @@ def markdown(found: Mapping[str, Any]) -> str:
         f"## False certifications at exactly +{100 * bound:g}% (promised: at most "
         f"{100 * alpha:g}%)",
         "",
-        "*certificate* and *sequential* are what `var-moe certify` does: the larger of both "
-        "p-values, or the confidence sequence, with the worst page counted once more. *t* and "
-        "*bootstrap* are these tests alone and without it; *measured < 1%* looks at the point "
-        "estimate. Stress rows go beyond anything recorded, and are shown for where the promise "
-        "ends.",
+        "*certificate* is what `var-moe certify` does: the larger of both p-values, with the "
+        "worst page counted once more. *t* and *bootstrap* are these tests alone and without it; "
+        "*measured < 1%* looks at the point estimate. Stress rows go beyond anything recorded, "
+        "and are shown for where the promise ends.",
         "",
         *_table(
             (
                 *("population", "pages", "t", "bootstrap"),
-                *("**certificate**", "**sequential**", f"measured < {100 * bound:g}%"),
+                *("**certificate**", f"measured < {100 * bound:g}%"),
             ),
             [
                 (
@@ -53,10 +52,7 @@ def markdown(found: Mapping[str, Any]) -> str:
         "## Power: certificates where the truth is below the bound",
         "",
         *_table(
-            (
-                *("population", "pages", "truth", "t alone", "certificate", "sequential"),
-                "pages read (median)",
-            ),
+            ("population", "pages", "truth", "t alone", "certificate"),
             [
                 (
                     row["population"],
@@ -64,8 +60,6 @@ def markdown(found: Mapping[str, Any]) -> str:
                     f"+{100 * row['truth']:.1f}%",
                     f"{100 * row['t']['rate']:.1f}",
                     _share(row["fixed"]),
-                    _share(row["sequential"]),
-                    f"{row['median_pages']:.0f}",
                 )
                 for row in found["power"]
             ],

@@ -8,40 +8,9 @@ from scipy import stats
 
 from var_moe.certification.inference import (
     blocks_needed,
-    fixed_sequence,
-    holm,
     median_lower_bound,
     split_alpha,
 )
-
-
-def test_a_fixed_sequence_ends_at_the_first_failure():
-    made = []
-
-    def test(name, outcome):
-        def run():
-            made.append(name)
-            return outcome
-
-        return run
-
-    found = fixed_sequence([test("a", True), test("b", False), test("c", True)])
-    assert found == [True, False]
-    assert made == ["a", "b"]
-
-
-@pytest.mark.parametrize(
-    ("p_values", "rejected"),
-    [
-        # Sorted 0.005 <= 0.05/4, 0.01 <= 0.05/3, 0.03 > 0.05/2: the rest stays.
-        ([0.01, 0.04, 0.03, 0.005], [True, False, False, True]),
-        ([0.02, 0.04], [True, True]),
-        ([0.03, 0.04], [False, False]),
-        ([], []),
-    ],
-)
-def test_holm_by_hand(p_values, rejected):
-    assert holm(p_values, 0.05) == rejected
 
 
 def test_all_claims_share_alpha():

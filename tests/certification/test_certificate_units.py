@@ -42,7 +42,7 @@ def evaluator(loaded, sections):
 
 
 def test_the_unmodified_model_changes_nothing(evaluator, sections):
-    measured = UnitScorer(evaluator, shuffled_pages(sections, seed=0), chunk_units=5).all(None)
+    measured = UnitScorer(evaluator, shuffled_pages(sections, seed=0), chunk_units=5).measure(None)
     assert (measured.change == 0).all()
     assert measured.tokens.sum() == sum(len(one.ids) - 1 for one in sections)
     assert (measured.experts_per_token, measured.learned_pct) == (2.0, 100.0)
@@ -62,7 +62,7 @@ def test_chunks_are_as_the_whole(evaluator, sections, loaded):
     )
     units = shuffled_pages(sections, seed=0)
     for policy in (VARPolicy(config, profile.table()), TopPPolicy(0.7)):
-        measured = UnitScorer(evaluator, units, chunk_units=3).all(policy)
+        measured = UnitScorer(evaluator, units, chunk_units=3).measure(policy)
         whole, report = evaluator.losses(policy)
         change = dict(
             zip(
@@ -89,5 +89,5 @@ def test_a_shared_cache_would_couple_documents(evaluator, sections, loaded):
     )
     units = shuffled_pages(sections, seed=0)
     policy = VARPolicy(config, profile.table())
-    measured = UnitScorer(evaluator, units, chunk_units=3).all(policy)
+    measured = UnitScorer(evaluator, units, chunk_units=3).measure(policy)
     assert measured.executed.sum() != sum(evaluator.losses(policy)[1].executed_pairs)

@@ -11,10 +11,11 @@ from certification_helpers import point, skip
 
 from texts import WORDS, write_data_set
 from var_moe.certification.inference import QualityClaim
-from var_moe.certification.judging import judge_apart, judged_apart, worst_test
+from var_moe.certification.judging import judge, judged_apart
 from var_moe.certification.scoring import Measured
 from var_moe.cli import main
 from var_moe.data.documents import EncodedDocument
+from var_moe.errors import UsageError
 
 
 @pytest.fixture(scope="module")
@@ -61,22 +62,27 @@ def test_the_largest_p_decides():
     groups = {"a": np.array([0, 2, 4, 6]), "b": np.array([1, 3, 5, 7])}
     losses = measured([-1, 0.5, -1.1, -0.5, -0.9, 0.4, -1, -0.4], [10] * 8)
     claim = QualityClaim(bound=1e-9, alpha=0.05)
-    tests = judge_apart(losses, groups, claim)
-    p = {one.dataset: one.test.p for one in tests}
+    verdict = judge("x", losses, groups, claim)
+    p = {one.dataset: one.test.p for one in verdict.tests}
     assert p["a"] < 0.05 < p["b"]
-    assert worst_test(tests).dataset == "b"
-    (union,) = judge_apart(losses, {}, claim)
-    assert union.units == 8
-    assert union.test.p < p["b"]
+    assert verdict.worst.dataset == "b"
+    assert not verdict.passed
+    union = judge("x", losses, {"": np.arange(8)}, claim)
+    assert union.worst.units == 8
+    assert union.p < p["b"]
 
 
 def test_units_are_judged_apart_only_where_that_is_claimed():
-    units = [[EncodedDocument("d", "s", np.arange(3), name)] for name in ("a", "b", "a")]
-    assert judged_apart(units, robust=False) == {}
-    assert {name: at.tolist() for name, at in judged_apart(units, robust=True).items()} == {
-        "a": [0, 2],
-        "b": [1],
+    units = [[EncodedDocument("d", "s", np.arange(3), name)] for name in "ab" * 10]
+    judged = judged_apart(units, robust=False, step="x")
+    assert {name: at.tolist() for name, at in judged.items()} == {"": list(range(20))}
+    judged = judged_apart(units, robust=True, step="x")
+    assert {name: at.tolist() for name, at in judged.items()} == {
+        "a": list(range(0, 20, 2)),
+        "b": list(range(1, 20, 2)),
     }
+    with pytest.raises(UsageError, match="too few pages of 'b' for x: 9, at least 10 needed"):
+        judged_apart(units[:-1], robust=True, step="x")
 
 
 def test_the_union_is_certified_and_each_data_set_described(certify):
@@ -128,19 +134,8 @@ def test_robust_alone_refuses_where_the_union_would_pass(certify):
     assert "harsh, the worst" in captured.err
 
 
-@pytest.mark.parametrize(
-    ("words", "why"),
-    [
-        (["--dataset", "demo", "--robust"], "--robust judges the worst of several data sets"),
-        (["--robust", "--sequential"], "--sequential decides on all text: leave --robust out"),
-    ],
-)
-def test_what_does_not_go_together_is_refused(
-    words, why, two_sets, tiny_model_folder, results, capsys
-):
-    given = [] if "--dataset" in words else ["--dataset", two_sets]
-    model = ["--model", str(tiny_model_folder), "--quiet"]
-    assert main(["certify", str(results(skip(0.2))), *model, *given, *words]) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1
-    assert why in lines[0]
+def test_robust_needs_several_data_sets(tiny_model_folder, results, capsys):
+    words = ["--model", str(tiny_model_folder), "--quiet", "--dataset", "demo", "--robust"]
+    assert main(["certify", str(results(skip(0.2))), *words]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "--robust judges the worst of several data sets" in line

@@ -92,7 +92,7 @@ def test_options_come_from_a_file_and_words_win(options, capsys):
         ["tune", "--bounds", "tau=0.1:1", "--bounds", "p=0:1", "--output", "there"],
         ["compare", "--policies", "naee", "ser", "--experts", "1.5", "1.25"],
         ["evaluate", "--config", "mine.json", "--preset", "balanced"],
-        ["certify", "results/x", "--alpha", "0.1", "--sequential"],
+        ["certify", "results/x", "--alpha", "0.1", "--robust"],
         ["replay", "trace", "--profile", "named/as/a/command"],
         ["replay", "trace", "--grid", "3"],
     ],

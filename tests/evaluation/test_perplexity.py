@@ -14,13 +14,13 @@ from var_moe.errors import UsageError
 from var_moe.evaluation.batching import windows
 from var_moe.evaluation.perplexity import (
     DocumentLosses,
-    any_over,
     datasets_of,
     degradation,
     document_losses,
     groups_of,
     worst_of,
 )
+from var_moe.evaluation.sequential import any_over
 from var_moe.execution.session import routed
 from var_moe.routing.simple import NativePolicy
 

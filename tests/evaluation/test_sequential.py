@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from var_moe.evaluation.sequential import LEAST_DOCUMENTS, anytime_p_value, is_over, lower_bound
+from var_moe.evaluation.perplexity import DocumentLosses
+from var_moe.evaluation.sequential import LEAST_DOCUMENTS, any_over, lower_bound
 
 
 def test_the_boundary_by_hand() -> None:
@@ -37,38 +38,15 @@ def test_it_is_seldom_wrong_at_any_time(heavy: bool) -> None:
 def test_what_is_clearly_over_is_seen_and_what_is_not_is_left_alone() -> None:
     rng = np.random.default_rng(2)
     tokens = rng.integers(100, 600, size=100)
-    noise = rng.normal(scale=2.0, size=100)
-    change = math.log1p(0.02) * tokens + noise
-    assert is_over(change, tokens, 0.01)
-    assert is_over(change[:30], tokens[:30], 0.01)
-    assert not is_over(change[: LEAST_DOCUMENTS - 1], tokens[: LEAST_DOCUMENTS - 1], 0.01)
-    assert not is_over(change, tokens, 0.02)
-    assert not is_over(change, tokens, 0.03)
+    change = math.log1p(0.02) * tokens + rng.normal(scale=2.0, size=100)
 
+    def over(limit: float, n: int = 100) -> bool:
+        before = DocumentLosses(nll=3.0 * tokens[:n], tokens=tokens[:n])
+        after = DocumentLosses(nll=before.nll + change[:n], tokens=tokens[:n])
+        return any_over(before, after, {}, limit)
 
-def test_the_p_value_is_at_most_alpha_where_the_boundary_is_crossed() -> None:
-    values = np.random.default_rng(4).normal(0.3, 1, size=200)
-    looks = [values[:n] for n in range(2, 201)]
-    p = [anytime_p_value(look, alpha=0.05, best_at=80) for look in looks]
-    crossed = [lower_bound(look, alpha=0.05, best_at=80) > 0 for look in looks]
-    assert [one <= 0.05 for one in p] == crossed
-    assert set(crossed) == {False, True}
-    assert p[: LEAST_DOCUMENTS - 2] == [1.0] * (LEAST_DOCUMENTS - 2)
-    assert min(p) >= 0
-    assert max(p) == 1
-
-
-def test_the_p_value_by_hand() -> None:
-    values = np.array([0.0, 2.0] * 10)
-    level = -2 * math.log(0.2)
-    rho2 = (level + math.log(level + 1)) / 20
-    wide = 20 * rho2 + 1
-    # margin(p) = mean / deviation, solved for p.
-    ratio2 = 1 / (20 / 19)
-    expected = math.sqrt(wide) / (2 * math.expm1(ratio2 * 400 * rho2 / (2 * wide)))
-    assert anytime_p_value(values, alpha=0.1, best_at=20) == pytest.approx(expected)
-
-
-def test_a_mean_that_is_not_above_zero_has_no_evidence() -> None:
-    assert anytime_p_value(-np.ones(30), alpha=0.05) == 1
-    assert anytime_p_value(np.ones(30), alpha=0.05) == 0  # without any spread
+    assert over(0.01)
+    assert over(0.01, 30)
+    assert not over(0.01, LEAST_DOCUMENTS - 1)
+    assert not over(0.02)
+    assert not over(0.03)

@@ -8,30 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from var_moe.calibration.fitted_files import load_compensation
 from var_moe.calibration.profile import RoutingProfile
-from var_moe.certification.inference import (
-    LEARNED,
-    QUALITY,
-    SPEEDUP,
-    QualityClaim,
-    blocks_needed,
-    split_alpha,
-)
-from var_moe.certification.judging import judge_all, judged_apart
-from var_moe.certification.ordering import (
-    LEAST_POWER,
-    Pilot,
-    order_candidates,
-    power_line,
-    units_there,
-)
+from var_moe.certification.judging import judge_in_order, judged_apart
+from var_moe.certification.ordering import LEAST_POWER, Pilot, order_candidates, power_line
 from var_moe.certification.plan import CertifySettings, Ledger, Study, find_candidates
-from var_moe.certification.scoring import Unit, UnitScorer
-from var_moe.certification.statement import ONE_TEXT, Work, conclusion, head, too_few
+from var_moe.certification.scoring import UnitScorer
+from var_moe.certification.statement import ONE_TEXT, conclusion, head, too_few
 from var_moe.data.documents import shuffled_pages
 from var_moe.data.text import check_robust
 from var_moe.errors import UsageError, VarMoeError
 from var_moe.evaluation.evaluator import Evaluator, Progress
-from var_moe.evaluation.perplexity import Groups
 from var_moe.models.checks import check_droppable
 from var_moe.optimization.preparation import EncodedText, halves, read_text, sample_documents
 from var_moe.optimization.results import CONFIG_FILE
@@ -47,7 +32,7 @@ if TYPE_CHECKING:
 CERTIFICATE_FILE = "certificate.json"
 PAGE_FILE = "certificate.html"
 CERTIFIED_CONFIG_FILE = "certified_config.json"
-LEAST_UNITS = 10
+ORDERING_DOCUMENTS = 300
 
 
 class NotCertifiedError(VarMoeError):
@@ -64,7 +49,6 @@ def certify(
     *,
     dataset: str,
     settings: CertifySettings | None = None,
-    reuse: bool = False,
     output: Path | None = None,
     profile_path: Path | None = None,
     compensation: Path | None = None,
@@ -74,8 +58,8 @@ def certify(
     """Certify the fastest configuration of a results folder that keeps a bound.
 
     Candidates are frozen to ``certificate_frozen.json``, ordered on the ordering half of
-    validation, and tested on the certify part, which the folder's ledger lets confirm once.
-    Writes ``certificate.json``, ``certificate.html`` and, where it holds,
+    validation, and tested on the certify part, which the folder's ledger lets be used for one
+    certificate only. Writes ``certificate.json``, ``certificate.html`` and, where it holds,
     ``certified_config.json``.
 
     Args:
@@ -84,8 +68,6 @@ def certify(
         dataset: name or path of the text, or several as ``a,b,c``; its parts are validation and
             certify. Each of several is also reported apart.
         settings: what to claim and how.
-        reuse: allow a certify part that was opened before; the certificate is then marked as
-            not confirmatory.
         output: folder of the certificate; the results folder by default.
         profile_path: profile folder, where none lies in the results folder.
         compensation: folder of the learned compensation, where it is not the profile's own.
@@ -105,26 +87,20 @@ def certify(
     folder = Path(results)
     place = check_output_folder(output or folder)
     candidates = find_candidates(
-        folder,
-        max_degradation=settings.max_degradation,
-        at_most=settings.candidates,
-        top_k=loaded.top_k,
+        folder, max_degradation=settings.max_degradation, at_most=settings.candidates
     )
     profile = find_profile(folder / CONFIG_FILE, profile_path)
     profile.check_loaded(loaded)
     if compensation is not None:
         profile = profile.with_compensation(load_compensation(compensation, loaded))
     validation = read_text(dataset, "validation", loaded)
-    _, ordering_half = halves(validation.documents)
-    ordering = sample_documents(ordering_half, settings.ordering_samples, settings.seed)
-    evaluator = Evaluator(loaded, ordering, setting=settings.setting, progress=progress)
     policies = {
         name: None if one.policy == "native" else one.make(profile)
         for name, one in candidates.items()
     }
     study = Study(
         candidates=candidates,
-        settings=settings.to_dict(),
+        settings=settings,
         identity={
             "model": loaded.name,
             "revision": loaded.revision,
@@ -140,124 +116,78 @@ def certify(
             },
         },
     )
-    claims = _claims(settings, policies)
     rows = study.freeze(place)
     say(f"frozen: {len(candidates)} candidates, study {study.hash[:12]}")
-    # Only now, with the candidates on disk, is the certify part read; it is scored when the order
-    # is on disk as well.
-    text = read_text(dataset, settings.split, loaded)
+    # The certify part is read with the candidates on disk, and scored with their order on disk.
+    text = read_text(dataset, "certify", loaded)
     _check_apart(text, validation, profile)
     ledger = Ledger(folder)
-    opened_before = ledger.objection(text.data_hash, study.hash, reuse=reuse)
+    ledger.check_unused(text.data_hash, study.hash)
+    ordering = sample_documents(halves(validation.documents)[1], ORDERING_DOCUMENTS, settings.seed)
+    evaluator = Evaluator(loaded, ordering, setting=settings.setting, progress=progress)
     if rows is None:
-        rows = _order(settings, settings.quality(claims[QUALITY]), evaluator, policies)
+        units = shuffled_pages(ordering, seed=settings.seed)
+        judged = judged_apart(units, robust=settings.robust, step="ordering candidates")
+        rows = order_candidates(UnitScorer(evaluator, units), policies, judged, study.quality)
         study.write(place, rows)
-    work = Work(
-        settings=settings,
-        study=study,
-        rows=rows,
-        policies=policies,
-        claims=claims,
-        validation=validation,
-    )
-    objections = [opened_before] if opened_before else []
-    if not text.independent:
-        objections.append(ONE_TEXT)
-    result = _tested(work, text, ledger, evaluator, objections, say)
+    result = _tested(study, rows, policies, text, validation, ledger, evaluator, say)
     return _write(place, result, ledger)
-
-
-def _claims(
-    settings: CertifySettings, policies: Mapping[str, RoutingPolicy | None]
-) -> Mapping[str, float]:
-    """Each claim that will be made, with its part of alpha."""
-    names = [QUALITY]
-    if settings.blocks and any(policies.values()):
-        names.append(SPEEDUP)
-    if settings.max_learned_pct is not None:
-        names.append(LEARNED)
-    shares = split_alpha(settings.alpha, names)
-    if SPEEDUP in shares and settings.blocks < blocks_needed(shares[SPEEDUP]):
-        raise UsageError(
-            f"blocks = {settings.blocks}: a speedup bound at {100 * shares[SPEEDUP]:g}% needs at "
-            f"least {blocks_needed(shares[SPEEDUP])} blocks, or 0 for no speedup claim"
-        )
-    return shares
-
-
-def _order(
-    settings: CertifySettings,
-    claim: QualityClaim,
-    evaluator: Evaluator,
-    policies: Mapping[str, RoutingPolicy | None],
-) -> list[dict[str, Any]]:
-    if not settings.ordered:
-        return [{"name": name} for name in policies]
-    units = shuffled_pages(evaluator.documents, seed=settings.seed)
-    judged = _judged(units, settings, "ordering candidates")
-    return order_candidates(UnitScorer(evaluator, units, judged=judged), policies, claim)
-
-
-def _judged(units: Sequence[Unit], settings: CertifySettings, step: str) -> Groups:
-    """The data sets that a claim must hold on; refuses too little text of any."""
-    judged = judged_apart(units, robust=settings.robust)
-    counts = {f" of {name!r}": len(at) for name, at in judged.items()} or {"": len(units)}
-    for name, count in counts.items():
-        if count < LEAST_UNITS:
-            raise UsageError(
-                f"too few pages{name} for {step}: {count}, at least {LEAST_UNITS} needed"
-            )
-    return judged
 
 
 def _check_apart(text: EncodedText, validation: EncodedText, profile: RoutingProfile) -> None:
     """Refuse a certify part that was profiled, or with documents that were tuned on."""
     if text.data_hash == profile.head["data_hash"]:
-        raise UsageError(f"{text.dataset}: {text.split!r} was profiled; what was can't certify")
+        raise UsageError(
+            f"{text.dataset}: {text.split!r} was profiled; certify on text that was not used"
+        )
     seen = {document.ids.tobytes() for document in validation.documents}
     same = sum(document.ids.tobytes() in seen for document in text.documents)
     if same:
         raise UsageError(
             f"{text.dataset}: {same} of the {len(text.documents)} documents of {text.split!r} are "
-            "also in 'validation'; what was tuned on can't certify"
+            "also in 'validation'; certify on text that was not tuned on"
         )
 
 
 def _tested(
-    work: Work,
+    study: Study,
+    rows: Sequence[Mapping[str, Any]],
+    policies: Mapping[str, RoutingPolicy | None],
     text: EncodedText,
+    validation: EncodedText,
     ledger: Ledger,
     evaluator: Evaluator,
-    objections: list[str],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Open the certify part for a frozen study, and test; what ``certificate.json`` will hold."""
-    settings, claim = work.settings, work.quality
+    settings, claim = study.settings, study.quality
     documents = sample_documents(text.documents, settings.max_samples, settings.seed)
     units = shuffled_pages(documents, seed=settings.seed)
-    judged = _judged(units, settings, "certifying")
+    judged = judged_apart(units, robust=settings.robust, step="certifying")
     there, chances, power = {}, [], []
-    for row in work.rows if settings.ordered else ():
-        count = there[row["name"]] = units_there(row, len(units), judged)
-        pilot = Pilot.of_row(row)
-        chances.append(pilot.chance(count, alpha=claim.alpha, sequential=claim.sequential))
+    for row in rows:
+        count = len(judged[row["worst_dataset"]]) if "worst_dataset" in row else len(units)
+        there[row["name"]] = count
+        chances.append(Pilot.of_row(row).chance(count, alpha=claim.alpha))
         power.append(power_line(row, count, chances[-1]))
         say(power[-1])
-    known = head(work, text, units=len(units), documents=len(documents), power=power)
-    if chances and max(chances) < LEAST_POWER:
-        return {**known, "opened": False, **too_few(work, there)}
-    ledger.open(text.data_hash, work.study.hash, text.to_dict(), confirmatory=not objections)
-    evaluator = evaluator.with_documents(documents)
-    scorer = UnitScorer(evaluator, units, judged=judged)
-    verdicts = judge_all(scorer, work.rows, work.policies, claim, ordered=settings.ordered)
-    confirmatory = not objections
+    known = head(
+        study, rows, text, validation, units=len(units), documents=len(documents), power=power
+    )
+    if max(chances) < LEAST_POWER:
+        return {**known, "opened": False, **too_few(study, rows, there)}
+    objections = [] if text.independent else [ONE_TEXT]
+    ledger.open(text.data_hash, study.hash, text.to_dict(), confirmatory=not objections)
+    scorer = UnitScorer(evaluator.with_documents(documents), units)
+    order = [row["name"] for row in rows]
+    verdicts = judge_in_order(scorer, policies, order, judged, claim)
     return {
         **known,
         "opened": True,
-        "confirmatory": confirmatory,
+        "confirmatory": not objections,
         "not_confirmatory_because": objections,
         "tests": [verdict.to_dict() for verdict in verdicts],
-        **conclusion(work, verdicts, evaluator, units, known["text"], confirmatory=confirmatory),
+        **conclusion(study, rows, policies, verdicts, scorer, known["text"]),
     }
 
 

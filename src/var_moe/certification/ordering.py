@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from var_moe.certification.inference import Floats, QualityClaim
-from var_moe.certification.judging import WHOLE, parts_of
+from var_moe.certification.judging import WHOLE
 from var_moe.certification.scoring import Measured, UnitScorer
 from var_moe.evaluation.perplexity import Groups
-from var_moe.evaluation.sequential import LEAST_DOCUMENTS, margin
 from var_moe.routing.base import RoutingPolicy
 
 LEAST_POWER = 0.5
@@ -48,36 +47,31 @@ class Pilot:
         """A candidate's, from its row of `order_candidates`."""
         return cls(**{name: row[name] for name in cls.__dataclass_fields__})
 
-    def chance(self, units: int, *, alpha: float, sequential: bool = False) -> float:
-        """Probability that so many units certify; in sequential mode, by their end."""
+    def chance(self, units: int, *, alpha: float) -> float:
+        """Probability that this many units certify."""
         n = units + 1
-        if sequential and n < LEAST_DOCUMENTS:
-            return 0.0
         above = self.excess_worst - self.excess_mean
         mean = self.excess_mean + above / n
         spread = math.sqrt(self.excess_deviation**2 + above**2 / n)
         if spread <= 1e-12 * abs(mean):
             return 1.0 if mean < 0 else 0.0
-        if sequential:
-            level = math.sqrt(n) * margin(n, alpha=alpha, best_at=n)
-        else:
-            level = float(stats.norm.ppf(1 - alpha))
+        level = float(stats.norm.ppf(1 - alpha))
         return float(stats.norm.cdf(-mean / spread * math.sqrt(n) - level))
 
-    def units_needed(self, *, alpha: float, sequential: bool = False) -> int | None:
+    def units_needed(self, *, alpha: float) -> int | None:
         """Units for a chance of `POWER`; None where no number of them gives it."""
         if self.excess_mean >= 0:
             return None
-
-        def enough(units: int) -> bool:
-            return self.chance(units, alpha=alpha, sequential=sequential) >= POWER
-
-        needed = 2 + bisect_left(range(2, _MOST_UNITS + 1), True, key=enough)
+        sizes = range(2, _MOST_UNITS + 1)
+        needed = 2 + bisect_left(sizes, POWER, key=lambda units: self.chance(units, alpha=alpha))
         return needed if needed <= _MOST_UNITS else None
 
 
 def order_candidates(
-    scorer: UnitScorer, policies: Mapping[str, RoutingPolicy | None], claim: QualityClaim
+    scorer: UnitScorer,
+    policies: Mapping[str, RoutingPolicy | None],
+    judged: Groups,
+    claim: QualityClaim,
 ) -> list[dict[str, Any]]:
     """Rows, safest first, with the degradation on the ordering part and the units needed.
 
@@ -88,18 +82,18 @@ def order_candidates(
     Args:
         scorer: of the ordering part.
         policies: of the candidates, by name; None is the unmodified model.
+        judged: the units that are tested together.
         claim: what will be tested.
     """
     rows = []
-    for candidate, policy in policies.items():
-        measured = scorer.all(policy, what=f"ordering: {candidate}")
-        parts = parts_of(measured, scorer.judged).items()
+    for name, policy in policies.items():
+        measured = scorer.measure(policy, what=f"ordering: {name}")
         # What is planned for is the data set that will decide.
         row = max(
-            (_row(measured, at, name, claim) for name, at in parts),
+            (_row(measured, at, dataset, claim) for dataset, at in judged.items()),
             key=lambda row: row["degradation_upper"],
         )
-        rows.append({"name": candidate, "experts_per_token": measured.experts_per_token, **row})
+        rows.append({"name": name, "experts_per_token": measured.experts_per_token, **row})
     kept: list[dict[str, Any]] = []
     # Equally safe: the faster first, so that the other one falls out.
     for row in sorted(rows, key=lambda row: (row["degradation_upper"], row["experts_per_token"])):
@@ -120,14 +114,9 @@ def _row(
         "degradation": interval.value,
         "degradation_upper": interval.upper,
         "units": len(at),
-        "units_needed": pilot.units_needed(alpha=claim.alpha, sequential=claim.sequential),
+        "units_needed": pilot.units_needed(alpha=claim.alpha),
         **asdict(pilot),
     }
-
-
-def units_there(row: Mapping[str, Any], units: int, judged: Groups) -> int:
-    """How many of so many units are of the data set that a row was planned for."""
-    return len(judged[row["worst_dataset"]]) if "worst_dataset" in row else units
 
 
 def power_line(row: Mapping[str, Any], units: int, chance: float) -> str:

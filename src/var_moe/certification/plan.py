@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from var_moe.certification.inference import QualityClaim
+from var_moe.certification.inference import (
+    LEARNED,
+    QUALITY,
+    SPEEDUP,
+    QualityClaim,
+    blocks_needed,
+    split_alpha,
+)
 from var_moe.config import MAX_DEGRADATION, check_bound, check_count, check_number, check_seed
 from var_moe.errors import UsageError
 from var_moe.evaluation.evaluator import SpeedSetting
@@ -22,6 +28,7 @@ from var_moe.optimization.selection import PARETO_FILE
 from var_moe.storage import (
     SCHEMA_VERSION,
     atomic_write_json,
+    entries_of,
     jsonable,
     provenance,
     read_json,
@@ -32,9 +39,6 @@ FROZEN_FILE = "certificate_frozen.json"
 LEDGER_FILE = "certify_ledger.json"
 OPENED, FINISHED = "opened", "finished"
 AT_MOST_CANDIDATES = 10
-JUDGED_ON = ("certify", "test")
-SAFER = (0.85, 0.7, 0.5, 0.3)
-"""Strengths, relative to a configuration that has no front, of the safer ones beside it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,15 +48,11 @@ class CertifySettings:
     Args:
         max_degradation: the bound on the relative perplexity change.
         alpha: probability that any of the certificate's claims is wrong.
-        sequential: units stream in until a claim is proven or refuted.
-        ordered: candidates are ordered on the ordering part and tested in that order; else Holm.
         robust: claim it of each of several data sets, not of their union.
         candidates: how many are frozen at the most.
         max_learned_pct: also claim that the router decides a smaller share than this.
         blocks: timed blocks per arm for the speedup; 0 claims none.
-        ordering_samples: documents of the ordering part that are scored.
         max_samples: documents of the certify part, a seeded sample; None takes all.
-        split: the certify part.
         seed: of the units' order and of samples.
         setting: batch that throughput is measured on.
 
@@ -62,15 +62,11 @@ class CertifySettings:
 
     max_degradation: float = MAX_DEGRADATION
     alpha: float = 0.05
-    sequential: bool = False
-    ordered: bool = True
     robust: bool = False
     candidates: int = AT_MOST_CANDIDATES
     max_learned_pct: float | None = None
     blocks: int = 20
-    ordering_samples: int = 300
     max_samples: int | None = None
-    split: str = "certify"
     seed: int = 0
     setting: SpeedSetting = field(default_factory=SpeedSetting)
 
@@ -78,51 +74,25 @@ class CertifySettings:
         check_seed(self.seed)
         if check_bound(self.max_degradation) == 0:
             raise UsageError(
-                "max_degradation = 0: expected more than 0; that a loss is not one bit higher "
-                "can't be certified from a sample of text"
+                "max_degradation = 0: expected more than 0; a sample of text can't show that a "
+                "loss does not rise at all"
             )
-        if not (math.isfinite(self.alpha) and 0 < self.alpha < 0.5):
+        if not 0 < self.alpha < 0.5:
             raise UsageError(f"alpha = {self.alpha}: expected a number in (0, 0.5)")
         most = AT_MOST_CANDIDATES
         check_number("candidates", self.candidates, integer=True, low=1, high=most)
         if self.max_learned_pct is not None:
             share = self.max_learned_pct
             check_number("max_learned_pct", share, low=0, high=100, open_low=True)
-        for name, least in (("blocks", 0), ("ordering_samples", 2), ("max_samples", 2)):
-            check_count(name, getattr(self, name), least)
-        if self.split not in JUDGED_ON:
-            raise UsageError(
-                f"split {self.split!r}: expected {' or '.join(JUDGED_ON)}; the others were tuned on"
-            )
-        if self.sequential and not self.ordered:
-            raise UsageError("--sequential needs an order of the candidates: leave --unordered out")
-        if self.sequential and self.robust:
-            raise UsageError("--sequential decides on all text: leave --robust out")
-
-    def quality(self, alpha: float) -> QualityClaim:
-        """The claim about the degradation, where ``alpha`` is its part."""
-        return QualityClaim(
-            bound=self.max_degradation,
-            alpha=alpha,
-            confidence=1 - self.alpha,
-            sequential=self.sequential,
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """For result files and the frozen study's hash."""
-        values = {one.name: getattr(self, one.name) for one in fields(self)}
-        if not self.robust:  # as before there was a choice: frozen studies keep their hash
-            values.pop("robust")
-        return {**values, "setting": self.setting.to_dict()}
+        check_count("blocks", self.blocks, 0)
+        check_count("max_samples", self.max_samples, 2)
 
 
-def find_candidates(
-    folder: Path, *, max_degradation: float, at_most: int, top_k: int
-) -> dict[str, Candidate]:
-    """The tuner's choice and safer configurations of its front, at most so many, by name.
+def find_candidates(folder: Path, *, max_degradation: float, at_most: int) -> dict[str, Candidate]:
+    """The tuner's choice and safer configurations of its front, by name.
 
-    Of the points that the search believes to keep the bound, those whose degradations are
-    spread most evenly. Without a front, milder settings stand beside the tuner's choice.
+    Of the front's points that the search believes to keep the bound, those whose degradations
+    are spread most evenly.
 
     Raises:
         UsageError: the folder holds no configuration, or a file of it is damaged.
@@ -138,9 +108,6 @@ def find_candidates(
             name = str(row.get("name") or "")
             one = Candidate.from_dict(row["config"], source=str(front))
             named[name if name and name not in named else f"front {place}"] = one
-    else:
-        for one in list(named.values()):
-            named |= _milder(one, top_k)
     if not named:
         raise UsageError(
             f"{folder}: neither {PARETO_FILE} nor {CONFIG_FILE}; expected the results folder of "
@@ -154,15 +121,13 @@ def find_candidates(
 
 
 def _front_rows(path: Path) -> list[Mapping[str, Any]]:
+    """The points of a front, the safest first."""
     saved = read_json(path, what="front of a search")
-    if not isinstance(saved, dict) or saved.get("schema_version") != SCHEMA_VERSION:
-        raise UsageError(f"{path}: not a front of schema {SCHEMA_VERSION}; run the search again")
-    rows = saved.get("points")
-    if not isinstance(rows, list) or not all(
-        isinstance(row, dict) and {"config", "degradation"} <= set(row) for row in rows
-    ):
-        raise UsageError(f"{path}: expected 'points' with 'config' and 'degradation'")
-    return rows
+    with entries_of(path):
+        if saved["schema_version"] != SCHEMA_VERSION:
+            raise UsageError(f"{path}: not a front of schema {SCHEMA_VERSION}; search again")
+        rows: list[Mapping[str, Any]] = [row for row in saved["points"] if row["config"]]
+        return sorted(rows, key=lambda row: float(row["degradation"]))
 
 
 def _spread(
@@ -172,8 +137,7 @@ def _spread(
 
     Where none is below the bound, the safest.
     """
-    ordered = sorted(rows, key=lambda row: float(row["degradation"]))
-    below = [row for row in ordered if row["degradation"] < bound] or ordered[:1]
+    below = [row for row in rows if row["degradation"] < bound] or rows[:1]
     if not below or at_most < 1:
         return []
     values = np.array([float(row["degradation"]) for row in below])
@@ -182,43 +146,65 @@ def _spread(
     return [(at + 1, below[at]) for at in places]
 
 
-def _milder(config: Candidate, top_k: int) -> dict[str, Candidate]:
-    """The same configuration turned down, where its policy can be."""
-    turned = {
-        strength: config.spec.load().milder(config.settings, strength, top_k) for strength in SAFER
-    }
-    return {
-        f"safer {strength:g}": replace(config, settings=settings)
-        for strength, settings in turned.items()
-        if settings is not None
-    }
-
-
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """What was fixed before the certify part was read.
+    """What is fixed before the certify part is read.
 
-    ``identity`` says what it is about: model, data set, profile.
+    Args:
+        candidates: by name.
+        settings: what is claimed of them.
+        identity: what it is about: model, data set, profile.
+
+    Raises:
+        UsageError: too few timed blocks for a bound of the speedup.
     """
 
     candidates: Mapping[str, Candidate]
-    settings: Mapping[str, Any]
+    settings: CertifySettings
     identity: Mapping[str, Any]
 
-    def content(self) -> dict[str, Any]:
+    def __post_init__(self) -> None:
+        blocks, level = self.settings.blocks, self.claims.get(SPEEDUP)
+        if level is not None and blocks < blocks_needed(level):
+            raise UsageError(
+                f"blocks = {blocks}: a speedup bound at {100 * level:g}% needs at least "
+                f"{blocks_needed(level)} blocks, or 0 for no speedup claim"
+            )
+
+    @property
+    def claims(self) -> Mapping[str, float]:
+        """Each claim that will be made, with its part of alpha."""
+        routed = any(one.policy != "native" for one in self.candidates.values())
+        names = [QUALITY]
+        if self.settings.blocks and routed:
+            names.append(SPEEDUP)
+        if self.settings.max_learned_pct is not None:
+            names.append(LEARNED)
+        return split_alpha(self.settings.alpha, names)
+
+    @property
+    def quality(self) -> QualityClaim:
+        """What is tested of every candidate."""
+        return QualityClaim(
+            bound=self.settings.max_degradation,
+            alpha=self.claims[QUALITY],
+            confidence=1 - self.settings.alpha,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
         """What is hashed, for result files."""
         named = self.candidates.items()
         content = {
             "candidates": [{"name": name, "config": one.to_dict()} for name, one in named],
-            "settings": dict(self.settings),
-            "identity": dict(self.identity),
+            "settings": {**asdict(self.settings), "setting": self.settings.setting.to_dict()},
+            "identity": self.identity,
         }
         return dict(jsonable(content))
 
     @property
     def hash(self) -> str:
         """Identity of the study: another candidate, bound or alpha makes another study."""
-        return sha256_of([json.dumps(self.content(), sort_keys=True)])
+        return sha256_of([json.dumps(self.to_dict(), sort_keys=True)])
 
     def freeze(self, folder: Path) -> list[dict[str, Any]] | None:
         """Write the study's file; an equal study that was frozen before is left as it is.
@@ -240,8 +226,8 @@ class Study:
         value = {
             "schema_version": SCHEMA_VERSION,
             "hash": self.hash,
-            **self.content(),
-            "order": None if order is None else jsonable(list(order)),
+            **self.to_dict(),
+            "order": jsonable(order),
             "provenance": provenance(),
         }
         atomic_write_json(folder / FROZEN_FILE, value)
@@ -269,33 +255,31 @@ class Ledger:
             raise UsageError(f"{self.path}: not a ledger of certificates; restore it")
         return entries
 
-    def objection(self, data_hash: str, study: str, *, reuse: bool) -> str | None:
-        """Whether the part may still confirm a study.
+    def check_unused(self, data_hash: str, study: str) -> None:
+        """Refuse a part that was opened for another study, or tested to the end for this one.
 
-        Returns:
-            Why the certificate is not confirmatory: the part was opened for another study
-            before, or tested to the end for this one. None where it is; an interrupted study
-            goes on.
+        A study that was interrupted goes on.
 
         Raises:
-            UsageError: it is not, and ``reuse`` does not allow that.
+            UsageError: it was; names the ledger.
         """
-        before = [one for one in self.entries() if one["data_hash"] == data_hash]
-        other = next((one for one in before if one["study"] != study), None)
-        why = None
-        if other is not None:
-            why = (
-                "this certify part was opened before, for other candidates or settings "
-                f"(study {str(other['study'])[:12]}, {other.get('opened_at', 'no date')})"
-            )
-        elif any(one["state"] == FINISHED for one in before):
-            why = "this study was tested on this certify part before; see its certificate"
-        if why and not reuse:
+        for one in self.entries():
+            if one["data_hash"] != data_hash:
+                continue
+            if one["study"] != study:
+                when = one.get("opened_at", "no date")
+                why = (
+                    "this certify part was opened before, for other candidates or settings "
+                    f"(study {str(one['study'])[:12]}, {when})"
+                )
+            elif one["state"] == FINISHED:
+                why = "this study was tested on this certify part before; see its certificate"
+            else:
+                continue
             raise UsageError(
-                f"{self.path}: {why}; take other text, or --reuse, which marks the certificate "
-                "as not confirmatory"
+                f"{self.path}: {why}; each text can be used for one certificate only: take other "
+                "text"
             )
-        return why
 
     def open(
         self, data_hash: str, study: str, text: Mapping[str, Any], *, confirmatory: bool

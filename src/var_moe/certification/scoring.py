@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from var_moe.evaluation.perplexity import Groups
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.decision import Tier
 
@@ -22,12 +21,12 @@ Unit = Sequence["EncodedDocument"]
 """The documents of one page: what is drawn independently of the rest."""
 
 CHUNK_UNITS = 16
-"""Units that are scored together: how often a sequential certificate looks."""
+"""Units that are scored together, and whose decisions are counted together."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Units of text under a policy: what each lost, and the decisions by chunk."""
+    """Units of text under a policy: the losses of each, and the decisions by chunk."""
 
     change: NDArray[np.float64]  # (units,) nats
     baseline_nll: NDArray[np.float64]  # (units,) nats
@@ -48,7 +47,6 @@ class Measured:
         return 100 * float(self.learned.sum()) / max(1, int(self.decisions.sum()))
 
 
-@dataclass
 class UnitScorer:
     """Measures policies on units, a chunk at a time; the baseline's losses are kept.
 
@@ -56,67 +54,48 @@ class UnitScorer:
     so (`cache_scope="document"`), and each chunk starts from empty caches.
     """
 
-    evaluator: Evaluator
-    units: Sequence[Unit]
-    chunk_units: int = CHUNK_UNITS
-    judged: Groups = field(default_factory=dict)
-    """Units of each data set that a claim must hold on; empty where it is about all of them."""
-    _chunks: dict[int, Evaluator] = field(default_factory=dict)
+    def __init__(
+        self, evaluator: Evaluator, units: Sequence[Unit], *, chunk_units: int = CHUNK_UNITS
+    ) -> None:
+        self.evaluator, self.units = evaluator, units
+        _ = evaluator.baseline_backend  # measured on all text, not on a chunk of it
+        self._chunks: list[tuple[Sequence[Unit], Evaluator]] = []
+        for start in range(0, len(units), chunk_units):
+            chunk = units[start : start + chunk_units]
+            part = evaluator.with_documents([document for unit in chunk for document in unit])
+            part.progress = None
+            self._chunks.append((chunk, part))
 
-    @property
-    def chunks(self) -> int:
-        """How many chunks there are."""
-        return -(-len(self.units) // self.chunk_units)
-
-    def _evaluator(self, number: int) -> Evaluator:
-        if number not in self._chunks:
-            _ = self.evaluator.baseline_backend  # measured on all text, not on a chunk of it
-            documents = [document for unit in self._units(number) for document in unit]
-            self._chunks[number] = self.evaluator.with_documents(documents)
-            self._chunks[number].progress = None
-        return self._chunks[number]
-
-    def _units(self, number: int) -> Sequence[Unit]:
-        return self.units[number * self.chunk_units : (number + 1) * self.chunk_units]
-
-    def chunk(self, policy: RoutingPolicy | None, number: int) -> Measured:
-        """Measure a chunk; None is the unmodified model, which changes nothing."""
-        evaluator = self._evaluator(number)
-        baseline = losses = evaluator.baseline_losses
-        learned = decisions = int(baseline.tokens.sum())
-        executed = decisions * evaluator.top_k
-        if policy is not None:
-            losses, report = evaluator.losses(policy)
-            counts = np.array(report.tier_counts)  # (L, 3)
-            learned, decisions = int(counts[:, Tier.LEARNED].sum()), int(counts.sum())
-            executed = sum(report.executed_pairs)
-        sizes = [len(unit) for unit in self._units(number)]
-        starts = np.cumsum([0, *sizes[:-1]])
-        return Measured(
-            change=np.add.reduceat(losses.nll - baseline.nll, starts),
-            baseline_nll=np.add.reduceat(baseline.nll, starts),
-            tokens=np.add.reduceat(baseline.tokens, starts),
-            documents=np.array(sizes),
-            learned=np.array([learned]),
-            decisions=np.array([decisions]),
-            executed=np.array([executed]),
-        )
-
-    def growing(self, policy: RoutingPolicy | None, *, what: str) -> Iterator[Measured]:
-        """After each chunk, all units measured so far."""
+    def measure(self, policy: RoutingPolicy | None, *, what: str = "scoring") -> Measured:
+        """Measure every unit; policy None is the unmodified model, which changes nothing."""
         parts = []
-        for number in range(self.chunks):
-            parts.append(self.chunk(policy, number))
+        for chunk, evaluator in self._chunks:
+            parts.append(_measured(chunk, evaluator, policy))
             if self.evaluator.progress:
-                self.evaluator.progress(what, number + 1, self.chunks)
-            yield _joined(parts)
-
-    def all(self, policy: RoutingPolicy | None, *, what: str = "scoring") -> Measured:
-        """Measure every unit."""
-        *_, whole = self.growing(policy, what=what)
-        return whole
+                self.evaluator.progress(what, len(parts), len(self._chunks))
+        names = [field.name for field in fields(Measured)]
+        return Measured(**{n: np.concatenate([getattr(part, n) for part in parts]) for n in names})
 
 
-def _joined(parts: Sequence[Measured]) -> Measured:
-    columns = {one.name: [getattr(part, one.name) for part in parts] for one in fields(Measured)}
-    return Measured(**{name: np.concatenate(arrays) for name, arrays in columns.items()})
+def _measured(
+    units: Sequence[Unit], evaluator: Evaluator, policy: RoutingPolicy | None
+) -> Measured:
+    baseline = losses = evaluator.baseline_losses
+    learned = decisions = int(baseline.tokens.sum())
+    executed = decisions * evaluator.top_k
+    if policy is not None:
+        losses, report = evaluator.losses(policy)
+        counts = np.array(report.tier_counts)  # (L, 3)
+        learned, decisions = int(counts[:, Tier.LEARNED].sum()), int(counts.sum())
+        executed = sum(report.executed_pairs)
+    sizes = [len(unit) for unit in units]
+    starts = np.cumsum([0, *sizes[:-1]])
+    return Measured(
+        change=np.add.reduceat(losses.nll - baseline.nll, starts),
+        baseline_nll=np.add.reduceat(baseline.nll, starts),
+        tokens=np.add.reduceat(baseline.tokens, starts),
+        documents=np.array(sizes),
+        learned=np.array([learned]),
+        decisions=np.array([decisions]),
+        executed=np.array([executed]),
+    )

@@ -3,114 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from var_moe.certification.inference import (
-    LEARNED,
-    QUALITY,
-    SPEEDUP,
-    QualityClaim,
-    median_lower_bound,
-)
+from var_moe.certification.inference import LEARNED, QUALITY, SPEEDUP, median_lower_bound
 from var_moe.certification.judging import Verdict, describe_apart, learned_p
 from var_moe.certification.ordering import POWER
 from var_moe.certification.plan import CertifySettings, Study
-from var_moe.certification.scoring import Unit, UnitScorer
+from var_moe.certification.scoring import UnitScorer
 from var_moe.evaluation.evaluator import Evaluator
 from var_moe.optimization.preparation import EncodedText
 from var_moe.optimization.selection import Standing, winner
 from var_moe.routing.base import RoutingPolicy
 from var_moe.storage import SCHEMA_VERSION, provenance, sha256_of
 
+Row = Mapping[str, Any]
 ONE_TEXT = "the documents are parts of one text, and not independent of each other"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """A frozen study, ready for its certify part."""
-
-    settings: CertifySettings
-    study: Study
-    rows: Sequence[Mapping[str, Any]]  # the candidates in their order
-    policies: Mapping[str, RoutingPolicy | None]
-    claims: Mapping[str, float]  # each claim's part of alpha
-    validation: EncodedText
-
-    @property
-    def quality(self) -> QualityClaim:
-        """What is tested of every candidate."""
-        return self.settings.quality(self.claims[QUALITY])
-
-    def missed(self, row: Mapping[str, Any], why: str) -> dict[str, Any]:
-        """What a certificate holds where no claim does: why, and the nearest miss."""
-        return {
-            "certified": False,
-            "claims": [],
-            "nearest_miss": {**row, "config": self.study.candidates[row["name"]].to_dict()},
-            "sentence": _refusal(self.quality, why, row),
-        }
-
-
-def _percent(value: float, *, sign: bool = False) -> str:
-    return f"{100 * value:{'+' if sign else ''}.2f}%"
-
-
-def _sentence(
-    work: Work,
-    text: Mapping[str, Any],
-    verdict: Mapping[str, Any],
-    claims: Sequence[Mapping[str, Any]],
+def head(
+    study: Study,
+    rows: Sequence[Row],
+    text: EncodedText,
+    validation: EncodedText,
     *,
-    confirmatory: bool,
-) -> str:
-    """The claims that hold, in one sentence, with what was measured."""
-    source, worst = text["dataset"], ""
-    if "decided_by" in verdict:
-        source = f"each of {', '.join(part['dataset'] for part in text['datasets'])}"
-        worst = f"{verdict['decided_by']}, the worst, of "
-    sentence = (
-        f"With {100 * (1 - work.settings.alpha):g}% confidence, on text like {source} "
-        f"({text['split']} part), perplexity rises by less than "
-        f"{100 * work.settings.max_degradation:g}% against the unmodified model"
-    )
-    holding = {claim["name"]: claim for claim in claims if claim["holds"]}
-    if SPEEDUP in holding:
-        least = holding[SPEEDUP]["at_least"]
-        sentence += f", at {least:.3f} or more times its speed on this machine"
-    if LEARNED in holding:
-        limit = holding[LEARNED]["limit_pct"]
-        sentence += f", and the router alone decides less than {limit:g}%"
-    low, high = verdict["degradation_interval"]
-    sentence += (
-        f"; measured {_percent(verdict['degradation'], sign=True)} "
-        f"[{_percent(low)}, {_percent(high)}] on {worst}{verdict['documents']:,} documents"
-    )
-    if SPEEDUP in holding:
-        sentence += f", {holding[SPEEDUP]['measured']:.3f}x"
-    return f"{sentence}." if confirmatory else f"Not confirmatory: {sentence}."
-
-
-def _refusal(claim: QualityClaim, why: str, nearest: Mapping[str, Any]) -> str:
-    """That nothing is certified, why, and how near it came."""
-    worst = nearest.get("decided_by") or nearest.get("worst_dataset")
-    place = f" on {worst}, the worst" if worst else ""
-    return (
-        f"Not certified: {why}. Nearest miss: {nearest['name']}, measured "
-        f"{_percent(nearest['degradation'], sign=True)}{place}, upper bound "
-        f"{_percent(nearest['degradation_upper'], sign=True)} against {100 * claim.bound:g}% "
-        f"(one-sided, {100 * (1 - claim.alpha):g}%)"
-    )
-
-
-def not_claimed(work: Work, *, several: bool) -> list[str]:
-    """What a reader might take the certificate for, and must not.
+    units: int,
+    documents: int,
+    power: list[str],
+) -> dict[str, Any]:
+    """What stands in every certificate, whatever comes of it.
 
     Args:
-        work: what the certificate is of.
-        several: whether the text is several data sets.
+        study: what was frozen.
+        rows: the candidates in their order.
+        text: the certify part.
+        validation: the text that gave the order.
+        units, documents: how much of the certify part is tested on.
+        power: what was said before it was opened.
     """
-    settings = work.settings
+    settings, content = study.settings, study.to_dict()
+    identity = content["identity"]
+    test = "the larger p-value of a one-sided t test and a studentised bootstrap"
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "max_degradation": settings.max_degradation,
+        "alpha": settings.alpha,
+        "alpha_by_claim": dict(study.claims),
+        "robust": settings.robust,
+        "procedure": "fixed sequence, safest to fastest, ended by the first failure",
+        "test": test + ("; of each data set, the largest decides" if settings.robust else ""),
+        "unit": "page: all documents whose ids share what stands before '#'",
+        "text": {**text.to_dict(), "documents": documents, "units": units},
+        "ordering_text": validation.to_dict(),
+        "candidates": content["candidates"],
+        "order": [dict(row) for row in rows],
+        "power": power,
+        "hashes": {
+            "certify_part": text.data_hash,
+            "validation": validation.data_hash,
+            "profile": identity["profile_hash"],
+            "compensation": identity["compensation_hashes"],
+            "study": study.hash,
+            # Fixes which of the part's documents, in which order, were drawn.
+            "units": sha256_of([text.data_hash, str(settings.max_samples), str(settings.seed)]),
+        },
+        "identity": identity,
+        "settings": content["settings"],
+        "not_claimed": _not_claimed(study, several=bool(text.parts)),
+        "provenance": provenance(),
+    }
+
+
+def _not_claimed(study: Study, *, several: bool) -> list[str]:
+    """What a reader might take the certificate for, and must not."""
+    settings = study.settings
     whole = "each data set's whole" if settings.robust else "the whole"
     lines = [
         "Other text: the claim is about text that the certify part is a random sample of.",
@@ -125,82 +90,31 @@ def not_claimed(work: Work, *, several: bool) -> list[str]:
             "The data sets apart: their rows describe, and have no error rate (--robust claims it "
             "of each)."
         )
-    if SPEEDUP in work.claims:
+    if SPEEDUP in study.claims:
         lines.append(
             "Other hardware, batches or backends: the speedup is of this machine and setting, of "
             "scoring, not of generation."
         )
-    if any("cache_scope" in one.settings for one in work.study.candidates.values()):
+    if any("cache_scope" in one.settings for one in study.candidates.values()):
         lines.append(
             "A cache that is kept over documents: it was emptied at each document's start "
             "(cache_scope 'document')."
         )
-    if settings.sequential:
-        lines.append("Text that was not reached: units were scored until the claim was decided.")
     return lines
 
 
-def how_tested(settings: CertifySettings) -> dict[str, str]:
-    """The procedure, for people."""
-    procedure = "Holm over all candidates"
-    if settings.ordered:
-        procedure = "fixed sequence, safest to fastest, ended by the first failure"
-    test = "the larger p-value of a one-sided t test and a studentised bootstrap"
-    if settings.sequential:
-        test = "asymptotic confidence sequence (arXiv:2103.06476), valid at every look"
-    elif settings.robust:
-        test += "; of each data set, the largest decides"
-    unit = "page: all documents whose ids share what stands before '#'"
-    return {"procedure": procedure, "test": test, "unit": unit}
-
-
-def head(
-    work: Work, text: EncodedText, *, units: int, documents: int, power: list[str]
-) -> dict[str, Any]:
-    """What stands in every certificate, whatever comes of it."""
-    settings, study = work.settings, work.study.content()
-    identity = study["identity"]
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "max_degradation": settings.max_degradation,
-        "alpha": settings.alpha,
-        "alpha_by_claim": dict(work.claims),
-        "sequential": settings.sequential,
-        "robust": settings.robust,
-        **how_tested(settings),
-        "text": {**text.to_dict(), "documents": documents, "units": units},
-        "ordering_text": work.validation.to_dict(),
-        "candidates": study["candidates"],
-        "order": [dict(row) for row in work.rows],
-        "power": power,
-        "hashes": {
-            "certify_part": text.data_hash,
-            "validation": work.validation.data_hash,
-            "profile": identity["profile_hash"],
-            "compensation": identity["compensation_hashes"],
-            "study": work.study.hash,
-            # Fixes which of the part's documents, in which order, were drawn.
-            "units": sha256_of([text.data_hash, str(settings.max_samples), str(settings.seed)]),
-        },
-        "identity": identity,
-        "settings": study["settings"],
-        "not_claimed": not_claimed(work, several=bool(text.parts)),
-        "provenance": provenance(),
-    }
-
-
-def too_few(work: Work, there: Mapping[str, int]) -> dict[str, Any]:
-    """No candidate has a fair chance: said before the part is spent."""
-    possible = [row for row in work.rows if row["units_needed"] is not None]
+def too_few(study: Study, rows: Sequence[Row], there: Mapping[str, int]) -> dict[str, Any]:
+    """No candidate has a fair chance with the units there: said before the part is spent."""
+    possible = [row for row in rows if row["units_needed"] is not None]
     if possible:
         near = min(possible, key=lambda row: row["units_needed"])
         name, needed = near["name"], near["units_needed"]
         why = f"too few documents: {needed:,} pages needed to certify {name}, {there[name]:,} there"
     else:
-        near = min(work.rows, key=lambda row: row["degradation_upper"])
+        near = min(rows, key=lambda row: row["degradation_upper"])
         why = "no candidate is below the bound on the ordering part"
     return {
-        **work.missed(near, f"{why}; the certify part was not opened"),
+        **_refused(study, near, f"{why}; the certify part was not opened"),
         "confirmatory": False,
         "not_confirmatory_because": ["the certify part was not opened"],
         "tests": [],
@@ -209,16 +123,24 @@ def too_few(work: Work, there: Mapping[str, int]) -> dict[str, Any]:
 
 
 def conclusion(
-    work: Work,
+    study: Study,
+    rows: Sequence[Row],
+    policies: Mapping[str, RoutingPolicy | None],
     verdicts: Sequence[Verdict],
-    evaluator: Evaluator,
-    units: Sequence[Unit],
-    text: Mapping[str, Any],
-    *,
-    confirmatory: bool,
+    scorer: UnitScorer,
+    text: Row,
 ) -> dict[str, Any]:
-    """The fastest that passed, with every claim about it; or the nearest miss."""
-    settings, claim = work.settings, work.quality
+    """The fastest that passed, with every claim about it; or the nearest miss.
+
+    Args:
+        study: what was frozen.
+        rows: the candidates in their order.
+        policies: of the candidates, by name; None is the unmodified model.
+        verdicts: of the candidates that were tested.
+        scorer: of the certify part.
+        text: what the certificate says of the certify part.
+    """
+    settings, claim = study.settings, study.quality
     # Of those that passed, ordered from the safest: of two equally fast ones the first.
     best = winner(
         verdicts,
@@ -227,14 +149,16 @@ def conclusion(
         ),
     )
     chosen = best or min(verdicts, key=lambda one: one.worst.interval.upper)
-    policy, row = work.policies[chosen.name], chosen.to_dict()
-    apart = describe_apart(chosen.measured, units, evaluator, policy, claim, judged=settings.robust)
+    policy, row = policies[chosen.name], chosen.to_dict()
+    apart = describe_apart(chosen, scorer, policy, claim, robust=settings.robust)
     if best is None:
-        why = (
-            f"{chosen.name} was not shown to keep {100 * claim.bound:g}% "
-            f"(p = {chosen.p:.3g}, level {claim.alpha:g}{_more_text(work, chosen)})"
-        )
-        return {**work.missed(row, why), "by_dataset": apart}
+        why = f"p = {chosen.p:.3g}, level {claim.alpha:g}"
+        have = chosen.worst.units
+        need = next(one["units_needed"] for one in rows if one["name"] == chosen.name)
+        if need is not None and need > have:
+            why += f"; {need:,} pages give it a chance of {100 * POWER:.0f}%, {have:,} were there"
+        why = f"{chosen.name} was not shown to keep {100 * claim.bound:g}% ({why})"
+        return {**_refused(study, row, why), "by_dataset": apart}
     claims: list[dict[str, Any]] = [
         {
             "name": QUALITY,
@@ -245,18 +169,31 @@ def conclusion(
             "p": best.p,
         }
     ]
-    if LEARNED in work.claims:
-        claims.append(_learned_claim(work, best, evaluator, units))
-    if SPEEDUP in work.claims and policy is not None:
-        claims.append(_speedup_claim(work, policy, evaluator))
-    sentence = _sentence(work, text, row, claims, confirmatory=confirmatory)
+    limit = settings.max_learned_pct
+    if limit is not None:
+        p, alpha = learned_p(best.measured, limit), study.claims[LEARNED]
+        claims.append(
+            {
+                "name": LEARNED,
+                "holds": p <= alpha,
+                "asked": True,
+                "alpha": alpha,
+                "limit_pct": limit,
+                "measured_pct": best.measured.learned_pct,
+                "p": p,
+            }
+        )
+    if SPEEDUP in study.claims and policy is not None:
+        blocks, alpha = settings.blocks, study.claims[SPEEDUP]
+        claims.append(_speedup_claim(scorer.evaluator, policy, blocks=blocks, alpha=alpha))
+    sentence = _sentence(settings, text, row, claims)
     failed = any(one["asked"] and not one["holds"] for one in claims)
     if failed:
         sentence = (
-            f"Not certified: a learned share below {settings.max_learned_pct:g}% was not shown "
+            f"Not certified: a learned share below {limit:g}% was not shown "
             f"(measured {best.measured.learned_pct:.1f}%). What holds: {sentence}"
         )
-    config = work.study.candidates[best.name].to_dict()
+    config = study.candidates[best.name].to_dict()
     return {
         "certified": not failed,
         "certified_name": best.name,
@@ -268,48 +205,66 @@ def conclusion(
     }
 
 
-def _more_text(work: Work, near: Verdict) -> str:
-    """How many pages the ordering part asked for, where there were fewer."""
-    need = next(row.get("units_needed") for row in work.rows if row["name"] == near.name)
-    have = near.worst.units
-    if need is None or need <= have:
-        return ""
-    return f"; {need:,} pages give it a chance of {100 * POWER:.0f}%, {have:,} were there"
-
-
-def _learned_claim(
-    work: Work, best: Verdict, evaluator: Evaluator, units: Sequence[Unit]
+def _speedup_claim(
+    evaluator: Evaluator, policy: RoutingPolicy, *, blocks: int, alpha: float
 ) -> dict[str, Any]:
-    alpha, limit = work.claims[LEARNED], work.settings.max_learned_pct
-    assert limit is not None
-    measured, sequential = best.measured, work.settings.sequential
-    if sequential:
-        # The quality test ended when it was decided; the tiers need the whole part.
-        scorer = UnitScorer(evaluator, units)
-        measured = scorer.all(work.policies[best.name], what=f"tiers: {best.name}")
-    p = learned_p(measured, limit, sequential=sequential, alpha=alpha)
-    return {
-        "name": LEARNED,
-        "holds": p <= alpha,
-        "asked": True,
-        "alpha": alpha,
-        "limit_pct": limit,
-        "measured_pct": measured.learned_pct,
-        "p": p,
-    }
-
-
-def _speedup_claim(work: Work, policy: RoutingPolicy, evaluator: Evaluator) -> dict[str, Any]:
-    speed = evaluator.speed(policy, blocks=work.settings.blocks)
-    low = median_lower_bound(speed.speedup.blocks, work.claims[SPEEDUP])
+    speed = evaluator.speed(policy, blocks=blocks)
+    low = median_lower_bound(speed.speedup.blocks, alpha)
     return {
         "name": SPEEDUP,
         # A bound at or below 1 is true and says nothing: it is not claimed.
         "holds": low is not None and low > 1,
         "asked": False,
-        "alpha": work.claims[SPEEDUP],
+        "alpha": alpha,
         "at_least": low,
         "measured": speed.speedup.median,
         "block_ratios": list(speed.speedup.blocks),
         **{name: value for name, value in speed.to_dict().items() if name != "speedup"},
+    }
+
+
+def _sentence(settings: CertifySettings, text: Row, verdict: Row, claims: Sequence[Row]) -> str:
+    """The claims that hold, in one sentence, with what was measured."""
+    source, worst = text["dataset"], ""
+    if "decided_by" in verdict:
+        source = f"each of {', '.join(part['dataset'] for part in text['datasets'])}"
+        worst = f"{verdict['decided_by']}, the worst, of "
+    sentence = (
+        f"With {100 * (1 - settings.alpha):g}% confidence, on text like {source} "
+        f"({text['split']} part), perplexity rises by less than "
+        f"{100 * settings.max_degradation:g}% against the unmodified model"
+    )
+    holding = {claim["name"]: claim for claim in claims if claim["holds"]}
+    if SPEEDUP in holding:
+        least = holding[SPEEDUP]["at_least"]
+        sentence += f", at {least:.3f} or more times its speed on this machine"
+    if LEARNED in holding:
+        limit = holding[LEARNED]["limit_pct"]
+        sentence += f", and the router alone decides less than {limit:g}%"
+    low, high = verdict["degradation_interval"]
+    sentence += (
+        f"; measured {verdict['degradation']:+.2%} [{low:.2%}, {high:.2%}] on "
+        f"{worst}{verdict['documents']:,} documents"
+    )
+    if SPEEDUP in holding:
+        sentence += f", {holding[SPEEDUP]['measured']:.3f}x"
+    sentence += "."
+    return sentence if text["independent_documents"] else f"Not confirmatory: {sentence}"
+
+
+def _refused(study: Study, nearest: Row, why: str) -> dict[str, Any]:
+    """What a certificate holds where no claim does: why, and how near it came."""
+    claim = study.quality
+    worst = nearest.get("decided_by") or nearest.get("worst_dataset")
+    place = f" on {worst}, the worst" if worst else ""
+    sentence = (
+        f"Not certified: {why}. Nearest miss: {nearest['name']}, measured "
+        f"{nearest['degradation']:+.2%}{place}, upper bound {nearest['degradation_upper']:+.2%} "
+        f"against {100 * claim.bound:g}% (one-sided, {100 * (1 - claim.alpha):g}%)"
+    )
+    return {
+        "certified": False,
+        "claims": [],
+        "nearest_miss": {**nearest, "config": study.candidates[nearest["name"]].to_dict()},
+        "sentence": sentence,
     }

@@ -26,9 +26,6 @@ def certify(
     text: SearchedTextOptions = SearchedTextOptions(),
     max_degradation: float | None = None,
     alpha: float | None = None,
-    sequential: bool = False,
-    reuse: bool = False,
-    unordered: bool = False,
     robust: bool = False,
     candidates: int | None = None,
     max_learned_pct: float | None = None,
@@ -36,8 +33,6 @@ def certify(
     output: Path | None = None,
     profile: Path | None = None,
     compensation: Path | None = None,
-    split: str | None = None,
-    ordering_samples: int | None = None,
     max_samples: int | None = None,
     run: RunOptions = RunOptions(),
 ) -> Answer:
@@ -47,9 +42,6 @@ def certify(
         results: results folder of `var-moe tune`.
         max_degradation: bound on the relative perplexity change; by default the search's.
         alpha: probability that any of the claims is wrong; 0.05 by default.
-        sequential: let documents stream in until the claim is proven or refuted.
-        reuse: allow text that was certified on before; marked as not confirmatory.
-        unordered: do not order the candidates first, test all of them by Holm.
         robust: claim it of each of several data sets instead.
         candidates: how many configurations of the front are tested at the most, up to 10 (default).
         max_learned_pct: also claim that the router alone decides a smaller share than this.
@@ -57,8 +49,6 @@ def certify(
         output: folder for certificate.json and certificate.html; by default the results folder.
         profile: profile folder, where none lies in the results folder.
         compensation: folder of a learned compensation, where it is not the profile's own.
-        split: part of the text that certifies: certify (default), or test.
-        ordering_samples: documents of the ordering half that are scored; 300 by default.
         max_samples: documents of the certify part; by default all.
     """
     options = dict(locals())
@@ -76,11 +66,11 @@ def certify(
     from var_moe.optimization.validation import find_profile
     from var_moe.terminal import show
 
-    settings = settings_of(CertifySettings, {**options, "ordered": not unordered, "seed": run.seed})
+    settings = settings_of(CertifySettings, {**options, "seed": run.seed})
     check_robust(robust, dataset)
     # What is wrong in the folder is said before the model is loaded.
     bound, at_most = settings.max_degradation, settings.candidates
-    find_candidates(results, max_degradation=bound, at_most=at_most, top_k=2)
+    find_candidates(results, max_degradation=bound, at_most=at_most)
     find_profile(results / CONFIG_FILE, profile)
     Ledger(results).entries()
     with run.progress() as progress:
@@ -90,7 +80,6 @@ def certify(
                 results,
                 dataset=dataset,
                 settings=settings,
-                reuse=reuse,
                 output=output,
                 profile_path=profile,
                 compensation=compensation,

@@ -18,7 +18,6 @@ from var_moe.evaluation.perplexity import (
     Degradation,
     DocumentLosses,
     Worst,
-    any_over,
     both_scored,
     datasets_of,
     degradation,
@@ -26,6 +25,7 @@ from var_moe.evaluation.perplexity import (
     groups_of,
     worst_of,
 )
+from var_moe.evaluation.sequential import any_over
 from var_moe.evaluation.throughput import (
     Arm,
     Ratio,

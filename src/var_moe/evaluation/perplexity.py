@@ -20,7 +20,6 @@ from torch import Tensor
 from var_moe.data.documents import check_encoded
 from var_moe.errors import UsageError, VarMoeError
 from var_moe.evaluation.batching import Window, batches, collate, logits_of
-from var_moe.evaluation.sequential import FUTILE_ALPHA, is_over
 
 if TYPE_CHECKING:
     from var_moe.data.documents import EncodedDocument
@@ -172,9 +171,7 @@ def both_scored(
     return scored(baseline), scored(other)
 
 
-def log_ratio(
-    change: NDArray[np.float64], tokens: NDArray[np.int64]
-) -> tuple[float, NDArray[np.float64], float]:
+def log_ratio(change: NDArray[np.float64], tokens: NDArray[np.int64]) -> tuple[float, float]:
     """The log perplexity ratio of units of text: a ratio estimator (Cochran 1977).
 
     Args:
@@ -182,13 +179,13 @@ def log_ratio(
         tokens: (n,) T_u, its scored tokens.
 
     Returns:
-        ``r = sum d / sum T``; the residuals ``d_u - r T_u`` (n,); and the standard error of r,
+        ``r = sum d / sum T`` and its standard error,
         ``sqrt(n / (n - 1) * sum (d_u - r T_u)^2) / sum T``.
     """
     n, total = len(change), float(tokens.sum())
     ratio = float(change.sum()) / total
     rest = change - ratio * tokens
-    return ratio, rest, math.sqrt(n / (n - 1) * float(rest @ rest)) / total
+    return ratio, math.sqrt(n / (n - 1) * float(rest @ rest)) / total
 
 
 def degradation(baseline: DocumentLosses, other: DocumentLosses) -> Degradation:
@@ -205,7 +202,7 @@ def degradation(baseline: DocumentLosses, other: DocumentLosses) -> Degradation:
     n = int(np.count_nonzero(scored))
     if n < LEAST:
         raise UsageError(f"{n} scored document(s): a comparison needs at least 2 documents")
-    ratio, _, error = log_ratio((other.nll - baseline.nll)[scored], baseline.tokens[scored])
+    ratio, error = log_ratio((other.nll - baseline.nll)[scored], baseline.tokens[scored])
     bound = ratio + float(stats.t.ppf(CONFIDENCE, n - 1)) * error
     return Degradation(
         value=math.expm1(ratio),
@@ -281,19 +278,3 @@ def worst_of(
             change = degradation(baseline.at(at), other.at(at))
             judged.append(Worst(dataset=name, change=change))
     return max(judged, key=lambda one: one.change.upper)
-
-
-def any_over(baseline: DocumentLosses, other: DocumentLosses, groups: Groups, limit: float) -> bool:
-    """Whether the documents so far show that the degradation of a group is above a limit.
-
-    Args:
-        baseline, other: losses of all documents; those not scored yet have no tokens.
-        groups: judged apart; empty judges all documents together.
-        limit: on PPL(VAR) / PPL(baseline) - 1.
-    """
-    parts = list(groups.values()) or [np.arange(len(baseline.tokens))]
-    change, tokens = other.nll - baseline.nll, baseline.tokens
-    return any(
-        is_over(change[own], tokens[own], limit, alpha=FUTILE_ALPHA / len(parts))
-        for own in (at[tokens[at] > 0] for at in parts)
-    )

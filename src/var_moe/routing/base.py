@@ -137,19 +137,6 @@ class RoutingPolicy(ABC):
         return dict(settings)
 
     @classmethod
-    def milder(
-        cls, settings: Mapping[str, Any], strength: float, top_k: int
-    ) -> dict[str, Any] | None:
-        """Settings that cut ``strength`` times as hard; None where no sweep sets them all."""
-        sweep = cls.sweeps(top_k).get("")
-        if sweep is None or len(settings) != 1 or set(sweep(0.5)) != set(settings):
-            return None
-        ((name, value),) = settings.items()
-        steps = [step / 1000 for step in range(1001)]
-        own = min(steps, key=lambda step: abs(float(sweep(step)[name]) - float(value)))
-        return sweep(strength * own)
-
-    @classmethod
     def cost_settings(
         cls, settings: Mapping[str, Any]
     ) -> tuple[dict[str, Any], dict[str, Any]] | None:

@@ -154,13 +154,6 @@ class VARPolicy(RoutingPolicy):
         return {**settings, "cache_scope": "document"}
 
     @classmethod
-    def milder(
-        cls, settings: Mapping[str, Any], strength: float, top_k: int
-    ) -> dict[str, Any] | None:
-        sure = VARConfig.from_dict(settings).confidence_threshold
-        return {**settings, "confidence_threshold": 1 - strength * (1 - sure)}
-
-    @classmethod
     def cost_settings(
         cls, settings: Mapping[str, Any]
     ) -> tuple[dict[str, Any], dict[str, Any]] | None:
