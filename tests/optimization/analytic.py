@@ -6,9 +6,15 @@ import json
 import math
 import sys
 import time
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
+import optuna
+
+from var_moe.optimization.methods import bayesian_optimization, random_search
 from var_moe.optimization.results import Evaluation, documented_score
+from var_moe.optimization.trial_log import STUDY_NAME
 
 SMALL_SPACE = {
     "x": {"type": "float", "low": 0.0, "high": 1.0, "default": 0.2},
@@ -99,12 +105,39 @@ def rich_evaluation(params, *, degradation, speedup, bound, learned_pct=80.0, **
     )
 
 
+CALLS, STARTUP = 8, 5
+
+
+def search(objective, n_calls=CALLS, **more):
+    """A search by the Gaussian process, whose evaluations up to `STARTUP` need no model."""
+    more = {"seed": 5, "verbose": False, "n_startup": STARTUP, **more}
+    return bayesian_optimization(objective, SMALL_SPACE, n_calls, **more)
+
+
+@cache
+def unbroken():
+    """What `search` finds where nothing interrupts it."""
+    return search(SmallObjective())
+
+
+def kept(result):
+    """Evaluations without the times, which differ between runs."""
+    return [replace(e, seconds=0.0, suggestion_seconds=0.0) for e in result.evaluations]
+
+
+def load(storage):
+    """The study in a storage, as Optuna reads it."""
+    if "://" not in str(storage):
+        backend = optuna.storages.journal.JournalFileBackend(str(storage))
+        storage = optuna.storages.JournalStorage(backend)
+    return optuna.load_study(storage=storage, study_name=STUDY_NAME)
+
+
 def search_in_a_process(storage, calls, pause, hang_at, method="bayesian"):
     """For a subprocess: a search, or its share of one, that prints the points it evaluated.
 
     Evaluations take `pause` seconds; number `hang_at` (from 1) never ends, and makes a file.
     """
-    from var_moe.optimization.methods import bayesian_optimization, random_search
 
     class Slow(SmallObjective):
         def evaluate(self, params):

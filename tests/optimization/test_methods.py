@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from analytic import SMALL_SPACE, SixObjective, SmallObjective
+from analytic import SMALL_SPACE, SixObjective, SmallObjective, kept
 
 from var_moe.config import SEARCH_SPACE, VARConfig
 from var_moe.errors import UsageError
@@ -11,11 +11,6 @@ from var_moe.optimization.search_space import defaults, grid_points, sample
 
 def points(result):
     return [e.params for e in result.evaluations]
-
-
-def kept(result):
-    """Evaluations without the times, which differ between runs."""
-    return [e.replace(seconds=0.0, suggestion_seconds=0.0) for e in result.evaluations]
 
 
 def random_small(objective, n_calls=12, **more):

@@ -1,11 +1,13 @@
 import logging
 import math
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
+import analytic
 import optuna
 import pytest
-from analytic import SMALL_SPACE, SixObjective, SmallObjective
+from analytic import SMALL_SPACE, STARTUP, SixObjective, SmallObjective, kept, load, search
 
 from var_moe.config import SEARCH_SPACE, VARConfig
 from var_moe.errors import UsageError
@@ -14,31 +16,6 @@ from var_moe.optimization.results import Evaluation
 from var_moe.optimization.samplers import SkoptSampler
 from var_moe.optimization.search_space import point_key, starting_points
 from var_moe.optimization.trial_log import LOG_NAME
-
-CALLS = 8
-STARTUP = 5
-
-
-def search(objective, n_calls=CALLS, **more):
-    more = {"seed": 5, "verbose": False, "n_startup": STARTUP, **more}
-    return bayesian_optimization(objective, SMALL_SPACE, n_calls, **more)
-
-
-def kept(result):
-    """Evaluations without the times, which differ between runs."""
-    return [e.replace(seconds=0.0, suggestion_seconds=0.0) for e in result.evaluations]
-
-
-def load(folder):
-    storage = optuna.storages.JournalStorage(
-        optuna.storages.journal.JournalFileBackend(str(folder / "optuna_study.log"))
-    )
-    return optuna.load_study(storage=storage, study_name="var_moe")
-
-
-@pytest.fixture(scope="module")
-def unbroken():
-    return search(SmallObjective())
 
 
 def test_the_documented_call():
@@ -65,7 +42,8 @@ def test_the_process_finds_a_feasible_point_that_beats_the_default():
     assert any(e.feasible is False for e in result.evaluations)
 
 
-def test_the_model_is_used_and_its_time_is_told(unbroken):
+def test_the_model_is_used_and_its_time_is_told():
+    unbroken = analytic.unbroken()
     assert unbroken.extra["suggestion_seconds"] == pytest.approx(
         sum(e.suggestion_seconds for e in unbroken.evaluations)
     )
@@ -152,7 +130,7 @@ def test_a_logarithmic_scale_is_searched_as_such(kind, low, high, tmp_path):
 
     options = {"seed": 5, "verbose": False, "n_startup": 5, "storage": tmp_path / LOG_NAME}
     bayesian_optimization(objective, space, 10, **options)
-    (distribution,) = load(tmp_path).trials[-1].distributions.values()
+    (distribution,) = load(tmp_path / LOG_NAME).trials[-1].distributions.values()
     assert distribution.log
     near = [low * 10 < value < low * 1000 for value in seen]
     assert sum(near[5:]) >= 3  # on a linear scale that is a thousandth of the range
@@ -230,7 +208,7 @@ def test_skopt_searches_a_logarithmic_scale_as_such():
             Evaluation(params={"tau": low * 10**i}, score=-float((i - 2) ** 2)) for i in range(7)
         ]
         if kind == "float":
-            done = [e.replace(params={"tau": float(e.params["tau"])}) for e in done]
+            done = [replace(e, params={"tau": float(e.params["tau"])}) for e in done]
         point = sampler.by_model(SimpleNamespace(number=len(done), evaluations=done))
         assert low * 10 < point["tau"] < low * 1000
         assert type(point["tau"]) is (float if kind == "float" else int)

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -95,7 +96,7 @@ def test_a_rich_evaluation_without_what_the_search_needs_has_failed(changes):
     class Broken(SmallObjective):
         def evaluate(self, params):
             good = rich_evaluation(params, degradation=0.001, speedup=1.2, bound=0.01)
-            return good.replace(**changes)
+            return replace(good, **changes)
 
     evaluation = run_evaluation(Broken(), {"x": 0.5})
     assert (evaluation.state, evaluation.score) == ("failed", None)

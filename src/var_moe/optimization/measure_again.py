@@ -294,13 +294,12 @@ def conclude(
     if best is None:
         answer = nearest_answer(last.nearest, limit, output)
         extra["nearest_miss"] = last.nearest.to_dict()
-        result = result.replace(best_score=last.nearest.score, extra=extra)
+        result = replace(result, best_score=last.nearest.score, extra=extra)
     else:
         default = next((one for one in last.presets if one.name == "balanced"), None)
         answer = best_answer(best, default, limit, top_k)
-        result = result.replace(
-            best_params=best.config.as_best_params(), best_score=best.score, extra=extra
-        )
+        params = best.config.as_best_params()
+        result = replace(result, best_params=params, best_score=best.score, extra=extra)
     metadata = {
         **metadata,
         "remeasured": [one.to_dict() for one in last.measured],
@@ -357,7 +356,7 @@ def unfinished(
     except BaseException as error:
         why = str(error) or "the last measurement was interrupted"
         rows = [one.to_dict() for one in last.measured]
-        saved = result.replace(extra={**result.extra, UNFINISHED: why})
+        saved = replace(result, extra={**result.extra, UNFINISHED: why})
         known = {**metadata, "remeasured": rows, "answer": f"Not finished: {why}"}
         save_optimization_results(saved, output, metadata=known)
         if isinstance(error, VarMoeError) or not isinstance(error, Exception):

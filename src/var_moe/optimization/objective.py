@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from var_moe.calibration.profile import RoutingProfile
@@ -175,7 +176,7 @@ class PolicyObjective:
         if best is not None:
             extra.pop("nearest_miss", None)
             params = best.config.as_best_params()
-            return result.replace(best_params=params, best_score=best.score, extra=extra)
+            return replace(result, best_params=params, best_score=best.score, extra=extra)
         near = last.nearest
         log.warning(
             "All configurations violate the constraint: the smallest degradation is %+.2f%%, "
@@ -185,7 +186,7 @@ class PolicyObjective:
         )
         extra["nearest_miss"] = near.to_dict()
         params = self.default.as_best_params()
-        return result.replace(best_params=params, best_score=near.score, extra=extra)
+        return replace(result, best_params=params, best_score=near.score, extra=extra)
 
 
 def searched_compensations(

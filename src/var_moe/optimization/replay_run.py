@@ -15,7 +15,7 @@ from var_moe.errors import UsageError
 from var_moe.evaluation.cost import CostModel, fit_cost_model
 from var_moe.evaluation.evaluator import Progress
 from var_moe.optimization.forecast import Floats, Forecast, ForecastGrid
-from var_moe.optimization.methods import replay_search
+from var_moe.optimization.methods import SearchOptions, replay_search
 from var_moe.optimization.objective import PolicyObjective
 from var_moe.optimization.preparation import PreparedSearch
 from var_moe.optimization.replay_sampler import Forecasts, ReplaySampler, pool_points, shares_work
@@ -30,7 +30,6 @@ from var_moe.optimization.search_space import (
 )
 from var_moe.optimization.selection import FrontPoint, feasible_front
 from var_moe.optimization.settings import TuneSettings, not_replayable
-from var_moe.optimization.study import SearchOptions
 from var_moe.storage import atomic_write_json, read_json
 from var_moe.tracing.policies import Replayer, replayer_of
 from var_moe.tracing.record import record_trace

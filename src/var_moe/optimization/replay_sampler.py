@@ -24,7 +24,7 @@ from var_moe.optimization.forecast import (
     feasible_improvement,
 )
 from var_moe.optimization.results import Evaluation
-from var_moe.optimization.samplers import PointSampler, Request
+from var_moe.optimization.samplers import PointSampler
 from var_moe.optimization.search_space import (
     Choice,
     Dimension,
@@ -36,6 +36,7 @@ from var_moe.optimization.search_space import (
     stand_in_of,
     starting_points,
 )
+from var_moe.optimization.trials import Trials
 
 POOL_GROUPS, POOL_CONFIDENCES, POOL_REST = 48, 8, 6
 """VAR's pool: groups of points that share the cache's settings; confidence thresholds in each
@@ -149,21 +150,21 @@ class ReplaySampler(PointSampler):
             mean[own], deviation[own] = correction.predict(sizes[own])
         return mean, deviation
 
-    def point(self, request: Request) -> Params | None:
+    def point(self, trials: Trials) -> Params | None:
         """The point with the highest expected gain; None where every point decides as one that
         is evaluated."""
-        caution = CAUTION[request.number % len(CAUTION)]
-        limit = self._bound - caution * _text_error(request.evaluations, self._bound)
-        tried = {stand_in_of(point) for point in request.points}
+        caution = CAUTION[trials.number % len(CAUTION)]
+        limit = self._bound - caution * _text_error(trials.evaluations, self._bound)
+        tried = {stand_in_of(point) for point in trials.points}
         # Every compensation is evaluated, whatever the forecasts say: a wrong one is corrected.
         pool = [point for point in self.pool if stand_in_of(point) not in tried] or self.pool
-        gain = self._gain(pool, request, limit)
+        gain = self._gain(pool, trials, limit)
         points = pool
         if self._local:
             nearest = [pool[i] for i in np.argsort(-gain, kind="stable")[:_AROUND]]
-            rng = np.random.default_rng([self.seed, 6, request.number])
+            rng = np.random.default_rng([self.seed, 6, trials.number])
             points = [*pool, *neighbours(self.dims, nearest, rng)]
-            gain = self._gain(points, request, limit)
+            gain = self._gain(points, trials, limit)
         best = int(np.argmax(gain))
         return points[best] if np.isfinite(gain[best]) else None
 
@@ -212,11 +213,11 @@ class ReplaySampler(PointSampler):
         best = int(np.argmax(gain))
         return points[best] if gain[best] >= _WORTH else None
 
-    def _gain(self, points: Sequence[Params], request: Request, limit: float) -> Floats:
+    def _gain(self, points: Sequence[Params], trials: Trials, limit: float) -> Floats:
         """Expected feasible improvement of each; minus infinity for what is known. (M,)"""
-        evaluations = request.evaluations
+        evaluations = trials.evaluations
         forecasts = self._forecasts.of(points)
-        seen = self._forecasts.of(request.points)
+        seen = self._forecasts.of(trials.points)
         mean, deviation = self.predict(points, evaluations)
         score = column(forecasts, "score")
         kept = [
@@ -231,7 +232,7 @@ class ReplaySampler(PointSampler):
         gain -= 1e-9 * np.exp(mean)
         executed, learned = column(forecasts, "experts_per_token"), column(forecasts, "learned_pct")
         stand_ins = np.array([str(stand_in_of(point)) for point in points])
-        for one, known in zip(seen, request.points, strict=True):  # what decides alike counts once
+        for one, known in zip(seen, trials.points, strict=True):  # what decides alike counts once
             alike = stand_ins == str(stand_in_of(known))
             alike &= np.abs(executed - one.experts_per_token) < _ALIKE
             gain[alike & (np.abs(learned - one.learned_pct) < _ALIKE)] = -np.inf

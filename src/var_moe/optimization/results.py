@@ -96,10 +96,6 @@ class Evaluation:
         """Whether it may win: complete, and not known to break the bound."""
         return not self.failed and self.score is not None and self.feasible is not False
 
-    def replace(self, **changes: Any) -> Evaluation:
-        """A copy with `changes`."""
-        return dataclasses.replace(self, **changes)
-
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values; a number that JSON has no word for becomes None."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -168,10 +164,6 @@ class OptimizationResult:
     def num_evaluations(self) -> int:
         """How many evaluations there are, failed ones included."""
         return len(self.evaluations)
-
-    def replace(self, **changes: Any) -> OptimizationResult:
-        """A copy with `changes`, for example a best configuration that was re-measured."""
-        return dataclasses.replace(self, **changes)
 
 
 def documented_score(

@@ -11,14 +11,18 @@ from typing import TYPE_CHECKING, Any
 from var_moe.errors import UsageError
 from var_moe.evaluation.evaluator import Progress
 from var_moe.optimization.measure_again import LastMeasurement, TuneOutcome, conclude, unfinished
-from var_moe.optimization.methods import bayesian_optimization, grid_search, random_search
+from var_moe.optimization.methods import (
+    SearchOptions,
+    bayesian_optimization,
+    grid_search,
+    random_search,
+)
 from var_moe.optimization.preparation import PreparedSearch, prepare
 from var_moe.optimization.replay_run import ReplaySearch, replay_metadata, search_by_replay
 from var_moe.optimization.results import RESULTS_FILE, OptimizationResult
 from var_moe.optimization.search_space import point_count
 from var_moe.optimization.selection import PARETO_FILE, save_front
 from var_moe.optimization.settings import TuneSettings
-from var_moe.optimization.study import SearchOptions
 from var_moe.optimization.summary import profile_notes, search_notes
 from var_moe.optimization.trial_log import check_storage, has_search, shown
 from var_moe.storage import alone_in

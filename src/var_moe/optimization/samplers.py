@@ -14,8 +14,6 @@ import time
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -29,7 +27,6 @@ from optuna.distributions import (
 from optuna.samplers import BaseSampler, GPSampler
 from optuna.trial import FrozenTrial
 
-from var_moe.optimization.results import Evaluation
 from var_moe.optimization.search_space import (
     Choice,
     Dimension,
@@ -46,9 +43,6 @@ from var_moe.optimization.trials import Trials
 
 _LOG = logging.getLogger(__name__)
 
-STARTUP_SHARE = 4
-STARTUP_RANGE = (5, 10)
-
 # Below this many completed evaluations a process has nothing to fit.
 _MIN_COMPLETE = 2
 # Integers with more values than this are continuous to the process, see `_RelaxedGP`.
@@ -57,46 +51,6 @@ _FEW_VALUES = 32
 
 class NothingLeftError(Exception):
     """No point that is left is worth an evaluation."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What a point is asked for.
-
-    Args:
-        number: of the evaluation, from 0.
-        evaluations: the finished ones, by their numbers.
-        running: points that other processes are at work on.
-        study, trial: Optuna's own.
-    """
-
-    number: int
-    evaluations: Sequence[Evaluation]
-    running: Sequence[Params]
-    study: optuna.Study
-    trial: FrozenTrial
-
-    @classmethod
-    def of(cls, study: optuna.Study, trial: FrozenTrial) -> Request:
-        """What a trial of a study asks for."""
-        now = Trials.of(study)
-        return cls(
-            number=now.numbers.get(trial.number, trial.number),
-            evaluations=now.evaluations,
-            running=[dict(one.params) for one in now.running if one.number != trial.number],
-            study=study,
-            trial=trial,
-        )
-
-    @cached_property
-    def points(self) -> list[Params]:
-        """All points that are evaluated or under way."""
-        return [*(e.params for e in self.evaluations), *self.running]
-
-    @cached_property
-    def seen(self) -> set[object]:
-        """Their identities."""
-        return {point_key(point) for point in self.points}
 
 
 class PointSampler(BaseSampler):
@@ -114,11 +68,11 @@ class PointSampler(BaseSampler):
         self.space, self.seed = space, seed
         self.dims = dimensions(space)
         self.seconds = 0.0  # that the last proposal took
-        self.request: Request | None = None  # for it
+        self.trials: Trials | None = None  # that it saw
 
     @abstractmethod
-    def point(self, request: Request) -> Params | None:
-        """The point to evaluate; None where nothing that is left is worth it."""
+    def point(self, trials: Trials) -> Params | None:
+        """The point of evaluation `trials.number`; None where nothing that is left is worth it."""
 
     def seed_for(self, number: int) -> int:
         """The seed of evaluation `number`: with it alone a model that is made anew for each
@@ -131,7 +85,7 @@ class PointSampler(BaseSampler):
         Raises:
             NothingLeftError: there is none.
         """
-        self.request, self.seconds = None, 0.0
+        self.trials, self.seconds = None, 0.0
         point: Params = {}
         for d in self.dims:
             if isinstance(d, Choice):
@@ -145,16 +99,14 @@ class PointSampler(BaseSampler):
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        """All names: points are proposed as a whole."""
         return {d.name: _distribution(d) for d in self.dims}
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Optuna's question for a point."""
         started = time.perf_counter()
-        self.request = Request.of(study, trial)
-        point = self.point(self.request)
+        self.trials = Trials.of(study, trial)
+        point = self.point(self.trials)
         self.seconds = time.perf_counter() - started
         if point is None:
             raise NothingLeftError
@@ -167,7 +119,6 @@ class PointSampler(BaseSampler):
         param_name: str,
         param_distribution: BaseDistribution,
     ) -> Any:
-        """For a name that `point` left out."""
         raise ValueError(f"{type(self).__name__}: proposed a point without {param_name!r}")
 
 
@@ -193,9 +144,8 @@ class NumberedSampler(PointSampler):
         super().__init__(space, seed=0)
         self._points = points
 
-    def point(self, request: Request) -> Params:
-        """The point of that number, whatever was evaluated."""
-        return self._points(request.number)
+    def point(self, trials: Trials) -> Params:
+        return self._points(trials.number)
 
 
 class GuidedSampler(PointSampler):
@@ -226,61 +176,55 @@ class GuidedSampler(PointSampler):
     ) -> None:
         super().__init__(space, seed=seed)
         if n_startup is None:
-            low, high = STARTUP_RANGE
-            n_startup = min(high, max(low, total // STARTUP_SHARE))
+            n_startup = min(10, max(5, total // 4))
         points = distinct([*starting_points(space), *check_enqueue(space, enqueue)])
         while len(points) < n_startup:
             points.append(fresh_sample(space, seed, len(points), points))
         self.start = points
 
     @abstractmethod
-    def by_model(self, request: Request) -> Params | None:
+    def by_model(self, trials: Trials) -> Params | None:
         """The model's point for it; None where it has nothing to go by."""
 
-    def point(self, request: Request) -> Params:
+    def point(self, trials: Trials) -> Params:
         """The next starting point, the model's, or a random one in its place."""
-        if request.number < len(self.start):
-            return self.start[request.number]
+        if trials.number < len(self.start):
+            return self.start[trials.number]
         point = None
-        complete = sum(not e.failed for e in request.evaluations)
-        if complete >= _MIN_COMPLETE and not request.evaluations[-1].failed:
+        complete = sum(not e.failed for e in trials.evaluations)
+        if complete >= _MIN_COMPLETE and not trials.evaluations[-1].failed:
             try:
-                point = self.by_model(request)
+                point = self.by_model(trials)
             except Exception:
                 # A process that cannot be fitted would fail again on every resume.
                 _LOG.warning(
-                    "no proposal for evaluation %d; drawn at random", request.number, exc_info=True
+                    "no proposal for evaluation %d; drawn at random", trials.number, exc_info=True
                 )
-        if point is None or point_key(point) in request.seen:
-            return fresh_sample(self.space, self.seed, request.number, request.points)
+        if point is None or point_key(point) in trials.seen:
+            return fresh_sample(self.space, self.seed, trials.number, trials.points)
         return point
 
 
 def check_enqueue(space: SearchSpace, points: Sequence[Mapping[str, Any]]) -> list[Params]:
     """The caller's own first points, checked against the space."""
-    return [
-        check_point(space, point, what=f"enqueue[{place}]") for place, point in enumerate(points)
-    ]
+    return [check_point(space, one, what=f"enqueue[{place}]") for place, one in enumerate(points)]
 
 
 class GPPointSampler(GuidedSampler):
     """Optuna's Gaussian process, with the bound as a constraint."""
 
-    def by_model(self, request: Request) -> Params | None:
+    def by_model(self, trials: Trials) -> Params | None:
         """A new sampler's each time: it has no memory that a resumed search would lack."""
-        model = self.model(self.seed_for(request.number))
-        space = model.infer_relative_search_space(request.study, request.trial)
-        values = model.sample_relative(request.study, request.trial, space)
-        return {d.name: values.get(d.name, d.default) for d in self.dims} if values else None
-
-    def model(self, seed: int) -> BaseSampler:
-        """The sampler that is asked."""
-        return _RelaxedGP(
-            seed=seed,
+        assert trials.asking is not None
+        model = _RelaxedGP(
+            seed=self.seed_for(trials.number),
             n_startup_trials=_MIN_COMPLETE,
             deterministic_objective=False,
             warn_independent_sampling=False,
         )
+        space = model.infer_relative_search_space(trials.study, trials.asking)
+        values = model.sample_relative(trials.study, trials.asking, space)
+        return {d.name: values.get(d.name, d.default) for d in self.dims} if values else None
 
 
 class _RelaxedGP(GPSampler):
@@ -293,7 +237,6 @@ class _RelaxedGP(GPSampler):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Optuna's, with most integers relaxed."""
         relaxed = {
             name: FloatDistribution(d.low, d.high, log=d.log)
             for name, d in search_space.items()
@@ -311,7 +254,7 @@ class SkoptSampler(GuidedSampler):
     acquisitions evenly.
     """
 
-    def by_model(self, request: Request) -> Params | None:
+    def by_model(self, trials: Trials) -> Params | None:
         """The optimizer's point; points that are under way do not count."""
         from skopt import Optimizer
 
@@ -323,9 +266,9 @@ class SkoptSampler(GuidedSampler):
             base_estimator="GP",
             n_initial_points=0,
             acq_func="gp_hedge",
-            random_state=self.seed_for(request.number),
+            random_state=self.seed_for(trials.number),
         )
-        complete = [e for e in request.evaluations if not e.failed]
+        complete = [e for e in trials.evaluations if not e.failed]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its own notes on repeats, which are handled here
             optimizer.tell(

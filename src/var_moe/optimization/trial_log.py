@@ -6,7 +6,6 @@ storage of Optuna is named by its URL. Both can be read by Optuna's own tools.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -34,7 +33,6 @@ _LOG = logging.getLogger(__name__)
 
 LOG_NAME = "optuna_study.log"
 STUDY_NAME = "var_moe"
-_EARLIER_LOG = "trials.jsonl"  # of versions before Optuna kept all trials
 
 _HEADER = "header"  # user attribute of a study
 _HEADER_SECONDS = 5.0  # from the creation of a study until its header is written, at the most
@@ -62,53 +60,40 @@ class SearchHeader:
     space: dict[str, Any]
     settings: dict[str, Any]
 
-    @property
-    def known_seed(self) -> int:
-        """The seed of a search that has begun."""
-        if self.seed is None:
-            raise ValueError("the search has not begun: its seed is not chosen yet")
-        return self.seed
-
-    def begun(self) -> SearchHeader:
-        """This header with a seed: a fresh one where none was given."""
-        seed = self.seed
-        if seed is None:
-            seed = int(np.random.SeedSequence().generate_state(1)[0])
-        return replace(self, seed=seed)
-
-    def resumed_from(self, stored: SearchHeader, *, source: str) -> SearchHeader:
-        """The stored header, when this one asks for the same search.
+    def check_same(self, stored: SearchHeader, *, source: str) -> None:
+        """Refuse to go on with another search than the stored one.
 
         Raises:
             UsageError: names the first field that differs, with both values.
         """
-        now, then = _flat(jsonable(asdict(self))), _flat(jsonable(asdict(stored)))
-        for name in sorted({**then, **now}, key=_telling):
-            if name == "total" or (name == "seed" and self.seed is None):
+        now, then = self._facts(), stored._facts()
+        for name in {**then, **now}:
+            if name == "seed" and self.seed is None:
                 continue
             if now.get(name) != then.get(name):
                 raise UsageError(
                     f"{source}: this search was begun with {name} = {then.get(name)!r}, now "
                     f"{now.get(name)!r}; resume with the same settings or choose another folder"
                 )
-        return stored
+
+    def _facts(self) -> dict[str, Any]:
+        """What must be the same, by dotted names; what says best how two differ comes first."""
+        facts = {
+            "settings": self.settings,
+            "space (names)": list(self.space),  # their order counts as well
+            "space": self.space,
+            "method": self.method,
+            "seed": self.seed,
+        }
+        return dict(_flat(jsonable(facts)))
 
 
-def _telling(name: str) -> tuple[bool, bool]:
-    """What says best how two searches differ comes first: settings, then the names of a space."""
-    return (not name.startswith("settings."), name != "space (names)")
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted names; the order of the names counts as well."""
-    flat: dict[str, Any] = {}
-    for name, item in value.items():
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, item in values.items():
         if isinstance(item, Mapping):
-            flat.update(_flat(item, f"{prefix}{name}."))
-            flat[f"{prefix}{name} (names)"] = list(item)
+            yield from _flat(item, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = item
-    return flat
+            yield prefix + name, item
 
 
 def read_header(study: optuna.Study) -> SearchHeader | None:
@@ -180,14 +165,12 @@ def check_storage(storage: Storage, *, resume: bool) -> None:
     """Refuse, before any work is done, what can't be searched in.
 
     Raises:
-        UsageError: a database can't be used or holds a search that is not resumed, or the search
-            in a folder is of an earlier version.
+        UsageError: a file can't be written; a database can't be used, or holds a search that is
+            not resumed.
     """
     path = _path(storage)
     if path is not None:
         check_output_folder(path.parent)
-        if resume:
-            _refuse_earlier(path)
     elif has_search(storage) and not resume:
         raise _in_use(shown(storage))
 
@@ -252,10 +235,14 @@ def _begun(study: optuna.Study, header: SearchHeader, where: str, *, created: bo
         created = time.monotonic() > deadline  # its creator is gone
         time.sleep(0.05)
     if created:
-        write_header(study, header.begun())
+        seed = header.seed
+        if seed is None:
+            seed = int(np.random.SeedSequence().generate_state(1)[0])
+        write_header(study, replace(header, seed=seed))
         stored = read_header(study)
     assert stored is not None
-    return header.resumed_from(stored, source=where)
+    header.check_same(stored, source=where)
+    return stored
 
 
 @contextmanager
@@ -292,18 +279,15 @@ def _database(url: str) -> optuna.storages.BaseStorage:
     for attempt in (1, 2, 3):
         try:
             return RDBStorage(url, engine_kwargs=options)
-        except ImportError as error:
-            raise UsageError(
-                f"storage {shown(url)}: its driver is not installed ({_reason(error)})"
-            ) from error
         except Exception as error:
             # Of two that make the tables of a new database at once, one fails.
             raced = isinstance(error, IntegrityError) or "exists" in str(error)
-            if attempt == 3 or not raced:
-                raise UsageError(
-                    f"storage {shown(url)}: can't be used ({_reason(error)})"
-                ) from error
-            time.sleep(1.0)
+            if attempt < 3 and raced:
+                time.sleep(1.0)
+                continue
+            missing = isinstance(error, ImportError)
+            fault = "its driver is not installed" if missing else "can't be used"
+            raise UsageError(f"storage {shown(url)}: {fault} ({_reason(error)})") from error
     raise AssertionError
 
 
@@ -316,9 +300,7 @@ def _file(path: Path, *, resume: bool) -> optuna.storages.BaseStorage:
     check_output_folder(path.parent)
     if path.is_dir():
         raise UsageError(f"{path}: is a folder; expected a file")
-    if resume:
-        _refuse_earlier(path)
-    elif path.is_file() and path.stat().st_size > 0:
+    if not resume and has_search(path):
         if _at_work(path):
             raise UsageError(
                 f"{path}: another run is using it; join it by resume (--resume), wait for it, or "
@@ -335,15 +317,6 @@ def _file(path: Path, *, resume: bool) -> optuna.storages.BaseStorage:
             f"{path}: damaged, or not a study of this version ({type(error).__name__}: {error}); "
             "start anew without resume"
         ) from error
-
-
-def _refuse_earlier(path: Path) -> None:
-    earlier = path.with_name(_EARLIER_LOG)
-    if not path.exists() and earlier.exists():
-        raise UsageError(
-            f"{earlier}: the search of an earlier version of var_moe, which can't be gone on "
-            "with; start anew without resume"
-        )
 
 
 def _journal(path: Path) -> optuna.storages.BaseStorage:
@@ -384,19 +357,11 @@ def _at_work(path: Path) -> bool:
 
 def _cut_torn_line(path: Path, log: IO[bytes]) -> None:
     """Cut off a last line that a kill or a crash left unfinished, or the next would be joined."""
-    size, last = log.seek(0, os.SEEK_END), b""
-    while size > len(last) and b"\n" not in last[:-1]:
-        log.seek(-min(size, 2 * len(last) + 4096), os.SEEK_END)
-        last = log.read(size)
-    last = last[last.rfind(b"\n", 0, -1) + 1 :]
-    if last and not _is_whole(last):
-        log.truncate(size - len(last))
-        os.fsync(log.fileno())
-        _LOG.warning("%s: the last line was torn by an interruption and is left out", path)
-
-
-def _is_whole(line: bytes) -> bool:
-    with suppress(ValueError):
-        json.loads(line)
-        return line.endswith(b"\n")
-    return False
+    size = log.seek(0, os.SEEK_END)
+    log.seek(max(0, size - 1))
+    if log.read(1) in (b"", b"\n"):
+        return
+    log.seek(0)
+    log.truncate(log.read().rfind(b"\n") + 1)
+    os.fsync(log.fileno())
+    _LOG.warning("%s: the last line was torn by an interruption and is left out", path)

@@ -15,14 +15,13 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 from var_moe.optimization.results import Evaluation
-from var_moe.optimization.search_space import Params
+from var_moe.optimization.search_space import Params, point_key
 from var_moe.optimization.selection import Z_95
 
 if TYPE_CHECKING:
@@ -36,31 +35,30 @@ AGAIN = "again"
 VOID = "void"
 """Why a trial stands for no evaluation: another process had taken the last one, for instance."""
 
-CONSTRAINT = "degradation"
-"""Name of the constraint: degradation - max_degradation, feasible at zero and below."""
-
-UPPER_CONSTRAINT = "degradation_upper"
-"""The same with a margin: 95% of the error of a difference between two texts of this size."""
-
 BEAT_SECONDS, LOST_SECONDS = 60.0, 300.0
 """How often a process says that it is at work on a trial, and after what silence it is lost."""
 
-_CLAIM_SECONDS = 10.0  # from a trial's start until its process has said so, at the most
-
-_parsed: WeakKeyDictionary[optuna.Study, dict[int, Evaluation]] = WeakKeyDictionary()
+_CLAIM = timedelta(seconds=10)  # from a trial's start until its process has said so, at the most
 
 
 @dataclass(frozen=True)
 class Trials:
-    """All trials of a study at one moment."""
+    """All trials of a study at one moment.
 
+    Args:
+        study: the study.
+        trials: its trials.
+        asking: the trial that a point is wanted for, where one is.
+    """
+
+    study: optuna.Study
     trials: list[FrozenTrial]
-    known: dict[int, Evaluation]  # parsed before, by trial
+    asking: FrozenTrial | None = None
 
     @classmethod
-    def of(cls, study: optuna.Study) -> Trials:
+    def of(cls, study: optuna.Study, asking: FrozenTrial | None = None) -> Trials:
         """As they are now."""
-        return cls(study.get_trials(deepcopy=False), _parsed.setdefault(study, {}))
+        return cls(study, study.get_trials(deepcopy=False), asking)
 
     @cached_property
     def numbers(self) -> dict[int, int]:
@@ -81,6 +79,12 @@ class Trials:
         return numbers
 
     @property
+    def number(self) -> int:
+        """The number of the evaluation that a point is wanted for."""
+        assert self.asking is not None
+        return self.numbers.get(self.asking.number, self.asking.number)
+
+    @property
     def taken(self) -> int:
         """Evaluations that are finished or under way, or have yet to be made again."""
         return len(set(self.numbers.values()))
@@ -88,20 +92,17 @@ class Trials:
     @cached_property
     def evaluations(self) -> list[Evaluation]:
         """The finished ones, by their numbers."""
-        finished = []
-        for trial in self.trials:
-            number = self.numbers.get(trial.number)
-            if number is None or EVALUATION not in trial.user_attrs:
-                continue
-            if trial.state.is_finished():
-                finished.append((number, self._evaluation(trial)))
-        return [evaluation for _, evaluation in sorted(finished, key=lambda pair: pair[0])]
-
-    def _evaluation(self, trial: FrozenTrial) -> Evaluation:
-        if trial.number not in self.known:
-            stored, source = trial.user_attrs[EVALUATION], f"trial {trial.number}"
-            self.known[trial.number] = Evaluation.from_dict(stored, source=source)
-        return self.known[trial.number]
+        finished = [
+            trial
+            for trial in self.trials
+            if trial.number in self.numbers
+            and EVALUATION in trial.user_attrs
+            and trial.state.is_finished()
+        ]
+        return [
+            Evaluation.from_dict(trial.user_attrs[EVALUATION], source=f"trial {trial.number}")
+            for trial in sorted(finished, key=lambda trial: self.numbers[trial.number])
+        ]
 
     @property
     def waiting(self) -> bool:
@@ -113,15 +114,17 @@ class Trials:
         """Trials under way."""
         return [trial for trial in self.trials if trial.state.name == "RUNNING"]
 
-    def points(self, *, but: int) -> list[Params]:
-        """Points that are evaluated or under way, but for that of a trial."""
-        return [
-            dict(trial.params)
-            for trial in self.trials
-            if trial.number != but
-            and trial.params
-            and (EVALUATION in trial.user_attrs or trial.state.name == "RUNNING")
-        ]
+    @cached_property
+    def points(self) -> list[Params]:
+        """Points that are evaluated, then those under way, but for the asking trial's."""
+        asking = self.asking and self.asking.number
+        under_way = [t.params for t in self.running if t.params and t.number != asking]
+        return [*(e.params for e in self.evaluations), *under_way]
+
+    @cached_property
+    def seen(self) -> set[object]:
+        """Their identities."""
+        return {point_key(point) for point in self.points}
 
     @property
     def lost(self) -> list[FrozenTrial]:
@@ -138,16 +141,18 @@ class Trials:
 
 
 def constraints(evaluation: Evaluation, bound: float | None) -> dict[str, float]:
-    """Distances of a trial from the bound, feasible at zero and below."""
+    """Distances of a trial from the bound, feasible at zero and below.
+
+    The second one has a margin: who wins is decided on other text, by the upper bound there, and
+    a search that only minds its own estimate proposes what then fails.
+    """
     if bound is None or evaluation.failed or evaluation.degradation is None:
         return {}
-    distances = {CONSTRAINT: evaluation.degradation - bound}
-    # Who wins is decided on other text, by the upper bound there: a search that only minds its
-    # own estimate proposes what then fails.
-    if evaluation.degradation_se is not None:
-        margin = Z_95 * math.sqrt(2) * evaluation.degradation_se
-        distances[UPPER_CONSTRAINT] = distances[CONSTRAINT] + margin
-    return distances
+    distance = evaluation.degradation - bound
+    if evaluation.degradation_se is None:
+        return {"degradation": distance}
+    margin = Z_95 * math.sqrt(2) * evaluation.degradation_se  # of a difference between two texts
+    return {"degradation": distance, "degradation_upper": distance + margin}
 
 
 def told_value(evaluation: Evaluation) -> float:
@@ -158,14 +163,12 @@ def told_value(evaluation: Evaluation) -> float:
     would flatten the range that matters.
     """
     if evaluation.feasible is None:
-        value = evaluation.score
+        values = [evaluation.score]
     elif evaluation.feasible:
-        value = evaluation.speedup
+        values = [evaluation.speedup]
     else:
-        value = evaluation.predicted_speedup
-        if value is None or not math.isfinite(value):
-            value = evaluation.speedup
-    return value if value is not None and math.isfinite(value) else 1.0
+        values = [evaluation.predicted_speedup, evaluation.speedup]
+    return next((one for one in values if one is not None and math.isfinite(one)), 1.0)
 
 
 def close(study: optuna.Study, number: int, evaluation: Evaluation | None) -> None:
@@ -180,20 +183,15 @@ def close(study: optuna.Study, number: int, evaluation: Evaluation | None) -> No
             study.tell(number, told_value(evaluation), skip_if_finished=True)
 
 
-_runs: set[str] = set()  # searches at work in this process
+RUNS: set[str] = set()
+"""Searches at work in this process."""
 
 
 def worker(run: str) -> dict[str, Any]:
     """What a trial's `WORKER` says: who is at work on it, and when that was known last."""
-    _runs.add(run)
     pid = os.getpid()
     process = {"machine": _machine(), "pid": pid, "started": _started(pid)}
     return {**process, "run": run, "beat": time.time()}
-
-
-def has_ended(run: str) -> None:
-    """Say that a search in this process is over."""
-    _runs.discard(run)
 
 
 def is_lost(trial: FrozenTrial) -> bool:
@@ -205,16 +203,11 @@ def is_lost(trial: FrozenTrial) -> bool:
     told: Mapping[str, Any] | None = trial.user_attrs.get(WORKER)
     if told is None:
         begun = trial.datetime_start
-        return begun is None or _age(begun) > _CLAIM_SECONDS
+        return begun is None or datetime.now(begun.tzinfo) - begun > _CLAIM
     if told["machine"] == _machine() and told["started"] is not None:
-        if told["pid"] == os.getpid() and told["started"] == _started(os.getpid()):
-            return str(told["run"]) not in _runs
-        return _started(int(told["pid"])) != str(told["started"])
+        ended = told["pid"] == os.getpid() or _started(told["pid"]) != told["started"]
+        return ended and told["run"] not in RUNS
     return bool(time.time() - told["beat"] > LOST_SECONDS)
-
-
-def _age(begun: datetime) -> float:
-    return (datetime.now(begun.tzinfo) - begun).total_seconds()
 
 
 @cache
@@ -227,22 +220,12 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """When a process was started, as its system says it; None where there is none, or no telling.
+    """When a process was started, which tells it from a later one of the same number.
 
-    It tells a process from a later one of the same number.
+    None where there is none, and where the system has no such table.
     """
-    if Path("/proc/self/stat").exists():
-        try:
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            return None
-        return None if fields[0] in "ZX" else fields[19]  # ended, if not yet forgotten
-    if os.name != "posix":
-        return None
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
         return None
-    except PermissionError:
-        pass
-    return ""
+    return None if fields[0] in "ZX" else fields[19]  # ended, if not yet forgotten

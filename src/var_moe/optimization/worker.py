@@ -12,31 +12,30 @@ import math
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import FrozenTrial
 
 from var_moe.errors import UsageError
 from var_moe.optimization.results import FAILED, Evaluation
 from var_moe.optimization.samplers import NothingLeftError, PointSampler
-from var_moe.optimization.search_space import Params, point_key
+from var_moe.optimization.search_space import point_key
 from var_moe.optimization.trial_log import read_header
 from var_moe.optimization.trials import (
     AGAIN,
     BEAT_SECONDS,
     EVALUATION,
+    RUNS,
     SCORE,
     VOID,
     WORKER,
     Trials,
     close,
     constraints,
-    has_ended,
     is_lost,
     worker,
 )
@@ -44,11 +43,6 @@ from var_moe.optimization.trials import (
 _LOG = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.5  # between two looks at what other processes have left
-
-_ERROR_LENGTH = 500
-
-
-BareObjective: TypeAlias = Callable[[dict[str, Any]], float]
 
 
 @runtime_checkable
@@ -67,7 +61,7 @@ class RichObjective(Protocol):
         ...
 
 
-Objective: TypeAlias = BareObjective | RichObjective
+Objective: TypeAlias = Callable[[dict[str, Any]], float] | RichObjective
 
 
 def bound_of(objective: Objective) -> float | None:
@@ -105,10 +99,10 @@ def run_evaluation(objective: Objective, params: Mapping[str, Any]) -> Evaluatio
         evaluation = _evaluate(objective, dict(params))
     except Exception as error:
         _LOG.debug("evaluation of %s failed", dict(params), exc_info=True)
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:_ERROR_LENGTH]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         evaluation = Evaluation(params=dict(params), state=FAILED, error=reason)
     # The point is the one asked for, even if the objective changed its dict.
-    return evaluation.replace(params=dict(params), seconds=time.perf_counter() - started)
+    return replace(evaluation, params=dict(params), seconds=time.perf_counter() - started)
 
 
 def _evaluate(objective: Objective, params: dict[str, Any]) -> Evaluation:
@@ -125,55 +119,29 @@ def _evaluate(objective: Objective, params: dict[str, Any]) -> Evaluation:
 def _checked(evaluation: Evaluation, bound: float) -> Evaluation:
     """A rich objective's evaluation, failed where what the search needs is not finite."""
     if evaluation.failed:
-        return evaluation.replace(score=None, error=evaluation.error or "no reason given")
-    for name in ("score", "degradation"):
+        return replace(evaluation, score=None, error=evaluation.error or "no reason given")
+    feasible = evaluation.degradation is not None and evaluation.degradation <= bound
+    for name in ("score", "degradation", *(["speedup"] if feasible else [])):
         value = getattr(evaluation, name)
         if value is None or not math.isfinite(value):
-            return evaluation.replace(
-                score=None, state=FAILED, error=f"{name} = {value}, which is not finite"
-            )
-    feasible = evaluation.degradation is not None and evaluation.degradation <= bound
-    if feasible and not _is_finite(evaluation.speedup):
-        return evaluation.replace(
-            score=None, state=FAILED, error=f"speedup = {evaluation.speedup} of a feasible point"
-        )
-    return evaluation.replace(feasible=feasible)
-
-
-def _is_finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
-
-
-ShouldStop: TypeAlias = Callable[[], bool]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Claim:
-    """A trial that this process is at work on, its point, and the sampler's seconds."""
-
-    trial: optuna.Trial
-    params: Params
-    seconds: float
+            error = f"{name} = {value}, which is not finite"
+            return replace(evaluation, score=None, state=FAILED, error=error)
+    return replace(evaluation, feasible=feasible)
 
 
 class Worker:
-    """One process's share of a study: it takes a trial, and tells what came of it.
+    """One process's share of a study, as a context manager.
 
     Optuna numbers trials without gaps and gives a waiting one to one process alone. Everything
     else is written first and looked at then: of two processes that did the same, both see it.
     """
 
     def __init__(
-        self,
-        study: optuna.Study,
-        sampler: PointSampler,
-        *,
-        bound: float | None,
-        stop: ShouldStop | None,
+        self, study: optuna.Study, sampler: PointSampler, objective: Objective, bound: float | None
     ) -> None:
-        self.study, self._sampler, self._bound = study, sampler, bound
+        self.study, self._sampler = study, sampler
         study.sampler = sampler
-        self._should_stop = stop
+        self._objective, self._bound = objective, bound
         self._run = uuid.uuid4().hex
         self._nothing_left = False
         self._trial: optuna.Trial | None = None
@@ -181,46 +149,62 @@ class Worker:
         self._pulse = threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> Worker:
+        RUNS.add(self._run)
         self._pulse.start()
         return self
 
     def __exit__(self, *_error: object) -> None:
         self._over.set()
         self._pulse.join()
-        has_ended(self._run)
+        RUNS.discard(self._run)
 
-    def claim(self) -> Claim | None:
-        """The next trial, with its point; None where the search is over, or is to stop.
+    def evaluations(self, stop: Callable[[], bool]) -> Iterator[Evaluation]:
+        """Each evaluation that this process makes, until none is left or it is to ``stop``.
 
         Where only other processes have something left, it waits for them: what one of them loses
         is evaluated here.
         """
-        while self._should_stop is None or not self._should_stop():
+        while not stop():
             now = self._mended()
             if (self._nothing_left or now.taken >= self._total) and not now.waiting:
                 if not now.running:
-                    return None
+                    return
                 time.sleep(_POLL_SECONDS)
                 continue
-            claim = self._ask()
-            if claim is not None:
-                return claim
-        return None
+            self._trial = trial = self.study.ask()
+            try:
+                evaluation = self._evaluated(trial)
+            except BaseException:
+                close(self.study, trial.number, None)  # whoever goes on makes it again
+                raise
+            finally:
+                self._trial = None
+            close(self.study, trial.number, evaluation)
+            if evaluation is not None:
+                yield evaluation
 
-    def evaluate(self, claim: Claim, objective: Objective) -> Evaluation | None:
-        """Evaluate a trial's point, and tell what came of it.
+    def _evaluated(self, trial: optuna.Trial) -> Evaluation | None:
+        """The evaluation of a trial, written into it; None where it stands for none.
 
-        The evaluation is written before the trial's state: a kill between the two is made good by
-        whoever goes on. None where another process had taken the trial for lost.
+        It is written before the trial's state: a kill between the two is made good by whoever
+        goes on.
         """
-        trial = claim.trial
+        trial.set_user_attr(WORKER, worker(self._run))
+        number = Trials.of(self.study).numbers.get(trial.number)
+        if number is None or number >= self._total:
+            trial.set_user_attr(VOID, "made again already" if number is None else "one too many")
+            return None
         try:
-            evaluation = run_evaluation(objective, claim.params)
-        except BaseException:
-            self._trial = None
-            close(self.study, trial.number, None)  # whoever goes on makes it again
-            raise
-        evaluation = evaluation.replace(suggestion_seconds=claim.seconds)
+            params = self._sampler.suggest(trial)
+        except NothingLeftError:
+            self._nothing_left = True
+            trial.set_user_attr(VOID, "nothing left that is worth it")
+            return None
+        if self._taken_meanwhile(trial, params):
+            self.study.enqueue_trial({}, user_attrs={AGAIN: trial.number})
+            return None
+        evaluation = run_evaluation(self._objective, params)
+        evaluation = replace(evaluation, suggestion_seconds=self._sampler.seconds)
         stored = evaluation.to_dict()
         try:
             for name, distance in constraints(evaluation, self._bound).items():
@@ -230,10 +214,14 @@ class Worker:
         except UpdateFinishedTrialError:
             _LOG.warning("trial %d was taken for lost and is made again", trial.number)
             return None
-        finally:
-            self._trial = None
-        close(self.study, trial.number, evaluation)
         return evaluation
+
+    def _taken_meanwhile(self, trial: optuna.Trial, params: Mapping[str, Any]) -> bool:
+        """Whether another process took the same point while this one was proposed."""
+        before = self._sampler.trials
+        if not self._sampler.once or before is None:
+            return False
+        return point_key(params) in Trials.of(self.study, before.asking).seen - before.seen
 
     @property
     def _total(self) -> int:
@@ -250,51 +238,12 @@ class Worker:
             close(self.study, trial.number, Evaluation.from_dict(stored) if stored else None)
         if dead:
             now = Trials.of(self.study)
-        lost = now.lost
-        for trial in lost:
-            self._again(trial)
-        return Trials.of(self.study) if lost else now
-
-    def _again(self, trial: FrozenTrial) -> None:
-        # A point that is not complete was never evaluated; it is proposed anew.
-        whole = set(trial.params) == {d.name for d in self._sampler.dims}
-        self.study.enqueue_trial(trial.params if whole else {}, user_attrs={AGAIN: trial.number})
-
-    def _ask(self) -> Claim | None:
-        """A trial and its point; None where it turned out to stand for no evaluation."""
-        self._trial = trial = self.study.ask()
-        try:
-            trial.set_user_attr(WORKER, worker(self._run))
-            number = Trials.of(self.study).numbers.get(trial.number)
-            if number is None or number >= self._total:
-                self._void(trial, "made again already" if number is None else "one too many")
-                return None
-            try:
-                params = self._sampler.suggest(trial)
-            except NothingLeftError:
-                self._nothing_left = True
-                self._void(trial, "nothing left that is worth it")
-                return None
-            if self._taken_meanwhile(trial, params):
-                self.study.enqueue_trial({}, user_attrs={AGAIN: trial.number})
-                close(self.study, trial.number, None)
-                return None
-        except BaseException:
-            close(self.study, trial.number, None)
-            raise
-        return Claim(trial=trial, params=params, seconds=self._sampler.seconds)
-
-    def _taken_meanwhile(self, trial: optuna.Trial, params: Params) -> bool:
-        """Whether another process took the same point while this one was proposed."""
-        request = self._sampler.request
-        if not self._sampler.once or request is None:
-            return False
-        others = Trials.of(self.study).points(but=trial.number)
-        return point_key(params) in {point_key(point) for point in others} - request.seen
-
-    def _void(self, trial: optuna.Trial, why: str) -> None:
-        trial.set_user_attr(VOID, why)
-        close(self.study, trial.number, None)
+        for trial in now.lost:
+            # A point that is not complete was never evaluated; it is proposed anew.
+            whole = set(trial.params) == {d.name for d in self._sampler.dims}
+            again = {AGAIN: trial.number}
+            self.study.enqueue_trial(trial.params if whole else {}, user_attrs=again)
+        return Trials.of(self.study) if now.lost else now
 
     def _beat(self) -> None:
         """Say from time to time that this process is still at work."""

@@ -7,44 +7,35 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import analytic
 import optuna
 import pytest
-from analytic import SMALL_SPACE, SmallObjective, rich_evaluation
+from analytic import (
+    CALLS,
+    SMALL_SPACE,
+    STARTUP,
+    SmallObjective,
+    kept,
+    load,
+    rich_evaluation,
+    search,
+    unbroken,
+)
 
 from var_moe.errors import UsageError
 from var_moe.optimization import worker as room
-from var_moe.optimization.methods import bayesian_optimization, random_search
+from var_moe.optimization.methods import random_search
 from var_moe.optimization.results import Evaluation
 from var_moe.optimization.search_space import point_key, sample
-from var_moe.optimization.trial_log import LOG_NAME, STUDY_NAME
+from var_moe.optimization.trial_log import LOG_NAME
 from var_moe.optimization.trials import told_value
-
-CALLS = 8
-STARTUP = 5
-
-
-def search(objective, n_calls=CALLS, **more):
-    more = {"seed": 5, "verbose": False, "n_startup": STARTUP, **more}
-    return bayesian_optimization(objective, SMALL_SPACE, n_calls, **more)
-
-
-def kept(result):
-    """Evaluations without the times, which differ between runs."""
-    return [e.replace(seconds=0.0, suggestion_seconds=0.0) for e in result.evaluations]
 
 
 def keys(result):
     return {point_key(e.params) for e in result.evaluations}
-
-
-def load(storage):
-    if "://" not in str(storage):
-        backend = optuna.storages.journal.JournalFileBackend(str(storage))
-        storage = optuna.storages.JournalStorage(backend)
-    return optuna.load_study(storage=storage, study_name=STUDY_NAME)
 
 
 @pytest.fixture
@@ -60,26 +51,21 @@ def storage(request, tmp_path):
     ]
 
 
-@pytest.fixture(scope="module")
-def unbroken():
-    return search(SmallObjective())
-
-
 @pytest.mark.parametrize("stop_at", [1, 4, 7])
-def test_a_resumed_search_equals_an_unbroken_one(stop_at, log, unbroken):
-    _stop_and_resume(stop_at, log, unbroken)
+def test_a_resumed_search_equals_an_unbroken_one(stop_at, log):
+    _stop_and_resume(stop_at, log)
 
 
-def test_a_search_in_a_database_is_resumed(tmp_path, unbroken):
-    _stop_and_resume(4, f"sqlite:///{tmp_path}/t.db", unbroken)
+def test_a_search_in_a_database_is_resumed(tmp_path):
+    _stop_and_resume(4, f"sqlite:///{tmp_path}/t.db")
 
 
-def _stop_and_resume(stop_at, storage, unbroken):
+def _stop_and_resume(stop_at, storage):
     with pytest.raises(KeyboardInterrupt):
         search(SmallObjective(stop_at=stop_at), storage=storage)
     rest = SmallObjective()
     resumed = search(rest, None, seed=None, storage=storage, resume=True)
-    assert kept(resumed) == kept(unbroken)
+    assert kept(resumed) == kept(unbroken())
     assert len(rest.seen) == CALLS - stop_at + 1
     assert len(keys(resumed)) == CALLS
     study = load(storage)
@@ -124,14 +110,14 @@ def test_a_trial_that_was_lost_while_its_point_was_proposed_is_proposed_anew(log
     assert load(log).trials[7].system_attrs["fixed_params"] == {}
 
 
-def test_two_processes_that_found_the_same_trial_lost_make_it_again_once(log, unbroken):
+def test_two_processes_that_found_the_same_trial_lost_make_it_again_once(log):
     with pytest.raises(KeyboardInterrupt):
         search(SmallObjective(stop_at=3), storage=log)
     study = load(log)
     for _ in range(2):
         study.enqueue_trial(study.trials[2].params, user_attrs={"again": 2})
     resumed = search(SmallObjective(), storage=log, resume=True)
-    assert kept(resumed) == kept(unbroken)
+    assert kept(resumed) == kept(unbroken())
     assert load(log).trials[4].user_attrs["void"] == "made again already"
 
 
@@ -159,12 +145,12 @@ def test_what_the_study_holds(log):
 
 def test_the_value_told_is_a_speedup():
     good = rich_evaluation({}, degradation=0.001, speedup=1.2, bound=0.01, learned_pct=5.0)
-    good = good.replace(predicted_speedup=1.4, feasible=True)
+    good = replace(good, predicted_speedup=1.4, feasible=True)
     assert (told_value(good), good.score) == (1.2, pytest.approx(1.3))
-    bad = rich_evaluation({}, degradation=0.5, speedup=1.6, bound=0.01).replace(feasible=False)
+    bad = replace(rich_evaluation({}, degradation=0.5, speedup=1.6, bound=0.01), feasible=False)
     assert (told_value(bad), bad.score) == (1.6, -150.0)
-    assert told_value(bad.replace(predicted_speedup=None)) == 1.0
-    assert told_value(bad.replace(predicted_speedup=float("nan"), speedup=1.5)) == 1.5
+    assert told_value(replace(bad, predicted_speedup=None)) == 1.0
+    assert told_value(replace(bad, predicted_speedup=float("nan"), speedup=1.5)) == 1.5
     assert told_value(Evaluation(params={}, score=-7.0)) == -7.0
 
 
@@ -347,13 +333,6 @@ def test_a_trial_of_another_machine_is_lost_after_a_silence(log, monkeypatch):
     assert part.num_evaluations == CALLS - 1  # it may still be at work
     monkeypatch.setattr("var_moe.optimization.trials.LOST_SECONDS", 200.0)
     assert search(SmallObjective(), storage=log, resume=True).num_evaluations == CALLS
-
-
-def test_optuna_is_left_as_it_was(log, capfd):
-    optuna.logging.set_verbosity(optuna.logging.INFO)
-    search(SmallObjective(), 2, storage=log)
-    assert optuna.logging.get_verbosity() == optuna.logging.INFO
-    assert capfd.readouterr().err == ""
 
 
 def test_a_storage_that_fails_is_one_line(tmp_path):
