@@ -15,13 +15,14 @@ from var_moe.optimization.methods import (
     bayesian_optimization,
     random_search,
     replay_search,
+    run_search,
 )
 from var_moe.optimization.replay_sampler import Forecasts, ReplaySampler
 from var_moe.optimization.results import OptimizationResult
-from var_moe.optimization.samplers import GuidedSampler, Request
+from var_moe.optimization.samplers import GuidedSampler
 from var_moe.optimization.search_space import Params
-from var_moe.optimization.study import run_search
 from var_moe.optimization.trial_log import LOG_NAME
+from var_moe.optimization.trials import Trials
 
 Method = Callable[[Bench, int, Path], OptimizationResult]
 
@@ -94,10 +95,11 @@ def closer(bench: Bench, seed: int) -> Closer:
 class TPEPointSampler(GuidedSampler):
     """Optuna's TPESampler, with what the GP gets: the same first points, values, constraints."""
 
-    def by_model(self, request: Request) -> Params:
+    def by_model(self, trials: Trials) -> Params:
         """Each setting by itself, as TPE proposes them."""
-        model = optuna.samplers.TPESampler(seed=self.seed_for(request.number), n_startup_trials=1)
-        study, trial = request.study, request.trial
+        model = optuna.samplers.TPESampler(seed=self.seed_for(trials.number), n_startup_trials=1)
+        study, trial = trials.study, trials.asking
+        assert trial is not None
         ranges = self.infer_relative_search_space(study, trial)
         values = {
             name: model.sample_independent(study, trial, name, one) for name, one in ranges.items()
@@ -110,7 +112,7 @@ def tpe(bench: Bench, seed: int, folder: Path) -> OptimizationResult:
     return run_search(
         bench.objective,
         SEARCH_SPACE,
-        lambda header: TPEPointSampler(SEARCH_SPACE, seed=header.known_seed, total=header.total),
+        lambda seed, total: TPEPointSampler(SEARCH_SPACE, seed=seed, total=total),
         method="tpe",
         total=bench.setting.evaluations,
         storage=folder / LOG_NAME,
