@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from var_moe.routing.var import VARPolicy
 from var_moe.storage import SCHEMA_VERSION, atomic_write_json, jsonable, provenance, read_json
 from var_moe.tracing.record import record_trace
 from var_moe.tracing.replay import TraceReplay
+from var_moe.tracing.trace import RoutingTrace
 
 MODES = ("verified", "plain")
 REPEATS = 5
@@ -120,7 +122,7 @@ def measure_time(bench: Bench) -> None:
         _ = evaluator.baseline_losses  # known before any evaluation of a search
         for number in range(len(done), bench.args.timed):
             config = bench.config(1000 + number, MODES[number % len(MODES)])
-            row = time_one(evaluator, replay, config, bench.policy(config))
+            row = time_one(bench, evaluator, replay.trace, config)
             rows.append({"asked_tokens": size, "tokens": replay.trace.tokens, **row})
             bench.save()
             ratio = row["full_s"] / row["replay_s"]
@@ -128,16 +130,17 @@ def measure_time(bench: Bench) -> None:
 
 
 def time_one(
-    evaluator: Evaluator, replay: TraceReplay, config: VARConfig, policy: VARPolicy
+    bench: Bench, evaluator: Evaluator, trace: RoutingTrace, config: VARConfig
 ) -> dict[str, Any]:
     """One configuration in full and replayed, one after the other."""
-    replay.evaluate(config)  # the stack distances of its window
+    policy = bench.policy(config)
     alone, with_distances = [], []
     for _ in range(REPEATS):
-        replay.forget()
-        alone.append(seconds(lambda: replay.evaluate(config)))
-        replay.forget(distances=True)
-        with_distances.append(seconds(lambda: replay.evaluate(config)))
+        replay = TraceReplay(trace, bench.profile)
+        with_distances.append(seconds(partial(replay.evaluate, config)))
+        # Another configuration leaves the stack distances of the window, and nothing else.
+        replay.evaluate(config.replace(cache_size=config.cache_size + 1))
+        alone.append(seconds(partial(replay.evaluate, config)))
     return {
         "config": config.to_dict(),
         "full_s": seconds(lambda: evaluator.quality(policy)),

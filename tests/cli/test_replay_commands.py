@@ -115,12 +115,12 @@ def test_replay_of_configurations(traced, tmp_path, capsys):
     assert result["schema_version"] == 1
     rows = {row["name"]: row for row in result["rows"]}
     assert list(rows) == [str(file), "balanced", "aggressive"]
-    replay = TraceReplay(RoutingTrace.load(traced), RoutingProfile.load(traced / "profile"))
-    found = replay.evaluate(mine)
+    profile = RoutingProfile.load(traced / "profile")
+    found = TraceReplay(RoutingTrace.load(traced), profile).evaluate(mine)
     assert rows[str(file)]["predicted_degradation"] == pytest.approx(found.degradation)
     assert rows[str(file)]["experts_per_token_by_layer"] == found.report.experts_per_layer()
     assert rows[str(file)]["predicted_speedup"] is None
-    assert result["profile"]["hash"] == replay.profile_hash
+    assert result["profile"]["hash"] == profile.hash
     table = pd.read_csv(out / "replay.csv")
     assert table["experts_per_token"].tolist() == pytest.approx(
         [row["experts_per_token"] for row in rows.values()]

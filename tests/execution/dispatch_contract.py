@@ -328,7 +328,7 @@ class DispatchContract:
         assert (trace.damage["foreign"] != 0).flatten(1).any(dim=1).all()
         losses = document_losses(tiny.model, documents, window=64)
         assert float(trace.nll.double().sum()) == pytest.approx(losses.nll.sum(), rel=1e-4)
-        replay = TraceReplay.of_table(trace, tiny.table())
+        replay = TraceReplay(trace, tiny.table())
         found = replay.evaluate(VARConfig()).report
         assert found.tokens == trace.tokens
         assert found.fast_pct > 0

@@ -124,6 +124,6 @@ def test_verified_var_without_means_is_one_of_them(recorded):
     """Two ways to one figure: VAR's own code here, the vectorised replay there."""
     table = profile_like(recorded)
     config = VARConfig(confidence_threshold=0.7, context_window_size=2, residuals=False)
-    expected = TraceReplay.of_table(recorded, table).evaluate(config).degradation
+    expected = TraceReplay(recorded, table).evaluate(config).degradation
     found = evaluate_policy(recorded, VARPolicy(config, table)).degradation
     assert found == pytest.approx(expected, rel=1e-9)

@@ -8,26 +8,21 @@ many of either threshold, and running sums over the bins give all combinations.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from var_moe.config import DOCUMENTED_FIELDS, VARConfig
-from var_moe.errors import UsageError
+from var_moe.config import VARConfig
 from var_moe.routing.counts import RoutingReport
 from var_moe.routing.decision import Tier
-from var_moe.routing.keeping import leading_count
-from var_moe.tracing.policies import FIGURES, Replay, Times, predicted_degradation
-from var_moe.tracing.replay import TraceReplay
+from var_moe.tracing.policies import FIGURES, Replay, predicted_degradation
 from var_moe.tracing.stays import Ints, SlotHits
 
 if TYPE_CHECKING:
-    from var_moe.evaluation.evaluator import Progress
-    from var_moe.tracing.trace import RoutingTrace
+    from var_moe.tracing.replay import TraceReplay
 
 Floats = NDArray[np.float64]
 
@@ -46,34 +41,20 @@ class GridReplay:
     first: dict[str, Floats]  # (F, G, L) each
     squares: dict[str, Floats]  # (F, G, L) each
 
-    @property
-    def experts_per_token(self) -> Floats:
-        """Executed pairs per layer and token. (F, G)"""
-        return np.asarray(self.pairs.mean(axis=2) / self.tokens)
-
-    @property
-    def tiers_pct(self) -> Floats:
-        """Shares of fast, cached and learned in percent. (F, G, 3)"""
-        return np.asarray(100 * self.tiers.mean(axis=2) / self.tokens)
-
-    @property
-    def cache_hit_rate(self) -> Floats:
-        """Of what is not on the fast path, the share served by the cache. (F, G)"""
-        _, cached, learned = np.moveaxis(self.tiers.sum(axis=2), 2, 0)
-        return np.asarray(cached / np.maximum(cached + learned, 1))
-
-    @property
-    def degradation(self) -> Floats:
-        """Predicted PPL(VAR) / PPL(baseline) - 1, as `Replay.degradation`. (F, G)
-
-        Raises:
-            UsageError: the trace was recorded without damages.
-        """
-        if not self.first:
-            raise UsageError("the trace has no damages, so no degradation can be predicted")
-        first = sum(rows.sum(axis=2) for rows in self.first.values())
-        squares = sum(rows.sum(axis=2) for rows in self.squares.values())
-        return predicted_degradation(first, squares, self.scored)
+    def figures(self) -> dict[str, Floats]:
+        """`FIGURES`, and ``degradation`` where the trace has damages. (F, G) each"""
+        fast, cached, learned = np.moveaxis(100 * self.tiers.mean(axis=2) / self.tokens, -1, 0)
+        _, hit, missed = np.moveaxis(self.tiers.sum(axis=2), 2, 0)
+        rate = hit / np.maximum(hit + missed, 1)
+        columns = (self.pairs.mean(axis=2) / self.tokens, fast, cached, learned, rate)
+        figures: dict[str, Floats] = dict(zip(FIGURES, columns, strict=True))
+        if self.first:
+            first, squares = (
+                np.sum([rows.sum(axis=2) for rows in sums.values()], axis=0)
+                for sums in (self.first, self.squares)
+            )
+            figures["degradation"] = predicted_degradation(first, squares, self.scored)
+        return figures
 
     def replay(self, place: tuple[int, int], top_k: int, adds_residual: bool) -> Replay:
         """One of its configurations, by the places of its two thresholds."""
@@ -116,23 +97,6 @@ def stored_counts(
     return chosen - leading, lead - chosen
 
 
-def damage_kinds(trace: RoutingTrace, config: VARConfig) -> tuple[str, ...]:
-    """The kinds of damage that a configuration's decisions do, on this trace."""
-    residual = config.uses_residuals and "cut_residual" in trace.damage
-    cut = "cut_residual" if residual else "cut"
-    return (cut, "next", "foreign") if config.mode == "plain" else (cut,)
-
-
-def damage_effects(trace: RoutingTrace, kind: str, layer: int) -> NDArray[np.float32]:
-    """The change of the loss by one decision of a kind, of each token. (N,)"""
-    effect: NDArray[np.float32] = trace.damage[kind][layer].numpy()
-    if kind != "cut":
-        return effect
-    lead = leading_count(trace.top_k)
-    # Without a rank to cut at (K = 1) no token is cut.
-    return effect[:, lead - 1] if lead < trace.top_k else effect.sum(axis=1)
-
-
 class ThresholdGrid:
     """Replays configurations, each with all combinations of two lists of thresholds.
 
@@ -143,14 +107,12 @@ class ThresholdGrid:
 
     Example:
         >>> grid = ThresholdGrid(TraceReplay(trace, profile), [10, 50], [0.5, 1.0, 1.5])
-        >>> grid.evaluate(VARConfig(confidence_threshold=0.9)).experts_per_token  # (2, 3)
+        >>> grid.evaluate(VARConfig(confidence_threshold=0.9)).figures()  # (2, 3) each
     """
 
     def __init__(
         self, replay: TraceReplay, frequencies: Sequence[float], entropies: Sequence[float]
     ) -> None:
-        if not len(frequencies) or not len(entropies):
-            raise UsageError("a grid of thresholds needs at least one frequency and one entropy")
         self.replay = replay
         lists = np.asarray(frequencies, dtype=np.float64), np.asarray(entropies, dtype=np.float64)
         # Bins count the thresholds that an id reaches, so place 0 is the one reached most easily.
@@ -174,7 +136,7 @@ class ThresholdGrid:
         lead (``next``) and those that are not chosen (``foreign``), in proportion.
         """
         replay, trace = self.replay, self.replay.trace
-        kinds = damage_kinds(trace, config) if trace.damage else ()
+        kinds = self._kinds(config) if trace.damage else ()
         fast, always = self._fixed_parts(config, kinds)
         by_layer = enumerate(replay.hits(config))
         hit = np.stack([self._hit(config, kinds, layer, one) for layer, one in by_layer], axis=1)
@@ -195,6 +157,12 @@ class ThresholdGrid:
             squares=dict(zip(kinds, summed[2 + len(kinds) :], strict=True)),
         )
 
+    def _kinds(self, config: VARConfig) -> tuple[str, ...]:
+        """The kinds of damage that a configuration's decisions do, a cut's first."""
+        residual = config.uses_residuals and "cut_residual" in self.replay.trace.damage
+        cut = "cut_residual" if residual else "cut"
+        return (cut, "next", "foreign") if config.mode == "plain" else (cut,)
+
     # -- sums by bin: Q = 2 + 2 kinds of them: how many, how many cut, damages, their squares --
 
     def _fixed_parts(self, config: VARConfig, kinds: tuple[str, ...]) -> tuple[Floats, Floats]:
@@ -212,7 +180,7 @@ class ThresholdGrid:
         """All tokens as if on the fast path. (Q, B)"""
         replay = self.replay
         if config.mode == "plain":
-            run = replay.table_experts(layer)[replay.id_number]
+            run = replay.table_experts[layer][replay.id_number]
             return self._stored(kinds, layer, np.arange(len(run)), run)
         token = np.flatnonzero(replay.match[layer])
         return self._licensed(config, kinds, layer, token)
@@ -257,11 +225,16 @@ class ThresholdGrid:
         return np.stack([count, count, *self._weighed(layer, token, effects)])
 
     def _effects(self, kinds: tuple[str, ...], layer: int, token: Ints) -> list[Floats]:
-        """Of each kind, the damage of some tokens' decisions."""
-        trace = self.replay.trace
-        effects = [damage_effects(trace, kind, layer)[token].astype(np.float64) for kind in kinds]
-        if effects and self.replay.lead == trace.top_k:  # there is nothing to cut
-            effects[0][:] = 0.0
+        """Of each kind, the change of the loss by some tokens' decisions."""
+        trace, lead = self.replay.trace, self.replay.lead
+        effects = []
+        for kind in kinds:
+            damage = trace.damage[kind][layer].numpy()
+            if kind == kinds[0] and lead == trace.top_k:  # there is nothing to cut
+                damage = np.zeros(trace.tokens)
+            elif kind == "cut":
+                damage = damage[:, lead - 1]
+            effects.append(damage[token].astype(np.float64))
         return effects
 
     def _count(self, layer: int, token: Ints) -> Floats:
@@ -282,57 +255,3 @@ class ThresholdGrid:
         summed = bins[..., ::-1, ::-1].cumsum(axis=-2).cumsum(axis=-1)[..., ::-1, ::-1]
         rows, columns = self._order
         return np.asarray(summed[..., 1:, 1:][..., rows, columns])
-
-
-def threshold_grid(
-    replay: TraceReplay,
-    values: Mapping[str, Sequence[Any]],
-    base: VARConfig,
-    *,
-    speedups: Times | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Floats]:
-    """Figures of all combinations of values; see `tracing.policies.Replayer.grid`.
-
-    Args:
-        replay: of the trace.
-        values: of any of VAR's six thresholds.
-        base: has the other fields.
-    """
-    lists = {name: tuple(values.get(name, (getattr(base, name),))) for name in DOCUMENTED_FIELDS}
-    shape = tuple(len(own) for own in lists.values())
-    names = [*FIGURES, *(["degradation"] if replay.trace.damage else [])]
-    columns = {name: np.empty(shape) for name in [*names, *(["speedup"] if speedups else [])]}
-    grid = ThresholdGrid(replay, lists["frequency_threshold"], lists["entropy_threshold"])
-    total, done = int(np.prod(shape)), 0
-    for places, config in _groups(lists, base):
-        one = grid.evaluate(config)
-        fast, cached, learned = np.moveaxis(one.tiers_pct, -1, 0)
-        at: tuple[slice | int, ...] = (slice(None), slice(None), *places)
-        figures = [one.experts_per_token, fast, cached, learned, one.cache_hit_rate]
-        if replay.trace.damage:
-            figures.append(one.degradation)
-        if speedups:
-            figures.append(speedups(one.pairs, config.uses_residuals))
-        for name, figure in zip(columns, figures, strict=True):
-            columns[name][at] = figure
-        done += shape[0] * shape[1]
-        if progress:
-            progress("replaying the grid", done, total)
-    order = [*values, *(name for name in lists if name not in values)]
-    axes = [list(lists).index(name) for name in order]
-    asked = [len(own) for own in values.values()]
-    return {name: column.transpose(axes).reshape(asked) for name, column in columns.items()}
-
-
-def _groups(
-    lists: Mapping[str, Sequence[Any]], base: VARConfig
-) -> Iterator[tuple[tuple[int, ...], VARConfig]]:
-    """Combinations of the last four thresholds, those that share work side by side."""
-    names = DOCUMENTED_FIELDS[2:]
-    confidence, *cache = (range(len(lists[name])) for name in names)
-    # The window makes the stack distances, then size and time to live the stays.
-    for window, size, ttl, sure in product(cache[2], cache[0], cache[1], confidence):
-        places = (sure, size, ttl, window)
-        chosen = {name: lists[name][place] for name, place in zip(names, places, strict=True)}
-        yield places, base.replace(**chosen)

@@ -8,37 +8,28 @@ does, fed document by document.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from var_moe.config import VARConfig
-from var_moe.errors import UsageError
+from var_moe.config import DOCUMENTED_FIELDS, VARConfig
 from var_moe.routing.keeping import leading_count
 from var_moe.routing.keys import stream_keys
 from var_moe.routing.lru import TokenClock
 from var_moe.routing.var import RoutingTable
+from var_moe.tracing.grid import ThresholdGrid
 from var_moe.tracing.policies import Replay, Replayer, Settings, Times
 from var_moe.tracing.stays import Bools, Recency, SlotHits, Stays, layer_hits
 
 if TYPE_CHECKING:
     from var_moe.evaluation.evaluator import Progress
-    from var_moe.routing.registry import PolicySpec
     from var_moe.tracing.trace import ProfileView, RoutingTrace
 
 
 _GRID_AT_MOST = 16  # configurations that `evaluate_many` replays as one grid
-
-
-@dataclass
-class _Kept:
-    """What the configuration before left, for one that shares it: one item of each kind."""
-
-    stays: tuple[Any, Stays] | None = None
-    hits: tuple[Any, list[SlotHits]] | None = None
-    recency: dict[Any, Recency] = field(default_factory=dict)
 
 
 class TraceReplay(Replayer):
@@ -46,7 +37,7 @@ class TraceReplay(Replayer):
 
     Args:
         trace: the router's decisions.
-        profile: of the same model.
+        profile: of the same model; or its table alone, which is not checked.
 
     Raises:
         UsageError: the profile does not fit the trace; names both.
@@ -61,21 +52,12 @@ class TraceReplay(Replayer):
         >>> replay.report.experts_per_token, replay.report.learned_pct, replay.degradation
     """
 
-    profile_hash: str | None = None
-
-    def __init__(self, trace: RoutingTrace, profile: ProfileView) -> None:
-        trace.check_profile(profile)
-        self._prepare(trace, profile.table())
-        self.profile_hash = profile.hash
-
-    @classmethod
-    def of_table(cls, trace: RoutingTrace, table: RoutingTable) -> TraceReplay:
-        """The same with a static table of which nothing else is known."""
-        made = cls.__new__(cls)
-        made._prepare(trace, table)
-        return made
-
-    def _prepare(self, trace: RoutingTrace, table: RoutingTable) -> None:
+    def __init__(self, trace: RoutingTrace, profile: ProfileView | RoutingTable) -> None:
+        if isinstance(profile, RoutingTable):
+            table = profile
+        else:
+            trace.check_profile(profile)
+            table = profile.table()
         self.trace = trace
         self.lead = leading_count(trace.top_k)
         self.index = trace.index.numpy()  # (L, N, K)
@@ -87,64 +69,46 @@ class TraceReplay(Replayer):
             index=table.index[:, known, : self.lead],
             weight=table.weight[:, known, : self.lead],
         )
-        self._first = self.table.index[:, :, 0].numpy().astype(np.int16)  # (L, U)
+        # The table's leading experts of each id that occurs. (L, U, lead)
+        self.table_experts = self.table.index.numpy().astype(np.int16)
         # The table's first expert is among the token's own leading ones. (L, N)
-        self.match = np.stack(
-            [
-                (self.index[layer, :, : self.lead] == first[self.id_number][:, None]).any(axis=1)
-                for layer, first in enumerate(self._first)
-            ]
-        )
+        first = self.table_experts[:, self.id_number, :1]
+        self.match = (self.index[:, :, : self.lead] == first).any(axis=2)
         self._places = trace.places()
-        self._document = np.repeat(
-            np.arange(len(trace.starts) - 1), trace.starts.diff().numpy()
-        )  # (N,)
+        sizes = trace.starts.diff().numpy()
+        self._document = np.repeat(np.arange(len(sizes)), sizes)  # (N,)
         self._mass = _leading_mass(trace, self.lead)
-        self._kept = _Kept()
+        # What a configuration leaves for the next one, where they share it.
+        self._recency = cache(self._new_recency)
+        self._stays = lru_cache(1)(self._new_stays)
+        self._hits = lru_cache(1)(self._new_hits)
 
     # -- what configurations share -----------------------------------------------------------
 
-    def recency(self, window: int, scope: str) -> Recency:
-        """Stack distances of the contexts of ``window`` ids, for a cache scope; kept."""
-        key = (window, scope)
-        if key not in self._kept.recency:
-            keys = stream_keys(self.trace.ids, self._places, window).numpy()
-            document = self._document if scope == "document" else None
-            self._kept.recency[key] = Recency.of(keys, document)
-        return self._kept.recency[key]
+    def _new_recency(self, window: int, scope: str) -> Recency:
+        """Stack distances of the contexts of ``window`` ids, for a cache scope."""
+        keys = stream_keys(self.trace.ids, self._places, window).numpy()
+        return Recency.of(keys, self._document if scope == "document" else None)
 
-    def forget(self, *, distances: bool = False) -> None:
-        """Drop what the configurations so far left to share; also the stack distances if asked."""
-        self._kept = _Kept(recency={} if distances else self._kept.recency)
+    def _new_stays(self, window: int, scope: str, size: int, ttl_seconds: float) -> Stays:
+        """The stays in a cache that several tokens share."""
+        ttl = ttl_seconds * TokenClock.ticks_per_second
+        return self._recency(window, scope).stays(size=size, ttl=ttl)
 
-    def stays(self, config: VARConfig) -> Stays:
-        """The stays in a configuration's cache that several tokens share."""
-        key = _stays_key(config)
-        if self._kept.stays is None or self._kept.stays[0] != key:
-            recency = self.recency(config.context_window_size, config.cache_scope)
-            ttl = config.cache_ttl_seconds * TokenClock.ticks_per_second
-            self._kept.stays = (key, recency.stays(size=config.cache_size, ttl=ttl))
-        return self._kept.stays[1]
+    def _new_hits(self, key: tuple[Any, ...], confidence: float) -> list[SlotHits]:
+        stays = self._stays(*key)
+        return [
+            layer_hits(stays, mass >= confidence, index, self.lead)
+            for mass, index in zip(self._mass, self.index, strict=True)
+        ]
+
+    def hits(self, config: VARConfig) -> list[SlotHits]:
+        """Per layer, which tokens hit a filled slot of a configuration's cache."""
+        return self._hits(_stays_key(config), config.confidence_threshold)
 
     def confident(self, config: VARConfig, layer: int) -> Bools:
         """Whose leading experts have enough of the routing mass. (N,)"""
         return np.asarray(self._mass[layer] >= config.confidence_threshold)
-
-    def table_experts(self, layer: int) -> NDArray[np.int16]:
-        """The table's leading experts of each id that occurs. (U, lead)"""
-        return self.table.index[layer].numpy().astype(np.int16)
-
-    def hits(self, config: VARConfig) -> list[SlotHits]:
-        """Per layer, which tokens hit a filled slot."""
-        key = (*_stays_key(config), config.confidence_threshold)
-        if self._kept.hits is None or self._kept.hits[0] != key:
-            stays = self.stays(config)
-            hits = [
-                layer_hits(stays, self.confident(config, layer), index, self.lead)
-                for layer, index in enumerate(self.index)
-            ]
-            self._kept.hits = (key, hits)
-        return self._kept.hits[1]
 
     # -- replays -----------------------------------------------------------------------------
 
@@ -154,8 +118,6 @@ class TraceReplay(Replayer):
 
     def evaluate_many(self, configs: Sequence[VARConfig]) -> list[Replay]:
         """The same for many, in the order given; what they share is computed once."""
-        from var_moe.tracing.grid import ThresholdGrid
-
         # Those that differ in the two thresholds of the fast path alone are one grid's.
         alike: dict[VARConfig, list[int]] = {}
         for number, config in enumerate(configs):
@@ -176,14 +138,6 @@ class TraceReplay(Replayer):
                     replays[i] = grid.replay(place, self.trace.top_k, base.uses_residuals)
         return [replays[i] for i in range(len(configs))]
 
-    # -- as a `Replayer` of policy ``var`` ---------------------------------------------------
-
-    @classmethod
-    def of(cls, trace: RoutingTrace, spec: PolicySpec, calibration: Settings) -> TraceReplay:
-        if "table" not in calibration:
-            raise UsageError(f"policy {spec.name!r} needs 'table': a replay takes a profile's")
-        return cls.of_table(trace, calibration["table"])
-
     def replay(
         self, settings: Sequence[Settings], progress: Progress | None = None
     ) -> list[Replay]:
@@ -197,13 +151,36 @@ class TraceReplay(Replayer):
         speedups: Times | None = None,
         progress: Progress | None = None,
     ) -> dict[str, NDArray[np.float64]]:
-        from var_moe.tracing.grid import threshold_grid
-
         base = VARConfig.from_dict(fixed)
-        return threshold_grid(self, values, base, speedups=speedups, progress=progress)
+        names = DOCUMENTED_FIELDS
+        lists = {name: tuple(values.get(name, (getattr(base, name),))) for name in names}
+        shape = tuple(len(own) for own in lists.values())
+        columns: dict[str, NDArray[np.float64]] = {}
+        grid = ThresholdGrid(self, lists["frequency_threshold"], lists["entropy_threshold"])
+        total, done = int(np.prod(shape)), 0
+        confidence, size, ttl, window = (range(count) for count in shape[2:])
+        # The window makes the stack distances, then size and time to live the stays: those that
+        # share work follow each other.
+        for w, s, t, c in product(window, size, ttl, confidence):
+            places = (c, s, t, w)
+            chosen = {name: lists[name][at] for name, at in zip(names[2:], places, strict=True)}
+            config = base.replace(**chosen)
+            one = grid.evaluate(config)
+            figures = one.figures()
+            if speedups:
+                figures["speedup"] = speedups(one.pairs, config.uses_residuals)
+            for name, figure in figures.items():
+                columns.setdefault(name, np.empty(shape))[(..., *places)] = figure
+            done += shape[0] * shape[1]
+            if progress:
+                progress("replaying the grid", done, total)
+        axes = [names.index(name) for name in (*values, *(n for n in names if n not in values))]
+        asked = [len(own) for own in values.values()]
+        return {name: column.transpose(axes).reshape(asked) for name, column in columns.items()}
 
 
 def _stays_key(config: VARConfig) -> tuple[Any, ...]:
+    """What stays depend on: window, scope, size and time to live of the cache."""
     scope, window = config.cache_scope, config.context_window_size
     return (window, scope, config.cache_size, config.cache_ttl_seconds)
 
