@@ -15,7 +15,7 @@ from var_moe.certification.inference import (
     t_p_value,
     with_worst,
 )
-from var_moe.certification.ordering import Pilot
+from var_moe.certification.ordering import chance, units_needed
 from var_moe.errors import UsageError
 from var_moe.evaluation.perplexity import DocumentLosses, degradation
 
@@ -106,41 +106,52 @@ def test_the_interval_agrees_with_the_paired_comparison():
     )
 
 
-def pilot_with(mean=-1.0, deviation=10.0, worst=-1.0):
-    return Pilot(excess_mean=mean, excess_deviation=deviation, excess_worst=worst)
+def pilot(mean=-1.0, deviation=10.0, worst=-1.0):
+    """Values with this mean, standard deviation and largest value."""
+    others = np.random.default_rng(1).normal(size=200)
+    others = np.minimum(others, 1.0)
+    n, above = 201, worst - mean
+    # The worst and the others together: mean 0, squares (n - 1) deviation^2.
+    low = -above / (n - 1)
+    rest = others - others.mean()
+    rest *= math.sqrt(((n - 1) * deviation**2 - above**2 - (n - 1) * low**2) / (rest @ rest))
+    z = mean + np.append(rest + low, above)
+    assert (z.mean(), z.std(ddof=1)) == pytest.approx((mean, deviation))
+    return z
 
 
 def test_units_needed_by_hand():
-    # With nothing worse than the mean: (1.645 + 0.842)^2 10^2 = 618.3, less one.
-    pilot = pilot_with()
-    assert pilot.units_needed(alpha=0.05) == 618
-    assert pilot.chance(618, alpha=0.05) == pytest.approx(0.8, abs=0.001)
-    assert pilot.chance(10, alpha=0.05) < 0.2
+    # Nothing much worse than the mean: (1.645 + 0.842)^2 10^2 = 618.3, and more for the worst.
+    z = pilot(worst=20.0)
+    assert 618 < units_needed(z, alpha=0.05) < 700
+    assert chance(z, units_needed(z, alpha=0.05), alpha=0.05) == pytest.approx(0.8, abs=0.001)
+    half = units_needed(z, alpha=0.05, power=0.5)
+    assert chance(z, half, alpha=0.05) >= 0.5 > chance(z, half - 1, alpha=0.05)
+    assert chance(z, 10, alpha=0.05) < 0.2
 
 
 def test_a_bad_worst_page_needs_more_units():
-    mild, bad = pilot_with(worst=20.0), pilot_with(worst=200.0)
-    assert 618 < mild.units_needed(alpha=0.05) < bad.units_needed(alpha=0.05)
+    mild, bad = pilot(worst=20.0), pilot(worst=100.0)
+    assert units_needed(mild, alpha=0.05) < units_needed(bad, alpha=0.05)
 
 
 def test_the_chance_by_hand():
-    pilot = pilot_with(worst=20.0)
     # A hundredth unit of 20: mean (-99 + 20) / 100, variance 10^2 + 21^2 / 100.
     shift = 0.79 / math.sqrt(104.41) * 10
     expected = stats.norm.cdf(shift - stats.norm.ppf(0.95))
-    assert pilot.chance(99, alpha=0.05) == pytest.approx(expected)
+    assert chance(pilot(worst=20.0), 99, alpha=0.05) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("mean", [0.0, -1e-5])  # at the bound; too close below it to be shown
 def test_no_number_of_units_shows_what_is_not_so(mean):
-    pilot = pilot_with(mean=mean, deviation=1.0, worst=3.0)
-    assert pilot.units_needed(alpha=0.05) is None
+    z = pilot(mean=mean, deviation=1.0, worst=3.0)
+    assert units_needed(z - z.mean() + mean, alpha=0.05) is None
 
 
 def test_the_planned_power_is_the_power():
     values = np.random.default_rng(4).normal(-0.2, 1, size=5000)
-    units = Pilot.of(values[:500]).units_needed(alpha=0.05)
+    units = units_needed(values[:500], alpha=0.05)
     rng = np.random.default_rng(5)
     drawn = values[rng.integers(5000, size=(units, 500))]
     share = float((t_p_value(with_worst(drawn)) <= 0.05).mean())
-    assert share == pytest.approx(Pilot.of(values).chance(units, alpha=0.05), abs=0.08)
+    assert share == pytest.approx(chance(values, units, alpha=0.05), abs=0.08)

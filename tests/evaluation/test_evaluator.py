@@ -29,19 +29,6 @@ def evaluator(loaded):
     return Evaluator(loaded, text, setting=SpeedSetting(batch_size=2, sequence=32, forwards=1))
 
 
-@pytest.fixture
-def ordered(loaded):
-    """Of ninety documents, in batches small enough to stop between them."""
-    rng = np.random.default_rng(4)
-    text = [
-        EncodedDocument(f"d{i}", "s", rng.integers(0, 300, size))
-        for i, size in enumerate([24, 31, 18] * 30)
-    ]
-    evaluator = Evaluator(loaded, text, tokens_per_batch=150)
-    evaluator.__dict__["_fastest"] = ("eager", {})
-    return evaluator
-
-
 def test_caches_are_emptied_before_each_block(evaluator):
     resets = []
 
@@ -75,23 +62,6 @@ def test_the_recorded_backend_is_the_fastest_measured(evaluator):
     speeds = evaluator.backend_throughputs
     assert evaluator.baseline_backend == max(speeds, key=speeds.get)
     assert set(speeds) >= {"eager", "grouped_mm"}
-
-
-def test_a_policy_clearly_over_the_bound_is_not_scored_to_the_end(ordered):
-    # On a random model dropping experts changes much, in either direction: a bound far below.
-    change = ordered.quality(FixedKPolicy(1)).change
-    bound = math.exp(math.log1p(change.value) - 40 * change.standard_error) - 1
-    stopped = ordered.quality(FixedKPolicy(1), futile_over=bound)
-    assert not stopped.complete
-    assert 15 <= stopped.change.documents < change.documents
-    assert stopped.report.tokens < ordered.quality(FixedKPolicy(1)).report.tokens
-
-
-def test_others_are_scored_to_the_end_with_the_same_result(ordered):
-    whole = ordered.quality(NativePolicy())
-    asked = ordered.quality(NativePolicy(), futile_over=0.01)
-    assert asked.complete
-    assert asked == whole
 
 
 def test_each_data_set_shows_what_it_would_alone(evaluator):

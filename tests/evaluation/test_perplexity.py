@@ -20,7 +20,6 @@ from var_moe.evaluation.perplexity import (
     groups_of,
     worst_of,
 )
-from var_moe.evaluation.sequential import any_over
 from var_moe.execution.session import routed
 from var_moe.routing.simple import NativePolicy
 
@@ -217,22 +216,3 @@ def test_the_worst_is_the_one_with_the_highest_upper_bound():
 def test_a_data_set_of_one_document_cannot_be_judged():
     with pytest.raises(UsageError, match="too few documents of 'b' to judge it: 1, at least 2"):
         worst_of(per_token(1.0, 1.0, 1.0), per_token(1.0, 1.0, 1.0), datasets_of(named(*"aab")))
-
-
-def test_a_search_drops_what_is_over_on_one_data_set_alone():
-    rng = np.random.default_rng(0)
-    change = np.concatenate([rng.normal(-0.02, 0.002, 60), rng.normal(0.02, 0.002, 60)])
-    before, after = per_token(*[1.0] * 120), per_token(*(1.0 + change))
-    groups = datasets_of(named(*["a"] * 60, *["b"] * 60))
-    assert not any_over(before, after, {}, 0.01)  # together nothing changes
-    assert any_over(before, after, groups, 0.01)
-
-
-def test_documents_that_are_not_scored_yet_do_not_count():
-    tokens = np.array([100] * 20 + [0] * 20)
-    before = DocumentLosses(nll=tokens * 1.0, tokens=tokens)
-    wobble = np.random.default_rng(1).normal(0, 0.001, 40)
-    after = DocumentLosses(nll=tokens * (1.05 + wobble), tokens=tokens)
-    groups = datasets_of(named(*["a"] * 20, *["b"] * 20))
-    assert any_over(before, after, groups, 0.01)
-    assert worst_of(before, after, groups, partial=True).dataset == "a"

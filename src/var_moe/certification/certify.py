@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from var_moe.calibration.fitted_files import load_compensation
 from var_moe.calibration.profile import RoutingProfile
 from var_moe.certification.judging import judge_in_order, judged_apart
-from var_moe.certification.ordering import LEAST_POWER, Pilot, order_candidates, power_line
+from var_moe.certification.ordering import order_candidates, power_line
 from var_moe.certification.plan import CertifySettings, Ledger, Study, find_candidates
 from var_moe.certification.scoring import UnitScorer
 from var_moe.certification.statement import ONE_TEXT, conclusion, head, too_few
@@ -164,17 +164,18 @@ def _tested(
     documents = sample_documents(text.documents, settings.max_samples, settings.seed)
     units = shuffled_pages(documents, seed=settings.seed)
     judged = judged_apart(units, robust=settings.robust, step="certifying")
-    there, chances, power = {}, [], []
-    for row in rows:
-        count = len(judged[row["worst_dataset"]]) if "worst_dataset" in row else len(units)
-        there[row["name"]] = count
-        chances.append(Pilot.of_row(row).chance(count, alpha=claim.alpha))
-        power.append(power_line(row, count, chances[-1]))
-        say(power[-1])
+    there = {
+        row["name"]: len(judged[row["worst_dataset"]] if "worst_dataset" in row else units)
+        for row in rows
+    }
+    power = [power_line(row, there[row["name"]]) for row in rows]
+    for line in power:
+        say(line)
     known = head(
         study, rows, text, validation, units=len(units), documents=len(documents), power=power
     )
-    if max(chances) < LEAST_POWER:
+    even = [(row["units_for_even_chance"], there[row["name"]]) for row in rows]
+    if not any(need is not None and need <= count for need, count in even):
         return {**known, "opened": False, **too_few(study, rows, there)}
     objections = [] if text.independent else [ONE_TEXT]
     ledger.open(text.data_hash, study.hash, text.to_dict(), confirmatory=not objections)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -25,46 +24,28 @@ POWER = 0.8
 _MOST_UNITS = 2**23
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pilot:
-    """Mean and spread of Z on the ordering part, to plan the test by normal theory.
+def chance(z: Floats, units: int, *, alpha: float) -> float:
+    """Probability that this many units certify, by normal theory from a pilot's values of Z.
 
     The pilot's worst page stands for the test's.
     """
+    n, mean = units + 1, float(z.mean())
+    above = float(z.max()) - mean
+    mean += above / n
+    spread = math.sqrt(float(z.var(ddof=1)) + above**2 / n)
+    if spread <= 1e-12 * abs(mean):
+        return 1.0 if mean < 0 else 0.0
+    level = float(stats.norm.ppf(1 - alpha))
+    return float(stats.norm.cdf(-mean / spread * math.sqrt(n) - level))
 
-    excess_mean: float
-    excess_deviation: float
-    excess_worst: float
 
-    @classmethod
-    def of(cls, z: Floats) -> Pilot:
-        """From the pilot's values of Z."""
-        mean, deviation, worst = float(z.mean()), float(z.std(ddof=1)), float(z.max())
-        return cls(excess_mean=mean, excess_deviation=deviation, excess_worst=worst)
-
-    @classmethod
-    def of_row(cls, row: Mapping[str, Any]) -> Pilot:
-        """A candidate's, from its row of `order_candidates`."""
-        return cls(**{name: row[name] for name in cls.__dataclass_fields__})
-
-    def chance(self, units: int, *, alpha: float) -> float:
-        """Probability that this many units certify."""
-        n = units + 1
-        above = self.excess_worst - self.excess_mean
-        mean = self.excess_mean + above / n
-        spread = math.sqrt(self.excess_deviation**2 + above**2 / n)
-        if spread <= 1e-12 * abs(mean):
-            return 1.0 if mean < 0 else 0.0
-        level = float(stats.norm.ppf(1 - alpha))
-        return float(stats.norm.cdf(-mean / spread * math.sqrt(n) - level))
-
-    def units_needed(self, *, alpha: float) -> int | None:
-        """Units for a chance of `POWER`; None where no number of them gives it."""
-        if self.excess_mean >= 0:
-            return None
-        sizes = range(2, _MOST_UNITS + 1)
-        needed = 2 + bisect_left(sizes, POWER, key=lambda units: self.chance(units, alpha=alpha))
-        return needed if needed <= _MOST_UNITS else None
+def units_needed(z: Floats, *, alpha: float, power: float = POWER) -> int | None:
+    """Units for this chance of a certificate; None where no number of them gives it."""
+    if z.mean() >= 0:
+        return None
+    sizes = range(2, _MOST_UNITS + 1)
+    needed = 2 + bisect_left(sizes, power, key=lambda units: chance(z, units, alpha=alpha))
+    return needed if needed <= _MOST_UNITS else None
 
 
 def order_candidates(
@@ -107,19 +88,18 @@ def _row(
 ) -> dict[str, Any]:
     """A candidate on one data set's units, or on all."""
     units = measured.change[at], measured.tokens[at]
-    interval = claim.interval(*units)
-    pilot = Pilot.of(claim.excess(*units))
+    interval, z = claim.interval(*units), claim.excess(*units)
     return {
         **({"worst_dataset": dataset} if dataset != WHOLE else {}),
         "degradation": interval.value,
         "degradation_upper": interval.upper,
         "units": len(at),
-        "units_needed": pilot.units_needed(alpha=claim.alpha),
-        **asdict(pilot),
+        "units_needed": units_needed(z, alpha=claim.alpha),
+        "units_for_even_chance": units_needed(z, alpha=claim.alpha, power=LEAST_POWER),
     }
 
 
-def power_line(row: Mapping[str, Any], units: int, chance: float) -> str:
+def power_line(row: Mapping[str, Any], units: int) -> str:
     """A candidate's outlook, printed before the certify part is opened."""
     where = f", worst data set {row['worst_dataset']}" if "worst_dataset" in row else ""
     head = f"{row['name']}: {100 * row['degradation']:+.2f}% on the ordering part{where}"
@@ -127,5 +107,5 @@ def power_line(row: Mapping[str, Any], units: int, chance: float) -> str:
         return f"{head}, not below the bound: no number of pages would certify it"
     return (
         f"{head}; {row['units_needed']:,} pages needed for a chance of {100 * POWER:.0f}%, "
-        f"{units:,} there: a chance of {100 * chance:.0f}%"
+        f"{units:,} there"
     )

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,14 +17,12 @@ from var_moe.evaluation.perplexity import (
     Degradation,
     DocumentLosses,
     Worst,
-    both_scored,
     datasets_of,
     degradation,
     document_losses,
     groups_of,
     worst_of,
 )
-from var_moe.evaluation.sequential import any_over
 from var_moe.evaluation.throughput import (
     Arm,
     Ratio,
@@ -37,7 +34,7 @@ from var_moe.evaluation.throughput import (
 )
 from var_moe.execution.backends import open_backend
 from var_moe.execution.backends.base import ExpertsBackend
-from var_moe.execution.session import routed
+from var_moe.execution.session import Session
 from var_moe.models.moe_layers import experts_modules
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.counts import RoutingReport
@@ -58,7 +55,6 @@ class Quality:
 
     change: Degradation
     report: RoutingReport
-    complete: bool = True  # all documents were scored
     worst: Worst | None = None  # set where the worst of several data sets is judged
 
     @property
@@ -90,7 +86,8 @@ class Speed:
     def to_dict(self) -> dict[str, Any]:
         """For result files."""
         return {
-            **self.speedup.as_speedup(),
+            "speedup": self.speedup.median,
+            "speedup_95": [self.speedup.low, self.speedup.high],
             "backend_factor": self.backend_factor and self.backend_factor.to_dict(),
             "skipping_factor": self.skipping_factor and self.skipping_factor.to_dict(),
             "baseline_throughput_tps": self.baseline_tps,
@@ -182,9 +179,8 @@ class Evaluator:
         """Tokens per second of each of transformers' backends."""
         return self._fastest[1]
 
-    @property
-    def _baseline(self) -> Arm:
-        return backend_arm(self.model, self.baseline_backend)
+    def _baseline(self) -> AbstractContextManager[None]:
+        return backend_arm(self.model, self.baseline_backend)()
 
     def _routed(self, policy: RoutingPolicy) -> Arm:
         return policy_arm(self.model, policy, backend=self.running_backend)
@@ -195,14 +191,14 @@ class Evaluator:
         with self._baseline():
             return self._losses("baseline perplexity")
 
-    def _losses(self, what: str, **options: Any) -> DocumentLosses:
+    def _losses(self, what: str, session: Session | None = None) -> DocumentLosses:
         return document_losses(
             self.model,
             self.documents,
             window=self.loaded.window,
             tokens_per_batch=self.tokens_per_batch,
             progress=self._progress(what),
-            **options,
+            session=session,
         )
 
     def _progress(self, what: str) -> Callable[[int, int], None] | None:
@@ -210,42 +206,22 @@ class Evaluator:
         return (lambda done, total: report(what, done, total)) if report else None
 
     def losses(
-        self,
-        policy: RoutingPolicy,
-        *,
-        what: str = "perplexity",
-        stop: Callable[[DocumentLosses], bool] | None = None,
+        self, policy: RoutingPolicy, *, what: str = "perplexity"
     ) -> tuple[DocumentLosses, RoutingReport]:
-        """A policy's loss of each document, from empty caches, and its routing.
-
-        ``stop`` ends the scoring early; see `document_losses`.
-        """
-        with routed(self.model, policy, backend=self.running_backend) as session:
+        """A policy's loss of each document, from empty caches, and its routing."""
+        with self._routed(policy)() as session:
             session.reset()
-            return self._losses(what, session=session, stop=stop), session.report()
+            return self._losses(what, session), session.report()
 
-    def quality(
-        self, policy: RoutingPolicy, *, what: str = "perplexity", futile_over: float | None = None
-    ) -> Quality:
-        """Perplexity of a policy against the baseline, from empty caches.
-
-        With ``futile_over``, scoring ends as soon as the documents so far show that the
-        degradation is above it (`evaluation.sequential`); the result is then of those documents.
-        """
-        baseline, limit = self.baseline_losses, futile_over
+    def quality(self, policy: RoutingPolicy, *, what: str = "perplexity") -> Quality:
+        """Perplexity of a policy against the baseline, from empty caches."""
+        baseline = self.baseline_losses
+        losses, report = self.losses(policy, what=what)
         groups = datasets_of(self.documents) if self.robust else {}
-
-        def futile(so_far: DocumentLosses) -> bool:
-            return limit is not None and any_over(*both_scored(baseline, so_far), groups, limit)
-
-        losses, report = self.losses(policy, what=what, stop=futile)
-        known, other = both_scored(baseline, losses)
-        whole = np.array_equal(known.tokens, baseline.tokens)
         return Quality(
-            change=degradation(known, other),
+            change=degradation(baseline, losses),
             report=report,
-            complete=whole,
-            worst=worst_of(known, other, groups, partial=not whole) if groups else None,
+            worst=worst_of(baseline, losses, groups) if groups else None,
         )
 
     def speed(self, policy: RoutingPolicy, *, blocks: int, factors: bool = True) -> Speed:

@@ -58,7 +58,6 @@ def document_losses(
     session: Session | None = None,
     tokens_per_batch: int = 4096,
     progress: Callable[[int, int], None] | None = None,
-    stop: Callable[[DocumentLosses], bool] | None = None,
 ) -> DocumentLosses:
     """Score every document, each in its own row; its first token has no loss.
 
@@ -70,8 +69,6 @@ def document_losses(
         session: the routing session, if the model is routed: it is told which tokens count.
         tokens_per_batch: padded tokens per forward.
         progress: called with documents done and documents in all.
-        stop: asked after each batch with the losses so far (a document may be scored in part);
-            True ends the scoring there.
 
     Raises:
         UsageError: there is nothing to score.
@@ -92,8 +89,6 @@ def document_losses(
             done += len({row.document for row in rows})
             if progress:
                 progress(min(done, len(documents)), len(documents))
-            if stop and stop(DocumentLosses(nll=nll, tokens=tokens)):
-                break
     if not np.isfinite(nll).all():
         bad = documents[int(np.flatnonzero(~np.isfinite(nll))[0])]
         raise VarMoeError(f"document {bad.id!r}: the loss is not finite; try --dtype float32")
@@ -157,18 +152,6 @@ class Degradation:
             "baseline_perplexity": self.baseline_perplexity,
             "perplexity": self.perplexity,
         }
-
-
-def both_scored(
-    baseline: DocumentLosses, other: DocumentLosses
-) -> tuple[DocumentLosses, DocumentLosses]:
-    """Both, without the documents that ``other`` has not scored to the end."""
-    whole = baseline.tokens == other.tokens
-
-    def scored(one: DocumentLosses) -> DocumentLosses:
-        return DocumentLosses(nll=np.where(whole, one.nll, 0.0), tokens=one.tokens * whole)
-
-    return scored(baseline), scored(other)
 
 
 def log_ratio(change: NDArray[np.float64], tokens: NDArray[np.int64]) -> tuple[float, float]:
@@ -254,15 +237,8 @@ class Worst:
         }
 
 
-def worst_of(
-    baseline: DocumentLosses, other: DocumentLosses, groups: Groups, *, partial: bool = False
-) -> Worst:
-    """The worst of several data sets.
-
-    Args:
-        baseline, other: losses of all documents.
-        groups: at least one.
-        partial: the scoring ended early; a data set that lacks documents is left out.
+def worst_of(baseline: DocumentLosses, other: DocumentLosses, groups: Groups) -> Worst:
+    """The worst of several data sets, at least one.
 
     Raises:
         UsageError: a data set has too few documents to be judged.
@@ -270,11 +246,10 @@ def worst_of(
     judged = []
     for name, at in groups.items():
         scored = int(np.count_nonzero(baseline.tokens[at] > 0))
-        if scored < LEAST and not partial:
+        if scored < LEAST:
             raise UsageError(
                 f"too few documents of {name!r} to judge it: {scored}, at least {LEAST} needed"
             )
-        if scored >= LEAST:
-            change = degradation(baseline.at(at), other.at(at))
-            judged.append(Worst(dataset=name, change=change))
+        change = degradation(baseline.at(at), other.at(at))
+        judged.append(Worst(dataset=name, change=change))
     return max(judged, key=lambda one: one.change.upper)

@@ -9,7 +9,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,10 +49,6 @@ class Ratio:
         """For result files."""
         return {"median": self.median, "low": self.low, "high": self.high}
 
-    def as_speedup(self) -> dict[str, Any]:
-        """For result files, where it is the speedup."""
-        return {"speedup": self.median, "speedup_95": [self.low, self.high]}
-
 
 @dataclass(frozen=True)
 class Timings:
@@ -75,36 +71,24 @@ class Timings:
         return Ratio(float(np.median(ratios)), float(low), float(high), blocks)
 
 
-def _score(model: Any, ids: Tensor) -> None:
-    model(input_ids=ids, use_cache=False)
-
-
 @dataclass(frozen=True)
 class ArmGroup:
-    """Arms that are timed on the same batches.
-
-    Args:
-        arms: name -> context to run a block in.
-        batches: (B, S) token ids, one run each; a block is one pass over them.
-        tokens: of a block; by default those of the batches.
-    """
+    """Arms by name that are timed on the same batches (B, S); a block is one pass over them."""
 
     arms: Mapping[str, Arm]
     batches: Sequence[Tensor]
-    tokens: int | None = None
 
 
 def time_arms(
-    model: Any,
-    arms: Mapping[str, Arm],
-    batches: Sequence[Tensor],
-    *,
-    blocks: int,
-    progress: Callable[[int, int], None] | None = None,
+    model: Any, arms: Mapping[str, Arm], batches: Sequence[Tensor], **options: Any
 ) -> Timings:
     """`time_groups` of one group."""
-    (timings,) = time_groups(model, [ArmGroup(arms, batches)], blocks=blocks, progress=progress)
+    (timings,) = time_groups(model, [ArmGroup(arms, batches)], **options)
     return timings
+
+
+def _score(model: Any, ids: Tensor) -> None:
+    model(input_ids=ids, use_cache=False)
 
 
 def time_groups(
@@ -117,8 +101,7 @@ def time_groups(
 ) -> list[Timings]:
     """Time each arm in alternating blocks (A B B A ...), a block of each group in turn.
 
-    A change of the machine's speed hits all alike, so that their times can be compared. One
-    batch is run untimed in each arm first.
+    One batch is run untimed in each arm first.
 
     Args:
         model: the model that the arms' contexts act on.
@@ -139,7 +122,12 @@ def time_groups(
                     with group.arms[name]() as state:
                         if state is not None:
                             state.reset()
-                        elapsed = _seconds(run, model, inputs, device)
+                        _wait(device)
+                        start = time.perf_counter()
+                        for ids in inputs:
+                            run(model, ids)
+                        _wait(device)
+                        elapsed = time.perf_counter() - start
                     if block >= 0:
                         measured[name].append(elapsed)
             if progress and block >= 0:
@@ -147,21 +135,10 @@ def time_groups(
     return [
         Timings(
             seconds={name: np.array(values) for name, values in measured.items()},
-            tokens=group.tokens or sum(batch.numel() for batch in group.batches),
+            tokens=sum(batch.numel() for batch in group.batches),
         )
         for group, measured in zip(groups, seconds, strict=True)
     ]
-
-
-def _seconds(
-    run: Callable[[Any, Tensor], None], model: Any, inputs: list[Tensor], device: torch.device
-) -> float:
-    _wait(device)
-    start = time.perf_counter()
-    for ids in inputs:
-        run(model, ids)
-    _wait(device)
-    return time.perf_counter() - start
 
 
 def _wait(device: torch.device) -> None:
@@ -247,8 +224,11 @@ class Decoding:
         top_k: int,
         backend: str | ExpertsBackend = "auto",
     ) -> None:
-        self._model, self._documents = model, documents
-        self._top_k, self._backend = top_k, backend
+        self._model, self._top_k, self._backend = model, top_k, backend
+        self._prompts = [d.ids[:PROMPT_TOKENS] for d in documents if len(d.ids) >= PROMPT_TOKENS]
+        if not self._prompts:
+            joined = np.concatenate([document.ids for document in documents])
+            self._prompts = [np.resize(joined, PROMPT_TOKENS)]
         self._fastest: dict[int, str] = {}
 
     def baseline_backend(self, batch_size: int) -> str:
@@ -268,11 +248,13 @@ class Decoding:
             "policy": policy_arm(self._model, policy, backend=self._backend),
         }
         timings = self._time(arms, batch_size, blocks, NEW_TOKENS)
+        ratio = timings.ratio("baseline", "policy")
         return {
             "batch_size": batch_size,
             "prompt_tokens": PROMPT_TOKENS,
             "new_tokens": NEW_TOKENS,
-            **timings.ratio("baseline", "policy").as_speedup(),
+            "speedup": ratio.median,
+            "speedup_95": [ratio.low, ratio.high],
             "baseline_backend": name,
             "baseline_throughput_tps": timings.throughput("baseline"),  # new tokens per second
             "throughput_tps": timings.throughput("policy"),
@@ -292,16 +274,7 @@ class Decoding:
                 pad_token_id=0,
             )
 
-        group = ArmGroup(arms, [self._prompts(batch_size)], batch_size * new_tokens)
-        (timings,) = time_groups(self._model, [group], blocks=blocks, run=generate)
-        return timings
-
-    def _prompts(self, batch_size: int) -> Tensor:
-        """(B, PROMPT_TOKENS) first tokens of documents that are long enough."""
-        length = PROMPT_TOKENS
-        prompts = [d.ids[:length].tolist() for d in self._documents if len(d.ids) >= length]
-        if not prompts:
-            joined = [int(i) for d in self._documents for i in d.ids]
-            prompts = [(joined * (length // max(len(joined), 1) + 1))[:length]]
-        rows = [prompts[i % len(prompts)] for i in range(batch_size)]
-        return torch.tensor(rows, dtype=torch.int64)
+        rows = np.array([self._prompts[i % len(self._prompts)] for i in range(batch_size)])
+        prompts = torch.from_numpy(rows.astype(np.int64))  # (B, PROMPT_TOKENS)
+        timings = time_arms(self._model, arms, [prompts], blocks=blocks, run=generate)
+        return replace(timings, tokens=batch_size * new_tokens)

@@ -224,8 +224,7 @@ def replay_search(
     It ends early where all points that are left decide as one that is evaluated.
 
     Args:
-        objective_fn: a rich objective, as `create_objective_function` returns; best with its
-            `stop_early` set.
+        objective_fn: a rich objective, as `create_objective_function` returns.
         forecaster: forecasts of the same text, see `optimization.forecast`.
         search_space: see `SEARCH_SPACE`.
         n_calls: full evaluations, 10 by default; see `random_search`.

@@ -44,7 +44,6 @@ class PolicyObjective:
             a point that names none has the last. None leaves it to the policy.
         max_degradation: bound on the relative perplexity change.
         blocks: timed blocks per arm for each feasible configuration.
-        stop_early: end scoring where a configuration is clearly over the bound.
         confirmation: measures the best again at a search's end; by default `evaluator`.
     """
 
@@ -58,13 +57,12 @@ class PolicyObjective:
         compensations: tuple[str | None, ...] = (None,),
         max_degradation: float = MAX_DEGRADATION,
         blocks: int = SEARCH_BLOCKS,
-        stop_early: bool = False,
         confirmation: Evaluator | None = None,
     ) -> None:
         self.evaluator, self.profile, self._policy = evaluator, profile, policy
         self.fixed, self.compensations = dict(fixed or {}), compensations
         self.max_degradation = check_bound(max_degradation)
-        self.blocks, self.stop_early = blocks, stop_early
+        self.blocks = blocks
         self.confirmation = confirmation or evaluator
         self.default = self.candidate(defaults(self.space))
         self._calibrations: dict[str | None, dict[str, Any]] = {}
@@ -127,11 +125,10 @@ class PolicyObjective:
     def evaluate(self, params: Mapping[str, Any]) -> Evaluation:
         """Measure one configuration on the search's text."""
         policy = self.policy(self.candidate(params))
-        over = self.max_degradation if self.stop_early else None
-        quality = self.evaluator.quality(policy, futile_over=over)
+        quality = self.evaluator.quality(policy)
         change, report = quality.judged, quality.report
         predicted = self.evaluator.predicted_speedup(report.experts_per_token)
-        feasible = quality.complete and change.value <= self.max_degradation
+        feasible = change.value <= self.max_degradation
         speed = None
         if feasible:
             speed = self._speed(policy, predicted)
@@ -156,7 +153,6 @@ class PolicyObjective:
             cache_hit_rate=report.cache_hit_rate,
             experts_per_token=report.experts_per_token,
             feasible=feasible,
-            complete=quality.complete,
         )
 
     def confirm(self, result: OptimizationResult) -> OptimizationResult:

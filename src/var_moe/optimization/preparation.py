@@ -312,7 +312,6 @@ def prepare(
         fixed=settings.fixed,
         compensations=compensations,
         max_degradation=settings.max_degradation,
-        stop_early=settings.by_replay,
     )
     say(_baseline_line(evaluator))
     evaluator.predicted_speedup(evaluator.top_k)  # measured before the search's clock starts

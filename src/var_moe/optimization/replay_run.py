@@ -245,7 +245,7 @@ def search_by_replay(
     progress: Progress | None,
     verbose: bool,
 ) -> ReplaySearch:
-    """Trace the search's text, then search; evaluations end early where they are futile.
+    """Trace the search's text, then search.
 
     Args:
         ready: the model and text; the objective's text is traced and scored.

@@ -52,8 +52,7 @@ class Evaluation:
         cache_hit_rate: of all look-ups.
         experts_per_token: executed pairs / (layers x tokens).
         feasible: whether the degradation is within the bound; None without a bound.
-        complete: whether the whole text was scored; an evaluation that is clearly over the bound
-            may end before.
+        complete: whether the whole text was scored; some evaluations of earlier versions were not.
         state: ``"complete"`` or ``"failed"``.
         error: why it failed, in one line.
         seconds: wall time of the evaluation; the search fills it in.
