@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -109,30 +108,18 @@ def test_round_trip(profile, tmp_path):
 
 
 def test_what_peers_need_is_gathered_and_kept(profile, tmp_path):
-    ratios, sensitivity = profile.peers.ratios, profile.peers.sensitivity
+    ratios, sensitivity = profile.ratios, profile.sensitivity
     assert (ratios.layers, ratios.top_k) == (sensitivity.layers, sensitivity.top_k) == (3, 2)
     assert ratios.tokens == profile.head["tokens"]
     assert all(row[0] > row[1] == 0 for row in sensitivity.loss)
     profile.save(tmp_path)
-    assert RoutingProfile.load(tmp_path).peers == profile.peers
+    found = RoutingProfile.load(tmp_path)
+    assert (found.ratios, found.sensitivity) == (ratios, sensitivity)
     needed = {**profile.calibration(), "damage": SimpleNamespace(compensation=None)}
     for name in policy_names():
         spec = policy_spec(name)
         settings = {key: entry["default"] for key, entry in spec.search_space(2).items()}
         spec.make(settings, needed)
-    replace(profile, peers=None).save(tmp_path)
-    assert RoutingProfile.load(tmp_path).peers is None
-    assert RoutingProfile.load(tmp_path).calibration()["ratios"] is None
-
-
-def test_an_earlier_versions_residual_means_are_refused(profile, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    profile.save(tmp_path)
-    file = tmp_path / "residuals.safetensors"
-    save_file(load_file(file), file, metadata={"by_pair": "true"})
-    with pytest.raises(UsageError, match="earlier version, which fitted residual means"):
-        RoutingProfile.load(tmp_path)
 
 
 def test_parts_that_do_not_belong_together_are_refused(profile, tmp_path):
@@ -166,7 +153,7 @@ def test_interrupted_and_resumed(loaded, documents, profile, tmp_path, monkeypat
     assert not place.exists()
     whole = profiled(loaded, documents, tokens_per_batch=400)
     assert again.hash == whole.hash
-    assert again.peers == whole.peers
+    assert (again.ratios, again.sensitivity) == (whole.ratios, whole.sensitivity)
 
 
 def test_a_checkpoint_of_other_documents_is_not_gone_on_with(

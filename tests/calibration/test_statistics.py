@@ -16,11 +16,11 @@ from var_moe.calibration.statistics import (
 )
 
 
-def stream(parts, *, experts=4, state_after=None):
-    """Feed (ids, entropy, confidence, index, mass) parts; optionally save and reload between."""
+def stream(parts, *, experts=4):
+    """The statistics of (ids, entropy, confidence, index, mass) parts."""
     ids = np.concatenate([part[0] for part in parts])
     found = RoutingStatistics(ids, layers=1, experts=experts)
-    for number, (tokens, entropy, confidence, index, mass) in enumerate(parts):
+    for tokens, entropy, confidence, index, mass in parts:
         found.add(
             0,
             found.rows(torch.tensor(tokens)),
@@ -29,15 +29,10 @@ def stream(parts, *, experts=4, state_after=None):
             index=torch.tensor(index),
             mass=torch.tensor(mass),
         )
-        if number == state_after:
-            fresh = RoutingStatistics(ids, layers=1, experts=experts)
-            fresh.load_state_dict({k: v.clone() for k, v in found.state_dict().items()})
-            found = fresh
     return found
 
 
-@pytest.mark.parametrize("state_after", [None, 0, 3])
-def test_batches_merge_to_the_figures_of_the_whole(state_after):
+def test_batches_merge_to_the_figures_of_the_whole():
     rng = np.random.default_rng(4)
     parts = []
     for _ in range(6):
@@ -47,7 +42,7 @@ def test_batches_merge_to_the_figures_of_the_whole(state_after):
         mass = np.stack((first, 1 - first), 1)
         ids = rng.integers(0, 700, size).tolist()
         parts.append((ids, rng.uniform(0, 1.4, size), first, index, mass))
-    found = stream(parts, state_after=state_after)
+    found = stream(parts)
     ids = np.concatenate([part[0] for part in parts])
     entropy, confidence, index, mass = (
         np.concatenate([part[i] for part in parts]) for i in range(1, 5)

@@ -21,7 +21,7 @@ from var_moe.routing.keeping import all_pairs, rank_slots
 from var_moe.routing.simple import NativePolicy
 from var_moe.tracing.first_order import loss_and_gradient
 from var_moe.tracing.policies import evaluate_policy
-from var_moe.tracing.record import _rng, record_trace
+from var_moe.tracing.record import record_trace
 from var_moe.tracing.trace import RoutingTrace
 
 LAYERS, EXPERTS, HIDDEN, VOCABULARY = 3, 8, 64, 300
@@ -285,7 +285,7 @@ def test_what_is_new_survives_a_folder(traced, tmp_path):
 
 
 def test_sampled_labels_repeat_by_their_seed(loaded, documents, recorded):
-    options = {**OPTIONS, "labels": "sampled", "stored": False}
+    options = {**OPTIONS, "sampled_labels": True, "stored": False}
     one = record_trace(loaded, documents, seed=4, **options)
     two = record_trace(loaded, documents, seed=4, **options)
     other = record_trace(loaded, documents, seed=5, **options)
@@ -304,7 +304,7 @@ def test_sampled_labels_resume(loaded, documents, tmp_path, looking, monkeypatch
     monkeypatch.setattr("var_moe.tracing.record._FORWARDS_PER_SHARD", 2)
     options = {
         **OPTIONS,
-        "labels": "sampled",
+        "sampled_labels": True,
         "stored": False,
         "hidden": True,
         "compensation": looking.compensation,
@@ -329,17 +329,6 @@ def test_sampled_labels_resume(loaded, documents, tmp_path, looking, monkeypatch
     assert resumed[0][0] > calls[0]  # it did not begin anew
     for name, value in whole.columns().items():
         assert torch.equal(again.columns()[name], value), name
-
-
-def test_each_forward_has_dice_of_its_own():
-    rolls = {float(torch.rand((), generator=_rng(3, number))) for number in (0, 1, 2)}
-    assert len(rolls) == 3
-    assert _rng(None, 0) is None
-
-
-def test_unknown_labels_are_refused(loaded, documents):
-    with pytest.raises(UsageError, match="labels = 'made up': expected one of text, sampled"):
-        record_trace(loaded, documents, labels="made up", **OPTIONS)
 
 
 def test_sampled_gradients_cancel():

@@ -272,12 +272,12 @@ def test_windows_stay_in_order_and_documents_whole(recorded, documents):
 
 def altered(monkeypatch, change):
     """Record as if the model's routers gave ``change(index, weight)``."""
-    experts = record._Recorder.experts
+    experts = record.Recorder.experts
 
     def other(self, layer, module, hidden, index, weight):
         return experts(self, layer, module, hidden, *change(index, weight))
 
-    monkeypatch.setattr(record._Recorder, "experts", other)
+    monkeypatch.setattr(record.Recorder, "experts", other)
 
 
 def test_the_order_of_slots_changes_nothing(recorded, loaded, documents, profile, monkeypatch):

@@ -14,7 +14,7 @@ from var_moe.errors import UsageError
 from var_moe.models.loading import LoadedModel
 from var_moe.tracing import record
 from var_moe.tracing.record import record_trace
-from var_moe.tracing.trace import RoutingTrace, bytes_per_token
+from var_moe.tracing.trace import RoutingTrace
 
 
 def assert_same(one: RoutingTrace, two: RoutingTrace) -> None:
@@ -43,16 +43,6 @@ def test_round_trip(recorded, folder, tmp_path):
     RoutingTrace.load(folder).save(folder)
     assert len(list(folder.glob("trace-*.safetensors"))) == 1
     assert_same(RoutingTrace.load(folder), recorded)
-
-
-def test_the_size_can_be_said_before(recorded, loaded, documents):
-    def size(trace):
-        return sum(value.numel() * value.element_size() for value in trace.columns().values())
-
-    said = bytes_per_token(layers=3, top_k=2, damage=True, residuals=True)
-    assert size(recorded) == said * recorded.tokens
-    plain = record_trace(loaded, documents[:2], damage=False, **OPTIONS)
-    assert size(plain) == bytes_per_token(layers=3, top_k=2, damage=False) * plain.tokens
 
 
 def truncate(path):
@@ -89,7 +79,7 @@ def test_a_bad_head(folder, tmp_path):
     head = json.loads((folder / "trace.json").read_text())
     for change in ({"starts": [0, 5]}, {"documents": None}, {"tokens": 7}):
         (folder / "trace.json").write_text(json.dumps({**head, **change}))
-        with pytest.raises(UsageError, match=r"trace.json: does not belong to the shards"):
+        with pytest.raises(UsageError, match=r"trace.json: not (of the shards|as this version)"):
             RoutingTrace.load(folder)
     (folder / "trace.json").write_text(json.dumps({**head, "schema_version": 99}))
     with pytest.raises(UsageError, match=r"trace.json: not a trace of schema"):

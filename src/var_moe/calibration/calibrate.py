@@ -75,7 +75,7 @@ def calibration_trace(
             data_hash=data["data_hash"],
             folder=folder,
             compensation=compensation,
-            labels="sampled",
+            sampled_labels=True,
             stored=False,
             hidden=2 * hidden * about["layers"] * tokens <= HIDDEN_BYTES,
             max_tokens=tokens,
@@ -176,29 +176,24 @@ def learn_compensation(
 
     before, trace = damages(start)
     sizes = predicted(trace, before)
-    settings = settings or FitSettings()
     taus = [tau_for(sizes, max(1.0, share * top_k)) for share in KEPT_SHARES]
-    fit = fit_compensation(
+    empty = Compensation.empty(**experts_shape(loaded.model))
+    compensation, fit = fit_compensation(
         loaded,
         documents,
         damage=before,
         taus=taus,
-        start=start
-        or Compensation.empty(
-            layers=about["layers"],
-            experts=about["experts"],
-            hidden=experts_shape(loaded.model)["hidden"],
-        ),
+        start=start or empty,
         settings=settings,
         checkpoint=checkpoint,
         progress=progress,
     )
-    after, _ = damages(fit.compensation)
+    after, _ = damages(compensation)
     head = {
         **about,
         **data,
         "profile_hash": profile.hash,
-        "fit": fit.to_dict(),
+        "fit": fit,
         "damage_tokens": damage_tokens,
         "provenance": provenance(),
     }

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from var_moe.calibration.profile import PeerCalibration, RoutingProfile, profile_hash
+from var_moe.calibration.profile import RoutingProfile, profile_hash
 from var_moe.calibration.statistics import (
     OutputChange,
     RatioHistogram,
@@ -21,14 +21,12 @@ from var_moe.calibration.statistics import (
 from var_moe.data.documents import ids_hash
 from var_moe.errors import UsageError, VarMoeError
 from var_moe.evaluation.batching import batches, collate, drawn
-from var_moe.execution.backends import open_backend
-from var_moe.execution.backends.base import weighted_sum
-from var_moe.execution.dispatch import dispatched
 from var_moe.models.identity import identity
-from var_moe.models.moe_layers import RouterLogits, experts_shape
+from var_moe.models.moe_layers import experts_shape
 from var_moe.routing.decision import ForwardContext
-from var_moe.routing.keeping import leading_count, rank_slots, routing_mass, shares
+from var_moe.routing.keeping import leading_count, routing_mass, shares
 from var_moe.storage import SCHEMA_VERSION, atomic_write, provenance, sha256_of
+from var_moe.tracing.all_pairs import AllPairs, LayerDecisions
 
 if TYPE_CHECKING:
     from var_moe.data.documents import EncodedDocument
@@ -40,49 +38,38 @@ _CHECKPOINT_FORMAT = 3
 _CHECKPOINT_EVERY = 10  # forwards: some seconds of work
 
 
-class _Collector:
-    """The experts session of profiling: runs all pairs and takes notes."""
+class _Collector(AllPairs):
+    """Takes the sums of a profile."""
 
-    def __init__(self, ids: np.ndarray, *, shape: dict[str, int], top_k: int, backend: str) -> None:
+    def __init__(self, loaded: LoadedModel, ids: np.ndarray, backend: str) -> None:
+        shape, top_k = experts_shape(loaded.model), loaded.top_k
         layers, experts = shape["layers"], shape["experts"]
+        super().__init__(loaded.model, layers, backend)
         self.lead = leading_count(top_k)
         self.statistics = RoutingStatistics(ids, layers=layers, experts=experts)
         self.residuals = ResidualSums(**shape, top_k=top_k)
         self.ratios = RatioHistogram(layers=layers, top_k=top_k)
         self.changes = OutputChange(layers=layers, top_k=top_k)
-        self.logits: RouterLogits | None = None
-        self._backend = open_backend(backend)
-        self._rows = self._counted = torch.empty(0, dtype=torch.int64)
+        self._rows = torch.empty(0, dtype=torch.int64)
 
-    def begin(self, context: ForwardContext) -> None:
-        """The forward that starts."""
-        self._counted = context.counted.reshape(-1).nonzero().squeeze(1)
-        self._rows = self.statistics.rows(context.ids.reshape(-1)[self._counted])
+    def forward(self, batch: ForwardContext, **options: Any) -> Tensor:
+        self._rows = self.statistics.rows(batch.ids[batch.counted])
+        return super().forward(batch, **options)
 
-    def experts(
-        self, layer: int, module: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor
-    ) -> Tensor:
-        """One layer: run every pair, note the decision and what each expert gave."""
-        outputs = self._backend.pairs(module, hidden, index)
-        at = self._counted.to(index.device)
-        rank = rank_slots(index[at], weight[at])
-        ranked_index, ranked_weight = index[at].gather(1, rank), weight[at].gather(1, rank)
-        ranked = outputs[at].gather(1, rank[:, :, None].expand(-1, -1, outputs.shape[2]))
-        assert self.logits is not None
+    def see(self, decided: LayerDecisions) -> None:
+        layer, index, weight = decided.layer, decided.index, decided.weight
+        outputs = decided.ranked_outputs()
         self.statistics.add(
             layer,
             self._rows,
-            entropy=self.logits.entropy(layer, index, weight)[at],
-            confidence=routing_mass(ranked_weight[:, : self.lead], ranked_weight),
-            index=ranked_index,
-            mass=shares(ranked_weight),
+            entropy=decided.entropy,
+            confidence=routing_mass(weight[:, : self.lead], weight),
+            index=index,
+            mass=shares(weight),
         )
-        self.residuals.add(
-            layer, outputs=ranked, weight=ranked_weight, index=ranked_index, lead=self.lead
-        )
-        self.ratios.add(layer, ranked_weight)
-        self.changes.add(layer, ranked, ranked_weight)
-        return weighted_sum(outputs, weight, hidden.dtype)
+        self.residuals.add(layer, outputs=outputs, weight=weight, index=index, lead=self.lead)
+        self.ratios.add(layer, weight)
+        self.changes.add(layer, outputs, weight)
 
     def _parts(self) -> tuple[RunningSums, ...]:
         return self.statistics, self.residuals, self.ratios, self.changes
@@ -91,9 +78,7 @@ class _Collector:
         """Write a checkpoint after ``done`` forwards."""
         from safetensors.torch import save_file
 
-        state: dict[str, Tensor] = {}
-        for part in self._parts():
-            state |= part.state_dict()
+        state = {name: value for part in self._parts() for name, value in part.sums.items()}
         note = {"key": key, "done": str(done)}
         atomic_write(path, lambda temporary: save_file(state, temporary, metadata=note))
 
@@ -107,9 +92,8 @@ class _Collector:
             note = file.metadata() or {}
             if note.get("key") != key:
                 return 0
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        for part in self._parts():
-            part.load_state_dict(state)
+            for part in self._parts():
+                part.sums = {name: file.get_tensor(name) for name in part.sums}
         return int(note["done"])
 
 
@@ -150,29 +134,18 @@ def collect_profile(
     chosen = list(drawn(documents, max_tokens, seed).values())
     if not chosen:
         raise UsageError(f"dataset {dataset!r}: no calibration text to profile; expected documents")
-    model, about = loaded.model, identity(loaded)
+    about = identity(loaded)
     ids = np.concatenate([document.ids for document in chosen])
-    collector = _Collector(ids, shape=experts_shape(model), top_k=loaded.top_k, backend=backend)
+    collector = _Collector(loaded, ids, backend)
     size = window or loaded.window
     key = f"{_CHECKPOINT_FORMAT}:{ids_hash(chosen)}:{sha256_of([str(about)])}"
     key += f":{tokens_per_batch}:{size}"
     done = collector.resume(checkpoint, key)
-    with (
-        dispatched(model, collector),
-        RouterLogits(model, about["layers"]) as collector.logits,
-        torch.inference_mode(),
-    ):
+    with collector.watching(), torch.inference_mode():
         for number, rows in enumerate(batches(chosen, tokens_per_batch, window=size), start=1):
             if number <= done:
                 continue
-            context = collate(rows)
-            collector.begin(context)
-            model(
-                input_ids=context.ids.to(loaded.device),
-                attention_mask=context.valid.long().to(loaded.device),
-                use_cache=False,
-                logits_to_keep=1,
-            )
+            collector.forward(collate(rows), logits_to_keep=1)
             if progress:
                 progress(collector.statistics.tokens, len(ids))
             if checkpoint and number % _CHECKPOINT_EVERY == 0:
@@ -205,7 +178,10 @@ def _profile(loaded: LoadedModel, collector: _Collector, source: dict[str, Any])
         "provenance": provenance(),
     }
     head["hash"] = profile_hash(frame, residuals, head)
-    peers = PeerCalibration(
-        ratios=collector.ratios.quantiles(tokens), sensitivity=collector.changes.sensitivity(tokens)
+    return RoutingProfile(
+        stats=frame,
+        residuals=residuals,
+        head=head,
+        ratios=collector.ratios.quantiles(tokens),
+        sensitivity=collector.changes.sensitivity(tokens),
     )
-    return RoutingProfile(stats=frame, residuals=residuals, head=head, peers=peers)

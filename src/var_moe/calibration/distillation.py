@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from var_moe.execution.backends.base import ExpertsBackend, weighted_sum
-from var_moe.execution.dispatch import ExpertsSession
-from var_moe.models.moe_layers import experts_modules, experts_shape
+from var_moe.models.moe_layers import experts_modules, experts_shape, weights_of
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.compensation import Compensation, LayerCompensation
 from var_moe.routing.decision import ForwardContext, Routing
+from var_moe.routing.simple import NativePolicy
 from var_moe.tracing.first_order import scored_targets
 
 COST_SHARE = 0.03
@@ -72,71 +72,53 @@ class Trainable(nn.Module):
 
 def affordable_rank(model: Any, top_k: int) -> int:
     """Largest rank, a multiple of 8, within `COST_SHARE` where 0.65 K experts run."""
-    module: Any = experts_modules(model)[0][1]
-    first = module.gate_up_proj if module.has_gate else module.up_proj
-    expert = first[0].numel() + module.down_proj[0].numel()  # multiply-adds per pair
-    hidden = experts_shape(model)["hidden"]
-    saved = expert * 0.35 * top_k
-    return max(8, int(COST_SHARE * saved / (2 * hidden)) // 8 * 8)
+    weights = weights_of(experts_modules(model)[0][1])
+    saved = sum(weight[0].numel() for weight in weights) * 0.35 * top_k  # multiply-adds a token
+    return max(8, int(COST_SHARE * saved / (2 * experts_shape(model)["hidden"])) // 8 * 8)
 
 
-class Switch:
-    """The experts session of a fit: hands each layer to ``inner``, which differs by forward."""
+class InputSizes(NativePolicy):
+    """Keeps all pairs, and notes the root mean square of each layer's input."""
 
-    inner: ExpertsSession
+    def __init__(self) -> None:
+        self.sizes: list[float] = []
 
-    def experts(
-        self, layer: int, module: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor
-    ) -> Tensor:
-        """One layer."""
-        return self.inner.experts(layer, module, hidden, index, weight)
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """Runs all pairs.
-
-    Args:
-        backend: who executes them.
-        sizes: where the root mean square of each layer's input is noted, if anywhere.
-    """
-
-    backend: ExpertsBackend
-    sizes: list[float] | None = None
-
-    def experts(
-        self, layer: int, module: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor
-    ) -> Tensor:
-        """One layer."""
-        if self.sizes is not None:
-            self.sizes.append(float(hidden.float().square().mean().sqrt()))
-        return self.backend.run(module, hidden, index, weight)
+    def see(self, layer: int, hidden: Tensor) -> None:
+        self.sizes.append(float(hidden.float().square().mean().sqrt()))
 
 
 @dataclass(frozen=True)
 class Student:
-    """Runs what a policy keeps, with a compensation for the rest.
+    """The experts session that runs what a policy keeps, with a compensation for the rest.
+
+    With a policy that keeps all, it is the teacher.
 
     Args:
         backend: who executes the pairs.
         policy: what it drops is not run.
         context: the forward's tokens.
-        compensation: without one, what is kept is rescaled.
+        compensation: without one, what is kept has the policy's weights.
     """
 
     backend: ExpertsBackend
     policy: RoutingPolicy
     context: ForwardContext
-    compensation: Compensation | None
+    compensation: Compensation | None = None
 
     def __post_init__(self) -> None:
         self.policy.begin(self.context)
+
+    @torch.no_grad()
+    def decided(self, layer: int, hidden: Tensor, index: Tensor, weight: Tensor) -> Routing:
+        """What the policy decides in one layer."""
+        self.policy.see(layer, hidden)
+        return self.policy.route(self.context, layer, index, weight)
 
     def experts(
         self, layer: int, module: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor
     ) -> Tensor:
         """One layer."""
-        routing = decided(self.policy, self.context, layer, hidden, index, weight)
+        routing = self.decided(layer, hidden, index, weight)
         if self.compensation is None:
             return self.backend.run(module, hidden, routing.index, routing.weight)
         row, gone = self.compensation.dropped(index, weight, routing.index >= 0)
@@ -145,28 +127,19 @@ class Student:
         return part.add(out, hidden, row, gone)
 
 
-@dataclass(frozen=True)
-class Regression:
-    """Runs all pairs, and fits each layer to what a policy would drop.
+@dataclass(frozen=True, kw_only=True)
+class Regression(Student):
+    """The experts session that runs all pairs, and fits each layer to what the policy would drop.
 
     Args:
-        backend: who executes the pairs.
-        policy: what it drops is what is fitted.
-        context: the forward's tokens.
         trainable: what is fitted.
         optimiser: of its parameters.
         rng: draws the tokens of each step.
     """
 
-    backend: ExpertsBackend
-    policy: RoutingPolicy
-    context: ForwardContext
     trainable: Trainable
     optimiser: torch.optim.Optimizer
     rng: torch.Generator
-
-    def __post_init__(self) -> None:
-        self.policy.begin(self.context)
 
     def experts(
         self, layer: int, module: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor
@@ -174,8 +147,7 @@ class Regression:
         """One layer: the full output, and some steps of descent on what is dropped."""
         with torch.no_grad():
             outputs = self.backend.pairs(module, hidden, index)
-            routing = decided(self.policy, self.context, layer, hidden, index, weight)
-            kept = routing.index >= 0
+            kept = self.decided(layer, hidden, index, weight).index >= 0
             rows, dropped = self.trainable.compensation().dropped(index, weight, kept)
             gone = weight.masked_fill(kept, 0).float()
             wanted = (outputs.float() * gone[:, :, None]).sum(dim=1)
@@ -213,42 +185,9 @@ def set_rate(optimiser: torch.optim.Optimizer, highest: float, done: float) -> N
         group["lr"] = highest * schedule(done)
 
 
-@torch.no_grad()
-def decided(
-    policy: RoutingPolicy,
-    context: ForwardContext,
-    layer: int,
-    hidden: Tensor,
-    index: Tensor,
-    weight: Tensor,
-) -> Routing:
-    """What a policy decides in one layer."""
-    policy.see(layer, hidden)
-    return policy.route(context, layer, index, weight)
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """Summed KL(teacher || student) of a batch in nats, over its predicted tokens."""
-
-    total: float
-    tokens: int
-
-
-def forward(model: Any, batch: ForwardContext, device: torch.device, **options: Any) -> Tensor:
-    """Logits of a batch. (B, S, V)"""
-    logits: Tensor = model(
-        input_ids=batch.ids.to(device),
-        attention_mask=batch.valid.long().to(device),
-        use_cache=False,
-        **options,
-    ).logits
-    return logits
-
-
 def divergence(
     student: Tensor, teacher: Tensor, batch: ForwardContext, *, gradient: bool
-) -> tuple[Divergence, Tensor | None]:
+) -> tuple[float, int, Tensor | None]:
     """KL(teacher || student) at every place that predicts a scored token.
 
     Args:
@@ -258,7 +197,7 @@ def divergence(
             mean's would vanish in float16).
 
     Returns:
-        The divergence, and the gradient (B, S, V) or None.
+        The sum in nats, the number of places, and the gradient (B, S, V) or None.
     """
     flat, wanted = student.reshape(-1, student.shape[-1]), teacher.reshape(-1, teacher.shape[-1])
     at = scored_targets(batch.counted).to(flat.device) - 1
@@ -270,5 +209,4 @@ def divergence(
         total += (share * (theirs - mine)).sum().double()
         if slope is not None:
             slope[rows] = (mine.exp() - share).to(slope.dtype)
-    result = Divergence(total=float(total), tokens=len(at))
-    return result, None if slope is None else slope.view_as(student)
+    return float(total), len(at), None if slope is None else slope.view_as(student)

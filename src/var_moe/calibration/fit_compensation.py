@@ -20,25 +20,24 @@ import torch
 from torch import Tensor
 
 from var_moe.calibration.distillation import (
+    InputSizes,
     Regression,
     Student,
-    Switch,
-    Teacher,
     Trainable,
     affordable_rank,
     divergence,
-    forward,
     set_rate,
 )
 from var_moe.config import check_count, check_seed
 from var_moe.errors import UsageError, VarMoeError
-from var_moe.evaluation.batching import Window, batches, collate
+from var_moe.evaluation.batching import Window, batches, collate, logits_of
 from var_moe.execution.backends import open_backend
 from var_moe.execution.dispatch import dispatched
 from var_moe.models.identity import identity
 from var_moe.models.moe_layers import experts_shape
 from var_moe.routing.compensation import Compensation, LayerCompensation
 from var_moe.routing.damage import DamageModel, DamagePolicy
+from var_moe.routing.simple import NativePolicy
 from var_moe.storage import atomic_write, sha256_of
 
 if TYPE_CHECKING:
@@ -91,29 +90,6 @@ class FitSettings:
             raise UsageError(f"rate = {self.rate}: expected a number above 0")
 
 
-@dataclass(frozen=True, kw_only=True)
-class FitResult:
-    """A fitted compensation and how it came about."""
-
-    compensation: Compensation
-    held_out: dict[str, float]  # nats per token: "nothing", "start", "regressed", "fitted"
-    curve: list[tuple[int, float]]  # tokens, held-out divergence
-    tokens: int
-    taus: tuple[float, ...]
-    stopped: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """For the head of a file."""
-        return {
-            "rank": self.compensation.rank,
-            "held_out_divergence_nats": self.held_out,
-            "curve": [{"tokens": t, "held_out_divergence_nats": d} for t, d in self.curve],
-            "fitted_tokens": self.tokens,
-            "held_out_taus": list(self.taus),
-            "stopped": self.stopped,
-        }
-
-
 def fit_compensation(
     loaded: LoadedModel,
     documents: Sequence[EncodedDocument],
@@ -124,7 +100,7 @@ def fit_compensation(
     settings: FitSettings | None = None,
     checkpoint: Path | None = None,
     progress: Progress | None = None,
-) -> FitResult:
+) -> tuple[Compensation, dict[str, Any]]:
     """Distil the unmodified model into what a damage policy leaves of it.
 
     Args:
@@ -138,6 +114,9 @@ def fit_compensation(
             who has saved the result removes it.
         progress: called with what is done, tokens done and in all.
 
+    Returns:
+        The compensation, and how the fit went, for the head of a file.
+
     Raises:
         UsageError: too little text, or a start of another model.
         VarMoeError: the result is no better than the start on held-out text.
@@ -148,7 +127,7 @@ def fit_compensation(
     asked = [p.requires_grad for p in loaded.model.parameters()]
     try:
         loaded.model.requires_grad_(False)
-        with dispatched(loaded.model, fit.session), torch.inference_mode(False):
+        with torch.inference_mode(False):
             return fit.run()
     finally:
         for parameter, value in zip(loaded.model.parameters(), asked, strict=True):
@@ -186,8 +165,7 @@ class _Fit:
         self.loaded, self.damage, self.settings = loaded, damage, settings
         self.checkpoint = checkpoint
         self.tell = progress or (lambda what, done, total: None)
-        self.backend, self.session = open_backend("sorted"), Switch()
-        self.device = torch.device(loaded.device)
+        self.backend = open_backend("sorted")
         self.low, self.high = min(taus), max(taus)
         self.looks_taus = tuple(np.geomspace(self.low, self.high, 4)[1:].tolist())
         order = np.random.default_rng(settings.seed).permutation(len(documents))
@@ -202,12 +180,15 @@ class _Fit:
         text = (document.ids.tobytes() for document in (*held_out, *self.text))
         self.key = sha256_of([str(about), str(model), *text])
 
-    def run(self) -> FitResult:
+    def run(self) -> tuple[Compensation, dict[str, Any]]:
         """Both parts, from a checkpoint on where there is one."""
         settings, state = self.settings, self.state
+        inputs = InputSizes()
+        self._forward(Student(self.backend, inputs, self.held_out[0]))
+        scale = torch.tensor([1 / max(size, 1e-6) for size in inputs.sizes])  # (L,)
         self.trainable = Trainable(
-            self.start, rank=self.rank or 0, scale=self._input_scale(), seed=settings.seed
-        ).to(self.device)
+            self.start, rank=self.rank or 0, scale=scale, seed=settings.seed
+        ).to(self.loaded.device)
         parameters = list(self.trainable.parameters())
         self.optimisers = {
             "regression": torch.optim.Adam(parameters, lr=REGRESSION_RATE),
@@ -236,14 +217,16 @@ class _Fit:
         stopped = "the text asked for is used up"
         if state.since >= _PATIENCE:
             stopped = f"no improvement on held-out text in {_PATIENCE} looks"
-        return FitResult(
-            compensation=self.best,
-            held_out=before | {"regressed": state.regressed, "fitted": state.best},
-            curve=state.curve,
-            tokens=state.regress_tokens + state.tokens,
-            taus=self.looks_taus,
-            stopped=stopped,
-        )
+        fit = {
+            "rank": self.best.rank,
+            "held_out_divergence_nats": before
+            | {"regressed": state.regressed, "fitted": state.best},
+            "curve": [{"tokens": t, "held_out_divergence_nats": d} for t, d in state.curve],
+            "fitted_tokens": state.regress_tokens + state.tokens,
+            "held_out_taus": list(self.looks_taus),
+            "stopped": stopped,
+        }
+        return self.best, fit
 
     def _regress(self) -> None:
         """The layer-wise part, from where the state stands."""
@@ -254,12 +237,16 @@ class _Fit:
                 break
             batch, rng = collate(rows), self._rng(8, state.regress_steps)
             policy = DamagePolicy(self._tau(rng), damage=self.damage)
-            tokens = torch.Generator().manual_seed(int(rng.integers(2**62)))
             set_rate(optimiser, REGRESSION_RATE, state.regress_tokens / wanted)
-            parts = (self.trainable, optimiser, tokens)
-            self.session.inner = Regression(self.backend, policy, batch, *parts)
-            with torch.no_grad():
-                forward(self.loaded.model, batch, self.device, logits_to_keep=1)
+            session = Regression(
+                self.backend,
+                policy,
+                batch,
+                trainable=self.trainable,
+                optimiser=optimiser,
+                rng=torch.Generator().manual_seed(int(rng.integers(2**62))),
+            )
+            self._forward(session, logits_to_keep=1)
             state.regress_steps += 1
             state.regress_tokens += int(batch.counted.sum())
             self.tell("fitting layer by layer", min(state.regress_tokens, wanted), wanted)
@@ -288,18 +275,15 @@ class _Fit:
         """One step of descent, at a tau of its own."""
         state, optimiser = self.state, self.optimisers["distillation"]
         set_rate(optimiser, self.settings.rate, state.tokens / self.settings.tokens)
-        policy = DamagePolicy(self._tau(self._rng(7, state.steps)), damage=self.damage)
-        teacher = self._teacher(batch)
-        with torch.enable_grad():
-            compensation = self.trainable.compensation()
-            self.session.inner = Student(self.backend, policy, batch, compensation)
-            student = forward(self.loaded.model, batch, self.device)
-            loss, gradient = divergence(student.detach(), teacher, batch, gradient=True)
-            optimiser.zero_grad()
-            student.backward(gradient)
+        tau = self._tau(self._rng(7, state.steps))
+        teacher = self._forward(Student(self.backend, NativePolicy(), batch))
+        student = self._forward(self._student(batch, tau, self.trainable.compensation()), grad=True)
+        _, tokens, gradient = divergence(student.detach(), teacher, batch, gradient=True)
+        optimiser.zero_grad()
+        student.backward(gradient)
         for parameter in self.trainable.parameters():
             if parameter.grad is not None:
-                parameter.grad /= max(loss.tokens, 1)  # of the mean
+                parameter.grad /= max(tokens, 1)  # of the mean
         torch.nn.utils.clip_grad_norm_(self.trainable.parameters(), 1.0)
         optimiser.step()
         state.steps += 1
@@ -308,27 +292,25 @@ class _Fit:
     def _look(self, compensation: Compensation | None) -> float:
         """Held-out divergence, nats per token, over the fixed taus."""
         total, tokens = 0.0, 0
-        with torch.no_grad():
-            for batch in self.held_out:
-                teacher = self._teacher(batch)
-                for tau in self.looks_taus:
-                    policy = DamagePolicy(tau, damage=self.damage)
-                    self.session.inner = Student(self.backend, policy, batch, compensation)
-                    student = forward(self.loaded.model, batch, self.device)
-                    loss, _ = divergence(student, teacher, batch, gradient=False)
-                    total, tokens = total + loss.total, tokens + loss.tokens
+        for batch in self.held_out:
+            teacher = self._forward(Student(self.backend, NativePolicy(), batch))
+            for tau in self.looks_taus:
+                student = self._forward(self._student(batch, tau, compensation))
+                loss, places, _ = divergence(student, teacher, batch, gradient=False)
+                total, tokens = total + loss, tokens + places
         return total / max(tokens, 1)
 
-    def _teacher(self, batch: ForwardContext, sizes: list[float] | None = None) -> Tensor:
-        self.session.inner = Teacher(self.backend, sizes)
-        with torch.no_grad():
-            return forward(self.loaded.model, batch, self.device)
+    def _student(
+        self, batch: ForwardContext, tau: float, compensation: Compensation | None
+    ) -> Student:
+        policy = DamagePolicy(tau, damage=self.damage)
+        return Student(self.backend, policy, batch, compensation)
 
-    def _input_scale(self) -> Tensor:
-        """One over the root mean square of each layer's input. (L,)"""
-        sizes: list[float] = []
-        self._teacher(self.held_out[0], sizes)
-        return torch.tensor([1 / max(size, 1e-6) for size in sizes])
+    def _forward(self, session: Student, *, grad: bool = False, **options: Any) -> Tensor:
+        """Logits of the session's tokens, with or without gradients. (B, S, V)"""
+        model = self.loaded.model
+        with dispatched(model, session), torch.set_grad_enabled(grad):
+            return logits_of(model, session.context, **options)
 
     def _rng(self, part: int, step: int) -> np.random.Generator:
         """Random numbers of one step, so that a resumed fit draws the same."""

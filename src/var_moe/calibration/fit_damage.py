@@ -9,7 +9,7 @@ was seen rarely says little.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from var_moe.tracing.trace import RoutingTrace
 
 HEAD_SIZE = 16
 """Inner size of the look at a layer's input."""
-_STEP_TOKENS, _PASSES, _RATE = 4096, 4, 1e-2
+_STEP_TOKENS, _RATE = 4096, 1e-2
 _PENALTY = 1e-5  # on squared entries of the tables
 _OUTLIER = 50.0  # times the prediction: more is not listened to
 _LEAST, _LEAST_MASS = 1e-12, 1e-6  # nats; share of a token's weights
@@ -32,7 +32,7 @@ def fit_damage(
     *,
     vocabulary: int,
     compensation: Compensation | None = None,
-    passes: int = _PASSES,
+    passes: int = 4,
     seed: int = 0,
 ) -> DamageModel:
     """Fit predicted damages to a trace of calibration text.
@@ -104,7 +104,7 @@ def _descend(
     passes: int,
     seed: int,
 ) -> None:
-    size = min(_STEP_TOKENS, trace.tokens)
+    size, experts = min(_STEP_TOKENS, trace.tokens), int(trace.head["experts"])
     steps = max(20, passes * trace.tokens // size)
     others = [value for name, value in parameters.items() if name != "token"]
     optimiser = torch.optim.Adam([{"params": others}, {"params": [parameters["token"]]}], lr=_RATE)
@@ -117,7 +117,12 @@ def _descend(
         hidden = None
         if trace.hidden is not None and scale is not None:
             hidden = trace.hidden[:, at].float() * scale[:, None, None]
-        log_damage = _log_damage(parameters, trace, at, hidden)
+        # Taken apart all at once: the gradient is one stack, not a full table for each layer.
+        layers = [
+            LayerDamage(**dict(zip(parameters, tensors, strict=True)), experts=experts)
+            for tensors in zip(*(value.unbind() for value in parameters.values()), strict=True)
+        ]
+        log_damage = _log_damage(layers, trace, at, hidden)
         ratio = target[:, at] * (-log_damage).exp()
         loss = (log_damage + ratio.clamp(max=_OUTLIER)).mean()
         tables = (parameters[name] for name in ("token", "pair", "first", "dropped"))
@@ -128,22 +133,6 @@ def _descend(
         schedule.step()
 
 
-def _log_damage(
-    parameters: Mapping[str, Tensor], trace: RoutingTrace, at: Tensor, hidden: Tensor | None
-) -> Tensor:
-    """log D_k of the tokens ``at`` (n,), whose scaled inputs are (L, n, D). (L, n, K - 1)"""
-    layers = []
-    # Taken apart all at once: its gradient is one stack, not a full table for each layer.
-    for layer, tensors in enumerate(zip(*(p.unbind() for p in parameters.values()), strict=True)):
-        part = LayerDamage(
-            **dict(zip(parameters, tensors, strict=True)), experts=int(trace.head["experts"])
-        )
-        hint = None if hidden is None else part.hint(hidden[layer])
-        index, mass = trace.index[layer, at].long(), trace.weight[layer, at].float()
-        layers.append(part.log_damage(index, mass, trace.ids[at], hint))
-    return torch.stack(layers)
-
-
 def predicted(trace: RoutingTrace, damage: DamageModel) -> Tensor:
     """log D_k of every decision of a trace, as the policy would see it. (L, N, K - 1)
 
@@ -152,13 +141,23 @@ def predicted(trace: RoutingTrace, damage: DamageModel) -> Tensor:
     """
     if trace.hidden is None and damage.out.shape[1]:
         raise UsageError("the damage model looks at the layers' inputs; record them (hidden=True)")
-    layers = []
-    for layer in range(trace.layers):
-        part = damage.layer(layer, trace.ids.device)
-        hint = None if trace.hidden is None else part.hint(trace.hidden[layer])
-        index, mass = trace.index[layer].long(), trace.weight[layer].float()
-        layers.append(part.log_damage(index, mass, trace.ids, hint))
-    return torch.stack(layers)
+    layers = [damage.layer(layer, trace.ids.device) for layer in range(trace.layers)]
+    return _log_damage(layers, trace, slice(None), trace.hidden)
+
+
+def _log_damage(
+    layers: Sequence[LayerDamage],
+    trace: RoutingTrace,
+    at: Tensor | slice,
+    hidden: Tensor | None,
+) -> Tensor:
+    """log D_k of the tokens ``at``, n of them, with their inputs (L, n, D). (L, n, K - 1)"""
+    rows = []
+    for layer, part in enumerate(layers):
+        hint = None if hidden is None else part.hint(hidden[layer])
+        index, mass = trace.index[layer, at].long(), trace.weight[layer, at].float()
+        rows.append(part.log_damage(index, mass, trace.ids[at], hint))
+    return torch.stack(rows)
 
 
 def tau_for(log_damage: Tensor, experts_per_token: float) -> float:

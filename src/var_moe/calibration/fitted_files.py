@@ -13,7 +13,13 @@ from var_moe.errors import UsageError
 from var_moe.models.identity import difference, identity
 from var_moe.routing.compensation import Compensation, check_no_own_weights
 from var_moe.routing.damage import DamageModel
-from var_moe.storage import SCHEMA_VERSION, atomic_write, atomic_write_json, read_json
+from var_moe.storage import (
+    SCHEMA_VERSION,
+    atomic_write,
+    atomic_write_json,
+    entries_of,
+    read_json,
+)
 
 if TYPE_CHECKING:
     from var_moe.models.loading import LoadedModel
@@ -25,7 +31,6 @@ FOLDER = "compensation"
 LEARNED = "learned"
 _FIT = "make it again with `var-moe fit-compensation`"
 _PROFILE = "make it again with `var-moe profile`"
-_HEAD = ("hash", "by_pair", "model", "tokenizer_hash", "layers", "experts", "top_k")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,19 +66,6 @@ class FittedCompensation:
         }
         atomic_write_json(folder / HEAD_FILE, {**self.head, **about})
 
-    def check_same_model(self, head: Mapping[str, Any]) -> None:
-        """Refuse a compensation of another model than a profile's ``head`` names.
-
-        Raises:
-            UsageError: names both.
-        """
-        fault = difference(self.head, head)
-        if fault:
-            raise UsageError(
-                f"compensation of model {self.head['model']!r} does not fit the profile of "
-                f"{head['model']!r}: {fault}"
-            )
-
 
 def save_damages(damages: Mapping[str, DamageModel], path: Path) -> None:
     """Write damage models by the name of their compensation."""
@@ -105,10 +97,8 @@ def load_damages(
         raise UsageError(f"{path}: no damages of schema {SCHEMA_VERSION}; {_PROFILE}")
     damages = {}
     for name in (one for one in compensations if one in note):
-        try:
+        with entries_of(path):
             damages[name] = DamageModel.of_named(tensors, name, compensations[name])
-        except KeyError as error:
-            raise UsageError(f"{path}: {error.args[0]!r} is missing; make it again") from None
         if damages[name].hash != note[name]:
             raise UsageError(
                 f"{path}: its damages {name!r} do not belong to the files beside it; make it again"
@@ -130,29 +120,24 @@ def load_compensation(folder: str | Path, loaded: LoadedModel | None = None) -> 
     head = read_json(folder / HEAD_FILE, what="compensation")
     if not isinstance(head, dict) or head.get("schema_version") != SCHEMA_VERSION:
         raise UsageError(f"{folder / HEAD_FILE}: no compensation of schema {SCHEMA_VERSION}")
-    missing = [name for name in _HEAD if name not in head]
-    if missing:
-        raise UsageError(f"{folder / HEAD_FILE}: {missing[0]!r} is missing; {_FIT}")
     check_no_own_weights(folder, head)
     tensors, _ = _read(folder / COMPENSATION_FILE, _FIT)
-    try:
+    with entries_of(folder):
         sizes = {name: head[name] for name in ("layers", "by_pair", "experts")}
         compensation = Compensation.of_named(tensors, "layer", **sizes)
-    except KeyError as error:
-        raise UsageError(f"{folder}: {error.args[0]!r} is missing; {_FIT}") from None
-    except TypeError as error:
-        raise UsageError(f"{folder / HEAD_FILE}: damaged ({error}); {_FIT}") from None
-    if compensation.hash != head["hash"]:
-        raise UsageError(f"{folder}: {COMPENSATION_FILE} does not belong to {HEAD_FILE}; {_FIT}")
-    damages = load_damages(folder / DAMAGE_FILE, {LEARNED: compensation})
+        if compensation.hash != head["hash"]:
+            raise UsageError(
+                f"{folder}: {COMPENSATION_FILE} does not belong to {HEAD_FILE}; {_FIT}"
+            )
+        damages = load_damages(folder / DAMAGE_FILE, {LEARNED: compensation})
+        fault = loaded and difference(head, identity(loaded))
+        if loaded and fault:
+            raise UsageError(
+                f"{folder}: compensation of model {head['model']!r} does not fit model "
+                f"{loaded.name!r}: {fault}; fit one with `var-moe fit-compensation`"
+            )
     if LEARNED not in damages:
         raise UsageError(f"{folder / DAMAGE_FILE}: holds no damages {LEARNED!r}; {_FIT}")
-    fault = loaded and difference(head, identity(loaded))
-    if loaded is not None and fault:
-        raise UsageError(
-            f"{folder}: compensation of model {head['model']!r} does not fit model "
-            f"{loaded.name!r}: {fault}; fit one with `var-moe fit-compensation`"
-        )
     return FittedCompensation(damage=damages[LEARNED], head=head)
 
 

@@ -20,9 +20,8 @@ from var_moe.calibration.fitted_files import (
     load_damages,
     save_damages,
 )
-from var_moe.errors import UsageError
-from var_moe.models.identity import check_fits
-from var_moe.routing.base import check_keys
+from var_moe.errors import UsageError, one_line
+from var_moe.models.identity import check_fits, difference
 from var_moe.routing.compensation import Compensation, ResidualMeans
 from var_moe.routing.damage import DamageModel
 from var_moe.routing.naee import RatioQuantiles
@@ -39,28 +38,6 @@ STATS_FILE = "routing_stats.parquet"
 RESIDUALS_FILE = "residuals.safetensors"
 PEERS_FILE = "peers.json"
 HEAD_FILE = "profile.json"
-_KEPT = "own weights"  # how kept experts were weighted when the residual means were fitted
-
-
-@dataclass(frozen=True, kw_only=True)
-class PeerCalibration:
-    """Inputs of the policies `naee` and `per_layer_k`, of one model on one text."""
-
-    ratios: RatioQuantiles
-    sensitivity: LayerSensitivity
-
-    def to_dict(self) -> dict[str, Any]:
-        """For a file."""
-        return {"ratios": self.ratios.to_dict(), "sensitivity": self.sensitivity.to_dict()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> PeerCalibration:
-        """Read what `to_dict` gave; a missing or unknown key is a UsageError."""
-        check_keys(cls, values)
-        return cls(
-            ratios=RatioQuantiles.from_dict(values["ratios"]),
-            sensitivity=LayerSensitivity.from_dict(values["sensitivity"]),
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,16 +47,15 @@ class RoutingProfile:
     ``stats`` has the columns of ``routing_stats.parquet``: layer, token_id, token_str,
     frequency, mean/std/min/max_entropy (nats), mean/std_confidence, routing_consistency (share
     of occurrences whose first expert was top_expert), top_expert, leading_experts and
-    leading_weights (mean routing mass). ``peers`` is what other policies than VAR need; a
-    profile that an earlier version made has none. ``damages`` are what the damage policy needs,
-    by the name of the compensation that they were fitted with; ``learned`` is a compensation
-    that was fitted with this profile.
+    leading_weights (mean routing mass). ``damages`` are by the name of the compensation that
+    they were fitted with; ``learned`` is a compensation that was fitted with this profile.
     """
 
     stats: pd.DataFrame
     residuals: ResidualMeans
     head: dict[str, Any]
-    peers: PeerCalibration | None = None
+    ratios: RatioQuantiles  # for policy naee
+    sensitivity: LayerSensitivity  # for policy per_layer_k
     damages: Mapping[str, DamageModel] = field(default_factory=dict)
     learned: FittedCompensation | None = None
 
@@ -108,10 +84,11 @@ class RoutingProfile:
         weight = torch.ones((layers, vocabulary, leading), dtype=torch.float32)
         count[at] = torch.tensor(stats["frequency"].to_numpy(np.float64))
         entropy[at] = torch.tensor(stats["mean_entropy"].to_numpy(np.float64))
-        index[at] = torch.from_numpy(np.stack(stats["leading_experts"].to_list()).astype(np.int64))
-        weight[at] = torch.from_numpy(
-            np.stack(stats["leading_weights"].to_list()).astype(np.float32)
+        experts, masses = (
+            np.stack(stats[f"leading_{n}"].to_list()) for n in ("experts", "weights")
         )
+        index[at] = torch.from_numpy(experts.astype(np.int64))
+        weight[at] = torch.from_numpy(masses.astype(np.float32))
         return RoutingTable(count=count, entropy=entropy, index=index, weight=weight)
 
     def calibration(self, compensation: str | None = None) -> dict[str, Any]:
@@ -125,16 +102,17 @@ class RoutingProfile:
         Raises:
             UsageError: there is no such compensation.
         """
-        peers = self.peers
         given = {
             "table": self.table(),
             "residuals": self.residuals,
-            "ratios": peers and peers.ratios,
-            "sensitivity": peers and peers.sensitivity,
+            "ratios": self.ratios,
+            "sensitivity": self.sensitivity,
             "damage": self._damages().get(compensation or self.best_compensation()),
         }
         if compensation is not None:
-            given["compensation"] = self.compensation(compensation)
+            known = self.compensations()
+            check_compensation(compensation, known)
+            given["compensation"] = known[compensation]
         return given
 
     def best_compensation(self) -> str:
@@ -151,35 +129,22 @@ class RoutingProfile:
             known[LEARNED] = self.learned.compensation
         return known
 
-    def compensation(self, name: str) -> Compensation | None:
-        """The compensation of that name.
-
-        Raises:
-            UsageError: there is none; says what makes it.
-        """
-        known = self.compensations()
-        check_compensation(name, known)
-        return known[name]
-
     def _damages(self) -> dict[str, DamageModel]:
         learned = {LEARNED: self.learned.damage} if self.learned is not None else {}
         return {**self.damages, **learned}
 
     def with_compensation(self, fitted: FittedCompensation) -> RoutingProfile:
-        """The same profile with another learned compensation.
-
-        Raises:
-            UsageError: it is another model's.
-        """
-        fitted.check_same_model(self.head)
+        """The same profile with another learned compensation; another model's is a UsageError."""
+        fault = difference(fitted.head, self.head)
+        if fault:
+            raise UsageError(
+                f"compensation of model {fitted.head['model']!r} does not fit the profile of "
+                f"{self.head['model']!r}: {fault}"
+            )
         return replace(self, learned=fitted)
 
     def check_loaded(self, loaded: LoadedModel) -> None:
-        """Refuse a profile of another model.
-
-        Raises:
-            UsageError: names the profile's model and the one at hand.
-        """
+        """Raise UsageError, naming both, unless the profile is of this model."""
         check_fits("profile", self.head, loaded)
 
     def save(self, folder: str | Path) -> None:
@@ -195,10 +160,10 @@ class RoutingProfile:
             lambda path: self.stats.to_parquet(path, index=False, compression="zstd"),
         )
         tensors = {f"layer.{i}": table for i, table in enumerate(self.residuals.table)}
-        note = {"by_pair": json.dumps(self.residuals.by_pair), "kept": _KEPT}
+        note = {"by_pair": json.dumps(self.residuals.by_pair)}
         atomic_write(folder / RESIDUALS_FILE, lambda path: save_file(tensors, path, metadata=note))
-        if self.peers is not None:
-            atomic_write_json(folder / PEERS_FILE, self.peers.to_dict())
+        peers = {"ratios": self.ratios.to_dict(), "sensitivity": self.sensitivity.to_dict()}
+        atomic_write_json(folder / PEERS_FILE, peers)
         if self.damages:
             save_damages(self.damages, folder / DAMAGE_FILE)
         if self.learned is not None:
@@ -224,36 +189,27 @@ class RoutingProfile:
         try:
             stats = pd.read_parquet(folder / STATS_FILE)
             with safe_open(folder / RESIDUALS_FILE, framework="pt") as file:
-                note = file.metadata()
-                by_pair = json.loads(note["by_pair"])
+                by_pair = json.loads(file.metadata()["by_pair"])
                 tables = tuple(file.get_tensor(f"layer.{i}") for i in range(head["layers"]))
-            peers = None
-            if (folder / PEERS_FILE).is_file():
-                peers = PeerCalibration.from_dict(read_json(folder / PEERS_FILE, what="profile"))
+            residuals = ResidualMeans(table=tables, by_pair=by_pair, experts=head["experts"])
+            peers = read_json(folder / PEERS_FILE, what="profile")
+            ratios = RatioQuantiles.from_dict(peers["ratios"])
+            sensitivity = LayerSensitivity.from_dict(peers["sensitivity"])
         except Exception as error:
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UsageError(
-                f"{folder}: damaged profile ({first}); make it again with `var-moe profile`"
+                f"{folder}: damaged profile ({one_line(error)}); make it again with "
+                "`var-moe profile`"
             ) from None
-        if note.get("kept") != _KEPT:
-            raise UsageError(
-                f"{folder}: made by an earlier version, which fitted residual means otherwise; "
-                "make it again with `var-moe profile`"
-            )
-        residuals = ResidualMeans(table=tables, by_pair=by_pair, experts=head["experts"])
-        profile = cls(stats=stats, residuals=residuals, head=head, peers=peers)
         if profile_hash(stats, residuals, head) != head["hash"]:
             raise UsageError(
                 f"{folder}: {STATS_FILE} or {RESIDUALS_FILE} does not belong to {HEAD_FILE}; "
                 "make it again with `var-moe profile`"
             )
-        return profile._with_fitted(folder)
-
-    def _with_fitted(self, folder: Path) -> RoutingProfile:
-        """The same with the damages and the compensation that lie in its folder."""
-        profile = self
+        profile = cls(
+            stats=stats, residuals=residuals, head=head, ratios=ratios, sensitivity=sensitivity
+        )
         if (folder / DAMAGE_FILE).is_file():
-            damages = load_damages(folder / DAMAGE_FILE, self.compensations())
+            damages = load_damages(folder / DAMAGE_FILE, profile.compensations())
             profile = replace(profile, damages=damages)
         if (folder / FOLDER).is_dir():
             fitted = load_compensation(folder / FOLDER)

@@ -6,7 +6,6 @@ One class for each part: statistics per (layer, token id), residual means, and w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,14 +35,6 @@ class RunningSums:
     """Tensors that grow by addition; a checkpoint holds them by name."""
 
     sums: dict[str, Tensor]
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The sums, for a checkpoint."""
-        return dict(self.sums)
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a checkpoint."""
-        self.sums = {name: state[name].clone() for name in self.sums}
 
 
 class RoutingStatistics(RunningSums):
@@ -99,7 +90,7 @@ class RoutingStatistics(RunningSums):
         """
         entropy, confidence = entropy.double().cpu(), confidence.double().cpu()
         index, mass = index.cpu(), mass.double().cpu()
-        new = self._summed(rows, torch.ones_like(entropy))
+        new = rows.bincount(minlength=len(self.token_ids)).double()  # (R,)
         self._merge("entropy", layer, rows, new, entropy)
         self._merge("confidence", layer, rows, new, confidence)
         sums = {name: value[layer] for name, value in self.sums.items()}
@@ -110,17 +101,13 @@ class RoutingStatistics(RunningSums):
         sums["first"].view(-1).index_add_(0, cell[:, 0], torch.ones_like(entropy))
         sums["mass"].view(-1).index_add_(0, cell.reshape(-1), mass.reshape(-1))
 
-    def _summed(self, rows: Tensor, value: Tensor) -> Tensor:
-        """Sum of ``value`` (T,) by row. (R,)"""
-        empty = torch.zeros(len(self.token_ids), dtype=torch.float64)
-        return empty.index_add_(0, rows, value)
-
     def _merge(self, name: str, layer: int, rows: Tensor, new: Tensor, value: Tensor) -> None:
         """Merge a batch's ``value`` (T,), of which each row has ``new`` (R,), into mean and m2."""
         old = self.sums["count"][layer]
         mean, m2 = self.sums[f"{name}_mean"][layer], self.sums[f"{name}_m2"][layer]
-        batch_mean = self._summed(rows, value) / new.clamp(min=1)
-        batch_m2 = self._summed(rows, (value - batch_mean[rows]).square())
+        batch_mean = torch.zeros_like(old).index_add_(0, rows, value) / new.clamp(min=1)
+        square = (value - batch_mean[rows]).square()
+        batch_m2 = torch.zeros_like(old).index_add_(0, rows, square)
         count, delta = (old + new).clamp(min=1), batch_mean - mean
         mean += torch.where(new > 0, delta * new / count, 0.0)
         m2 += torch.where(new > 0, batch_m2 + delta.square() * old * new / count, 0.0)
@@ -170,9 +157,8 @@ class ResidualSums(RunningSums):
 
     With ``d`` the weighted outputs of the dropped experts and ``m`` their summed weight, a cell's
     vector is ``r = sum(m d) / (sum(m^2) + shrink)``, the least-squares answer to ``d = m r``
-    shrunk towards zero where little was seen. It fits better than the mean of ``d / m``, as most
-    cut decisions drop little weight. Kept experts are not rescaled where a mean stands in: that
-    would let the first expert's own deviation from its mean stand in for the dropped expert's.
+    shrunk towards zero where little was seen. Kept experts are not rescaled where a mean stands
+    in.
     """
 
     def __init__(self, *, layers: int, experts: int, top_k: int, hidden: int) -> None:
@@ -242,19 +228,20 @@ class RatioHistogram(RunningSums):
         The ends are 0 and 1 whatever was seen: at quantile 0 nothing is skipped on any text, at 1
         everything that does not tie with the first.
         """
-        rows = tuple(self._layer_quantiles(counts) for counts in self.sums["ratio_counts"])
+        rows = tuple(_quantiles(counts) for counts in self.sums["ratio_counts"])
         return RatioQuantiles(top_k=self.top_k, tokens=tokens, quantiles=rows)
 
-    @staticmethod
-    def _layer_quantiles(counts: Tensor) -> tuple[float, ...]:
-        reached = counts.cumsum(dim=0)
-        levels = torch.linspace(0, 1, RATIO_LEVELS, dtype=torch.float64)
-        if reached[-1] == 0:  # K = 1: there is nothing after the first expert
-            return tuple(levels.tolist())
-        wanted = levels[1:-1] * reached[-1]
-        bins = torch.searchsorted(reached, wanted)  # the bin in which each level is reached
-        inside = 1 - (reached[bins] - wanted) / counts[bins]
-        return (0.0, *((bins + inside) / RATIO_BINS).pow(4).tolist(), 1.0)
+
+def _quantiles(counts: Tensor) -> tuple[float, ...]:
+    """Those of one layer's histogram (RATIO_BINS,)."""
+    reached = counts.cumsum(dim=0)
+    levels = torch.linspace(0, 1, RATIO_LEVELS, dtype=torch.float64)
+    if reached[-1] == 0:  # K = 1: there is nothing after the first expert
+        return tuple(levels.tolist())
+    wanted = levels[1:-1] * reached[-1]
+    bins = torch.searchsorted(reached, wanted)  # the bin in which each level is reached
+    inside = 1 - (reached[bins] - wanted) / counts[bins]
+    return (0.0, *((bins + inside) / RATIO_BINS).pow(4).tolist(), 1.0)
 
 
 def rescaled_change(outputs: Tensor, weight: Tensor) -> Tensor:

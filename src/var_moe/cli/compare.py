@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -113,7 +112,6 @@ def compare(
         top_k = ready.evaluator.top_k
         check_droppable(ready.loaded.name, top_k)
         targets = check_targets(experts, top_k) if earlier is None else _targets(earlier)
-        _check_peers(ready)
         known = cache(ready.calibration_with)  # it holds tables as large as the vocabulary
         if earlier is None or rows is None:
             points = _turned(names, ready, targets, compensations, known, progress)
@@ -246,20 +244,6 @@ def _hashes(ready: Ready) -> dict[str, str]:
 
 def _targets(earlier: dict[str, Any]) -> tuple[float, ...]:
     return tuple(earlier["targets_experts_per_token"])
-
-
-def _check_peers(ready: Ready) -> None:
-    """Refuse a profile without what the policies need that are not VAR's.
-
-    Raises:
-        UsageError: says how to make it again.
-    """
-    profile, subject = ready.profile, ready.subject
-    if profile is not None and profile.peers is None and ready.needs & {"ratios", "sensitivity"}:
-        raise UsageError(
-            f"profile {subject.profile}: made by an earlier version, without what other policies "
-            f"need; make it again with `var-moe profile --model {shlex.quote(subject.model.model)}`"
-        )
 
 
 def _check_same(earlier: dict[str, Any], ready: Ready) -> None:

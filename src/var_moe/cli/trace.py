@@ -73,8 +73,7 @@ def trace(
             calibration=calibration,
             progress=progress,
         )
-        asked = (max_tokens, run.seed)
-        progress.say(_size(loaded, documents, means, output, asked, not decisions_only))
+        progress.say(f"recording in {output} ...")
         recorded = record_trace(
             loaded,
             documents,
@@ -116,41 +115,13 @@ def _fit_cost(
     progress.say(f"cost model: median error {100 * cost.error:.1f}% on timings left out")
 
 
-def _size(
-    loaded: LoadedModel,
-    documents: Sequence[EncodedDocument],
-    profile: RoutingProfile,
-    output: Path,
-    asked: tuple[int | None, int],
-    damage: bool,
-) -> str:
-    """What will be written, before it is."""
-    from var_moe.evaluation.batching import drawn
-    from var_moe.models.moe_layers import experts_modules
-    from var_moe.tracing.trace import bytes_per_token
-
-    chosen = drawn(documents, *asked)
-    tokens = sum(len(document.ids) for document in chosen.values())
-    size = tokens * bytes_per_token(
-        layers=len(experts_modules(loaded.model)),
-        top_k=loaded.top_k,
-        damage=damage,
-        residuals=profile.residuals is not None,
-    )
-    return (
-        f"recording {tokens:,} tokens of {len(chosen):,} documents: "
-        f"{size:,} bytes ({size / 2**20:,.1f} MiB) in {output}"
-    )
-
-
 def _print(trace: RoutingTrace, output: Path, profile: Path | None) -> None:
     import math
 
     from var_moe.terminal import show
-    from var_moe.tracing.trace import folder_size
 
-    head = trace.head
-    perplexity = ""
+    head, perplexity = trace.head, ""
+    size = sum(path.stat().st_size for path in output.glob("trace*"))
     if trace.nll is not None:
         nll = float(trace.nll.double().sum()) / max(trace.scored, 1)
         perplexity = f", perplexity {math.exp(nll):.3f}"
@@ -168,7 +139,7 @@ def _print(trace: RoutingTrace, output: Path, profile: Path | None) -> None:
     show(
         # A line of its own: as a title it would be broken to the small table's width.
         f"{head['model']} on {head['dataset']}: {trace.tokens:,} tokens of "
-        f"{len(trace.documents):,} documents, {folder_size(output) / 2**20:,.1f} MiB{perplexity}",
+        f"{len(trace.documents):,} documents, {size / 2**20:,.1f} MiB{perplexity}",
         table(None, columns, rows),
         f"Trace: {output}",
         f"Profile: {profile}",

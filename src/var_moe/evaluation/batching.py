@@ -133,13 +133,15 @@ def collate(rows: Sequence[Window]) -> ForwardContext:
     )
 
 
-def logits_of(model: Any, batch: ForwardContext, session: Session | None = None) -> Tensor:
+def logits_of(
+    model: Any, batch: ForwardContext, session: Session | None = None, **options: Any
+) -> Tensor:
     """Logits (B, S, V) of one forward, of which the routing session is told beforehand."""
     if session is not None:
         session.announce(batch)
     device = next(model.parameters()).device
     ids, mask = batch.ids.to(device), batch.valid.long().to(device)
-    logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits
     return logits
 
 

@@ -20,30 +20,15 @@ of second order, which the squares of g . d estimate (see `tracing.policies.pred
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from var_moe.execution.backends.base import ExpertsBackend
 from var_moe.routing.compensation import Compensation, ResidualMeans
 from var_moe.routing.keeping import leading_count, rescaled
+from var_moe.tracing.all_pairs import LayerDecisions
 
 _STEP_BYTES = 64 * 2**20  # float32 logits held at once
-
-
-@dataclass(frozen=True)
-class _Pending:
-    """What a layer's hook needs when the gradient comes: the counted tokens' slots by rank."""
-
-    module: nn.Module
-    hidden: Tensor  # (T, D) input
-    outputs: Tensor  # (T, K, D) unweighted
-    at: Tensor  # (n,) counted tokens
-    rank: Tensor  # (n, K) slots by rank
-    index: Tensor  # (n, K) experts by rank
-    weight: Tensor  # (n, K) float32 by rank
-    foreign: Tensor  # (n, F) experts that the token did not choose, F <= leading
 
 
 class DamageProbe:
@@ -54,7 +39,7 @@ class DamageProbe:
         residuals: means for ``cut_residual``; without, there is none.
         compensation: for ``cut_compensated``; without, there is none.
         stored: whether to take ``next`` and ``foreign``, too.
-        seed: draws the experts for ``foreign``; each forward and layer has rng of its own, so
+        seed: draws the experts for ``foreign``; each forward and layer has an rng of its own, so
             that a resumed recording draws the same.
     """
 
@@ -64,54 +49,30 @@ class DamageProbe:
         *,
         residuals: ResidualMeans | None,
         compensation: Compensation | None,
-        stored: bool = True,
+        stored: bool,
         seed: int,
     ) -> None:
         self._backend, self._residuals, self._seed = backend, residuals, seed
         self._compensation, self._stored = compensation, stored
         self._number = 0
-        self._pending: dict[int, _Pending] = {}
         self._probes: list[Tensor] = []
         self._damages: dict[int, dict[str, Tensor]] = {}
 
     def begin(self, number: int) -> None:
         """Forward ``number`` starts."""
         self._number = number
-        self._pending.clear()
         self._probes.clear()
         self._damages.clear()
 
-    def watch(
-        self,
-        layer: int,
-        module: nn.Module,
-        *,
-        hidden: Tensor,
-        outputs: Tensor,
-        at: Tensor,
-        rank: Tensor,
-        index: Tensor,
-        weight: Tensor,
-        out: Tensor,
-    ) -> Tensor:
+    def watch(self, decided: LayerDecisions, out: Tensor) -> Tensor:
         """The layer's output ``out`` (T, D), whose gradient will be caught on the way back."""
-        experts = int(module.num_experts)  # type: ignore[arg-type]
-        self._pending[layer] = _Pending(
-            module=module,
-            hidden=hidden.detach(),
-            outputs=outputs.detach(),
-            at=at,
-            rank=rank,
-            index=index,
-            weight=weight.detach().float(),
-            foreign=self._draw(layer, index, experts),
-        )
+        foreign = self._draw(decided.layer, decided.index, int(decided.module.num_experts))  # type: ignore[arg-type]
         # Parameters need no gradient, so something must: a zero that is added. What it is added
         # to is what the rest of the model sees.
         zero = torch.zeros((), dtype=out.dtype, device=out.device, requires_grad=True)
         self._probes.append(zero)
         out = out + zero
-        out.register_hook(lambda gradient: self._catch(layer, gradient))
+        out.register_hook(lambda gradient: self._catch(decided, foreign, gradient))
         return out
 
     def _draw(self, layer: int, index: Tensor, experts: int) -> Tensor:
@@ -140,64 +101,68 @@ class DamageProbe:
         return {name: torch.stack([row[name] for row in by_layer]) for name in by_layer[0]}
 
     @torch.no_grad()
-    def _catch(self, layer: int, gradient: Tensor) -> None:
-        """The hook: g (T, D) is here, the layer's tensors can go."""
-        note = self._pending.pop(layer)
-        g = gradient[note.at].float()  # (n, D)
-        effect = torch.einsum("nd,nkd->nk", g, note.outputs[note.at].float())
-        effect = effect.gather(1, note.rank)
-        damages = {name: value.cpu() for name, value in _own(note.weight, effect).items()}
+    def _catch(self, decided: LayerDecisions, foreign: Tensor, gradient: Tensor) -> None:
+        """The hook: g (T, D) is here."""
+        g, weight = gradient[decided.at].float(), decided.weight.float()  # (n, D), (n, K)
+        effect = torch.einsum("nd,nkd->nk", g, decided.outputs[decided.at].float())
+        effect = effect.gather(1, decided.rank)
+        damages = _own(weight, effect)
         if self._residuals is not None:
-            damages["cut_residual"] = self._cut_residual(layer, note, g, effect).cpu()
+            damages["cut_residual"] = _cut_residual(self._residuals, decided, g, weight, effect)
         if self._compensation is not None:
-            damages["cut_compensated"] = self._cut_compensated(layer, note, g, effect).cpu()
+            change = _cut_compensated(self._compensation, decided, g, weight, effect)
+            damages["cut_compensated"] = change
         if not self._stored:
             del damages["next"]
-            self._damages[layer] = damages
-            return
-        damages["foreign"] = damages["next"]
-        if note.foreign.shape[1]:
-            damages["foreign"] = self._foreign(note, g, effect).cpu()
-        self._damages[layer] = damages
+        elif foreign.shape[1]:
+            damages["foreign"] = self._foreign(decided, foreign, g, weight, effect)
+        else:
+            damages["foreign"] = damages["next"]
+        self._damages[decided.layer] = {name: value.cpu() for name, value in damages.items()}
 
-    def _cut_residual(self, layer: int, note: _Pending, g: Tensor, effect: Tensor) -> Tensor:
-        means, lead = self._residuals, leading_count(note.index.shape[1])
-        if means is None or lead == note.index.shape[1]:
-            return torch.zeros_like(effect[:, 0])
-        dropped = note.weight[:, lead:]
-        first = note.index[:, 0]
-        cut = torch.ones_like(first, dtype=torch.bool)
-        row = means.row(first, note.index[:, -1] if means.by_pair else None, cut)
-        table = means.table[layer].to(g.device)
-        instead = (g * table[row].float()).sum(dim=1) * dropped.sum(dim=1)
-        return instead - (dropped * effect[:, lead:]).sum(dim=1)
-
-    def _cut_compensated(self, layer: int, note: _Pending, g: Tensor, effect: Tensor) -> Tensor:
-        """(n, K - 1)"""
-        compensation = self._compensation
-        assert compensation is not None
-        part = compensation.layers[layer].to(g.device, torch.float32)
-        instead = torch.zeros_like(effect)  # (n, K) g . what stands for each slot's expert
-        rows = compensation.rows(note.index, note.index[:, 0])
-        for slot in range(1, rows.shape[1]):
-            instead[:, slot] = (g * part.vectors[rows[:, slot]]).sum(dim=1)
-        correction = part.correction(note.hidden[note.at].float())
-        if correction is not None:
-            instead += (g * correction).sum(dim=1, keepdim=True)
-        change = note.weight * (instead - effect)
-        # What rank k and all after it add up to, for k = 1..K-1.
-        return change.flip(1).cumsum(dim=1).flip(1)[:, 1:]
-
-    def _foreign(self, note: _Pending, g: Tensor, effect: Tensor) -> Tensor:
-        count = note.foreign.shape[1]
-        index = note.foreign.new_full((note.hidden.shape[0], count), -1)
-        index[note.at] = note.foreign
-        outputs = self._backend.pairs(note.module, note.hidden, index)[note.at].float()
+    def _foreign(
+        self, decided: LayerDecisions, foreign: Tensor, g: Tensor, weight: Tensor, effect: Tensor
+    ) -> Tensor:
+        count = foreign.shape[1]
+        index = foreign.new_full((decided.hidden.shape[0], count), -1)
+        index[decided.at] = foreign
+        outputs = self._backend.pairs(decided.module, decided.hidden, index)[decided.at].float()
         theirs = torch.einsum("nd,nkd->nk", g, outputs)
-        total = note.weight.sum(dim=1)
-        lent = note.weight[:, :count]  # each takes the weight of the expert in whose place it is
-        scaled: Tensor = rescaled(lent, lent.sum(dim=1), total)
-        return (scaled * theirs).sum(dim=1) - (note.weight * effect).sum(dim=1)
+        lent = weight[:, :count]  # each takes the weight of the expert in whose place it is
+        scaled: Tensor = rescaled(lent, lent.sum(dim=1), weight.sum(dim=1))
+        return (scaled * theirs).sum(dim=1) - (weight * effect).sum(dim=1)
+
+
+def _cut_residual(
+    means: ResidualMeans, decided: LayerDecisions, g: Tensor, weight: Tensor, effect: Tensor
+) -> Tensor:
+    """(n,)"""
+    index, lead = decided.index, leading_count(decided.index.shape[1])
+    if lead == index.shape[1]:
+        return torch.zeros_like(effect[:, 0])
+    dropped, first = weight[:, lead:], index[:, 0]
+    cut = torch.ones_like(first, dtype=torch.bool)
+    row = means.row(first, index[:, -1] if means.by_pair else None, cut)
+    table = means.table[decided.layer].to(g.device)
+    instead = (g * table[row].float()).sum(dim=1) * dropped.sum(dim=1)
+    return instead - (dropped * effect[:, lead:]).sum(dim=1)
+
+
+def _cut_compensated(
+    compensation: Compensation, decided: LayerDecisions, g: Tensor, weight: Tensor, effect: Tensor
+) -> Tensor:
+    """(n, K - 1)"""
+    part = compensation.layers[decided.layer].to(g.device, torch.float32)
+    instead = torch.zeros_like(effect)  # (n, K) g . what stands for each slot's expert
+    rows = compensation.rows(decided.index, decided.index[:, 0])
+    for slot in range(1, rows.shape[1]):
+        instead[:, slot] = (g * part.vectors[rows[:, slot]]).sum(dim=1)
+    correction = part.correction(decided.hidden[decided.at].float())
+    if correction is not None:
+        instead += (g * correction).sum(dim=1, keepdim=True)
+    change = weight * (instead - effect)
+    # What rank k and all after it add up to, for k = 1..K-1.
+    return change.flip(1).cumsum(dim=1).flip(1)[:, 1:]
 
 
 def _own(weight: Tensor, effect: Tensor) -> dict[str, Tensor]:

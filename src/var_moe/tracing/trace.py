@@ -13,7 +13,6 @@ head knows every shard's size and hash.
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -25,7 +24,13 @@ from var_moe.errors import UsageError
 from var_moe.models.identity import check_fits, difference
 from var_moe.routing.compensation import ResidualMeans
 from var_moe.routing.var import RoutingTable
-from var_moe.storage import SCHEMA_VERSION, atomic_write, atomic_write_json, read_json
+from var_moe.storage import (
+    SCHEMA_VERSION,
+    atomic_write,
+    atomic_write_json,
+    entries_of,
+    read_json,
+)
 
 if TYPE_CHECKING:
     from var_moe.models.loading import LoadedModel
@@ -41,22 +46,17 @@ class ProfileView(Protocol):
     """What traces need of a `RoutingProfile`, whose room lies above this one."""
 
     @property
-    def head(self) -> dict[str, Any]:
-        """Model, text and sizes."""
+    def head(self) -> dict[str, Any]: ...
 
     @property
-    def hash(self) -> str:
-        """Identity of its content."""
+    def hash(self) -> str: ...
 
     @property
-    def residuals(self) -> ResidualMeans:
-        """Mean outputs of dropped experts."""
+    def residuals(self) -> ResidualMeans: ...
 
-    def table(self) -> RoutingTable:
-        """Counts and entropies per (layer, token id)."""
+    def table(self) -> RoutingTable: ...
 
-    def check_loaded(self, loaded: LoadedModel) -> None:
-        """Refuse another model."""
+    def check_loaded(self, loaded: LoadedModel) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,11 +110,7 @@ class RoutingTrace:
         return torch.arange(self.tokens) - self.starts[:-1].repeat_interleave(sizes)
 
     def check_loaded(self, loaded: LoadedModel) -> None:
-        """Refuse a trace of another model.
-
-        Raises:
-            UsageError: names the trace's model and the one at hand.
-        """
+        """Raise UsageError, naming both, unless the trace is of this model."""
         check_fits("trace", self.head, loaded)
 
     def check_profile(self, profile: ProfileView) -> None:
@@ -143,19 +139,15 @@ class RoutingTrace:
         writer = Writer(Path(folder), key="saved")
         writer.clear()
         writer.add(self.columns(), done=1)
-        writer.finish({**self.head, **self._layout()})
+        layout = {"starts": self.starts.tolist(), "documents": self.documents.tolist()}
+        writer.finish({**self.head, **layout})
 
     def columns(self) -> dict[str, Tensor]:
         """All tensors that have one entry per token, by their names in a shard."""
-        columns = {"ids": self.ids, "index": self.index, "weight": self.weight}
-        columns["entropy"] = self.entropy
-        for name in ("nll", "hint", "hidden"):
-            if getattr(self, name) is not None:
-                columns[name] = getattr(self, name)
-        return columns | {f"damage.{name}": value for name, value in self.damage.items()}
-
-    def _layout(self) -> dict[str, Any]:
-        return {"starts": self.starts.tolist(), "documents": self.documents.tolist()}
+        names = ("ids", "index", "weight", "entropy", "nll", "hint", "hidden")
+        columns = {name: getattr(self, name) for name in names}
+        damage = {f"damage.{name}": value for name, value in self.damage.items()}
+        return {name: value for name, value in columns.items() if value is not None} | damage
 
     @classmethod
     def of(cls, columns: dict[str, Tensor], head: dict[str, Any]) -> RoutingTrace:
@@ -183,33 +175,11 @@ class RoutingTrace:
         folder = Path(folder)
         head = read_head(folder)
         columns = read_shards(folder, head.pop("shards"))
-        try:
+        with entries_of(folder / HEAD_FILE):
             trace = cls.of(columns, head)
-            fits = int(trace.starts[-1]) == trace.tokens == head["tokens"]
-        except (KeyError, TypeError, IndexError):
-            fits = False
-        if not fits:
-            raise UsageError(
-                f"{folder / HEAD_FILE}: does not belong to the shards beside it; make it again "
-                "with `var-moe trace`"
-            )
+            if not int(trace.starts[-1]) == trace.tokens == head["tokens"]:
+                raise UsageError(f"{folder / HEAD_FILE}: not of the shards beside it; {_AGAIN}")
         return trace
-
-
-def bytes_per_token(
-    *, layers: int, top_k: int, damage: bool = True, residuals: bool = False
-) -> int:
-    """Size of a trace in bytes per counted token, in memory and on disk.
-
-    Args:
-        layers: L.
-        top_k: K.
-        damage: whether losses and first-order damages are recorded.
-        residuals: whether those with residual means are, too.
-    """
-    decision = 4 * top_k + 2
-    effects = 4 * (top_k - 1 + 2 + int(residuals)) if damage else 0
-    return 8 + layers * (decision + effects) + (4 if damage else 0)
 
 
 def token_dim(name: str) -> int:
@@ -224,8 +194,7 @@ def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
-def shard_file(number: int) -> str:
-    """Name of a shard's file."""
+def _shard_file(number: int) -> str:
     return f"trace-{number:05d}.safetensors"
 
 
@@ -244,7 +213,7 @@ class Writer:
     def resume(self) -> int:
         """Keep the whole shards of the same key and drop all else; returns the forwards done."""
         done = 0
-        while shard := self._whole(self.folder / shard_file(len(self._shards))):
+        while shard := self._whole(self.folder / _shard_file(len(self._shards))):
             done = shard.pop("done")
             self._shards.append(shard)
         self.clear(keep=len(self._shards))
@@ -272,7 +241,7 @@ class Writer:
     def clear(self, *, keep: int = 0) -> None:
         """Remove the head, the shards from number ``keep`` on, and what a kill left unfinished."""
         (self.folder / HEAD_FILE).unlink(missing_ok=True)
-        kept = {shard_file(number) for number in range(keep)}
+        kept = {_shard_file(number) for number in range(keep)}
         for path in self.folder.glob("trace-*.safetensors"):
             if path.name not in kept:
                 path.unlink()
@@ -283,7 +252,7 @@ class Writer:
         """Write the next shard; ``done`` forwards of the recording are in it and those before."""
         from safetensors.torch import save_file
 
-        path = self.folder / shard_file(len(self._shards))
+        path = self.folder / _shard_file(len(self._shards))
         tokens = len(columns["ids"])
         note = {"key": self.key, "done": str(done), "tokens": str(tokens)}
         tensors = {name: value.contiguous() for name, value in columns.items()}
@@ -293,12 +262,6 @@ class Writer:
     def finish(self, head: dict[str, Any]) -> None:
         """Write the head: from now on the folder is a whole trace."""
         atomic_write_json(self.folder / HEAD_FILE, {**head, "shards": self._shards})
-
-
-def folder_size(folder: Path) -> int:
-    """Bytes of a trace's files."""
-    files = [folder / HEAD_FILE, *folder.glob("trace-*.safetensors")]
-    return sum(path.stat().st_size for path in files)
 
 
 def read_head(folder: Path) -> dict[str, Any]:
@@ -359,9 +322,3 @@ def read_shards(folder: Path, shards: list[dict[str, Any]]) -> dict[str, Tensor]
 def _hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def key_of(values: dict[str, Any]) -> str:
-    """A recording's key: what its shards depend on, as a hash."""
-    text = json.dumps(values, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
