@@ -146,7 +146,6 @@ class MemoEvaluator(Evaluator):
             baseline_backend=self.baseline_backend,
             backend="none",
             blocks=0,
-            experts_per_token=self.quality(policy).report.experts_per_token,
         )
 
 

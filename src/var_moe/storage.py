@@ -35,47 +35,39 @@ SCHEMA_VERSION = 1
 _COMMAND: ContextVar[str | None] = ContextVar("command", default=None)
 
 
-def atomic_write(path: str | Path, write: Callable[[Path], None]) -> None:
+def atomic_write(path: str | Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then rename it into place.
 
     Raises:
         VarMoeError: it cannot be written; names the path and the system's reason.
     """
     path = Path(path)
+    temporary = None
     try:
-        _write_beside(path, write)
-    except Exception as error:
-        # What safetensors raises on a full disk is no OSError.
-        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
-            raise
-        reason = getattr(error, "strerror", None) or error
-        raise VarMoeError(f"{path}: cannot be written ({reason})") from error
-
-
-def _write_beside(path: Path, write: Callable[[Path], None]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
-    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        temporary = Path(name)
         write(temporary)
         # mkstemp makes private files; a result is as readable as any other new file.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
+    except Exception as error:
+        # What safetensors raises on a full disk is no OSError.
+        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise VarMoeError(f"{path}: cannot be written ({reason})") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
-    """Write `text` as UTF-8, whole or not at all."""
-    atomic_write(path, lambda temporary: _write_text(temporary, text))
-
-
-def _write_text(path: Path, text: str) -> None:
-    # A name that is no text, such as a folder of old bytes, is written as its code.
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    """Write `text` as UTF-8, whole or not at all; characters without UTF-8 as their codes."""
+    atomic_write(path, lambda place: place.write_text(text, "utf-8", "backslashreplace"))
 
 
 def atomic_write_json(path: str | Path, value: Any) -> None:
@@ -158,16 +150,14 @@ def sha256_of(parts: Iterable[str | bytes]) -> str:
 @cache
 def _commit() -> str | None:
     """The project's commit, when it runs from a checkout."""
-    here = Path(__file__).resolve().parent
-    if not (here.parents[1] / ".git").exists():
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
         return None
-    try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None
+    with suppress(OSError, subprocess.TimeoutExpired):
+        words = ["git", "rev-parse", "HEAD"]
+        done = subprocess.run(words, cwd=root, capture_output=True, text=True, timeout=5)
+        return done.stdout.strip() or None
+    return None
 
 
 def version_of(package: str) -> str | None:
@@ -208,11 +198,9 @@ def provenance() -> dict[str, Any]:
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
+    text = info.read_text(encoding="utf-8", errors="replace") if info.is_file() else ""
+    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return model[1].strip() if model else platform.processor()
 
 
 @contextmanager

@@ -24,7 +24,7 @@ def refused(capsys):
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
-        (["--max_degradation", "0"], "max_degradation = 0: expected more than 0"),
+        (["--max_degradation", "0"], "max_degradation = 0.0: expected a number in (0, "),
         (["--max_degradation", "-1"], "max_degradation = -1"),
         (["--alpha", "0"], "alpha = 0.0: expected a number in (0, 0.5)"),
         (["--alpha", "0.5"], "alpha = 0.5"),

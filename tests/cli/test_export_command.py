@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,7 +73,7 @@ def test_json_is_alone_on_stdout(results, tmp_path, capsys):
     said = capsys.readouterr()
     found = json.loads(said.out)
     written = json.loads((tmp_path / "var_moe.json").read_text())
-    assert {**written, "folder": str(tmp_path), "address": None} == found
+    assert {**written, "folder": str(tmp_path)} == found
     assert "Next:" in said.err
 
 
@@ -113,28 +112,3 @@ def test_a_compensation_fitted_anew_is_refused(results, tmp_path, capsys):
 def test_missing_results_are_said(tmp_path, capsys):
     assert main(["export", str(tmp_path / "none")]) == 2
     assert "none: no such folder" in capsys.readouterr().err
-
-
-def test_it_is_pushed_to_the_hub(results, tmp_path, capsys, monkeypatch):
-    calls = []
-    api = SimpleNamespace(
-        create_repo=lambda *args, **options: calls.append((args, options)),
-        upload_folder=lambda **options: calls.append(options) or "https://hub/someone/fast",
-    )
-    monkeypatch.setattr("huggingface_hub.HfApi", lambda: api)
-    exported(results, tmp_path, "--push_to_hub", "someone/fast", "--private")
-    assert calls[0] == (("someone/fast",), {"private": True, "exist_ok": True})
-    assert calls[1]["folder_path"] == str(tmp_path)
-    assert "Uploaded: https://hub/someone/fast" in capsys.readouterr().out
-
-
-def test_a_hub_that_refuses_is_one_line(results, tmp_path, capsys, monkeypatch):
-    def refuse(*_args, **_options):
-        raise OSError("401\nnot logged in")
-
-    monkeypatch.setattr("huggingface_hub.HfApi", lambda: SimpleNamespace(create_repo=refuse))
-    words = ["export", str(results), "--output", str(tmp_path), "--push_to_hub", "someone/fast"]
-    assert main(words) == 1
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "not uploaded (401 not logged in)" in line
-    assert (tmp_path / "var_moe.json").is_file()

@@ -48,7 +48,6 @@ def test_keep_all_changes_nothing_and_half_is_counted(evaluator):
     assert half.report.experts_per_token == 1.0
     assert half.change.value != 0
     speed = evaluator.speed(FixedKPolicy(1), blocks=2)
-    assert speed.experts_per_token == 1.0
     assert speed.backend_factor is not None
     assert speed.skipping_factor is not None
 

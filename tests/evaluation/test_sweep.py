@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 
 from var_moe.calibration.calibrate import with_damages
@@ -54,41 +52,40 @@ def swept(evaluator, profile, names, targets):
 
 def test_each_policy_runs_as_many_experts_as_wanted(evaluator, profile):
     names = ("random_skip", "naee", "var_verified")
-    points = swept(evaluator, profile, names, (1.75, 1.25))
+    rows = swept(evaluator, profile, names, (1.75, 1.25))
     wanted = {(name, target) for name in names for target in (1.75, 1.25)}
-    assert {(p.policy, p.target) for p in points} == wanted
-    for point in points:
-        assert point.quality.report.experts_per_token == pytest.approx(point.target, rel=REACHED)
-        assert point.speed is None
-        row = point.to_dict()
-        assert row["policy"] == point.policy
-        assert row["settings"] == point.settings
-    assert timed(evaluator, points[0], profile.calibration(), blocks=1).speed.blocks == 1
-    assert {p.dial for p in points if p.policy == "var_verified"} == {"presets", "confidence"}
+    assert {(row["policy"], row["target_experts_per_token"]) for row in rows} == wanted
+    for row in rows:
+        target = row["target_experts_per_token"]
+        assert row["experts_per_token"] == pytest.approx(target, rel=REACHED)
+        assert row["speedup"] is None
+    assert timed(evaluator, rows[0], profile.calibration(), blocks=1)["blocks"] == 1
+    assert {row["dial"] for row in rows if row["policy"] == "var_verified"} == {
+        "presets",
+        "confidence",
+    }
+    assert "var_verified (presets)" in {row["name"] for row in rows}
 
 
 def test_a_policy_has_no_point_where_it_can_not_go(evaluator, profile):
     assert swept(evaluator, profile, ("fixed_k",), (1.5,)) == []
-    (point,) = swept(evaluator, profile, ("fixed_k",), (1.0,))
-    assert point.settings == {"k": 1}
-    assert point.quality.report.experts_per_token == 1.0
+    (row,) = swept(evaluator, profile, ("fixed_k",), (1.0,))
+    assert row["settings"] == {"k": 1}
+    assert row["experts_per_token"] == 1.0
     # Three layers: the budgets are thirds.
-    (point,) = swept(evaluator, profile, ("per_layer_k",), (4 / 3,))
-    assert point.quality.report.experts_per_token == pytest.approx(4 / 3)
+    (row,) = swept(evaluator, profile, ("per_layer_k",), (4 / 3,))
+    assert row["experts_per_token"] == pytest.approx(4 / 3)
 
 
 def test_the_control_lies_on_straight_lines():
-    def point(policy, experts, cost):
-        quality = SimpleNamespace(
-            report=SimpleNamespace(experts_per_token=experts), change=SimpleNamespace(value=cost)
-        )
-        return SimpleNamespace(policy=policy, quality=quality)
+    def row(policy, experts, cost):
+        return {"policy": policy, "experts_per_token": experts, "degradation": cost}
 
-    points = [point("random_skip", 1.5, 0.04), point("random_skip", 1.0, 0.2), point("naee", 1, 9)]
-    assert control_at(points, 1.75, 2) == pytest.approx(0.02)
-    assert control_at(points, 1.25, 2) == pytest.approx(0.12)
-    assert control_at(points, 2.0, 2) == 0.0
-    assert control_at(points, 0.9, 2) is None
+    rows = [row("random_skip", 1.5, 0.04), row("random_skip", 1.0, 0.2), row("naee", 1, 9)]
+    assert control_at(rows, 1.75, 2) == pytest.approx(0.02)
+    assert control_at(rows, 1.25, 2) == pytest.approx(0.12)
+    assert control_at(rows, 2.0, 2) == 0.0
+    assert control_at(rows, 0.9, 2) is None
 
 
 def test_targets(evaluator):

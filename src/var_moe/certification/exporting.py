@@ -9,7 +9,7 @@ from typing import Any
 from var_moe.calibration.fitted_files import load_compensation
 from var_moe.calibration.profile import RoutingProfile
 from var_moe.certification.certify import CERTIFICATE_FILE
-from var_moe.errors import UsageError, VarMoeError
+from var_moe.errors import UsageError
 from var_moe.optimization.candidate import Candidate, load_candidate
 from var_moe.optimization.results import CONFIG_FILE, METADATA_FILE
 from var_moe.optimization.validation import find_profile
@@ -71,28 +71,6 @@ def export(
     )
     atomic_write_text(place / CARD_FILE, model_card(head, folder=place.name))
     return head
-
-
-def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
-    """Upload an exported folder to the Hub; returns its address.
-
-    Raises:
-        VarMoeError: the Hub does not take it, in one line: no network, not logged in, ...
-    """
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    try:
-        api.create_repo(repo, private=private, exist_ok=True)
-        done = api.upload_folder(
-            repo_id=repo, folder_path=str(folder), commit_message="var_moe configuration"
-        )
-    except Exception as error:  # the library's own errors have no common parent
-        line = " ".join(str(error).split())[:200]
-        raise VarMoeError(
-            f"--push_to_hub {repo}: not uploaded ({line}); the folder is in {folder}"
-        ) from error
-    return str(done)
 
 
 def _check_compensation(folder: Path, config: Path, fitted: str | None) -> None:

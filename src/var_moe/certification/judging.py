@@ -148,41 +148,26 @@ def judge_in_order(
 
 
 def describe_apart(
-    verdict: Verdict,
-    scorer: UnitScorer,
-    policy: RoutingPolicy | None,
-    claim: QualityClaim,
-    *,
-    robust: bool,
+    measured: Measured, units: Sequence[Unit], claim: QualityClaim, *, robust: bool
 ) -> list[dict[str, Any]]:
-    """One row per data set, or source, of the certify part; with ``robust`` it is claimed.
-
-    The policy runs once more on each, for its experts per token there.
-    """
-    measured, units = verdict.measured, scorer.units
+    """One row per data set, or source, of the certify part; with ``robust`` it is claimed."""
     rows = []
     for name, at in groups_of([unit[0] for unit in units]).items():
         if len(at) < LEAST:
             continue
-        documents = [document for i in at for document in units[i]]
         tokens = measured.tokens[at]
         interval = claim.interval(measured.change[at], tokens)
         baseline = math.exp(float(measured.baseline_nll[at].sum()) / int(tokens.sum()))
-        executed = float(scorer.evaluator.top_k)
-        if policy is not None:
-            part = scorer.evaluator.with_documents(documents)
-            executed = part.losses(policy, what=name)[1].experts_per_token
         rows.append(
             {
                 "dataset": name,
                 "descriptive": not robust,
                 "units": len(at),
-                "documents": len(documents),
+                "documents": int(measured.documents[at].sum()),
                 "scored_tokens": int(tokens.sum()),
                 "baseline_perplexity": baseline,
                 "perplexity": baseline * (1 + interval.value),
                 **interval.to_dict(),
-                "experts_per_token": executed,
             }
         )
     return rows

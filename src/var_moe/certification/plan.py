@@ -19,7 +19,7 @@ from var_moe.certification.inference import (
     blocks_needed,
     split_alpha,
 )
-from var_moe.config import MAX_DEGRADATION, check_bound, check_count, check_number, check_seed
+from var_moe.config import MAX_DEGRADATION, check_count, check_number, check_seed
 from var_moe.errors import UsageError
 from var_moe.evaluation.evaluator import SpeedSetting
 from var_moe.optimization.candidate import Candidate, load_candidate
@@ -72,11 +72,8 @@ class CertifySettings:
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
-        if check_bound(self.max_degradation) == 0:
-            raise UsageError(
-                "max_degradation = 0: expected more than 0; a sample of text can't show that a "
-                "loss does not rise at all"
-            )
+        # A sample of text can't show that a loss does not rise at all.
+        check_number("max_degradation", self.max_degradation, low=0, open_low=True)
         if not 0 < self.alpha < 0.5:
             raise UsageError(f"alpha = {self.alpha}: expected a number in (0, 0.5)")
         most = AT_MOST_CANDIDATES

@@ -150,7 +150,7 @@ def conclusion(
     )
     chosen = best or min(verdicts, key=lambda one: one.worst.interval.upper)
     policy, row = policies[chosen.name], chosen.to_dict()
-    apart = describe_apart(chosen, scorer, policy, claim, robust=settings.robust)
+    apart = describe_apart(chosen.measured, scorer.units, claim, robust=settings.robust)
     if best is None:
         why = f"p = {chosen.p:.3g}, level {claim.alpha:g}"
         have = chosen.worst.units

@@ -107,6 +107,5 @@ def _described(rows: Sequence[Mapping[str, Any]]) -> Any:
         "PPL": "{perplexity:.3f}",
         "change": _CHANGE,
         "upper": "{degradation_upper:+.2%}",
-        "experts/token": "{experts_per_token:.3f}",
     }
     return table(f"Each data set ({claimed})", columns, rows)

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from var_moe.cli.subject import Ready
     from var_moe.evaluation.evaluator import Progress
-    from var_moe.evaluation.sweep import Point
     from var_moe.growing import GrowingResult
 
     Calibration = Callable[[str | None], dict[str, Any]]
@@ -160,7 +159,7 @@ def _policies(result: dict[str, Any]) -> Any:
 
 
 def _measure(
-    found: Iterable[Point],
+    found: Iterable[dict[str, Any]],
     ready: Ready,
     calibration: Calibration,
     *,
@@ -173,15 +172,13 @@ def _measure(
     """Score all points, then time them; each is kept as soon as it is known."""
     from var_moe.evaluation.sweep import control_at, timed
 
-    evaluator, points = ready.evaluator, list[Any]()
+    evaluator, rows = ready.evaluator, list[dict[str, Any]]()
 
     def keep(missing: str | None) -> dict[str, Any]:
-        rows = []
-        for point in points:
-            alike = [one for one in points if one.compensation == point.compensation]
-            executed = point.quality.report.experts_per_token
-            cost = control_at(alike, executed, evaluator.top_k)
-            rows.append({"name": point.name, **point.to_dict(), "degradation_of_random_skip": cost})
+        for row in rows:
+            alike = [one for one in rows if one["compensation"] == row["compensation"]]
+            cost = control_at(alike, row["experts_per_token"], evaluator.top_k)
+            row["degradation_of_random_skip"] = cost
         result = ready.result(
             rows,
             targets_experts_per_token=list(targets),
@@ -196,13 +193,13 @@ def _measure(
         _write_csv(result["rows"], kept.path.with_suffix(".csv"))
         return kept.save(result, missing=missing)
 
-    for point in found:
-        points.append(point)
+    for row in found:
+        rows.append(row)
         keep("further points, throughput" if blocks else "further points")
-    for number, point in enumerate(points if blocks else ()):
-        keep("throughput" if number == 0 else f"throughput after {points[number - 1].name}")
-        progress(f"timing {point.name}", number, len(points))
-        points[number] = timed(evaluator, point, calibration(point.compensation), blocks=blocks)
+    for number, row in enumerate(rows if blocks else ()):
+        keep("throughput" if number == 0 else f"throughput after {rows[number - 1]['name']}")
+        progress(f"timing {row['name']}", number, len(rows))
+        rows[number] = timed(evaluator, row, calibration(row["compensation"]), blocks=blocks)
     return keep(None)
 
 
@@ -213,15 +210,18 @@ def _turned(
     compensations: list[str | None],
     calibration: Calibration,
     progress: Progress,
-) -> Iterator[Point]:
-    from var_moe.evaluation.sweep import check_made, droppers, sweep
+) -> Iterator[dict[str, Any]]:
+    from var_moe.evaluation.sweep import check_made, sweep
     from var_moe.optimization.preparation import sample_documents
+    from var_moe.routing.registry import policy_spec
 
     evaluator = ready.evaluator
     small = sample_documents(evaluator.documents, TURNING_DOCUMENTS, ready.subject.run.seed)
     turning = evaluator.with_documents(small)
     turning.progress = None
-    chosen = {one: names if one is None else droppers(names) for one in compensations}
+    # Plain VAR alone runs experts that the router did not choose: no compensation helps it.
+    droppers = tuple(name for name in names if policy_spec(name).settings.get("mode") != "plain")
+    chosen = {one: names if one is None else droppers for one in compensations}
     for compensation, own in chosen.items():  # before anything is measured
         check_made(own, calibration(compensation), top_k=evaluator.top_k)
     for compensation, own in chosen.items():

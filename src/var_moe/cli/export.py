@@ -1,4 +1,4 @@
-"""``var-moe export``: a configuration with all that it needs, as one folder or Hub repository."""
+"""``var-moe export``: a configuration with all that it needs, as one folder."""
 
 from __future__ import annotations
 
@@ -16,12 +16,10 @@ def export(
     config: Path | None = None,
     profile: Path | None = None,
     compensation: Path | None = None,
-    push_to_hub: str | None = None,
-    private: bool = False,
 ) -> Answer:
     """Write a configuration, with the parts of the profile that it needs, as one folder.
 
-    `routed(model, folder)` takes it in place of a policy, and so does its Hub id.
+    `routed(model, folder)` takes it in place of a policy, and so does the Hub id it is uploaded to.
 
     Args:
         results: results folder of `var-moe tune`.
@@ -29,12 +27,9 @@ def export(
         config: another configuration than best_config.json, such as certified_config.json.
         profile: profile folder, where none lies in the results folder.
         compensation: folder of a learned compensation, where it is not the profile's own.
-        push_to_hub: also upload it under this name (owner/name); needs `hf auth login`.
-        private: make the repository a private one.
     """
     print(f"exporting {results} ...", file=sys.stderr, flush=True)
     from var_moe.certification.exporting import export as run_export
-    from var_moe.certification.exporting import push
 
     place = output or results / "export"
     head = run_export(results, place, config=config, profile=profile, compensation=compensation)
@@ -45,9 +40,5 @@ def export(
     )
     for path in sorted(place.iterdir()):
         print(f"  {path} ({path.stat().st_size / 1024:,.0f} KiB)")
-    address = push(place, push_to_hub, private=private) if push_to_hub else None
-    if address:
-        print(f"Uploaded: {address}")
-    source = push_to_hub if address else place
-    print(f"Next: with routed(model, {json.dumps(str(source))}) as session: ...")
-    return Answer({**head, "folder": str(place), "address": address})
+    print(f"Next: with routed(model, {json.dumps(str(place))}) as session: ...")
+    return Answer({**head, "folder": str(place)})

@@ -65,9 +65,9 @@ def batches(
 ) -> Iterator[list[Window]]:
     """Rows of similar length, at most ``tokens_per_batch`` padded tokens, in a mixed order.
 
-    The order depends on the documents alone, so a pass repeats exactly. It is mixed so that the
-    documents scored at any time represent the whole text, not its longest documents. Windows of
-    one document stay together, in order; each knows up to ``prefix`` ids before it.
+    The order depends on the documents alone, so a pass repeats exactly. It is mixed so that a
+    cache that documents share does not meet them by length. Windows of one document stay together,
+    in order; each knows up to ``prefix`` ids before it.
     """
     order = sorted(range(len(documents)), key=lambda i: -min(len(documents[i].ids), window))
     chains: list[list[list[Window]]] = []

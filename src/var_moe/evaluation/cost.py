@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
+from torch import Tensor
 
 from var_moe.errors import UsageError
 from var_moe.evaluation.batching import full_batches
@@ -190,10 +191,10 @@ def fit(
     scaled = np.array([one.terms() for one, _ in timings]) / seconds[:, None]
     coefficients = _nnls(scaled * each[:, None], each)
     errors = []
-    for left_out in range(len(seconds)):
+    for left_out, row in enumerate(scaled):
         others = np.arange(len(seconds)) != left_out
         fitted = _nnls(scaled[others] * each[others, None], each[others])
-        errors.append(abs(float(scaled[left_out] @ fitted) - 1))
+        errors.append(abs(float(row @ fitted) - 1))
     return dict(zip(TERMS, coefficients.tolist(), strict=True)), float(np.median(errors))
 
 
@@ -248,20 +249,19 @@ class FitTiming:
             replace(one, sequence=min(one.sequence, window))
             for one in (evaluator.setting, *SHAPES[1:])
         ]
-        self.groups = [self._group(setting) for setting in self._settings]
-
-    def _group(self, setting: SpeedSetting) -> ArmGroup:
-        """The baseline and all policies, on forwards of one size."""
-        evaluator, size, sequence = self._evaluator, setting.batch_size, setting.sequence
         model, own = evaluator.model, evaluator.running_backend
         arms = {"baseline": backend_arm(model, evaluator.baseline_backend)}
         for name, (policy, *_) in self._policies.items():
             arms[name] = policy_arm(model, policy, backend=own)
+        self.groups = [ArmGroup(arms, self._batches(setting)) for setting in self._settings]
+
+    def _batches(self, setting: SpeedSetting) -> list[Tensor]:
+        size, sequence = setting.batch_size, setting.sequence
         batches = full_batches(
-            evaluator.documents, batch_size=size, sequence=sequence, count=setting.forwards
+            self._evaluator.documents, batch_size=size, sequence=sequence, count=setting.forwards
         )
         # Small forwards take a moment: more of them for the same noise.
-        return ArmGroup(arms, batches * max(1, min(8, 1024 // (size * sequence))))
+        return batches * max(1, min(8, 1024 // (size * sequence)))
 
     def fitted(self, timed: Sequence[Timings]) -> CostModel:
         """The model, fitted to the timings of `groups`."""
@@ -278,9 +278,8 @@ class FitTiming:
             top_k=shape["top_k"],
             error=math.nan,
         )
-        names, timings, weights = list[str](), list[tuple[Work, float]](), list[float]()
-        parts = zip(self._settings, self.groups, timed, strict=True)
-        for number, (setting, group, measured) in enumerate(parts):
+        names, timings = list[str](), list[tuple[Work, float]]()
+        for setting, group, measured in zip(self._settings, self.groups, timed, strict=True):
             for name, (_, per_token, decided, residual) in self._policies.items():
                 work = unfitted.work(
                     [per_token] * shape["layers"],
@@ -292,8 +291,8 @@ class FitTiming:
                 each = measured.seconds[name] / len(group.batches) / reference
                 names.append(name)
                 timings.append((work, unfitted.baseline * float(np.median(each))))
-                weights.append(OWN_WEIGHT if number == 0 else 1.0)
-        coefficients, error = fit(timings, weights)
+        own = len(self._policies)  # the timings in the setting that speedups are predicted for
+        coefficients, error = fit(timings, [OWN_WEIGHT] * own + [1.0] * (len(timings) - own))
         fitted = replace(unfitted, seconds=coefficients, error=error)
         rows = tuple(
             {"name": name, **asdict(work), "seconds": took, "predicted_s": fitted.predict(work)}

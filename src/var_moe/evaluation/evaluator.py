@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -81,7 +81,6 @@ class Speed:
     baseline_backend: str
     backend: str  # the one that ran the executed pairs
     blocks: int
-    experts_per_token: float  # executed while timing
 
     def to_dict(self) -> dict[str, Any]:
         """For result files."""
@@ -96,7 +95,6 @@ class Speed:
             "baseline_backend": self.baseline_backend,
             "backend": self.backend,
             "blocks": self.blocks,
-            "timed_experts_per_token": self.experts_per_token,
         }
 
 
@@ -229,16 +227,8 @@ class Evaluator:
 
         With ``factors``, our path keeping all pairs is timed in the same run.
         """
-        reports: list[RoutingReport] = []  # every block decides alike
-
-        @contextmanager
-        def reported() -> Iterator[Any]:
-            with self._routed(policy)() as session:
-                yield session
-                reports[:] = [session.report()]
-
         arms = {"keep_all": self._routed(NativePolicy())} if factors else {}
-        timings = self._time("throughput", blocks, {**arms, "policy": reported})
+        timings = self._time("throughput", blocks, {**arms, "policy": self._routed(policy)})
         return Speed(
             speedup=timings.ratio("baseline", "policy"),
             backend_factor=timings.ratio("baseline", "keep_all") if factors else None,
@@ -249,7 +239,6 @@ class Evaluator:
             baseline_backend=self.baseline_backend,
             backend=self.running_backend.name,
             blocks=blocks,
-            experts_per_token=reports[0].experts_per_token,
         )
 
     def _time(self, what: str, blocks: int, arms: dict[str, Arm]) -> Timings:

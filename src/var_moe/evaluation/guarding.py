@@ -52,8 +52,8 @@ def calibrate_guard(
 
     The documents must be independent of each other and like those to be served: in kind, in
     length, and scored as a whole or generated. Nothing of the policy should have been fitted to
-    them. They are played in random order. The guarantee is exact for policies that decide each
-    document apart; a context cache that documents share makes them slightly dependent.
+    them. The guarantee is exact for policies that decide each document apart; a context cache
+    that documents share makes them slightly dependent.
 
     Args:
         loaded: the model.

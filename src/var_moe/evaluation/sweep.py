@@ -1,14 +1,17 @@
 """Policies compared at equal experts per token.
 
 The strength of each policy is turned until it runs the wanted number; there it is measured. An
-earlier comparison can be measured again on other text, its settings unchanged: on held-out text
-nothing may be turned.
+earlier comparison can be measured again on other text with its settings unchanged, as a held-out
+text must be.
+
+A row is what ``comparison.json`` holds of one policy at one setting: ``policy``, ``dial`` (the
+sweep that was turned; empty where the policy has one), ``compensation`` (None: the policy's own),
+``target_experts_per_token``, ``settings``, the quality, and the speed (None until `timed`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import numpy as np
 
 from var_moe.config import check_number
 from var_moe.errors import UsageError
-from var_moe.evaluation.evaluator import Evaluator, Progress, Quality, Speed
+from var_moe.evaluation.evaluator import Evaluator, Progress
 from var_moe.routing.base import Sweep
 from var_moe.routing.registry import PolicySpec, policy_spec
 from var_moe.storage import read_json
@@ -29,38 +32,9 @@ REACHED = 0.04  # relative distance above which a policy has no point there
 _TURNS = 8
 
 COMPARISON_FILE = "comparison.json"
-_NEEDED = ("policy", "dial", "compensation", "target_experts_per_token", "settings")
+_CHOICE = ("policy", "dial", "compensation", "target_experts_per_token", "settings")
 
-
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """One policy at one setting, measured."""
-
-    policy: str
-    dial: str  # which way it was turned; empty where there is one
-    target: float  # experts per token wanted
-    compensation: str | None  # what stands in for dropped experts; None: the policy's own choice
-    settings: Mapping[str, Any]
-    quality: Quality
-    speed: Speed | None = None
-
-    @property
-    def name(self) -> str:
-        """Policy, the way in which it was turned, and the compensation."""
-        turned = f"{self.policy} ({self.dial})" if self.dial else self.policy
-        return turned if self.compensation is None else f"{turned} + {self.compensation}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """For result files."""
-        return {
-            "policy": self.policy,
-            "dial": self.dial,
-            "compensation": self.compensation,
-            "target_experts_per_token": self.target,
-            "settings": dict(self.settings),
-            **self.quality.to_dict(),
-            **(self.speed.to_dict() if self.speed else {"speedup": None, "speedup_95": None}),
-        }
+Row = dict[str, Any]
 
 
 def check_targets(targets: Sequence[float] | None, top_k: int) -> tuple[float, ...]:
@@ -84,7 +58,7 @@ def sweep(
     targets: Sequence[float],
     compensation: str | None = None,
     progress: Progress | None = None,
-) -> Iterator[Point]:
+) -> Iterator[Row]:
     """Score each policy where it runs the wanted experts per token; `timed` adds the speed.
 
     Args:
@@ -93,11 +67,11 @@ def sweep(
         names: of the registry.
         calibration: what policies may ask for, by the names of `registry.CALIBRATION`.
         targets: experts per token.
-        compensation: name of the one in the calibration, for the points.
-        progress: called with what is done, points done and in all.
+        compensation: name of the one in the calibration, for the rows.
+        progress: called with what is done, rows done and in all.
 
     Yields:
-        Points, policy by policy; none for a target that a policy can't reach.
+        Rows, policy by policy; none for a target that a policy can't reach.
 
     Raises:
         UsageError: a policy is unknown, or asks for what the calibration lacks.
@@ -116,25 +90,24 @@ def sweep(
             done += 1
             strength = _turned(turning, spec, turn, calibration, target, seen)
             if abs(seen[strength] / target - 1) <= REACHED:
-                settings = turn(strength)
-                yield Point(
-                    policy=spec.name,
-                    dial=dial,
-                    target=target,
-                    compensation=compensation,
-                    settings=settings,
-                    quality=evaluator.quality(spec.make(settings, calibration)),
-                )
+                choice = (spec.name, dial, compensation, target, turn(strength))
+                yield _scored(evaluator, dict(zip(_CHOICE, choice, strict=True)), calibration)
     if progress:
         progress("policies", total, total)
 
 
-def timed(
-    evaluator: Evaluator, point: Point, calibration: Mapping[str, Any], *, blocks: int
-) -> Point:
-    """A point of `sweep` with its speed; ``calibration`` is what it was made with."""
-    made = policy_spec(point.policy).make(point.settings, calibration)
-    return replace(point, speed=evaluator.speed(made, blocks=blocks, factors=False))
+def _scored(evaluator: Evaluator, choice: Row, calibration: Mapping[str, Any]) -> Row:
+    quality = evaluator.quality(policy_spec(choice["policy"]).make(choice["settings"], calibration))
+    name, dial, compensation = (choice[key] for key in ("policy", "dial", "compensation"))
+    name += f" ({dial})" if dial else ""
+    name += f" + {compensation}" if compensation is not None else ""
+    return {"name": name, **choice, **quality.to_dict(), "speedup": None, "speedup_95": None}
+
+
+def timed(evaluator: Evaluator, row: Row, calibration: Mapping[str, Any], *, blocks: int) -> Row:
+    """A row of `sweep` with its speed; ``calibration`` is what it was made with."""
+    made = policy_spec(row["policy"]).make(row["settings"], calibration)
+    return {**row, **evaluator.speed(made, blocks=blocks, factors=False).to_dict()}
 
 
 def _turned(
@@ -145,44 +118,39 @@ def _turned(
     target: float,
     seen: dict[float, float],
 ) -> float:
-    """The strength that comes nearest to the target, by bisection from the points in ``seen``."""
+    """The strength that comes nearest to the target, by bisection from those in ``seen``."""
 
-    def executed(strength: float) -> float:
+    def run(strength: float) -> None:
         if strength not in seen:
             policy = spec.make(turn(strength), calibration)
             seen[strength] = evaluator.quality(policy).report.experts_per_token
-        return seen[strength]
 
-    executed(0.0)
-    executed(1.0)
+    def nearest() -> float:
+        return min(seen, key=lambda strength: abs(seen[strength] - target))
+
+    run(0.0)
+    run(1.0)
     for _ in range(_TURNS):
-        nearest = min(seen, key=lambda strength: abs(seen[strength] - target))
-        if abs(seen[nearest] / target - 1) <= CLOSE:
-            break
         above = max((s for s in seen if seen[s] >= target), default=None)
         below = min((s for s in seen if seen[s] < target), default=None)
-        if above is None or below is None:
+        if above is None or below is None or abs(seen[nearest()] / target - 1) <= CLOSE:
             break
-        executed((above + below) / 2)
-    return min(seen, key=lambda strength: abs(seen[strength] - target))
+        run((above + below) / 2)
+    return nearest()
 
 
-def control_at(points: Sequence[Point], experts_per_token: float, top_k: int) -> float | None:
-    """Degradation of random skipping at so many experts per token, between points by a line.
+def control_at(rows: Sequence[Row], experts_per_token: float, top_k: int) -> float | None:
+    """Degradation of random skipping at this many experts per token, between rows by a line.
 
     None outside the measured range.
     """
-    measured = [point.quality for point in points if point.policy == CONTROL]
-    known = [(one.report.experts_per_token, one.change.value) for one in measured]
+    known = [
+        (row["experts_per_token"], row["degradation"]) for row in rows if row["policy"] == CONTROL
+    ]
     counts, costs = zip(*sorted([(float(top_k), 0.0), *known]), strict=True)
     if not counts[0] <= experts_per_token <= counts[-1]:
         return None
     return float(np.interp(experts_per_token, counts, costs))
-
-
-def droppers(names: Sequence[str]) -> tuple[str, ...]:
-    """The policies that only drop experts of the router's choice: a compensation can help them."""
-    return tuple(name for name in names if policy_spec(name).settings.get("mode") != "plain")
 
 
 def check_made(names: Sequence[str], calibration: Mapping[str, Any], *, top_k: int) -> None:
@@ -221,9 +189,9 @@ def earlier_comparison(folder: Path) -> dict[str, Any]:
         )
     earlier: dict[str, Any] = read_json(path)
     rows = earlier.get("rows")
-    if not rows or any(name not in row for row in rows for name in _NEEDED):
+    if not rows or any(name not in row for row in rows for name in _CHOICE):
         raise UsageError(
-            f"{path}: its rows lack one of {', '.join(_NEEDED)}; make it again with "
+            f"{path}: its rows lack one of {', '.join(_CHOICE)}; make it again with "
             "`var-moe compare`"
         )
     return earlier
@@ -231,11 +199,11 @@ def earlier_comparison(folder: Path) -> dict[str, Any]:
 
 def measure_again(
     evaluator: Evaluator,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Row],
     calibration: Callable[[str | None], Mapping[str, Any]],
     *,
     progress: Progress | None = None,
-) -> Iterator[Point]:
+) -> Iterator[Row]:
     """Score the rows of an earlier ``comparison.json``, each with its own settings.
 
     ``calibration`` gives what policies may ask for, by the name of a compensation.
@@ -243,14 +211,7 @@ def measure_again(
     for done, row in enumerate(rows):
         if progress:
             progress(str(row.get("name", row["policy"])), done, len(rows))
-        policy = policy_spec(row["policy"]).make(row["settings"], calibration(row["compensation"]))
-        yield Point(
-            policy=row["policy"],
-            dial=row["dial"],
-            target=row["target_experts_per_token"],
-            compensation=row["compensation"],
-            settings=row["settings"],
-            quality=evaluator.quality(policy),
-        )
+        choice = {key: row[key] for key in _CHOICE}
+        yield _scored(evaluator, choice, calibration(row["compensation"]))
     if progress:
         progress("policies", len(rows), len(rows))

@@ -110,7 +110,6 @@ def _by_dataset(certificate: Mapping[str, Any]) -> Table | None:
             "after": "{perplexity:.3f}",
             "change [95%]": _interval,
             "upper bound": lambda row: percent(row["degradation_upper"]),
-            "experts per token": "{experts_per_token:.3f}",
             "pages / documents": "{units:,} / {documents:,}",
         },
         caption="" if certificate.get("robust") else "Described, not claimed.",
