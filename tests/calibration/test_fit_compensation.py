@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from var_moe.calibration import fit_compensation as fitting
-from var_moe.calibration.distillation import Trainable, affordable_rank, divergence, schedule
+from var_moe.calibration.distillation import (
+    affordable_rank,
+    divergence,
+    frozen,
+    schedule,
+    trainable,
+)
 from var_moe.calibration.fit_compensation import (
     FitSettings,
     fit_compensation,
@@ -273,17 +279,17 @@ def test_the_rank_costs_a_small_share_of_what_it_saves(case):
 
 def test_a_trainable_begins_as_its_start():
     start = Compensation.empty(layers=2, experts=3, hidden=4)
-    found = Trainable(start, rank=2, scale=torch.tensor([1.0, 10.0]), seed=0)
-    frozen = found.frozen()
-    assert torch.equal(frozen.layers[0].vectors, start.layers[0].vectors)
-    assert frozen.layers[0].correction(torch.randn(5, 4)).abs().max() == 0  # B is zero
-    first, second = (part.down for part in frozen.layers)
+    found = trainable(start, rank=2, scale=torch.tensor([1.0, 10.0]), seed=0)
+    begun = frozen(found)
+    assert torch.equal(begun.layers[0].vectors, start.layers[0].vectors)
+    assert begun.layers[0].correction(torch.randn(5, 4)).abs().max() == 0  # B is zero
+    first, second = (part.down for part in begun.layers)
     assert second.abs().mean() / first.abs().mean() > 3
     with torch.no_grad():
-        found.layer(0).vectors.add_(1)
-    assert torch.equal(frozen.layers[0].vectors, start.layers[0].vectors)
+        found.layers[0].vectors.add_(1)
+    assert torch.equal(begun.layers[0].vectors, start.layers[0].vectors)
     # One start for all layers must not become one parameter.
-    assert not torch.equal(*[part.vectors for part in found.compensation().layers])
+    assert not torch.equal(*[part.vectors for part in found.layers])
 
 
 def test_divergence_by_hand_and_its_gradient():

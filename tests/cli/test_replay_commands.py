@@ -66,17 +66,12 @@ def read(path):
     return json.loads(path.read_text())
 
 
-def test_trace_says_its_size_and_what_it_found(common, tmp_path, capsys):
+def test_trace_says_what_it_recorded(common, tmp_path, capsys):
     words = ["trace", *common, "--max_tokens", "900", "--seed", "4", "--output", str(tmp_path)]
     assert main(words) == 0
     shown = capsys.readouterr()
     trace = RoutingTrace.load(tmp_path)
-    said = [line for line in shown.err.splitlines() if line.startswith("recording ")]
-    assert len(said) == 1
-    assert f"{trace.tokens:,} tokens of {len(trace.documents)} documents" in said[0]
-    size = int(said[0].split(":")[1].split(" bytes")[0].replace(",", ""))
-    written = (tmp_path / "trace-00000.safetensors").stat().st_size
-    assert 0 <= written - size < 4096  # names and shapes
+    assert f"recording in {tmp_path}" in shown.err
     assert trace.tokens == 900
     for words in ("entropy (nats)", "perplexity", "MiB", f"Trace: {tmp_path}", "Profile: "):
         assert words in shown.out

@@ -65,7 +65,6 @@ def texts(found, tokenizer):
     "columns",
     [
         {"id": LABELS, "conversations": SHARED},
-        {"source": ["a source of some words"] * 2, "conversations": SHARED},
         {"messages": ASKED, "prompt": PROSE},
         {"chosen": ASKED},
     ],
@@ -93,12 +92,9 @@ def test_token_ids_are_taken_as_they_are(table, tiny_tokenizer):
 @pytest.mark.parametrize(
     "columns",
     [
-        {"id": LABELS, "n": [1, 2]},
-        {"source": ["a web crawl of last year"] * 2, "n": [1, 2]},
-        {"id": LABELS, "turns": [[{"speaker": "A", "said": text}] for text in PROSE]},
+        {"id": LABELS, "body": PROSE},
         {"date": ["2024-01-01 10:00:00", "2024-01-02 11:00:00"], "ids": IDS},
         {"question": PROSE, "answer": PROSE[::-1]},
-        {"prompt": PROSE, "completions": [[text, text] for text in PROSE[::-1]]},
         {"chosen": ASKED, "rejected": ASKED},
     ],
 )
@@ -107,8 +103,8 @@ def test_what_is_not_clearly_the_text_is_refused_with_the_names(table, chatty, c
         table(chatty, **columns)
 
 
-def test_running_text_beside_labels(table, tiny_tokenizer):
-    found = table(tiny_tokenizer, id=LABELS, body=PROSE, meta=[{"source": "web"}] * 2)
+def test_the_only_column(table, tiny_tokenizer):
+    found = table(tiny_tokenizer, body=PROSE)
     assert [text.removeprefix("<|endoftext|>") for text in texts(found, tiny_tokenizer)] == PROSE
 
 
@@ -129,17 +125,14 @@ def test_one_row_of_another_kind_is_named(table, chatty):
 
 def test_a_message_without_content_is_not_rendered_as_none(table, chatty):
     chats = [[{"role": "user", "content": "x y"}], [{"role": "assistant", "content": None}]]
-    with pytest.raises(UsageError, match="a message of 'assistant' has no content"):
+    with pytest.raises(UsageError, match="a message of 'assistant' is NoneType; expected text"):
         table(chatty, messages=chats)
 
 
-def test_a_content_in_parts_is_one_text(table, chatty):
+def test_a_content_in_parts_is_refused(table, chatty):
     """A template for text alone would print the list."""
-    parts = [{"type": "text", "text": text, "image": None} for text in PROSE]
-    found = table(chatty, messages=[[{"role": "user", "content": parts}]] * 2)
-    assert texts(found, chatty)[0] == f"user: {PROSE[0]}\n{PROSE[1]}\n"
-    parts.append({"type": "image", "text": None, "image": "x.png"})
-    with pytest.raises(UsageError, match=r"a message holds 'image'; expected text alone"):
+    parts = [{"type": "text", "text": text} for text in PROSE]
+    with pytest.raises(UsageError, match="of 'user' is list; expected text alone"):
         table(chatty, messages=[[{"role": "user", "content": parts}]] * 2)
 
 

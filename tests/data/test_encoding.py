@@ -69,15 +69,13 @@ def test_texts_and_a_column_of_texts_are_the_same(tiny_texts, tiny_tokenizer):
     assert [d.id for d in found] == ["1", "2", "3"]
     expected = ids_of(found)
     assert ids_of(as_documents(np.array(given), tiny_tokenizer)) == expected
-    number = list(range(5))
-    for name in ("text", "body"):
-        rows = Rows({"n": number, name: given}, {"n": "int64", name: "string"})
-        assert ids_of(as_documents(rows, tiny_tokenizer)) == expected
+    rows = Rows({"n": list(range(5)), "text": given}, {"n": "int64", "text": "string"})
+    assert ids_of(as_documents(rows, tiny_tokenizer)) == expected
 
 
 def test_a_real_dataset(tiny_texts, tiny_tokenizer):
     datasets = pytest.importorskip("datasets")
-    rows = datasets.Dataset.from_dict({"n": [1, 2], "body": tiny_texts[:2]})
+    rows = datasets.Dataset.from_dict({"n": [1, 2], "text": tiny_texts[:2]})
     expected = ids_of(as_documents(tiny_texts[:2], tiny_tokenizer))
     assert ids_of(as_documents(rows, tiny_tokenizer)) == expected
     assert ids_of(as_documents(rows.to_iterable_dataset(), tiny_tokenizer)) == expected
@@ -134,16 +132,16 @@ def test_a_tokenizers_output(tiny_texts, tiny_tokenizer):
     ("data", "expected"),
     [
         ([], "expected a non-empty list of texts"),
-        ("a text", "expected a non-empty list of texts"),
+        ("a text", "expected a text or token ids, got str"),
         (None, "got NoneType"),
         (3, "got int"),
-        (torch.tensor(3), "got Tensor of shape"),
-        (torch.zeros(2, 3), "got Tensor of shape (2, 3) and torch.float32"),
-        (torch.zeros((2, 2, 2), dtype=torch.int64), "shape (2, 2, 2)"),
+        (torch.tensor(3), "got int"),
+        (torch.zeros(2, 3), "validation_data[0][0]: expected a text or token ids, got float"),
         (torch.tensor([[1, -100]]), "expected token ids from 0, got -100"),
         (["a text", 3], "validation_data[1]: expected a text, got int"),
         ([[1, 2], "a text"], "validation_data[1]: expected a text or token ids, got str"),
-        ([[1, 2], [0.5]], "validation_data[1]: expected a text or token ids, got list"),
+        ([[1, 2], [0.5]], "validation_data[1][0]: expected a text or token ids, got float"),
+        ([[1, 0.5]], "validation_data[0]: expected token ids, got float64"),
         ([None], "validation_data[0]: expected a text or token ids, got NoneType"),
         ([{"labels": [1]}], "validation_data[0]: expected a text or token ids"),
         (["", " "], "none of its 2 documents has 2 tokens"),

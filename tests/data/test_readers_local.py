@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -103,11 +102,6 @@ def test_jsonl_null_and_blank_rows_are_dropped_and_ids_keep_their_place(write):
     assert [d.id for d in read_file(path)[0]] == ["x.jsonl:2"]
 
 
-def test_jsonl_the_only_column_of_running_text_of_all_rows(write):
-    rows = '{"id": 1, "body": null}\n{"id": "x", "body": "a text of five words"}\n'
-    assert texts(write("x.jsonl", rows)) == ["a text of five words"]
-
-
 def test_json_holds_one_list_or_one_row_to_a_line(write):
     assert texts(write("a.json", '\n[{"text": "one"},\n {"text": "two"}]\n')) == ["one", "two"]
     assert texts(write("b.json", '{"text": "one"}\n{"text": "two"}\n')) == ["one", "two"]
@@ -192,14 +186,6 @@ def test_a_path_that_is_not_there(refused, name):
     assert looks_local(name)
     for call in (lambda: load_text(name, "test"), lambda: check_dataset(name)):
         assert refused(call).startswith(f"{name}: no such file")
-
-
-def test_a_pipe_is_refused_and_not_waited_for(refused, tmp_path):
-    os.mkfifo(tmp_path / "x.jsonl")
-    for call in (load_text, lambda name, _: check_dataset(name)):
-        assert "is no regular file; write the text to a" in refused(
-            call, str(tmp_path / "x.jsonl"), "all"
-        )
 
 
 @pytest.mark.parametrize("name", ["wikitext", "someone/data", "data:config", "a/b:c/d"])

@@ -112,7 +112,7 @@ def test_the_damage_policy_runs_as_many_pairs_as_asked_for(fitted):
 def test_a_compensation_is_fitted_and_used(fitted, documents):
     loaded, ids = fitted.loaded, tiny_ids()
     before = snapshot(loaded.model)
-    result = fit_compensation(
+    compensation, fit = fit_compensation(
         loaded,
         documents,
         damage=fitted.damage,
@@ -120,10 +120,11 @@ def test_a_compensation_is_fitted_and_used(fitted, documents):
         start=fitted.start,
         settings=QUICK,
     )
-    assert result.held_out["fitted"] < min(result.held_out["start"], result.held_out["nothing"])
+    held_out = fit["held_out_divergence_nats"]
+    assert held_out["fitted"] < min(held_out["start"], held_out["nothing"])
     assert differences(before, snapshot(loaded.model)) == []
-    trace = calibration_trace(loaded, documents, data=DATA, compensation=result.compensation)
-    damage = fit_damage(trace, vocabulary=300, compensation=result.compensation)
+    trace = calibration_trace(loaded, documents, data=DATA, compensation=compensation)
+    damage = fit_damage(trace, vocabulary=300, compensation=compensation)
     tau = tau_for(predicted(trace, damage), SHARE * loaded.top_k)
     with routed(loaded.model, DamagePolicy(tau, damage=damage)) as session:
         assert logits(loaded.model, ids).isfinite().all()

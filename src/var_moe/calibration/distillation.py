@@ -8,7 +8,7 @@ without a backward pass through the model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import cos, pi
 from typing import Any
 
@@ -30,8 +30,8 @@ _LOGIT_BYTES = 64 * 2**20  # of float32 logits held at once
 _REGRESSION_TOKENS = 1024  # of a step
 
 
-class Trainable(nn.Module):
-    """A compensation whose tensors are parameters.
+def trainable(start: Compensation, *, rank: int, scale: Tensor, seed: int) -> Compensation:
+    """A compensation whose tensors want gradients.
 
     Args:
         start: what its vectors begin with.
@@ -39,35 +39,29 @@ class Trainable(nn.Module):
         scale: (L,) one over the size of each layer's input.
         seed: draws A.
     """
+    size = start.layers[0].vectors.shape[1]
+    rng = torch.Generator().manual_seed(seed)
+    layers = []
+    for part, inverse in zip(start.layers, scale.tolist(), strict=True):
+        low: tuple[Tensor | None, ...] = (None, None, None)
+        if rank:
+            down = torch.randn((rank, size), generator=rng) / size**0.5 * inverse
+            low = (down, torch.zeros(rank), torch.zeros((size, rank)))
+        fresh = LayerCompensation(part.vectors.float().clone(), *low)
+        layers.append(fresh.mapped(lambda t: t.to(scale.device).requires_grad_(True)))
+    return replace(start, layers=tuple(layers))
 
-    def __init__(self, start: Compensation, *, rank: int, scale: Tensor, seed: int) -> None:
-        super().__init__()
-        self.by_pair, self.experts = start.by_pair, start.experts
-        size = start.layers[0].vectors.shape[1]
-        rng = torch.Generator().manual_seed(seed)
-        self.parts = nn.ModuleList()
-        for layer, part in enumerate(start.layers):
-            tensors = {"vectors": part.vectors.float().clone()}
-            if rank:
-                tensors["down"] = torch.randn((rank, size), generator=rng) / size**0.5
-                tensors["down"] *= scale[layer]
-                tensors |= {"bias": torch.zeros(rank), "up": torch.zeros((size, rank))}
-            self.parts.append(nn.ParameterDict(tensors))
 
-    def layer(self, number: int) -> LayerCompensation:
-        """One layer's part, sharing the parameters."""
-        return LayerCompensation(**dict(self.parts[number].items()))  # type: ignore[operator]
+def parameters_of(compensation: Compensation) -> list[Tensor]:
+    """The tensors that are trained."""
+    each = ((p.bias, p.down, p.up, p.vectors) for p in compensation.layers)
+    return [tensor for tensors in each for tensor in tensors if tensor is not None]
 
-    def compensation(self) -> Compensation:
-        """As it is used, sharing the parameters."""
-        layers = tuple(self.layer(number) for number in range(len(self.parts)))
-        return Compensation(layers=layers, by_pair=self.by_pair, experts=self.experts)
 
-    def frozen(self) -> Compensation:
-        """A copy that no longer changes."""
-        now = self.compensation()
-        layers = tuple(part.mapped(lambda t: t.detach().clone()) for part in now.layers)
-        return Compensation(layers=layers, by_pair=self.by_pair, experts=self.experts)
+def frozen(compensation: Compensation) -> Compensation:
+    """A copy that no longer changes."""
+    layers = (part.mapped(lambda t: t.detach().clone()) for part in compensation.layers)
+    return replace(compensation, layers=tuple(layers))
 
 
 def affordable_rank(model: Any, top_k: int) -> int:
@@ -137,7 +131,7 @@ class Regression(Student):
         rng: draws the tokens of each step.
     """
 
-    trainable: Trainable
+    trainable: Compensation
     optimiser: torch.optim.Optimizer
     rng: torch.Generator
 
@@ -148,7 +142,7 @@ class Regression(Student):
         with torch.no_grad():
             outputs = self.backend.pairs(module, hidden, index)
             kept = self.decided(layer, hidden, index, weight).index >= 0
-            rows, dropped = self.trainable.compensation().dropped(index, weight, kept)
+            rows, dropped = self.trainable.dropped(index, weight, kept)
             gone = weight.masked_fill(kept, 0).float()
             wanted = (outputs.float() * gone[:, :, None]).sum(dim=1)
             at = self.context.counted.reshape(-1).nonzero().squeeze(1).to(index.device)
@@ -163,9 +157,8 @@ class Regression(Student):
         self, layer: int, hidden: Tensor, row: Tensor, dropped: Tensor, wanted: Tensor
     ) -> None:
         with torch.enable_grad():
-            added = self.trainable.layer(layer).add(
-                torch.zeros_like(wanted), hidden.float(), row, dropped
-            )
+            zero = torch.zeros_like(wanted)
+            added = self.trainable.layers[layer].add(zero, hidden.float(), row, dropped)
             loss = (added - wanted).square().sum() / wanted.square().sum().clamp(min=1e-12)
             self.optimiser.zero_grad()  # other layers have no gradient, and stay as they are
             loss.backward()

@@ -10,7 +10,7 @@ is an error if it is no better than the start.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +23,12 @@ from var_moe.calibration.distillation import (
     InputSizes,
     Regression,
     Student,
-    Trainable,
     affordable_rank,
     divergence,
+    frozen,
+    parameters_of,
     set_rate,
+    trainable,
 )
 from var_moe.config import check_count, check_seed
 from var_moe.errors import UsageError, VarMoeError
@@ -35,7 +37,7 @@ from var_moe.execution.backends import open_backend
 from var_moe.execution.dispatch import dispatched
 from var_moe.models.identity import identity
 from var_moe.models.moe_layers import experts_shape
-from var_moe.routing.compensation import Compensation, LayerCompensation
+from var_moe.routing.compensation import Compensation
 from var_moe.routing.damage import DamageModel, DamagePolicy
 from var_moe.routing.simple import NativePolicy
 from var_moe.storage import atomic_write, sha256_of
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 
 KEPT_SHARES = (0.55, 0.8)
 """Experts per token during fitting, as shares of K."""
+_FORMAT = 2  # of checkpoints
 _SAVE_EVERY = 20  # steps of the layer-wise part
 _LOOKS = 12  # evaluations on held-out text in a whole run
 _PATIENCE = 4  # of them without an improvement
@@ -178,7 +181,7 @@ class _Fit:
         about = (settings, self.rank, damage.hash, start.hash, self.low, self.high)
         model = (identity(loaded), loaded.dtype, loaded.window)
         text = (document.ids.tobytes() for document in (*held_out, *self.text))
-        self.key = sha256_of([str(about), str(model), *text])
+        self.key = sha256_of([str(_FORMAT), str(about), str(model), *text])
 
     def run(self) -> tuple[Compensation, dict[str, Any]]:
         """Both parts, from a checkpoint on where there is one."""
@@ -186,23 +189,25 @@ class _Fit:
         inputs = InputSizes()
         self._forward(Student(self.backend, inputs, self.held_out[0]))
         scale = torch.tensor([1 / max(size, 1e-6) for size in inputs.sizes])  # (L,)
-        self.trainable = Trainable(
-            self.start, rank=self.rank or 0, scale=scale, seed=settings.seed
-        ).to(self.loaded.device)
-        parameters = list(self.trainable.parameters())
+        self.trainable = trainable(
+            self.start,
+            rank=self.rank or 0,
+            scale=scale.to(self.loaded.device),
+            seed=settings.seed,
+        )
+        parameters = parameters_of(self.trainable)
         self.optimisers = {
             "regression": torch.optim.Adam(parameters, lr=REGRESSION_RATE),
             "distillation": torch.optim.Adam(parameters, lr=settings.rate),
         }
-        start = self.trainable.compensation()
-        before = {"nothing": self._look(None), "start": self._look(start)}
-        self.best = self.trainable.frozen()
+        before = {"nothing": self._look(None), "start": self._look(self.trainable)}
+        self.best = frozen(self.trainable)
         self._resume()
         self._regress()
         if state.regressed is None:
-            state.regressed = self._look(self.trainable.compensation())
+            state.regressed = self._look(self.trainable)
             if settings.regress_tokens:
-                state.best, self.best = state.regressed, self.trainable.frozen()
+                state.best, self.best = state.regressed, frozen(self.trainable)
                 self._save()
         self._distil()
         worst = min(before.values())
@@ -264,11 +269,11 @@ class _Fit:
             self.tell("distilling", min(state.tokens, wanted), wanted)
             if state.tokens < wanted and state.tokens // each == len(state.curve):
                 continue
-            here = self._look(self.trainable.compensation())
+            here = self._look(self.trainable)
             state.curve.append((state.tokens, here))
             state.since += 1
             if here < state.best:
-                state.best, state.since, self.best = here, 0, self.trainable.frozen()
+                state.best, state.since, self.best = here, 0, frozen(self.trainable)
             self._save()
 
     def _step(self, batch: ForwardContext) -> None:
@@ -277,14 +282,14 @@ class _Fit:
         set_rate(optimiser, self.settings.rate, state.tokens / self.settings.tokens)
         tau = self._tau(self._rng(7, state.steps))
         teacher = self._forward(Student(self.backend, NativePolicy(), batch))
-        student = self._forward(self._student(batch, tau, self.trainable.compensation()), grad=True)
+        student = self._forward(self._student(batch, tau, self.trainable), grad=True)
         _, tokens, gradient = divergence(student.detach(), teacher, batch, gradient=True)
         optimiser.zero_grad()
         student.backward(gradient)
-        for parameter in self.trainable.parameters():
+        for parameter in parameters_of(self.trainable):
             if parameter.grad is not None:
                 parameter.grad /= max(tokens, 1)  # of the mean
-        torch.nn.utils.clip_grad_norm_(self.trainable.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters_of(self.trainable), 1.0)
         optimiser.step()
         state.steps += 1
         state.tokens += int(batch.counted.sum())
@@ -338,9 +343,9 @@ class _Fit:
         content = {
             "key": self.key,
             "state": asdict(self.state),
-            "trainable": self.trainable.state_dict(),
             "optimisers": {name: one.state_dict() for name, one in self.optimisers.items()},
-            "best": [list(part.tensors()) for part in self.best.layers],
+            "trainable": parameters_of(self.trainable),
+            "best": parameters_of(self.best),
         }
         atomic_write(self.checkpoint, lambda temporary: torch.save(content, temporary))
 
@@ -355,11 +360,11 @@ class _Fit:
         if not isinstance(content, dict) or content.get("key") != self.key:
             return
         self.state.__dict__.update(content["state"])
-        self.trainable.load_state_dict(content["trainable"])
         for name, state in content["optimisers"].items():
             self.optimisers[name].load_state_dict(state)
-        layers = tuple(LayerCompensation(*part) for part in content["best"])
-        self.best = replace(self.best, layers=layers)
+        for name, compensation in (("trainable", self.trainable), ("best", self.best)):
+            for mine, saved in zip(parameters_of(compensation), content[name], strict=True):
+                mine.data.copy_(saved)
 
 
 def split(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -11,9 +11,8 @@ from var_moe.data.documents import TextColumn
 from var_moe.errors import UsageError
 
 HEAD_ROWS = 1_000  # rows that decide what a column holds
-NAMED = "name the one that is meant with --text_column (in Python, text_column=)"
+_NAME_IT = "name the one with --text_column (in Python: text_column=, or Dataset.select_columns)"
 
-_CHATS = ("messages", "conversations")
 _ROLES = {"human": "user", "gpt": "assistant"}  # of from/value; other names are kept
 _KNOWN_ROLES = ("user", "assistant", "system", "tool")
 _MOST_IDS = 2**31  # far above any vocabulary, and within int64
@@ -27,41 +26,31 @@ def find_column(
     where: str,
     *,
     asked: str | None = None,
-    hint: str = NAMED,
 ) -> TextColumn:
     """The column that holds the text.
 
     It is the one asked for; else ``text``; else the chats under ``messages`` or
-    ``conversations``; else the only one that holds chats or running text; else the token ids
-    under ``input_ids``. Short strings such as ids and sources are taken only from a table of one
-    column.
+    ``conversations``; else the only column; else the token ids under ``input_ids``.
 
     Args:
         names: all columns.
         head: the first rows.
         where: the table's name, for messages.
         asked: the column that the user names.
-        hint: what the user can do, for messages.
 
     Raises:
-        UsageError: no such column, several that could be meant, or of a kind that is no text.
+        UsageError: no such column, or of a kind that is no text; names the columns.
     """
     have = ", ".join(map(str, names)) or "none"
     if asked is not None and asked not in names:
         raise UsageError(f"{where}: no column {asked!r}; it has {have}")
-    values = {name: [_plain(row.get(name)) for row in head] for name in names}
-    kinds = {name: _kind_of_all(column) for name, column in values.items()}
-    name = asked or "text"
-    if name not in names:
-        holding = [n for n in names if kinds[n] == "chat" or _is_prose(values[n])]
-        chats = [n for n in _CHATS if n in names and kinds[n] == "chat"]
-        ids = [n for n in ("input_ids",) if n in names and kinds[n] == "ids"]
-        fitting = chats[:1] or holding or ids or (list(names) if len(names) == 1 else [])
-        if len(fitting) != 1 or kinds[fitting[0]] is None:
-            raise UsageError(f"{where}: no column 'text'; it has {have}; {hint}")
-        name = fitting[0]
-    # Of mixed values, the first is what all are held against.
-    first = next((value for value in values[name] if value not in (None, [])), "")
+    only = list(names) if len(names) == 1 else []
+    wanted = [asked] if asked else ["text", "messages", "conversations", *only, "input_ids"]
+    name = next((name for name in wanted if name in names), None)
+    if name is None:
+        raise UsageError(f"{where}: no column 'text'; it has {have}; {_NAME_IT}")
+    values = (_plain(row.get(name)) for row in head)
+    first = next((value for value in values if value not in (None, [])), "")
     kind = _kind(first)
     if kind is None:
         raise UsageError(
@@ -103,14 +92,12 @@ def row_text(row: Mapping[str, Any], column: TextColumn, where: str) -> str:
     return text
 
 
-def table_texts(
-    rows: Any, where: str, asked: str | None = None, *, hint: str = NAMED
-) -> tuple[list[str], TextColumn]:
+def table_texts(rows: Any, where: str, asked: str | None = None) -> tuple[list[str], TextColumn]:
     """The texts of a datasets.Dataset, and the column that holds them."""
     names = rows.column_names
     known = asked or "text"
     head = rows.select_columns([known]) if known in names else rows
-    column = find_column(names, list(islice(head, HEAD_ROWS)), where, asked=asked, hint=hint)
+    column = find_column(names, list(islice(head, HEAD_ROWS)), where, asked=asked)
     read = rows.select_columns(needed(column))
     return [row_text(row, column, f"{where}, row {at}") for at, row in enumerate(read)], column
 
@@ -128,27 +115,22 @@ def _ids_text(ids: list[int], mask: list[int] | None, where: str) -> str:
 
 def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A message as chat templates take it: ``role`` and ``content``."""
-    if "role" in message:  # a parquet file has null for what a message lacks
-        if message.get("content") is None and not message.get("tool_calls"):
-            raise UsageError(f"{where}: a message of {message['role']!r} has no content")
-        given = {k: v for k, v in message.items() if v is not None or k == "content"}
-        return {k: _content(v, where) if k == "content" else v for k, v in given.items()}
+    if "role" in message:
+        content = message.get("content")
+        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+            found = type(content).__name__
+            raise UsageError(
+                f"{where}: the content of a message of {message['role']!r} is {found}; expected "
+                "text alone"
+            )
+        # A parquet file has null for what a message lacks.
+        given = {name: value for name, value in message.items() if value is not None}
+        return {**given, "content": content}
     role = _ROLES.get(message["from"], message["from"])
     if role not in _KNOWN_ROLES:
         known = ", ".join([*_ROLES, *_KNOWN_ROLES])
         raise UsageError(f"{where}: a message from {role!r}; expected one of {known}")
     return {"role": role, "content": message["value"]}
-
-
-def _content(content: Any, where: str) -> str | None:
-    """A message's content as one string: most templates would print a list as Python does."""
-    if content is None or isinstance(content, str):
-        return content
-    for part in content if isinstance(content, list) else [content]:
-        if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
-            what = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-            raise UsageError(f"{where}: a message holds {what!r}; expected text alone")
-    return "\n".join(part["text"] for part in content)
 
 
 def _plain(value: Any) -> Any:
@@ -166,43 +148,10 @@ def _kind(value: Any) -> str | None:
         return None
     if all(isinstance(item, Mapping) and _is_message(item) for item in value):
         return "chat"
-    whole = all(isinstance(item, int) and not isinstance(item, bool) for item in value)
-    return "ids" if whole else None
-
-
-def _kind_of_all(values: Sequence[Any]) -> str | None:
-    """The one kind of a column's values, empty ones aside; None where they differ."""
-    kinds = {_kind(value) for value in values if value is not None and value != []}
-    return kinds.pop() if len(kinds) == 1 else ("text" if not kinds else None)
+    return "ids" if all(type(item) is int for item in value) else None
 
 
 def _is_message(item: Mapping[str, Any]) -> bool:
     if isinstance(item.get("role"), str):
         return "content" in item or "tool_calls" in item
     return isinstance(item.get("from"), str) and isinstance(item.get("value"), str)
-
-
-def _is_prose(values: Sequence[Any]) -> bool:
-    """Whether most strings, nested ones too, are running text, and few of them recur.
-
-    Ids, paths and dates have few words; names of sources may have more, but recur.
-    """
-    texts = [text for value in values for text in _strings(value) if text.strip()]
-    wordy = sum(
-        len(text.split(maxsplit=4)) == 5 or (len(text) >= 12 and not text.isascii())
-        for text in texts
-    )
-    different = len(set(texts))
-    recur = 4 * different <= len(texts) or different == 1 < len(texts)
-    return 2 * wordy > len(texts) and not recur
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _strings(item)
-    elif isinstance(value, Collection) and not isinstance(value, bytes):
-        for item in value:
-            yield from _strings(item)

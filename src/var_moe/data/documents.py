@@ -77,7 +77,7 @@ class TextSplit:
 
 @dataclass(frozen=True)
 class EncodedDocument:
-    """A document's token ids."""
+    """The token ids of a document."""
 
     id: str
     source: str
@@ -92,8 +92,7 @@ def ids_hash(documents: Iterable[EncodedDocument]) -> str:
 
 def check_encoded(documents: Any) -> None:
     """Raise UsageError unless these are encoded documents."""
-    listed = isinstance(documents, Sequence) and not isinstance(documents, str)
-    for one in documents if listed else (documents,):
+    for one in documents if isinstance(documents, list | tuple) else (documents,):
         if not isinstance(one, EncodedDocument):
             raise UsageError(
                 f"documents: got {type(one).__name__}, expected a list of encoded documents, as "

@@ -17,9 +17,6 @@ from var_moe.errors import UsageError, one_line
 MIN_TOKENS = 2  # the first token of a document has no loss
 
 _LOG = logging.getLogger(__name__)
-_EXPECTED = (
-    "expected a non-empty list of texts, a datasets.Dataset with a text column, or token ids"
-)
 
 
 def encode(
@@ -58,14 +55,17 @@ def encode(
 
 def _token_ids(documents: Sequence[TextDocument], tokenizer: Any) -> list[list[int]]:
     """Each document's ids, by what its column holds."""
-    kinds = [document.column.kind if document.column else "text" for document in documents]
-    rows: dict[int, list[int]] = {
-        at: json.loads(documents[at].text) for at, kind in enumerate(kinds) if kind == "ids"
-    }
-    texts = {at: documents[at].text for at, kind in enumerate(kinds) if kind == "text"}
-    chats = {
-        at: _rendered(documents[at], tokenizer) for at, kind in enumerate(kinds) if kind == "chat"
-    }
+    rows: dict[int, list[int]] = {}
+    texts: dict[int, str] = {}
+    chats: dict[int, str] = {}
+    for at, document in enumerate(documents):
+        kind = document.column.kind if document.column else "text"
+        if kind == "ids":
+            rows[at] = json.loads(document.text)
+        elif kind == "chat":
+            chats[at] = _rendered(document, tokenizer)
+        else:
+            texts[at] = document.text
     # A chat template writes the special tokens itself.
     for some, special in ((texts, {}), (chats, {"add_special_tokens": False})):
         if some:
@@ -105,106 +105,74 @@ def as_documents(data: Any, tokenizer: Any) -> list[EncodedDocument]:
 
     Args:
         data: a list of texts; a datasets.Dataset with a column of texts (or ``input_ids``); or
-            token ids without padding: a 2-D tensor or array, whose rows are documents, a list
-            of such, of 1-D ones, or of a tokenizer's outputs, or a single 1-D one. Where a
-            tokenizer's output has an ``attention_mask``, padding is left out by it.
+            token ids without padding: those of one document, of several, or a tokenizer's
+            output, whose ``attention_mask`` leaves padding out.
         tokenizer: used for texts.
 
     Raises:
         UsageError: it is none of these, or nothing in it has two tokens.
     """
-    rows: Sequence[Any]
+    where = "validation_data"
+    if isinstance(getattr(data, "column_names", None), Mapping):  # a DatasetDict
+        splits = ", ".join(map(str, data.column_names))
+        raise UsageError(f"{where}: expected one split of the data set, of {splits}")
     if getattr(data, "column_names", None) is not None:
-        rows = _table_documents(data)
+        texts, column = table_texts(data, where)
     else:
-        rows = _given_rows(data)
-        if isinstance(rows[0], str):
-            rows = [TextDocument(str(i), "given", row) for i, row in enumerate(rows)]
-    if rows and isinstance(rows[0], TextDocument):
-        documents = encode([row for row in rows if row.text.strip()], tokenizer)
+        if not isinstance(data, Mapping | str | bytes) and hasattr(data, "__iter__"):
+            data = data.tolist() if hasattr(data, "tolist") else list(data)
+        texts, column = _texts(data, where), None
+    if texts:
+        listed = [TextDocument(str(i), "given", t, column=column) for i, t in enumerate(texts)]
+        documents = encode([one for one in listed if one.text.strip()], tokenizer)
+        count = len(texts)
     else:
+        rows = _id_rows(data, where)
         documents = [
             EncodedDocument(str(i), "given", ids)
             for i, ids in enumerate(rows)
             if len(ids) >= MIN_TOKENS
         ]
+        count = len(rows)
     if not documents:
         raise UsageError(
-            f"validation_data: none of its {len(rows)} documents has {MIN_TOKENS} tokens or more"
+            f"{where}: none of its {count} documents has {MIN_TOKENS} tokens or more; expected a "
+            "non-empty list of texts, a datasets.Dataset with a text column, or token ids"
         )
     return documents
 
 
-def _table_documents(data: Any) -> list[TextDocument]:
-    """The documents of a datasets.Dataset.
-
-    Raises:
-        UsageError: it has splits, or no column that is clearly the text.
-    """
-    if isinstance(data.column_names, Mapping):  # a DatasetDict
-        splits = ", ".join(map(str, data.column_names))
-        raise UsageError(f"validation_data: expected one split of the data set, of {splits}")
-    texts, column = table_texts(data, "validation_data", hint="give select_columns of one of them")
-    return [TextDocument(str(i), "given", text, column=column) for i, text in enumerate(texts)]
+def _texts(data: Any, where: str) -> list[str]:
+    """The texts of a list of them; none where it holds something else."""
+    if not isinstance(data, list) or not data or not isinstance(data[0], str):
+        return []
+    for number, text in enumerate(data):
+        if not isinstance(text, str):
+            kind = type(text).__name__
+            raise UsageError(f"{where}[{number}]: expected a text, got {kind}")
+    return data
 
 
-def _given_rows(data: Any) -> list[Any]:
-    """One row per document: all of them texts, or all of them ids (S,) int64.
-
-    Raises:
-        UsageError: it is neither, or empty; names the first row that does not fit.
-    """
-    if hasattr(data, "tolist") and isinstance(listed := data.tolist(), list):
-        if not listed or not isinstance(listed[0], str):  # an array of texts is a list of them
-            return _given_ids(data, "validation_data")
-        data = listed
+def _id_rows(data: Any, where: str) -> list[np.ndarray]:
+    """The documents (S,) of token ids, of several such, or of a tokenizer's output."""
     if isinstance(data, Mapping):
-        return _given_ids(data, "validation_data")
-    # A number is an array without dimensions: it has __iter__ and can't be iterated.
-    listable = hasattr(data, "__iter__") and not isinstance(data, str | bytes)
-    rows = list(data) if listable and not hasattr(data, "tolist") else []
-    if not rows:
-        raise UsageError(f"validation_data: {_EXPECTED}, got {_what(data)}")
-    if isinstance(rows[0], str):
-        for number, row in enumerate(rows):
-            if not isinstance(row, str):
-                raise UsageError(f"validation_data[{number}]: expected a text, got {_what(row)}")
-        return rows
-    if isinstance(rows[0], int | np.integer):  # a flat list is one document
-        return _given_ids(rows, "validation_data")
-    return [ids for i, row in enumerate(rows) for ids in _given_ids(row, f"validation_data[{i}]")]
-
-
-def _given_ids(row: Any, where: str) -> list[np.ndarray]:
-    """The documents (S,) of a 1-D or 2-D row of token ids, or of a tokenizer's output."""
-    mask = None
-    if isinstance(row, Mapping):
-        row, mask = row.get("input_ids"), row.get("attention_mask")
-        if isinstance(row, list | tuple) and row and isinstance(row[0], list | tuple):
-            masks = [None] * len(row) if mask is None else list(mask)
-            pairs = [{"input_ids": r, "attention_mask": m} for r, m in zip(row, masks, strict=True)]
-            return [ids for pair in pairs for ids in _given_ids(pair, where)]
-    try:
-        ids = np.asarray(row.tolist() if hasattr(row, "tolist") else row)
-    except (TypeError, ValueError):  # ragged, or no numbers at all
-        raise UsageError(f"{where}: expected a text or token ids, got {_what(row)}") from None
-    if ids.size == 0 and ids.ndim == 1:
-        ids = ids.astype(np.int64)  # an empty document, which numpy takes for floats
-    if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2):
-        raise UsageError(f"{where}: expected a text or token ids, got {_what(row)}")
-    if ids.size and ids.min() < 0:
+        rows = _id_rows(data.get("input_ids"), where)
+        if data.get("attention_mask") is None:
+            return rows
+        masks = _id_rows(data["attention_mask"], where)
+        return [ids[mask != 0] for ids, mask in zip(rows, masks, strict=True)]
+    data = data.tolist() if hasattr(data, "tolist") else data
+    if not isinstance(data, list | tuple):
+        kind = type(data).__name__
+        raise UsageError(f"{where}: expected a text or token ids, got {kind}")
+    if data and not isinstance(data[0], int | np.integer):
+        return [ids for i, row in enumerate(data) for ids in _id_rows(row, f"{where}[{i}]")]
+    ids = np.asarray(data if data else np.zeros(0, dtype=np.int64))
+    if ids.dtype.kind not in "iu":
+        raise UsageError(f"{where}: expected token ids, got {ids.dtype}")
+    if ids.min(initial=0) < 0:
         raise UsageError(f"{where}: expected token ids from 0, got {ids.min()}")
-    rows = np.atleast_2d(ids.astype(np.int64))  # (documents, S)
-    if mask is None:
-        return list(rows)
-    kept = np.atleast_2d(np.asarray(mask.tolist() if hasattr(mask, "tolist") else mask)) != 0
-    return [ids[keep] for ids, keep in zip(rows, kept, strict=True)]
-
-
-def _what(value: Any) -> str:
-    kind = type(value).__name__
-    shape = getattr(value, "shape", None)
-    return kind if shape is None else f"{kind} of shape {tuple(shape)} and {value.dtype}"
+    return [ids.astype(np.int64)]
 
 
 # -- what a model takes ----------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,7 +11,8 @@ from typing import Any
 
 from var_moe.data.columns import HEAD_ROWS, find_column, needed, row_text, table_texts
 from var_moe.data.documents import SHARES, SPLITS, TextColumn, TextDocument, TextSplit, share_of
-from var_moe.errors import UsageError
+from var_moe.errors import UsageError, one_line
+from var_moe.hub import cache_only, datasets_offline
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 PACK_CHARACTERS = 2_000  # about 512 tokens, without asking a tokenizer
@@ -23,7 +23,6 @@ WIKITEXT_REPO, WIKITEXT_CONFIG = "Salesforce/wikitext", "wikitext-2-raw-v1"
 _KINDS = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
 _BLANK_LINES = re.compile(r"\n(?:[ \t]*\n)+")
 _HASHED = "split by a hash of each document, 40/25/15/20"
-_PACKED = "paragraphs packed, not independent"
 
 # The Hub's split that each of ours is taken from: the first that exists. Where several of ours
 # are taken from the same one, a hash divides its documents among them.
@@ -64,8 +63,6 @@ def check_local(dataset: str) -> Path:
     path = Path(dataset).expanduser()
     if not path.is_dir() and path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"{dataset}: expected a file ending in {_KINDS}")
-    if not path.is_dir() and not path.is_file():  # reading a pipe would wait, and only once
-        raise UsageError(f"{dataset}: is no regular file; write the text to a {_KINDS} file first")
     return path
 
 
@@ -78,12 +75,9 @@ def local_split(dataset: str, split: str, column: str | None = None) -> TextSpli
     folder = path.is_dir()
     path = _file_of(path, dataset, split) if folder else path
     documents, independent = read_file(path, column)
-    if folder:
-        notes = [f"from {path.name}"]
-    elif split == "all":
-        notes = ["the whole file"]
-    else:
-        notes, whole = [_HASHED], len(documents)
+    note = f"from {path.name}" if folder else "the whole file"
+    if not folder and split != "all":
+        note, whole = _HASHED, len(documents)
         documents = [one for one in documents if share_of(one.text, SPLITS) == split]
         if not documents:
             raise UsageError(
@@ -95,7 +89,7 @@ def local_split(dataset: str, split: str, column: str | None = None) -> TextSpli
         split=split,
         documents=tuple(documents),
         independent=independent,
-        note="; ".join(notes if independent else [*notes, _PACKED]),
+        note=note if independent else f"{note}; paragraphs packed, not independent",
     )
 
 
@@ -125,47 +119,32 @@ def read_file(path: Path, column: str | None = None) -> tuple[list[TextDocument]
     Raises:
         UsageError: the file cannot be read as what its suffix says, or holds no text.
     """
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise UsageError(f"{path}: expected a file ending in {_KINDS}")
-    texts: Iterable[str]
-    independent, taken = True, None
-    with _readable(path):
+    suffix, texts, independent, taken = path.suffix.lower(), [], True, None
+    try:
         if suffix == ".txt":
             if column is not None:
                 raise UsageError(f"{path}: a .txt file has no columns; leave out {column!r}")
-            texts, independent = _parts(path.read_text(encoding="utf-8-sig"))
+            whole = path.read_text(encoding="utf-8-sig")
+            texts = whole.split("\f")
+            independent = sum(bool(part.strip()) for part in texts) > 1
+            if not independent:
+                texts = packed(whole.replace("\f", "\n\n"))
         elif suffix == ".parquet":
             texts, taken = _read_parquet(path, column)
         else:
             texts, taken = _read_json(path, column)
-        documents = [
-            TextDocument(f"{path.name}:{number}", path.stem, text, column=taken)
-            for number, text in enumerate(texts)
-            if text.strip()
-        ]
-    if not documents:
-        raise UsageError(f"{path}: holds no text; expected at least one non-empty document")
-    return documents, independent
-
-
-@contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Turn what reading a file raises into one line."""
-    try:
-        yield
     except UnicodeDecodeError:
         raise UsageError(f"{path}: not UTF-8 text; convert it first") from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
-
-
-def _parts(text: str) -> tuple[list[str], bool]:
-    """The documents of a .txt file, and whether form feeds separate them."""
-    parts = text.split("\f")
-    if sum(bool(part.strip()) for part in parts) > 1:
-        return parts, True
-    return packed(text.replace("\f", "\n\n")), False
+    documents = [
+        TextDocument(f"{path.name}:{number}", path.stem, text, column=taken)
+        for number, text in enumerate(texts)
+        if text.strip()
+    ]
+    if not documents:
+        raise UsageError(f"{path}: holds no text; expected at least one non-empty document")
+    return documents, independent
 
 
 def packed(text: str) -> list[str]:
@@ -193,15 +172,15 @@ def _pieces(paragraph: str) -> Iterator[str]:
 
 # Not datasets.load_dataset("json"): it makes a date of a text that reads like one, names no
 # line of the file, and takes most of a second to import.
-def _read_json(path: Path, asked: str | None) -> tuple[Iterator[str], TextColumn | None]:
-    """The texts of JSON rows, parsed as they are taken, and their column."""
+def _read_json(path: Path, asked: str | None) -> tuple[list[str], TextColumn | None]:
+    """The texts of JSON rows, and their column."""
     rows = _json_rows(path)
     head = list(islice(rows, HEAD_ROWS))
     if not head:
-        return iter(()), None
+        return [], None
     names = list(dict.fromkeys(name for _, row in head for name in row))
     column = find_column(names, [row for _, row in head], str(path), asked=asked)
-    return (row_text(row, column, where) for where, row in chain(head, rows)), column
+    return [row_text(row, column, where) for where, row in chain(head, rows)], column
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -210,13 +189,13 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         whole = file.read() if path.suffix.lower() == ".json" else ""
         if whole.lstrip().startswith("["):
             items = _parsed(whole, str(path))
-            places = ((f"{path}, row {at}", item) for at, item in enumerate(items))
+            rows = ((f"{path}, row {at}", item) for at, item in enumerate(items))
         else:
             # Not splitlines(): a JSON string may hold U+2028 and its like as they are.
-            numbered = enumerate(whole.split("\n") if whole else file, start=1)
-            lines = ((f"{path}, line {at}", line) for at, line in numbered if line.strip())
-            places = ((at, _parsed(line, at)) for at, line in lines)
-        for where, row in places:
+            lines = enumerate(whole.split("\n") if whole else file, start=1)
+            named = ((f"{path}, line {at}", line) for at, line in lines if line.strip())
+            rows = ((where, _parsed(line, where)) for where, line in named)
+        for where, row in rows:
             if not isinstance(row, dict):
                 raise UsageError(f"{where}: expected a JSON object, one to a line")
             yield where, row
@@ -243,8 +222,7 @@ def _read_parquet(path: Path, asked: str | None) -> tuple[list[str], TextColumn]
             rows = (row for batch in batches for row in batch.to_pylist())
             texts = [row_text(row, column, f"{path}, row {at}") for at, row in enumerate(rows)]
     except (pa.ArrowException, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"{path}: not a readable parquet file ({reason})") from None
+        raise UsageError(f"{path}: not a readable parquet file ({one_line(error)})") from None
     return texts, column
 
 
@@ -265,8 +243,6 @@ def check_hub(dataset: str) -> bool:
     Raises:
         UsageError: it is neither in the local cache nor within reach.
     """
-    from var_moe.hub import cache_only
-
     return cache_only("dataset", dataset, repo=hub_name(dataset)[0])
 
 
@@ -326,28 +302,15 @@ def _origins(dataset: str, split: str, have: Sequence[str]) -> tuple[list[str], 
 
 
 def _load_hub(dataset: str, repo: str, config: str | None) -> Any:
-    """The data set by the Hub's splits, loaded quietly; from the cache alone where offline."""
-    from var_moe.errors import one_line
-
+    """The data set by the Hub's splits; from the cache alone where offline."""
     cached = check_hub(dataset)  # before the import of a library that is slow to import
     import datasets
 
-    from var_moe.hub import datasets_offline
-
-    level = datasets.logging.get_verbosity()
-    bars = datasets.are_progress_bars_disabled()
-    datasets.logging.set_verbosity_error()
-    if cached:
-        datasets.disable_progress_bars()  # while downloading they are worth having
     try:
         with datasets_offline(cached):
             return datasets.load_dataset(repo, config)
     except Exception as error:
         raise UsageError(f"dataset {dataset!r}: cannot be loaded ({one_line(error)})") from None
-    finally:
-        datasets.logging.set_verbosity(level)
-        if not bars:
-            datasets.enable_progress_bars()
 
 
 def articles(lines: Iterable[str]) -> list[str]:

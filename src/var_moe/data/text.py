@@ -10,7 +10,7 @@ import numpy as np
 
 from var_moe.config import check_count, check_seed
 from var_moe.data.documents import SPLITS, TextDocument, TextSplit, in_turn
-from var_moe.data.readers import check_hub, check_local, exists, hub_split, local_split, looks_local
+from var_moe.data.readers import check_hub, check_local, hub_split, local_split, looks_local
 from var_moe.errors import UsageError
 
 DEMO_FOLDER = Path(__file__).resolve().parents[1] / "demo" / "text"
@@ -80,20 +80,12 @@ def load_text(
 def names_of(dataset: str) -> tuple[str, ...]:
     """The data sets that a name stands for: itself, or those between its commas.
 
-    A file or folder that exists by the whole name is one, commas or not.
-
     Raises:
         UsageError: a name is empty or occurs twice.
     """
-    if not dataset.strip():
-        raise UsageError(f"dataset {dataset!r}: expected a name")
-    name, column = split_column(dataset)
-    whole = "," not in (column or "") and exists(name)
-    if "," not in dataset or whole:
-        return (dataset,)
     names = tuple(name.strip() for name in dataset.split(","))
     if not all(names):
-        raise UsageError(f"dataset {dataset!r}: expected a name before and after each comma")
+        raise UsageError(f"dataset {dataset!r}: expected a name, or several with commas between")
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise UsageError(f"dataset {dataset!r}: {twice!r} is given twice")
@@ -116,7 +108,7 @@ def check_robust(robust: bool, dataset: str) -> None:
 def split_column(dataset: str) -> tuple[str, str | None]:
     """``name::column`` as the data set's name and the column that holds its text."""
     name, separator, column = dataset.rpartition(_SEPARATOR)
-    if not separator or exists(dataset):
+    if not separator:
         return dataset, None
     if not name or not column:
         raise UsageError(f"dataset {dataset!r}: expected a name before and a column after '::'")
