@@ -20,8 +20,6 @@ from var_moe.config import VARConfig
 from var_moe.errors import UsageError
 from var_moe.optimization.candidate import Candidate
 
-TEXT = {"dataset": "text", "split": "certify", "documents": 9}
-
 
 def find(folder, *, at_most=10):
     return find_candidates(folder, max_degradation=0.01, at_most=at_most)
@@ -128,12 +126,12 @@ def test_a_study_keeps_its_order(tmp_path):
 def test_each_text_can_be_used_for_one_certificate_only(tmp_path):
     ledger = Ledger(tmp_path)
     ledger.check_unused("text", "one")
-    ledger.open("text", "one", TEXT, confirmatory=True)
+    ledger.open("text", "one", confirmatory=True)
     with pytest.raises(UsageError, match="opened before, for other candidates"):
         ledger.check_unused("text", "two")
     # Interrupted, the same study goes on; finished, it does not.
     ledger.check_unused("text", "one")
-    ledger.open("text", "one", TEXT, confirmatory=True)
+    ledger.open("text", "one", confirmatory=True)
     ledger.finish("text", "one", certified=True)
     (entry,) = ledger.entries()
     assert (entry["state"], entry["certified"]) == ("finished", True)

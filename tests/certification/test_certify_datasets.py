@@ -63,7 +63,7 @@ def test_the_largest_p_decides():
     losses = measured([-1, 0.5, -1.1, -0.5, -0.9, 0.4, -1, -0.4], [10] * 8)
     claim = QualityClaim(bound=1e-9, alpha=0.05)
     verdict = judge("x", losses, groups, claim)
-    p = {one.dataset: one.test.p for one in verdict.tests}
+    p = {one.dataset: one.p for one in verdict.tests}
     assert p["a"] < 0.05 < p["b"]
     assert verdict.worst.dataset == "b"
     assert not verdict.passed

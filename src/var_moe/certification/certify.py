@@ -178,7 +178,8 @@ def _tested(
     if not any(need is not None and need <= count for need, count in even):
         return {**known, "opened": False, **too_few(study, rows, there)}
     objections = [] if text.independent else [ONE_TEXT]
-    ledger.open(text.data_hash, study.hash, text.to_dict(), confirmatory=not objections)
+    about = {name: known["text"][name] for name in ("dataset", "split", "documents")}
+    ledger.open(text.data_hash, study.hash, confirmatory=not objections, **about)
     scorer = UnitScorer(evaluator.with_documents(documents), units)
     order = [row["name"] for row in rows]
     verdicts = judge_in_order(scorer, policies, order, judged, claim)

@@ -47,19 +47,6 @@ only more timed blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeanTest:
-    """One-sided test that a mean is below zero, in two ways."""
-
-    p_t: float
-    p_bootstrap: float
-
-    @property
-    def p(self) -> float:
-        """What decides: the larger of the two."""
-        return max(self.p_t, self.p_bootstrap)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Interval:
     """A degradation with its confidence interval."""
 
@@ -174,8 +161,11 @@ def bootstrap_p_value(values: Floats, *, resamples: int = RESAMPLES, seed: int =
     return float(p[0]) if one else p
 
 
-def below_zero(values: Floats, *, resamples: int = RESAMPLES) -> MeanTest:
+def below_zero(values: Floats, *, resamples: int = RESAMPLES) -> tuple[float, float]:
     """Test that the mean of independent values is below zero, the worst counted once more.
+
+    Returns:
+        P values of the t test and of the bootstrap; the larger one decides.
 
     Raises:
         UsageError: fewer than two values.
@@ -183,9 +173,7 @@ def below_zero(values: Floats, *, resamples: int = RESAMPLES) -> MeanTest:
     if len(values) < 2:
         raise UsageError(f"{len(values)} unit(s) of text: a test needs at least 2")
     tested = with_worst(values)
-    return MeanTest(
-        p_t=float(t_p_value(tested)), p_bootstrap=bootstrap_p_value(tested, resamples=resamples)
-    )
+    return float(t_p_value(tested)), bootstrap_p_value(tested, resamples=resamples)
 
 
 def split_alpha(alpha: float, claims: Sequence[str]) -> Mapping[str, float]:

@@ -261,39 +261,25 @@ class Ledger:
             UsageError: it was; names the ledger.
         """
         for one in self.entries():
-            if one["data_hash"] != data_hash:
-                continue
-            if one["study"] != study:
-                when = one.get("opened_at", "no date")
-                why = (
-                    "this certify part was opened before, for other candidates or settings "
-                    f"(study {str(one['study'])[:12]}, {when})"
-                )
-            elif one["state"] == FINISHED:
+            going_on = one["study"] == study and one["state"] != FINISHED
+            if one["data_hash"] == data_hash and not going_on:
                 why = "this study was tested on this certify part before; see its certificate"
-            else:
-                continue
-            raise UsageError(
-                f"{self.path}: {why}; each text can be used for one certificate only: take other "
-                "text"
-            )
+                if one["study"] != study:
+                    why = (
+                        "this certify part was opened before, for other candidates or settings "
+                        f"(study {str(one['study'])[:12]}, {one.get('opened_at', 'no date')})"
+                    )
+                raise UsageError(
+                    f"{self.path}: {why}; each text can be used for one certificate only: take "
+                    "other text"
+                )
 
-    def open(
-        self, data_hash: str, study: str, text: Mapping[str, Any], *, confirmatory: bool
-    ) -> None:
+    def open(self, data_hash: str, study: str, **facts: Any) -> None:
         """Note that the part is opened for a study; an interrupted one has its entry."""
         entries = self.entries()
-        if any((one["data_hash"], one["study"]) == (data_hash, study) for one in entries):
-            return
-        entry = {
-            "data_hash": data_hash,
-            "study": study,
-            "state": OPENED,
-            "opened_at": _now(),
-            "confirmatory": confirmatory,
-            **{key: text[key] for key in ("dataset", "split", "documents")},
-        }
-        self._write([*entries, entry])
+        if not any((one["data_hash"], one["study"]) == (data_hash, study) for one in entries):
+            entry = {"data_hash": data_hash, "study": study, "state": OPENED, "opened_at": _now()}
+            self._write([*entries, {**entry, **facts}])
 
     def finish(self, data_hash: str, study: str, *, certified: bool) -> None:
         """Note that the study tested the part to its end."""

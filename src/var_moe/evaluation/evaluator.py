@@ -35,7 +35,7 @@ from var_moe.evaluation.throughput import (
 from var_moe.execution.backends import open_backend
 from var_moe.execution.backends.base import ExpertsBackend
 from var_moe.execution.session import Session
-from var_moe.models.moe_layers import experts_modules
+from var_moe.models.moe_layers import experts_shape
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.counts import RoutingReport
 from var_moe.routing.keeping import leading_count
@@ -288,12 +288,8 @@ class Evaluator:
 
     def geometry(self) -> dict[str, int]:
         """L, E and K of the model."""
-        modules = experts_modules(self.model)
-        return {
-            "layers": len(modules),
-            "experts": int(getattr(modules[0][1], "num_experts", 0)),
-            "top_k": self.top_k,
-        }
+        shape = experts_shape(self.model)
+        return {"layers": shape["layers"], "experts": shape["experts"], "top_k": self.top_k}
 
     def with_documents(self, documents: Sequence[EncodedDocument]) -> Evaluator:
         """The same measurements on other text; the backends and the pair cost are kept."""

@@ -102,12 +102,10 @@ def _token_losses(logits: Tensor, ids: Tensor) -> Tensor:
     target = ids[:, 1:].reshape(-1).to(logits.device)
     step = max(1, _LOGITS_BYTES // (4 * vocabulary))
     parts = [
-        torch.nn.functional.cross_entropy(
-            flat[at : at + step].float(), target[at : at + step], reduction="none"
-        )
-        for at in range(0, flat.shape[0], step)
+        torch.nn.functional.cross_entropy(some.float(), those, reduction="none")
+        for some, those in zip(flat.split(step), target.split(step), strict=True)
     ]
-    return torch.cat(parts).view(batch, width - 1) if parts else logits.new_zeros((batch, 0))
+    return torch.cat(parts).view(batch, width - 1)
 
 
 def _add(nll: np.ndarray, tokens: np.ndarray, rows: list[Window], losses: np.ndarray) -> None:
