@@ -80,7 +80,7 @@ def unmeasured(monkeypatch):
     monkeypatch.setattr(Evaluator, "quality", reached)
     monkeypatch.setattr(Evaluator, "speed", reached)
     monkeypatch.setattr(guarding, "calibrate_guard", reached)
-    monkeypatch.setattr(certification, "_order", reached)
+    monkeypatch.setattr(certification, "order_candidates", reached)
 
 
 @pytest.fixture(params=KINDS)

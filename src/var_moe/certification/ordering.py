@@ -59,12 +59,6 @@ def order_candidates(
     Safest: the smallest upper bound of the degradation, of the worst data set where a claim is
     about each. A candidate that is not faster than a safer one is left out: it could only end
     the sequence.
-
-    Args:
-        scorer: of the ordering part.
-        policies: of the candidates, by name; None is the unmodified model.
-        judged: the units that are tested together.
-        claim: what will be tested.
     """
     rows = []
     for name, policy in policies.items():

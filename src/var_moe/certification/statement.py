@@ -32,13 +32,8 @@ def head(
 ) -> dict[str, Any]:
     """What stands in every certificate, whatever comes of it.
 
-    Args:
-        study: what was frozen.
-        rows: the candidates in their order.
-        text: the certify part.
-        validation: the text that gave the order.
-        units, documents: how much of the certify part is tested on.
-        power: what was said before it was opened.
+    ``rows`` are the candidates in their order, which ``validation`` gave; ``units`` and
+    ``documents`` of ``text``, the certify part, are tested on; ``power`` was said before.
     """
     settings, content = study.settings, study.to_dict()
     identity = content["identity"]
@@ -132,13 +127,7 @@ def conclusion(
 ) -> dict[str, Any]:
     """The fastest that passed, with every claim about it; or the nearest miss.
 
-    Args:
-        study: what was frozen.
-        rows: the candidates in their order.
-        policies: of the candidates, by name; None is the unmodified model.
-        verdicts: of the candidates that were tested.
-        scorer: of the certify part.
-        text: what the certificate says of the certify part.
+    ``text`` is what the certificate says of the certify part, which ``scorer`` holds.
     """
     settings, claim = study.settings, study.quality
     # Of those that passed, ordered from the safest: of two equally fast ones the first.

@@ -112,26 +112,17 @@ def play(
     session: Session,
     documents: Sequence[EncodedDocument],
     *,
-    seed: int | None = 0,
+    seed: int = 0,
     tokens_per_batch: int = _TOKENS_PER_BATCH,
     what: str = "playing",
     progress: Progress | None = None,
 ) -> None:
     """Run documents through a routed model, in random order, several in a forward.
 
-    Rows are not sorted by length, so that early documents are like later ones.
-
-    Args:
-        loaded: the model, routed by the session.
-        session: the running session.
-        documents: the text.
-        seed: of the order; None keeps it.
-        tokens_per_batch: padded tokens in a forward.
-        what, progress: ``progress`` is called with ``what``, documents begun and in all.
+    Rows are not sorted by length, so that early documents are like later ones. ``progress`` is
+    called with ``what``, documents begun and in all.
     """
-    order = list(range(len(documents)))
-    if seed is not None:
-        order = np.random.default_rng(check_seed(seed)).permutation(len(documents)).tolist()
+    order = np.random.default_rng(check_seed(seed)).permutation(len(documents))
     played, places = [documents[number] for number in order], range(len(documents))
     before = session.policy.ids_before
     with torch.inference_mode():
