@@ -79,7 +79,7 @@ def test_a_robust_search_and_its_validation(common, sets, profile, tmp_path, cap
     [
         (["tune", "--robust"], "--robust judges the worst of several data sets, and 'demo' is one"),
         (["tune", "--dataset", "demo,demo"], "'demo' is given twice"),
-        (["tune", "--dataset", "demo,"], "expected a name before and after each comma"),
+        (["tune", "--dataset", "demo,"], "expected a name, or several"),
         (["evaluate", "--dataset", "demo,demo-klingon"], "demo-klingon"),
         (["profile", "--dataset", "demo-kjv,./no.txt"], "no.txt: no such file"),
     ],

@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from shutil import rmtree
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from var_moe.calibration.fit_compensation import KEPT_SHARES, FitSettings, fit_compensation
@@ -52,17 +51,9 @@ def calibration_trace(
     """Record what damages are fitted to: one backward pass on labels sampled from the model.
 
     Where the model allows none, sizes of changes stand in (`calibration.without_backward`), and
-    this is logged.
-
-    Args:
-        loaded: the model.
-        documents: calibration text.
-        data: ``dataset`` and ``data_hash``, for the trace's head.
-        compensation: also take the damages with this in place.
-        tokens: at most so many.
-        folder: where the trace grows, so that a killed pass goes on; by default in memory.
-        seed: draws documents and labels.
-        progress: called with what is done, tokens done and in all.
+    this is logged. ``data`` has ``dataset`` and ``data_hash`` for the trace's head; damages with
+    ``compensation`` in place are taken, too; at most ``tokens`` are drawn with ``seed``. The trace
+    grows in ``folder``, so that a killed pass goes on there; by default in memory.
     """
     about = identity(loaded)
     hidden = experts_shape(loaded.model)["hidden"]
@@ -101,9 +92,8 @@ def with_damages(
 ) -> RoutingProfile:
     """The profile with its damages: for rescaled cuts, and with residual means where K = 2.
 
-    It is returned as it is where there is nothing to drop (K = 1), or for 0 tokens.
-
-    Args: see `calibration_trace`; ``folder`` is removed at the end.
+    It is returned as it is where there is nothing to drop (K = 1), or for 0 tokens. See
+    `calibration_trace`; ``folder`` is removed at the end.
     """
     if not tokens or loaded.top_k == 1:
         return profile
@@ -148,7 +138,7 @@ def learn_compensation(
         documents: calibration text.
         data: ``dataset`` and ``data_hash``.
         settings: of the fit.
-        damage_tokens: of the damage passes.
+        damage_tokens: of the damage passes, before and after.
         checkpoint: file that a killed fit goes on from; it is there until you remove it.
         progress: called with what is done, steps done and in all.
 
@@ -162,16 +152,14 @@ def learn_compensation(
     vocabulary, top_k = int(profile.head["vocabulary"]), int(about["top_k"])
 
     def damages(compensation: Compensation | None) -> tuple[DamageModel, RoutingTrace]:
-        with TemporaryDirectory(prefix="var_moe_") as place:
-            trace = calibration_trace(
-                loaded,
-                documents,
-                data=data,
-                compensation=compensation,
-                tokens=damage_tokens,
-                folder=Path(place),
-                progress=progress,
-            )
+        trace = calibration_trace(
+            loaded,
+            documents,
+            data=data,
+            compensation=compensation,
+            tokens=damage_tokens,
+            progress=progress,
+        )
         return fit_damage(trace, vocabulary=vocabulary, compensation=compensation), trace
 
     before, trace = damages(start)

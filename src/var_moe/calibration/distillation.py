@@ -31,13 +31,9 @@ _REGRESSION_TOKENS = 1024  # of a step
 
 
 def trainable(start: Compensation, *, rank: int, scale: Tensor, seed: int) -> Compensation:
-    """A compensation whose tensors want gradients.
+    """A compensation whose tensors want gradients: the vectors of ``start`` and a map of zero.
 
-    Args:
-        start: what its vectors begin with.
-        rank: r; the map begins as zero.
-        scale: (L,) one over the size of each layer's input.
-        seed: draws A.
+    ``scale`` (L,) is one over the size of each layer's input; ``seed`` draws A of rank ``rank``.
     """
     size = start.layers[0].vectors.shape[1]
     rng = torch.Generator().manual_seed(seed)
@@ -85,13 +81,8 @@ class InputSizes(NativePolicy):
 class Student:
     """The experts session that runs what a policy keeps, with a compensation for the rest.
 
-    With a policy that keeps all, it is the teacher.
-
-    Args:
-        backend: who executes the pairs.
-        policy: what it drops is not run.
-        context: the forward's tokens.
-        compensation: without one, what is kept has the policy's weights.
+    Without one, what is kept has the policy's weights. With a policy that keeps all, it is the
+    teacher.
     """
 
     backend: ExpertsBackend
@@ -125,10 +116,7 @@ class Student:
 class Regression(Student):
     """The experts session that runs all pairs, and fits each layer to what the policy would drop.
 
-    Args:
-        trainable: what is fitted.
-        optimiser: of its parameters.
-        rng: draws the tokens of each step.
+    ``rng`` draws the tokens of each step.
     """
 
     trainable: Compensation
@@ -186,11 +174,10 @@ def divergence(
     Args:
         student, teacher: (B, S, V) logits, detached.
         batch: the tokens.
-        gradient: whether the gradient of the sum with respect to ``student`` is wanted (the
-            mean's would vanish in float16).
+        gradient: whether to take that of the sum (the mean's would vanish in float16).
 
     Returns:
-        The sum in nats, the number of places, and the gradient (B, S, V) or None.
+        The sum in nats, the number of places, and the gradient (B, S, V) for the student or None.
     """
     flat, wanted = student.reshape(-1, student.shape[-1]), teacher.reshape(-1, teacher.shape[-1])
     at = scored_targets(batch.counted).to(flat.device) - 1

@@ -62,25 +62,18 @@ _HELD_OUT, _HELD_OUT_TOKENS = 0.1, 8_000  # share of the text and its most, that
 class FitSettings:
     """How a compensation is fitted.
 
-    Args:
-        rank: of the map; None takes the largest multiple of 8 within 3% of what it saves.
-        regress_tokens: of calibration text for the layer-wise part, over as many passes as that
-            takes; 0 leaves it out.
-        tokens: the same for the distillation.
-        tokens_per_batch: padded tokens of a step.
-        rate: highest learning rate of the distillation.
-        seed: draws the start, the order of the text and the taus.
-
-    Raises:
-        UsageError: a number is out of its range.
+    A number out of its range is a UsageError.
     """
 
+    # Of the map; None takes the largest multiple of 8 within 3% of what it saves.
     rank: int | None = None
+    # Calibration tokens of the layer-wise part and of the distillation, over as many passes as
+    # that takes; 0 leaves a part out.
     regress_tokens: int = 800_000
     tokens: int = 400_000
-    tokens_per_batch: int = 4096
-    rate: float = 1e-3
-    seed: int = 0
+    tokens_per_batch: int = 4096  # padded tokens of a step
+    rate: float = 1e-3  # highest learning rate of the distillation
+    seed: int = 0  # draws the start, the order of the text and the taus
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
@@ -113,8 +106,7 @@ def fit_compensation(
         taus: the smallest and the largest tau of a step (see `tau_for`).
         start: what the vectors begin with, such as residual means.
         settings: see `FitSettings`.
-        checkpoint: file that a killed run goes on from, and an ended one gives the same again;
-            who has saved the result removes it.
+        checkpoint: file that a killed run goes on from; who has saved the result removes it.
         progress: called with what is done, tokens done and in all.
 
     Returns:
@@ -370,11 +362,7 @@ class _Fit:
 def split(
     documents: list[EncodedDocument],
 ) -> tuple[list[EncodedDocument], list[EncodedDocument]]:
-    """Held-out documents, and the others.
-
-    Raises:
-        UsageError: there are too few.
-    """
+    """Held-out documents, and the others; too few are a UsageError."""
     total = sum(len(document.ids) for document in documents)
     wanted = min(_HELD_OUT_TOKENS, int(_HELD_OUT * total))
     sizes = np.cumsum([len(document.ids) for document in documents])

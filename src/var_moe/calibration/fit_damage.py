@@ -38,13 +38,12 @@ def fit_damage(
     """Fit predicted damages to a trace of calibration text.
 
     Args:
-        trace: with damages, best of labels ``"sampled"``; with the layers' inputs (``hidden``)
-            the prediction looks at them, too.
+        trace: with damages, best on sampled labels; with the layers' inputs (``hidden``) the
+            prediction looks at them, too.
         vocabulary: V, ids that the model takes.
         compensation: the one that the trace was recorded with, for the damages with it in place;
             by default those of rescaled cuts.
-        passes: over the tokens.
-        seed: draws the tokens of each step.
+        passes: over the tokens, which ``seed`` draws for each step.
 
     Raises:
         UsageError: the trace has no such damages, or K = 1.
@@ -134,11 +133,7 @@ def _descend(
 
 
 def predicted(trace: RoutingTrace, damage: DamageModel) -> Tensor:
-    """log D_k of every decision of a trace, as the policy would see it. (L, N, K - 1)
-
-    Raises:
-        UsageError: the damage model looks at the layers' inputs, and the trace has none.
-    """
+    """log D_k of every decision of a trace, as the policy would see it. (L, N, K - 1)"""
     if trace.hidden is None and damage.out.shape[1]:
         raise UsageError("the damage model looks at the layers' inputs; record them (hidden=True)")
     layers = [damage.layer(layer, trace.ids.device) for layer in range(trace.layers)]
@@ -161,12 +156,8 @@ def _log_damage(
 
 
 def tau_for(log_damage: Tensor, experts_per_token: float) -> float:
-    """The tau at which a damage policy runs so many experts per token.
-
-    Args:
-        log_damage: (L, N, K - 1) of a text, see `predicted`.
-        experts_per_token: between 1 and K.
-    """
+    """The tau at which a damage policy runs so many experts per token, from 1 to K, on a text whose
+    damages are `predicted` (L, N, K - 1)."""
     # An expert runs where the worst cut that leaves it out, or leaves out less, reaches tau.
     worst = log_damage.flip(2).cummax(dim=2).values.reshape(-1)
     share = (experts_per_token - 1) / log_damage.shape[2]

@@ -82,15 +82,10 @@ def save_damages(damages: Mapping[str, DamageModel], path: Path) -> None:
 def load_damages(
     path: Path, compensations: Mapping[str, Compensation | None]
 ) -> dict[str, DamageModel]:
-    """Read what `save_damages` wrote.
-
-    Args:
-        path: the file.
-        compensations: by name, what the damages were fitted with.
+    """Read what `save_damages` wrote, for the compensations by name that they were fitted with.
 
     Raises:
-        UsageError: it is missing, damaged or of an earlier version, or does not belong to the
-            compensations; names the file.
+        UsageError: it is missing, damaged, or of other compensations; names the file.
     """
     tensors, note = _read(path, _PROFILE)
     if note.get("schema_version") != str(SCHEMA_VERSION):

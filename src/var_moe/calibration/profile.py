@@ -221,11 +221,7 @@ class RoutingProfile:
 
 
 def check_compensation(name: str, possible: Collection[str]) -> None:
-    """Refuse a compensation that is not among the possible ones.
-
-    Raises:
-        UsageError: says what makes it, or why there is none.
-    """
+    """Raise UsageError, saying what makes it, unless a compensation is among the possible ones."""
     if name in possible:
         return
     if name == LEARNED:

@@ -38,14 +38,9 @@ class RunningSums:
 
 
 class RoutingStatistics(RunningSums):
-    """Statistics of router decisions, one row per (layer, token id), in float64.
+    """Statistics of router decisions, one row per (layer, token id of the text), in float64.
 
     Means and variances are merged batch by batch (Chan, Golub, LeVeque 1979).
-
-    Args:
-        ids: all token ids of the text, in any order.
-        layers: L.
-        experts: E.
     """
 
     def __init__(self, ids: NDArray[np.int64], *, layers: int, experts: int) -> None:
@@ -81,12 +76,10 @@ class RoutingStatistics(RunningSums):
         """Add one layer of one forward.
 
         Args:
-            layer: MoE layer number.
             rows: (T,) row of each token, from `rows`.
             entropy: (T,) router entropy in nats.
             confidence: (T,) routing mass of the leading experts.
-            index: (T, K) experts by rank, the first expert first.
-            mass: (T, K) their routing mass.
+            index, mass: (T, K) experts by rank, and their routing mass.
         """
         entropy, confidence = entropy.double().cpu(), confidence.double().cpu()
         index, mass = index.cpu(), mass.double().cpu()
@@ -113,12 +106,7 @@ class RoutingStatistics(RunningSums):
         m2 += torch.where(new > 0, batch_m2 + delta.square() * old * new / count, 0.0)
 
     def frame(self, tokenizer: Any, *, leading: int) -> pd.DataFrame:
-        """The columns of ``routing_stats.parquet``, ordered by layer and token id.
-
-        Args:
-            tokenizer: writes the token ids.
-            leading: number of leading experts.
-        """
+        """The columns of ``routing_stats.parquet``, ordered by layer and token id."""
         import pandas as pd
 
         strings = tokenizer.convert_ids_to_tokens(self.token_ids.tolist())
@@ -173,15 +161,8 @@ class ResidualSums(RunningSums):
         }
 
     def add(self, layer: int, *, outputs: Tensor, weight: Tensor, index: Tensor, lead: int) -> None:
-        """Add one layer of one forward; slots are in rank order.
-
-        Args:
-            layer: MoE layer number.
-            outputs: (T, K, D) unweighted outputs of every pair.
-            weight: (T, K) router weights.
-            index: (T, K) experts.
-            lead: how many of the K experts lead.
-        """
+        """Add one layer of one forward: unweighted outputs (T, K, D), weights (T, K) and experts
+        (T, K) by rank, of which the first ``lead`` lead."""
         if lead == self.top_k:
             return
         moment, square, count = (value[layer] for value in self.sums.values())
@@ -223,11 +204,8 @@ class RatioHistogram(RunningSums):
         self.sums["ratio_counts"][layer] += bins.reshape(-1).bincount(minlength=RATIO_BINS).cpu()
 
     def quantiles(self, tokens: int) -> RatioQuantiles:
-        """The quantiles of ``tokens`` tokens.
-
-        The ends are 0 and 1 whatever was seen: at quantile 0 nothing is skipped on any text, at 1
-        everything that does not tie with the first.
-        """
+        """The quantiles of ``tokens`` tokens. The ends are 0 and 1 whatever was seen, so that they
+        skip nothing and everything on any text."""
         rows = tuple(_quantiles(counts) for counts in self.sums["ratio_counts"])
         return RatioQuantiles(top_k=self.top_k, tokens=tokens, quantiles=rows)
 
@@ -247,12 +225,7 @@ def _quantiles(counts: Tensor) -> tuple[float, ...]:
 def rescaled_change(outputs: Tensor, weight: Tensor) -> Tensor:
     """Change of a layer's output by running the first k experts alone, rescaled, k = 1..K.
 
-    Args:
-        outputs: (T, K, D) unweighted outputs by rank.
-        weight: (T, K) float32 router weights by rank.
-
-    Returns:
-        (T, K, D) float32, each row minus the output of all K.
+    From unweighted outputs (T, K, D) and float32 weights (T, K) by rank: (T, K, D) float32.
     """
     parts = (outputs.float() * weight[:, :, None]).cumsum(dim=1)
     kept = weight.cumsum(dim=1)
@@ -261,11 +234,8 @@ def rescaled_change(outputs: Tensor, weight: Tensor) -> Tensor:
 
 
 class OutputChange(RunningSums):
-    """Root mean square, over tokens, of how much a layer's output changes with fewer experts.
-
-    It is the Frobenius norm that LExI (arXiv:2509.02753) takes, on calibration text instead of
-    random inputs, see `rescaled_change`.
-    """
+    """Root mean square, over tokens, of `rescaled_change`: the Frobenius norm that LExI
+    (arXiv:2509.02753) takes, on calibration text instead of random inputs."""
 
     def __init__(self, *, layers: int, top_k: int) -> None:
         self.sums = {"output_change": torch.zeros((layers, top_k), dtype=torch.float64)}

@@ -48,18 +48,13 @@ def trace_without_backward(
 ) -> RoutingTrace:
     """What `fit_damage` needs, from one pass over the text and L + 1 over a small part of it.
 
-    Args:
-        loaded: the model.
-        documents: calibration text.
-        compensation: also take the changes with this in place.
-        tokens: at most so many.
-        tokens_per_batch: padded tokens per forward.
-        seed: draws the documents.
-        progress: called with tokens done and in all.
+    At most ``tokens`` of the documents are drawn with ``seed``; changes with ``compensation`` in
+    place are taken, too.
     """
     chosen = list(drawn(documents, tokens, seed).values())
     forwards = list(batches(chosen, tokens_per_batch, window=loaded.window))
-    columns = joined(_Sizes(loaded, compensation).record(forwards, progress=progress))
+    parts = _Sizes(loaded, compensation).record(forwards, progress=progress)
+    columns = joined(parts, sum(len(part["ids"]) for part in parts))
     few = list(drawn(documents, min(tokens, SENSITIVITY_TOKENS), seed).values())
     small = sum(len(document.ids) for document in few)
     for kind, given in (("damage.cut", None), ("damage.cut_compensated", compensation)):

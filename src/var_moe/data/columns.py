@@ -32,11 +32,7 @@ def find_column(
     It is the one asked for; else ``text``; else the chats under ``messages`` or
     ``conversations``; else the only column; else the token ids under ``input_ids``.
 
-    Args:
-        names: all columns.
-        head: the first rows.
-        where: the table's name, for messages.
-        asked: the column that the user names.
+    ``names`` are all columns, ``head`` the first rows, ``where`` names the table in messages.
 
     Raises:
         UsageError: no such column, or of a kind that is no text; names the columns.

@@ -142,10 +142,8 @@ def one_per_page(documents: Sequence[EncodedDocument], seed: int = 0) -> list[En
 def in_turn(groups: Sequence[Sequence[Item]], *, equal: bool = False) -> list[Item]:
     """Interleave groups evenly; each keeps its own order.
 
-    Args:
-        groups: the items of each group.
-        equal: take one item of each group in turn until it is used up. By default every prefix
-            holds the groups in proportion to their sizes.
+    Every prefix holds the groups in proportion to their sizes; with ``equal``, one item of each
+    group is taken in turn until it is used up.
     """
     places = [
         (float(at) if equal else (at + 0.5) / len(group), number, at)

@@ -76,11 +76,7 @@ def _token_ids(documents: Sequence[TextDocument], tokenizer: Any) -> list[list[i
 
 
 def _rendered(document: TextDocument, tokenizer: Any) -> str:
-    """A chat as text, by the tokenizer's chat template.
-
-    Raises:
-        UsageError: there is no template, or it does not take the chat.
-    """
+    """A chat as text, by the tokenizer's chat template."""
     column = document.column
     where = " ".join(filter(None, [document.dataset, f"document {document.id}"]))
     if column and not getattr(tokenizer, "chat_template", None):
@@ -184,7 +180,7 @@ def check_documents(
     """Refuse ids that the model cannot embed; return, and log, a note on doubled start tokens.
 
     Raises:
-        UsageError: as `check_ids`.
+        UsageError: see `check_ids`.
     """
     for document in documents:
         check_ids(document.ids, model, tokenizer, where)

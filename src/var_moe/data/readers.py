@@ -53,11 +53,7 @@ def looks_local(dataset: str) -> bool:
 
 
 def check_local(dataset: str) -> Path:
-    """The path of a local data set, after all checks that need no reading.
-
-    Raises:
-        UsageError: there is no such file or folder, or its name has none of `SUFFIXES`.
-    """
+    """The path of a local data set; one that is not there, or no `SUFFIXES`, is a UsageError."""
     if not exists(dataset):
         raise UsageError(f"{dataset}: no such file; expected a {_KINDS} file or a folder of them")
     path = Path(dataset).expanduser()
@@ -238,11 +234,7 @@ def hub_name(dataset: str) -> tuple[str, str | None]:
 
 
 def check_hub(dataset: str) -> bool:
-    """Whether only the local cache can serve a Hub data set.
-
-    Raises:
-        UsageError: it is neither in the local cache nor within reach.
-    """
+    """Whether only the local cache can serve a Hub data set; out of reach is a UsageError."""
     return cache_only("dataset", dataset, repo=hub_name(dataset)[0])
 
 
@@ -253,11 +245,6 @@ def hub_split(dataset: str, split: str, column: str | None = None) -> TextSplit:
     a hash of each document, 25/15. Its test split is the test. A split that it lacks is taken
     from one that it has, in the proportion 40/25/15/20. Any other of its own splits, by name, is
     taken whole, and so is everything as ``all``.
-
-    Args:
-        dataset: ``name[:config]``.
-        split: one of `SPLITS`, one of the Hub's own, or ``all``.
-        column: the one that holds the text.
 
     Raises:
         UsageError: out of reach, no such split, no text column.

@@ -78,11 +78,7 @@ def load_text(
 
 
 def names_of(dataset: str) -> tuple[str, ...]:
-    """The data sets that a name stands for: itself, or those between its commas.
-
-    Raises:
-        UsageError: a name is empty or occurs twice.
-    """
+    """The data sets between a name's commas; an empty or repeated one is a UsageError."""
     names = tuple(name.strip() for name in dataset.split(","))
     if not all(names):
         raise UsageError(f"dataset {dataset!r}: expected a name, or several with commas between")
@@ -93,11 +89,7 @@ def names_of(dataset: str) -> tuple[str, ...]:
 
 
 def check_robust(robust: bool, dataset: str) -> None:
-    """Refuse to judge the worst of one data set.
-
-    Raises:
-        UsageError: ``robust`` with one data set.
-    """
+    """Raise UsageError where the worst of one data set is to be judged."""
     if robust and len(names_of(dataset)) < 2:
         raise UsageError(
             f"--robust judges the worst of several data sets, and {dataset!r} is one; give "
@@ -153,9 +145,6 @@ def _load_mixture(dataset: str, names: tuple[str, ...], split: str) -> TextSplit
     """A split of several data sets, interleaved; each document's data set is noted.
 
     A text that an earlier data set has as well counts there alone.
-
-    Raises:
-        UsageError: a data set has no text in this split, or none that the others lack.
     """
     seen: set[str] = set()
     parts = []

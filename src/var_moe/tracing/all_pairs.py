@@ -44,13 +44,7 @@ class LayerDecisions:
 
 
 class AllPairs(ABC):
-    """The experts session of such a pass.
-
-    Args:
-        model: a transformers model.
-        layers: L.
-        backend: name of the experts backend.
-    """
+    """The experts session of such a pass over a transformers model with L ``layers``."""
 
     def __init__(self, model: Any, layers: int, backend: str) -> None:
         self.model = model
@@ -70,8 +64,7 @@ class AllPairs(ABC):
     def watching(self) -> Iterator[None]:
         """Within it, the model's forwards are to be made by `forward`.
 
-        Raises:
-            UsageError: the experts can't be dispatched, or the router can't be watched.
+        A model whose experts can't be dispatched or routers watched is a UsageError.
         """
         with dispatched(self.model, self), self._logits:
             yield

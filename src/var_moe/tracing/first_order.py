@@ -34,13 +34,9 @@ _STEP_BYTES = 64 * 2**20  # float32 logits held at once
 class DamageProbe:
     """Catches the gradients of one forward's layers and turns them into damages.
 
-    Args:
-        backend: runs the experts that a token did not choose.
-        residuals: means for ``cut_residual``; without, there is none.
-        compensation: for ``cut_compensated``; without, there is none.
-        stored: whether to take ``next`` and ``foreign``, too.
-        seed: draws the experts for ``foreign``; each forward and layer has an rng of its own, so
-            that a resumed recording draws the same.
+    ``residuals`` give ``cut_residual``, ``compensation`` ``cut_compensated``; ``next`` and
+    ``foreign`` are taken where ``stored``. ``backend`` runs the experts of ``foreign``, which are
+    drawn with ``seed`` in each forward and layer anew, so that a resumed recording draws the same.
     """
 
     def __init__(
@@ -91,8 +87,7 @@ class DamageProbe:
     def take(self, layers: int) -> dict[str, Tensor]:
         """The damages of the forward: (L, n), ``cut`` (L, n, K - 1); float32 on the CPU.
 
-        Raises:
-            RuntimeError: a layer's output did not reach the loss.
+        A layer whose output did not reach the loss is a RuntimeError.
         """
         missing = [layer for layer in range(layers) if layer not in self._damages]
         if missing:
@@ -166,14 +161,9 @@ def _cut_compensated(
 
 
 def _own(weight: Tensor, effect: Tensor) -> dict[str, Tensor]:
-    """Damages by running other subsets of the chosen experts.
+    """``cut`` (n, K - 1) and ``next`` (n,): damages by running other subsets of the chosen experts.
 
-    Args:
-        weight: (n, K) by rank.
-        effect: (n, K) g . output of each expert by rank.
-
-    Returns:
-        ``cut`` (n, K - 1) and ``next`` (n,).
+    ``weight`` (n, K) and ``effect`` (n, K), g . output of each expert, are by rank.
     """
     top_k, lead = weight.shape[1], leading_count(weight.shape[1])
     total, full = weight.sum(dim=1), (weight * effect).sum(dim=1)
@@ -206,16 +196,12 @@ def loss_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Loss of each scored target, and the gradient of their sum with respect to the logits.
 
-    In steps, so that logits are held in float32 in parts.
-
-    With ``sample``, the gradient is of targets drawn from the model itself instead.
-
     Args:
-        logits: (B, S, V) detached.
+        logits: (B, S, V) detached; held in float32 in parts.
         ids: (B, S) token ids.
         target: (P,) positions of the targets in the flattened rows; each is predicted by the
             position before it.
-        sample: generator, on the CPU.
+        sample: generator, on the CPU; then the gradient is of targets drawn from the model.
 
     Returns:
         (P,) float32 losses in nats; (B, S, V) gradient in the dtype of the logits.

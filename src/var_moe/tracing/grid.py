@@ -81,15 +81,8 @@ class GridReplay:
 def stored_counts(
     run: NDArray[np.int16], own: NDArray[np.int16]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """How many executed experts are chosen but do not lead, and how many are not chosen.
-
-    Args:
-        run: (R, lead) stored experts that run.
-        own: (R, K) the tokens' own experts by rank.
-
-    Returns:
-        (R,) each; both zero where a token's own leading experts run.
-    """
+    """How many of the stored experts (R, lead) that run are the token's own but do not lead, and
+    how many are not its own. (R,) each; own experts (R, K) are by rank."""
     lead = run.shape[1]
     same = run[:, :, None] == own[:, None, :]  # (R, lead, K)
     leading = same[:, :, :lead].any(axis=2).sum(axis=1)
@@ -98,12 +91,7 @@ def stored_counts(
 
 
 class ThresholdGrid:
-    """Replays configurations, each with all combinations of two lists of thresholds.
-
-    Args:
-        replay: of the trace.
-        frequencies: F frequency thresholds, in any order.
-        entropies: G entropy thresholds, in any order.
+    """Replays configurations, each with all combinations of F frequency and G entropy thresholds.
 
     Example:
         >>> grid = ThresholdGrid(TraceReplay(trace, profile), [10, 50], [0.5, 1.0, 1.5])

@@ -45,11 +45,7 @@ def predicted_degradation(
     With a = g . d the first-order change of the loss by one decision, ``first`` is the sum of a
     over all decisions and ``squares`` that of its square. Half of ``squares`` is the second-order
     change: the squared gradient stands for the curvature (the empirical Fisher matrix), and
-    decisions count as independent. No factor is fitted.
-
-    Args:
-        first, squares: of each configuration.
-        scored: tokens that have a loss.
+    decisions count as independent. No factor is fitted. ``scored`` tokens have a loss.
     """
     change: NDArray[np.float64] = np.expm1((first + squares / 2) / max(scored, 1))
     return change
@@ -136,10 +132,7 @@ class Replayer(ABC):
 def replayer_of(trace: RoutingTrace, policy: str, calibration: Settings) -> Replayer:
     """The replayer of a policy: its own, or its code where a compensation stands in.
 
-    Args:
-        trace: the router's decisions.
-        policy: its name in the registry.
-        calibration: the policy's inputs, as `RoutingProfile.calibration` gives them.
+    ``calibration`` is what `RoutingProfile.calibration` gives.
     """
     spec = policy_spec(policy)
     if spec.replay is None or calibration.get("compensation") is not None:

@@ -143,7 +143,8 @@ def record_trace(
     head = {"schema_version": SCHEMA_VERSION, **about, **options, **layout}
     head["provenance"] = provenance()
     if writer is None:
-        return RoutingTrace.of(joined(parts), head)
+        columns = joined((parts.pop(0) for _ in range(len(parts))), total)
+        return RoutingTrace.of(columns, head)
     writer.finish(head)
     return RoutingTrace.load(writer.folder)
 
@@ -151,12 +152,8 @@ def record_trace(
 class Recorder(AllPairs):
     """The experts session of a recording: notes what the router decided.
 
-    Args:
-        loaded: the model.
-        backend: name of the experts backend.
-        probe: takes the damages; without, there is no way back.
-        labels_seed: draws the labels of the damages; by default they are the text's.
-        predictor, hidden: see `record_trace`.
+    Without a ``probe``, which takes the damages, there is no way back. Labels of the damages are
+    drawn with ``labels_seed``; by default they are the text's own.
     """
 
     def __init__(
@@ -194,10 +191,10 @@ class Recorder(AllPairs):
                 if progress:
                     progress(sum(sizes[: number + 1]), sum(sizes))
                 if writer and len(parts) == _FORWARDS_PER_SHARD:
-                    writer.add(joined(parts), done=number + 1)
+                    writer.add(parts, done=number + 1)
                     parts.clear()
         if writer and parts:
-            writer.add(joined(parts), done=len(forwards))
+            writer.add(parts, done=len(forwards))
         return parts
 
     def columns(self, decided: LayerDecisions) -> dict[str, Tensor]:

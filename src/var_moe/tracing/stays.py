@@ -51,11 +51,7 @@ class SlotHits:
 def layer_hits(stays: Stays, confident: Bools, index: NDArray[np.int16], lead: int) -> SlotHits:
     """One layer's hits: the first confident token of a stay fills, those after it hit.
 
-    Args:
-        stays: stays of several tokens.
-        confident: (N,) whose decisions are stored.
-        index: (N, K) experts by rank.
-        lead: how many of them lead.
+    Decisions of ``confident`` tokens (N,) are stored; of experts by rank (N, K), ``lead`` lead.
     """
     size = len(stays.token)
     if not size:
@@ -80,13 +76,8 @@ class Recency:
 
     @classmethod
     def of(cls, keys: Ints, document: Ints | None = None) -> Recency:
-        """From the keys in stream order.
-
-        Args:
-            keys: (N,) int64.
-            document: (N,) number of each token's document, not falling, for a cache per
-                document; without, one cache serves all.
-        """
+        """From the keys in stream order (N,), with one cache for all, or one per document: then
+        ``document`` (N,) has each token's number, not falling."""
         if document is None:
             order = np.argsort(keys, kind="stable")
         else:
@@ -123,14 +114,10 @@ class Recency:
 
 
 def _expire(starts: Bools, time: Ints, step: int) -> None:
-    """Split runs where a token is ``step`` or more after its stay's start. In place.
+    """Split runs of one key where a token is ``step`` ticks or more after its stay's start.
 
-    Args:
-        starts: (N,) where runs start; each has one key.
-        time: (N,) of each token, rising within a run.
-        step: ticks.
-
-    All runs go on by one stay in each round, so rounds are bounded by N / step.
+    In place, from the ``time`` (N,) of each token, rising within a run. All runs go on by one
+    stay in each round, so rounds are bounded by N / step.
     """
     run = np.cumsum(starts) - 1
     beyond = len(time)  # later than all times

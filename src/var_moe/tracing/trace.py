@@ -13,6 +13,7 @@ head knows every shard's size and hash.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -114,11 +115,7 @@ class RoutingTrace:
         check_fits("trace", self.head, loaded)
 
     def check_profile(self, profile: ProfileView) -> None:
-        """Refuse a profile of another model, or another than damages were recorded with.
-
-        Raises:
-            UsageError: names both models, or both profiles.
-        """
+        """Raise UsageError for a profile of another model, or not the one behind the damages."""
         mine, theirs = self.head, profile.head
         fault = difference(mine, theirs)
         if fault:
@@ -138,7 +135,7 @@ class RoutingTrace:
         """Write the folder, as one shard; the head comes last."""
         writer = Writer(Path(folder), key="saved")
         writer.clear()
-        writer.add(self.columns(), done=1)
+        writer.add([self.columns()], done=1)
         layout = {"starts": self.starts.tolist(), "documents": self.documents.tolist()}
         writer.finish({**self.head, **layout})
 
@@ -173,25 +170,32 @@ class RoutingTrace:
                 damaged; names the file and what to do.
         """
         folder = Path(folder)
-        head = read_head(folder)
-        columns = read_shards(folder, head.pop("shards"))
+        head = _read_head(folder)
         with entries_of(folder / HEAD_FILE):
+            shards = head.pop("shards")
+            columns = joined(_shards(folder, shards), sum(shard["tokens"] for shard in shards))
             trace = cls.of(columns, head)
             if not int(trace.starts[-1]) == trace.tokens == head["tokens"]:
                 raise UsageError(f"{folder / HEAD_FILE}: not of the shards beside it; {_AGAIN}")
         return trace
 
 
-def token_dim(name: str) -> int:
-    """Along which dimension a tensor of a shard has its tokens."""
-    return 0 if name in ("ids", "nll") else 1
+def joined(parts: Iterable[dict[str, Tensor]], tokens: int) -> dict[str, Tensor]:
+    """The columns of several parts as one, in order; ``tokens`` in all.
 
-
-def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Several shards' tensors as one, in order."""
-    return {
-        name: torch.cat([part[name] for part in parts], dim=token_dim(name)) for name in parts[0]
-    }
+    Filled part by part, so that a large trace is not held twice.
+    """
+    columns: dict[str, Tensor] = {}
+    at = 0
+    for part in parts:
+        for name, value in part.items():
+            dim = 0 if name in ("ids", "nll") else 1
+            if name not in columns:
+                shape = (*value.shape[:dim], tokens, *value.shape[dim + 1 :])
+                columns[name] = value.new_empty(shape)
+            columns[name].narrow(dim, at, value.shape[dim]).copy_(value)
+        at += len(part["ids"])
+    return columns
 
 
 def _shard_file(number: int) -> str:
@@ -199,11 +203,9 @@ def _shard_file(number: int) -> str:
 
 
 class Writer:
-    """Writes the shards of one recording, and finally its head.
+    """Writes the shards of one recording into a folder, and finally its head.
 
-    Args:
-        folder: where to; made when needed.
-        key: what the shards were made from. Shards of another key are not gone on with.
+    ``key`` is what the shards are made from: those of another key are not gone on with.
     """
 
     def __init__(self, folder: Path, *, key: str) -> None:
@@ -248,14 +250,14 @@ class Writer:
         for path in self.folder.glob(".trace*.tmp"):
             path.unlink()
 
-    def add(self, columns: dict[str, Tensor], *, done: int) -> None:
+    def add(self, parts: Sequence[dict[str, Tensor]], *, done: int) -> None:
         """Write the next shard; ``done`` forwards of the recording are in it and those before."""
         from safetensors.torch import save_file
 
         path = self.folder / _shard_file(len(self._shards))
-        tokens = len(columns["ids"])
+        tokens = sum(len(part["ids"]) for part in parts)
         note = {"key": self.key, "done": str(done), "tokens": str(tokens)}
-        tensors = {name: value.contiguous() for name, value in columns.items()}
+        tensors = joined(parts, tokens)
         atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata=note))
         self._shards.append({"file": path.name, "tokens": tokens, "sha256": _hash(path)})
 
@@ -264,12 +266,8 @@ class Writer:
         atomic_write_json(self.folder / HEAD_FILE, {**head, "shards": self._shards})
 
 
-def read_head(folder: Path) -> dict[str, Any]:
-    """The head of a trace's folder.
-
-    Raises:
-        UsageError: no such folder, the recording did not end, or it is no head of a trace.
-    """
+def _read_head(folder: Path) -> dict[str, Any]:
+    """The head of a trace's folder; a UsageError says what is wrong with it."""
     path = folder / HEAD_FILE
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such trace folder; make one with `var-moe trace`")
@@ -286,17 +284,11 @@ def read_head(folder: Path) -> dict[str, Any]:
     return head
 
 
-def read_shards(folder: Path, shards: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """The tensors of all shards as one.
-
-    Raises:
-        UsageError: a shard is missing, truncated or not the one that the head means.
-    """
+def _shards(folder: Path, shards: list[dict[str, Any]]) -> Iterator[dict[str, Tensor]]:
+    """The columns of each shard, which has to be the one that the head means."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    total, at = sum(shard["tokens"] for shard in shards), 0
-    columns: dict[str, Tensor] = {}
     for shard in shards:
         path = folder / str(shard["file"])
         if not path.is_file():
@@ -304,19 +296,9 @@ def read_shards(folder: Path, shards: list[dict[str, Any]]) -> dict[str, Tensor]
         try:
             if _hash(path) != shard["sha256"]:
                 raise UsageError(f"{path}: damaged or truncated shard of a trace; {_AGAIN}")
-            part = load_file(path)
+            yield load_file(path)
         except (SafetensorError, OSError) as error:
             raise UsageError(f"{path}: damaged shard of a trace ({error}); {_AGAIN}") from None
-        # Filled shard by shard, so that a large trace is not held twice.
-        for name, value in part.items():
-            dim = token_dim(name)
-            if name not in columns:
-                shape = [*value.shape]
-                shape[dim] = total
-                columns[name] = value.new_empty(shape)
-            columns[name].narrow(dim, at, value.shape[dim]).copy_(value)
-        at += shard["tokens"]
-    return columns
 
 
 def _hash(path: Path) -> str:
