@@ -34,13 +34,9 @@ def test_encode_is_what_the_tokenizer_does_to_each_text(documents, tiny_tokenize
     assert encode([], tiny_tokenizer) == []
 
 
-def test_encode_drops_short_documents_and_cuts_long_ones(documents, tiny_tokenizer):
+def test_encode_drops_short_documents(documents, tiny_tokenizer):
     short = [TextDocument("empty", "s", ""), *documents[:3]]  # the start token alone
     assert [d.id for d in encode(short, tiny_tokenizer)] == ["d0", "d1", "d2"]
-    cut = encode(short, tiny_tokenizer, max_tokens=7)
-    assert ids_of(cut) == [ids[:7] for ids in ids_of(encode(short, tiny_tokenizer))]
-    with pytest.raises(UsageError, match="max_tokens = 0"):
-        encode(short, tiny_tokenizer, max_tokens=0)
 
 
 # -- as_documents ----------------------------------------------------------------------------

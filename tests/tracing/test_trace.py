@@ -11,7 +11,6 @@ import torch
 from traces import OPTIONS
 
 from var_moe.errors import UsageError
-from var_moe.models.loading import LoadedModel
 from var_moe.tracing import record
 from var_moe.tracing.record import record_trace
 from var_moe.tracing.trace import RoutingTrace
@@ -35,13 +34,8 @@ def folder(loaded, documents, profile, tmp_path, monkeypatch):
     return tmp_path / "t"
 
 
-def test_round_trip(recorded, folder, tmp_path):
+def test_round_trip(recorded, folder):
     assert len(list(folder.glob("trace-*.safetensors"))) >= 2
-    assert_same(RoutingTrace.load(folder), recorded)
-    recorded.save(tmp_path / "saved")
-    assert_same(RoutingTrace.load(tmp_path / "saved"), recorded)
-    RoutingTrace.load(folder).save(folder)
-    assert len(list(folder.glob("trace-*.safetensors"))) == 1
     assert_same(RoutingTrace.load(folder), recorded)
 
 
@@ -132,28 +126,6 @@ def test_other_text_or_options_start_anew(loaded, documents, tmp_path, monkeypat
         _, after = recording(loaded, documents, place, stop=1, **change)
         assert after[0] <= before[0]
         assert not list(place.iterdir())
-
-
-def test_another_model_is_refused(recorded, loaded, make_tiny_mixtral, tiny_tokenizer):
-    recorded.check_loaded(loaded)
-    recorded.check_loaded(replace(loaded, name="elsewhere"))
-    others = {
-        "number of MoE layers": make_tiny_mixtral(layers=2),
-        "number of experts": make_tiny_mixtral(experts=4),
-        "top-k": make_tiny_mixtral(top_k=1),
-    }
-    for words, model in others.items():
-        other = LoadedModel.of(model, tiny_tokenizer, name="other")
-        with pytest.raises(
-            UsageError, match=rf"trace of model 'tiny' does not fit model 'other': another {words}"
-        ):
-            recorded.check_loaded(other)
-    with pytest.raises(UsageError, match="another tokenizer; make one with `var-moe trace"):
-        recorded.check_loaded(replace(loaded, tokenizer_hash="x"))
-    shifted = make_tiny_mixtral()
-    shifted.model.layers[1].mlp.gate.weight.mul_(1.02)
-    with pytest.raises(UsageError, match="the routers have other weights"):
-        recorded.check_loaded(LoadedModel.of(shifted, tiny_tokenizer, name="other"))
 
 
 def test_another_profile_is_refused(recorded, loaded, documents, profile):

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from var_moe.config import check_count
 from var_moe.data.columns import table_texts
 from var_moe.data.documents import EncodedDocument, TextDocument, TextSplit
 from var_moe.errors import UsageError, one_line
@@ -19,34 +18,19 @@ MIN_TOKENS = 2  # the first token of a document has no loss
 _LOG = logging.getLogger(__name__)
 
 
-def encode(
-    documents: TextSplit | Sequence[TextDocument],
-    tokenizer: Any,
-    *,
-    max_tokens: int | None = None,
-) -> list[EncodedDocument]:
+def encode(documents: TextSplit | Sequence[TextDocument], tokenizer: Any) -> list[EncodedDocument]:
     """Tokenise each document by itself, special tokens included.
 
     Chats are rendered with the tokenizer's chat template; token ids are taken as they are.
     Documents of fewer than two tokens have no loss and are dropped.
 
-    Args:
-        documents: a split, or documents.
-        tokenizer: a transformers tokenizer.
-        max_tokens: longer documents are cut to their first ``max_tokens``; None keeps all.
-
     Raises:
-        UsageError: ``max_tokens`` is below 1; or there are chats, and no chat template that takes
-            them.
+        UsageError: there are chats, and no chat template that takes them.
     """
     chosen = documents.documents if isinstance(documents, TextSplit) else documents
-    check_count("max_tokens", max_tokens)
     return [
         EncodedDocument(
-            document.id,
-            document.source,
-            np.asarray(row[:max_tokens], dtype=np.int64),
-            document.dataset,
+            document.id, document.source, np.asarray(row, dtype=np.int64), document.dataset
         )
         for document, row in zip(chosen, _token_ids(chosen, tokenizer), strict=True)
         if len(row) >= MIN_TOKENS

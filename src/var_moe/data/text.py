@@ -6,9 +6,6 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
-from var_moe.config import check_count, check_seed
 from var_moe.data.documents import SPLITS, TextDocument, TextSplit, in_turn
 from var_moe.data.readers import check_hub, check_local, hub_split, local_split, looks_local
 from var_moe.errors import UsageError
@@ -37,14 +34,7 @@ def check_dataset(dataset: str) -> None:
             check_hub(name)
 
 
-def load_text(
-    dataset: str | Path,
-    split: str,
-    *,
-    text_column: str | None = None,
-    max_documents: int | None = None,
-    seed: int | None = 0,
-) -> TextSplit:
+def load_text(dataset: str | Path, split: str, *, text_column: str | None = None) -> TextSplit:
     """Load one split of a data set.
 
     Args:
@@ -55,9 +45,6 @@ def load_text(
         split: ``calibration``, ``validation``, ``certify`` or ``test``; ``all`` for the whole
             of a file or a Hub data set; for a Hub data set also one of its own by name.
         text_column: the same as ``name::column``, for every data set of the name.
-        max_documents: take a random subset of so many, in the order of the text; the subset of
-            a smaller number is part of that of a larger one.
-        seed: draws the subset; the same seed draws the same one.
 
     Raises:
         UsageError: it is missing, out of reach, of another form, or empty.
@@ -67,11 +54,7 @@ def load_text(
     text = _load_one(dataset, split) if len(names) == 1 else _load_mixture(dataset, names, split)
     if not text.documents:
         raise UsageError(f"{dataset}: no text in split {split!r}; expected non-empty documents")
-    at_most = check_count("max_documents", max_documents)
-    if at_most is None or at_most >= len(text.documents):
-        return text
-    drawn = np.random.default_rng(check_seed(seed)).permutation(len(text.documents))[:at_most]
-    return replace(text, documents=tuple(text.documents[i] for i in sorted(drawn)))
+    return text
 
 
 # -- names -----------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from var_moe.errors import UsageError
-from var_moe.models.identity import check_fits, difference
+from var_moe.models.identity import difference
 from var_moe.routing.compensation import ResidualMeans
 from var_moe.routing.var import RoutingTable
 from var_moe.storage import (
@@ -110,10 +110,6 @@ class RoutingTrace:
         sizes = self.starts.diff()
         return torch.arange(self.tokens) - self.starts[:-1].repeat_interleave(sizes)
 
-    def check_loaded(self, loaded: LoadedModel) -> None:
-        """Raise UsageError, naming both, unless the trace is of this model."""
-        check_fits("trace", self.head, loaded)
-
     def check_profile(self, profile: ProfileView) -> None:
         """Raise UsageError for a profile of another model, or not the one behind the damages."""
         mine, theirs = self.head, profile.head
@@ -130,14 +126,6 @@ class RoutingTrace:
                 f"recorded with the residual means of profile {recorded[:12]!r}; make the trace "
                 "again with `var-moe trace`"
             )
-
-    def save(self, folder: str | Path) -> None:
-        """Write the folder, as one shard; the head comes last."""
-        writer = Writer(Path(folder), key="saved")
-        writer.clear()
-        writer.add([self.columns()], done=1)
-        layout = {"starts": self.starts.tolist(), "documents": self.documents.tolist()}
-        writer.finish({**self.head, **layout})
 
     def columns(self) -> dict[str, Tensor]:
         """All tensors that have one entry per token, by their names in a shard."""
@@ -163,7 +151,7 @@ class RoutingTrace:
 
     @classmethod
     def load(cls, folder: str | Path) -> RoutingTrace:
-        """Read a folder that `save` or `record_trace` wrote.
+        """Read a folder that `record_trace` wrote.
 
         Raises:
             UsageError: no such folder, not a whole trace, or a shard is missing, truncated or
