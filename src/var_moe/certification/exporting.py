@@ -96,11 +96,9 @@ def _certificate(
         return None
     certificate: Mapping[str, Any] = read_json(path, what="certificate")
     with entries_of(path):
-        known = certificate.get("certified_config") if certificate.get("certified") else None
-        if known != candidate.to_dict():
+        if not certificate["certified"] or certificate["certified_config"] != candidate.to_dict():
             return None
-        hashes = certificate["hashes"]
-        tested_with = hashes.get("compensation", {}).get(certificate["certified_name"])
-        if hashes["profile"] != profile.hash or tested_with != fitted:
+        hashes, name = certificate["hashes"], certificate["certified_name"]
+        if (hashes["profile"], hashes["compensation"].get(name)) != (profile.hash, fitted):
             return None
-        return {name: certificate[name] for name in _QUOTED}
+        return {key: certificate[key] for key in _QUOTED}

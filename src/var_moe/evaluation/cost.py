@@ -103,8 +103,8 @@ class CostModel:
         """What a forward executes, where pairs are spread over experts and tokens evenly.
 
         Args:
-            executed: (..., L) executed pairs of each layer, measured or replayed.
-            tokens: that they were executed for.
+            executed: (..., L) executed pairs of each layer for ``tokens`` tokens.
+            tokens: as many as were measured or replayed.
             setting: batch of the forward; by default the model's own.
             decided: whether VAR makes the decisions.
             residual: whether residual means are added.

@@ -303,18 +303,11 @@ class Evaluator:
 def measure_by_dataset(
     evaluator: Evaluator, policy: RoutingPolicy, *, what: str = ""
 ) -> list[dict[str, Any]]:
-    """A policy on each data set of the evaluator's text, or on each source of a single one.
+    """Rows of a policy on each data set of the evaluator's text, or on each source of a single one.
 
     Each is scored in a pass of its own, from empty caches: the result that it would have as the
-    whole text. A data set of fewer than two documents is left out.
-
-    Args:
-        evaluator: of the whole text; its baseline losses count.
-        policy: what is measured.
-        what: the policy's name, for the progress.
-
-    Returns:
-        Rows for result files, in the order in which they first occur; none for one source.
+    whole text. A data set of fewer than two documents is left out; one source gives no rows.
+    ``what`` is the policy's name, for the progress.
     """
     rows = []
     for name, at in groups_of(evaluator.documents).items():
