@@ -59,33 +59,33 @@ Noise = Callable[[Floats, Floats, np.random.Generator], Floats]
 """From residuals and tokens, as drawn, to residuals of the same (zero) mean."""
 
 
-def as_recorded(residual: Floats, tokens: Floats, dice: np.random.Generator) -> Floats:
+def as_recorded(residual: Floats, tokens: Floats, rng: np.random.Generator) -> Floats:
     """The recorded pages themselves."""
     return residual
 
 
-def heavy(residual: Floats, tokens: Floats, dice: np.random.Generator) -> Floats:
+def heavy(residual: Floats, tokens: Floats, rng: np.random.Generator) -> Floats:
     """Each residual scaled by |t| with three degrees of freedom: no third moment."""
-    return residual * np.abs(dice.standard_t(3, size=residual.shape)) / MEAN_ABS_T3
+    return residual * np.abs(rng.standard_t(3, size=residual.shape)) / MEAN_ABS_T3
 
 
-def lognormal(residual: Floats, tokens: Floats, dice: np.random.Generator) -> Floats:
+def lognormal(residual: Floats, tokens: Floats, rng: np.random.Generator) -> Floats:
     """Each residual scaled by a lognormal weight of mean 1 (sigma 1)."""
-    return residual * np.exp(dice.normal(size=residual.shape) - 0.5)
+    return residual * np.exp(rng.normal(size=residual.shape) - 0.5)
 
 
-def correlated(residual: Floats, tokens: Floats, dice: np.random.Generator) -> Floats:
+def correlated(residual: Floats, tokens: Floats, rng: np.random.Generator) -> Floats:
     """All sections of a page shifted by one draw of 1% per token: far more alike than recorded."""
-    shifted: Floats = residual + 0.01 * tokens * dice.normal(size=residual.shape)
+    shifted: Floats = residual + 0.01 * tokens * rng.normal(size=residual.shape)
     return shifted
 
 
-def disasters(residual: Floats, tokens: Floats, dice: np.random.Generator) -> Floats:
+def disasters(residual: Floats, tokens: Floats, rng: np.random.Generator) -> Floats:
     """A stress beyond what was seen: each page's loss rises by lognormal noise (sigma 1) of 1%.
 
     Skewness about 6, in the direction that a sample hides.
     """
-    return residual + 0.01 * tokens * (np.exp(dice.normal(size=residual.shape)) - np.exp(0.5))
+    return residual + 0.01 * tokens * (np.exp(rng.normal(size=residual.shape)) - np.exp(0.5))
 
 
 POPULATIONS: dict[str, tuple[str, Noise]] = {
@@ -118,12 +118,12 @@ def draw(
     studies: int,
     truth: float,
     bound: float,
-    dice: np.random.Generator,
+    rng: np.random.Generator,
 ) -> Floats:
     """Z of drawn pages. (pages, studies)"""
     policy, noise = {**POPULATIONS, **STRESS}[name]
     residual = recorded.by_page(recorded.residuals(policy))
     tokens = recorded.by_page(recorded.tokens)
-    at = dice.integers(len(tokens), size=(pages, studies))
-    found: Floats = noise(residual[at], tokens[at], dice)
+    at = rng.integers(len(tokens), size=(pages, studies))
+    found: Floats = noise(residual[at], tokens[at], rng)
     return found - (np.log1p(bound) - np.log1p(truth)) * tokens[at]

@@ -61,7 +61,7 @@ def rate(certified: Any) -> dict[str, Any]:
 
 def false_certifications(recorded: Recorded, plan: Plan) -> list[dict[str, Any]]:
     """At exactly the bound: how often each way certifies what is not below it."""
-    dice = np.random.default_rng(plan.seed)
+    rng = np.random.default_rng(plan.seed)
     rows = []
     for name in (*POPULATIONS, *STRESS):
         for pages in plan.pages:
@@ -72,7 +72,7 @@ def false_certifications(recorded: Recorded, plan: Plan) -> list[dict[str, Any]]
                 studies=plan.studies,
                 truth=BOUND,
                 bound=BOUND,
-                dice=dice,
+                rng=rng,
             )
             row: dict[str, Any] = {"population": name, "pages": pages, "stress": name in STRESS}
             for way, p in fixed_p(z, plan.resamples).items():
@@ -86,7 +86,7 @@ def power(
     recorded: Recorded, plan: Plan, truths: Sequence[float] = (0.003, 0.005, 0.008)
 ) -> list[dict[str, Any]]:
     """Below the bound: how often a certificate is given."""
-    dice = np.random.default_rng(plan.seed + 1)
+    rng = np.random.default_rng(plan.seed + 1)
     rows = []
     for name in POWER_OF:
         for pages in plan.pages:
@@ -98,7 +98,7 @@ def power(
                     studies=plan.studies,
                     truth=truth,
                     bound=BOUND,
-                    dice=dice,
+                    rng=rng,
                 )
                 rows.append(
                     {
@@ -121,7 +121,7 @@ def best_of_many(recorded: Recorded, plan: Plan, *, tries: int = 50) -> list[dic
     Certificate: the ten best on one text, in the order found there, by the fixed sequence on as
     much other text.
     """
-    dice = np.random.default_rng(plan.seed + 2)
+    rng = np.random.default_rng(plan.seed + 2)
     tokens = recorded.by_page(recorded.tokens)
     table = np.stack([recorded.by_page(recorded.residuals(name)) for name in recorded.change])
     table /= table.std(axis=1, keepdims=True)
@@ -129,8 +129,8 @@ def best_of_many(recorded: Recorded, plan: Plan, *, tries: int = 50) -> list[dic
     for pages in plan.pages:
         naive, alone, certified = [], [], []
         for _ in range(plan.studies):
-            mixture = dice.dirichlet(np.full(len(table), 0.3), size=tries) @ table
-            first, second = (dice.integers(len(tokens), size=pages) for _ in range(2))
+            mixture = rng.dirichlet(np.full(len(table), 0.3), size=tries) @ table
+            first, second = (rng.integers(len(tokens), size=pages) for _ in range(2))
             tuned = mixture[:, first].mean(axis=1)  # (tries,)
             naive.append(tuned.min() < 0)
             alone.append(tuned[0] < 0)
@@ -155,12 +155,12 @@ def _sequence_errs(z: Floats, plan: Plan) -> bool:
 
 def units_matter(recorded: Recorded, plan: Plan, name: str) -> dict[str, Any]:
     """Documents in place of pages as units, at exactly the bound, on whole pages."""
-    dice = np.random.default_rng(plan.seed + 3)
+    rng = np.random.default_rng(plan.seed + 3)
     residual = recorded.residuals(name)
     members = [np.flatnonzero(recorded.page == page) for page in range(recorded.page.max() + 1)]
     by_document, by_page = [], []
     for _ in range(plan.studies):
-        drawn = dice.integers(len(members), size=plan.pages[-1])
+        drawn = rng.integers(len(members), size=plan.pages[-1])
         z = residual[np.concatenate([members[page] for page in drawn])]
         pages = recorded.by_page(residual)[drawn]
         by_document.append(t_p_value(with_worst(z)) <= plan.alpha)

@@ -48,14 +48,14 @@ def test_the_truth_of_a_population_is_what_it_says(recorded, name):
         studies=50,
         truth=BOUND,
         bound=BOUND,
-        dice=np.random.default_rng(1),
+        rng=np.random.default_rng(1),
     )
     assert abs(z.mean()) < 4 * z.std() / np.sqrt(z.size)
 
 
 def test_a_ratio_below_the_bound_is_below_zero(recorded):
-    dice = np.random.default_rng(1)
-    z = draw(recorded, "verified 0.80", pages=4000, studies=50, truth=0.003, bound=BOUND, dice=dice)
+    rng = np.random.default_rng(1)
+    z = draw(recorded, "verified 0.80", pages=4000, studies=50, truth=0.003, bound=BOUND, rng=rng)
     expected = (np.log(1.003) - np.log(1.01)) * recorded.by_page(recorded.tokens).mean()
     assert z.mean() == pytest.approx(expected, rel=0.03)
 
