@@ -14,6 +14,7 @@ import optuna
 
 from var_moe.optimization.methods import bayesian_optimization, random_search
 from var_moe.optimization.results import Evaluation, documented_score
+from var_moe.optimization.search_space import grid_point, grid_size
 from var_moe.optimization.trial_log import STUDY_NAME
 
 SMALL_SPACE = {
@@ -103,6 +104,11 @@ def rich_evaluation(params, *, degradation, speedup, bound, learned_pct=80.0, **
         learned_pct=learned_pct,
         **more,
     )
+
+
+def grid_points(space, n_points):
+    """All points of a grid, in order."""
+    return [grid_point(space, n_points, index) for index in range(grid_size(space, n_points))]
 
 
 CALLS, STARTUP = 8, 5

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from analytic import grid_points
 
 from var_moe.config import SEARCH_SPACE
 from var_moe.evaluation.cost import TERMS, CostModel
 from var_moe.evaluation.evaluator import SpeedSetting
 from var_moe.optimization.replay_run import TraceForecaster
-from var_moe.optimization.search_space import grid_points
 from var_moe.optimization.selection import non_dominated
 from var_moe.routing.var import RoutingTable
 from var_moe.tracing.trace import RoutingTrace
@@ -72,7 +72,7 @@ def test_every_point_is_its_own_forecast(parts, mode):
         {"none": trace}, COST, policy="var", calibrations=calibrations, fixed=fixed, decided=True
     )
     grid = forecaster.grid(space, 2)
-    points = list(grid_points(space, 2))
+    points = grid_points(space, 2)
     assert grid.size == len(points) == 2**6
     assert len(set(grid.columns["experts_per_token"].ravel())) > 10
     for number, (point, one) in enumerate(zip(points, forecaster.forecast(points), strict=True)):

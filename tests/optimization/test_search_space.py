@@ -1,6 +1,8 @@
+import itertools
 import math
 
 import pytest
+from analytic import grid_points
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,14 +13,11 @@ from var_moe.optimization.search_space import (
     defaults,
     dimensions,
     fresh_sample,
-    grid_point,
-    grid_points,
     grid_size,
     parse_bounds,
     point_count,
     sample,
     starting_points,
-    validate_space,
 )
 
 ONE = {"x": {"type": "float", "low": 0.0, "high": 1.0, "default": 0.5}}
@@ -99,12 +98,12 @@ def test_a_fresh_sample_is_not_a_known_point():
 def test_grid_counts_and_corners():
     assert grid_size(SEARCH_SPACE, 3) == 729
     assert grid_size(SEARCH_SPACE, 10) == 7 * 10**5  # the window has seven values
-    points = list(grid_points(SEARCH_SPACE, 2))
+    points = grid_points(SEARCH_SPACE, 2)
     assert len(points) == 64 == len({tuple(p.values()) for p in points})
     assert points[0] == {n: e["low"] for n, e in SEARCH_SPACE.items()}
     assert points[-1] == {n: e["high"] for n, e in SEARCH_SPACE.items()}
     assert points[1] == {**points[0], "context_window_size": 8}
-    assert list(grid_points(SEARCH_SPACE, 1)) == [defaults(SEARCH_SPACE)]
+    assert grid_points(SEARCH_SPACE, 1) == [defaults(SEARCH_SPACE)]
 
 
 def test_grid_integers_are_rounded_without_repeats():
@@ -117,8 +116,9 @@ def test_grid_integers_are_rounded_without_repeats():
 @settings(deadline=None, max_examples=40)
 @given(spaces(), st.integers(1, 4))
 def test_a_grid_point_by_its_index(space, n_points):
-    points = list(grid_points(space, n_points))
-    assert [grid_point(space, n_points, i) for i in range(len(points))] == points
+    values = [d.grid(n_points) for d in dimensions(space)]
+    points = [dict(zip(space, row, strict=True)) for row in itertools.product(*values)]
+    assert grid_points(space, n_points) == points
     assert all(check_point(space, p) == p for p in points)
 
 
@@ -199,7 +199,7 @@ def test_bounds_given_twice():
 )
 def test_bad_spaces_are_refused_by_name(space, says):
     with pytest.raises(UsageError) as caught:
-        validate_space(space)
+        dimensions(space)
     assert says in str(caught.value)
 
 

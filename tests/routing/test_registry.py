@@ -12,7 +12,7 @@ import torch
 from damages import damage_model
 from var_moe.config import SEARCH_SPACE
 from var_moe.errors import UsageError
-from var_moe.optimization.search_space import defaults, validate_space
+from var_moe.optimization.search_space import defaults, dimensions
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.compensation import ResidualMeans
 from var_moe.routing.naee import RatioQuantiles
@@ -69,7 +69,7 @@ def test_the_default_of_the_search_space_makes_a_policy(name: str, top_k: int) -
     spec = policy_spec(name)
     space = spec.search_space(top_k)
     if space:
-        validate_space(space)
+        dimensions(space)
     settings = defaults(space) if space else {}
     policy = make_policy(name, settings, calibration(top_k))
     assert isinstance(policy, RoutingPolicy)

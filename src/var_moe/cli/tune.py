@@ -206,7 +206,7 @@ def _validate(
 
 def _show_validation(result: Mapping[str, Any]) -> None:
     """Figures, factors, criteria."""
-    from var_moe.optimization.summary import MET, apart_table
+    from var_moe.optimization.summary import apart_table
     from var_moe.terminal import show
 
     text, control = result["text"], result["random_skip"]
@@ -224,7 +224,7 @@ def _show_validation(result: Mapping[str, Any]) -> None:
         show(apart_table(result["by_dataset"], title="Each data set by itself"))
     back, skip = result["backend_factor"], result["skipping_factor"]
     low, high = result["speedup_95"]
-    criteria = [{**row, "met": MET[row["met"]]} for row in result["criteria"]]
+    criteria = [{**row, "met": "yes" if row["met"] else "NO"} for row in result["criteria"]]
     show(
         f"speedup {result['speedup']:.3f}x [{low:.3f}, {high:.3f}] against "
         f"{result['baseline_backend']} ~ backend ({result['backend']}) {back['median']:.3f} x "

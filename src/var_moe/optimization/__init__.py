@@ -12,7 +12,6 @@ _PUBLIC = {
     "SEARCH_SPACE": "methods",
     "grid_size": "search_space",
     "parse_bounds": "search_space",
-    "validate_space": "search_space",
     "Evaluation": "results",
     "OptimizationResult": "results",
     "RichObjective": "worker",

@@ -68,18 +68,12 @@ class Candidate:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What it needs of a profile, by the names of `routing.registry.CALIBRATION`.
-
-        ``compensation`` is among them where it names one. Empty: it needs no profile.
-        """
+        """What it needs of a profile, by the names of `routing.registry.CALIBRATION`."""
         helped = ("compensation",) if self.compensation not in (None, "none") else ()
         return frozenset((*self.spec.needed(self.settings), *helped))
 
     def make(self, profile: RoutingProfile | None) -> RoutingPolicy:
-        """The policy, with empty caches.
-
-        Args:
-            profile: of the model; may be None where `needs` is empty.
+        """The policy, with empty caches; ``profile`` may be None where `needs` is empty.
 
         Raises:
             UsageError: a setting is wrong or the profile lacks something; names the file.
@@ -161,12 +155,7 @@ class Candidate:
                 f"{source}: expected the entries 'policy' and 'settings', and perhaps "
                 "'compensation'"
             )
-        return cls(
-            policy=str(values["policy"]),
-            settings=values["settings"],
-            compensation=values.get("compensation"),
-            source=source,
-        )
+        return cls(**{**values, "policy": str(values["policy"])}, source=source)
 
     @classmethod
     def of(cls, given: Candidate | VARConfig) -> Candidate:
@@ -197,8 +186,7 @@ def preset(name: str, mode: str | None = None) -> Candidate:
 def load_candidate(path: str | Path) -> Candidate:
     """Read a configuration that any command wrote, or a VARConfig file.
 
-    It is ``best_config.json``, ``certified_config.json``, or ``nearest_miss.json``, of which the
-    configuration is a part.
+    Of ``nearest_miss.json`` the configuration is a part.
 
     Raises:
         UsageError: it is none of these; names the file and the entry.

@@ -7,7 +7,7 @@ how far they are off.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -49,14 +49,9 @@ class Forecast:
 
     def to_dict(self) -> dict[str, Any]:
         """For result files."""
-        return {
-            "forecast_degradation": self.degradation,
-            "forecast_speedup": self.speedup,
-            "experts_per_token": self.experts_per_token,
-            "fast_pct": self.fast_pct,
-            "cached_pct": self.cached_pct,
-            "learned_pct": self.learned_pct,
-        }
+        values = asdict(self)
+        forecast = {f"forecast_{name}": values.pop(name) for name in ("degradation", "speedup")}
+        return forecast | values
 
 
 class Forecaster(Protocol):
@@ -129,8 +124,7 @@ class Correction:
     A forecast is off by a factor that changes slowly with its size: an additive model of damage
     misses what cut decisions do to each other. So the logarithm of the measured degradation is
     regressed on that of the forecast, ``ln d = ln f + b0 + b1 ln(f / s)``, with a prior that takes
-    the forecast at its word; a conjugate normal model with known noise. With no evaluation the
-    prior speaks alone; each evaluation narrows it most where it was made.
+    the forecast at its word: a conjugate normal model with known noise.
 
     Args:
         scale: forecast at which b0 alone is the correction.
@@ -148,27 +142,24 @@ class Correction:
     ) -> Correction:
         """From pairs of forecast and measured degradation; none gives the prior.
 
-        Args:
-            forecast, measured: of the same configurations.
-            scale: size of the degradations that matter, above zero: the bound.
+        ``scale`` is the size of the degradations that matter: the bound.
         """
         scale = max(scale, FLOOR)
         precision = np.diag([FACTOR_SD**-2.0, TREND_SD**-2.0])
-        weighted = np.zeros(2)
-        if len(forecast):
-            basis, noise = _basis(forecast, scale), _noise(forecast)
-            off = _log(measured) - _log(forecast)
-            precision = precision + (basis / noise[:, None] ** 2).T @ basis
-            weighted = basis.T @ (off / noise**2)
+        logs = _log(forecast)
+        basis, variance = _basis(logs, scale), _noise(logs) ** 2
+        precision = precision + (basis / variance[:, None]).T @ basis
         covariance = np.linalg.inv(precision)
-        return cls(scale=scale, mean=covariance @ weighted, covariance=covariance)
+        mean = covariance @ basis.T @ ((_log(measured) - logs) / variance)
+        return cls(scale=scale, mean=mean, covariance=covariance)
 
     def predict(self, forecast: Sequence[float] | Floats) -> tuple[Floats, Floats]:
         """Mean and standard deviation of the logarithm of the measured degradation. (M,), (M,)"""
-        basis = _basis(forecast, self.scale)
+        logs = _log(forecast)
+        basis = _basis(logs, self.scale)
         spread = np.einsum("mi,ij,mj->m", basis, self.covariance, basis)
-        deviation: Floats = np.sqrt(spread + _noise(forecast) ** 2)
-        return _log(forecast) + basis @ self.mean, deviation
+        deviation: Floats = np.sqrt(spread + _noise(logs) ** 2)
+        return logs + basis @ self.mean, deviation
 
 
 def _log(degradation: Sequence[float] | Floats) -> Floats:
@@ -176,13 +167,12 @@ def _log(degradation: Sequence[float] | Floats) -> Floats:
     return logs
 
 
-def _basis(forecast: Sequence[float] | Floats, scale: float) -> Floats:
-    logs = _log(forecast)
+def _basis(logs: Floats, scale: float) -> Floats:
     return np.stack((np.ones_like(logs), logs - np.log(scale)), axis=1)
 
 
-def _noise(forecast: Sequence[float] | Floats) -> Floats:
-    noise: Floats = np.hypot(MISFIT, FLOOR / np.exp(_log(forecast)))
+def _noise(logs: Floats) -> Floats:
+    noise: Floats = np.hypot(MISFIT, FLOOR / np.exp(logs))
     return noise
 
 

@@ -68,10 +68,11 @@ class Remeasured:
     @property
     def score(self) -> float:
         """The documented score, with the upper bound as the degradation."""
+        upper = self.quality.judged.upper
         if not self.passed or self.speed is None:
-            return INFEASIBLE_PENALTY * (1 + self.quality.judged.upper)
+            return INFEASIBLE_PENALTY * (1 + upper)
         return documented_score(
-            degradation=self.quality.judged.upper,
+            degradation=upper,
             max_degradation=self.max_degradation,
             speedup=self.speed.speedup.median,
             learned_pct=self.quality.report.learned_pct,
@@ -153,13 +154,9 @@ class LastMeasurement:
         A candidate's upper bound on the new text is predicted as its degradation in the search
         plus what the upper bounds measured so far, with the same compensation, were above theirs
         (at first: the search's own error). The fastest that is predicted to keep the bound is
-        measured next, as long as it is faster than what did so far; so a search that hugs the
-        bound costs a few measurements, and a safe configuration is reached when the bold ones
-        fail. Where nothing passes, the evaluation with the smallest degradation is measured last.
-        "Fast" is what the executed pairs predict: a search's few timed blocks would put the
-        luckiest first.
-
-        Measurements that are left go to what ``closer`` proposes from those made.
+        measured next, as long as it is faster than what did so far. Where nothing passes, the
+        evaluation with the smallest degradation is measured last. Measurements that are left go
+        to what ``closer`` proposes from those made.
         """
         waiting = distinct_evaluations(
             [one for one in evaluations if not one.failed and one.degradation is not None]
@@ -279,17 +276,14 @@ def conclude(
     notes: Sequence[str] = (),
     metadata: Mapping[str, Any],
 ) -> TuneOutcome:
-    """Choose the answer and write every file.
-
-    ``by_dataset`` has the choice, or the nearest miss, on each of several data sets.
+    """Choose the answer and write every file; ``by_dataset`` is `LastMeasurement.by_dataset`.
 
     Raises:
         NothingFitsError: nothing keeps the bound; the files are written all the same, with
             ``nearest_miss.json`` in place of ``best_config.json``.
     """
-    best, max_degradation = last.best, last.objective.max_degradation
-    top_k = last.evaluator.top_k
-    limit = f"{100 * max_degradation:g}%"
+    best, top_k = last.best, last.evaluator.top_k
+    limit = f"{100 * last.objective.max_degradation:g}%"
     extra = {key: value for key, value in result.extra.items() if key != "nearest_miss"}
     if best is None:
         answer = nearest_answer(last.nearest, limit, output)
@@ -314,7 +308,6 @@ def conclude(
         by_dataset=by_dataset,
         answer=answer,
         notes=notes,
-        max_degradation=max_degradation,
         top_k=top_k,
     )
     save_optimization_results(result, output, metadata=metadata, summary=as_text(parts))
@@ -345,12 +338,12 @@ def unfinished(
             measurement did. In the latter case the search can be resumed for another one.
     """
     try:
+        if not result.evaluations:
+            raise VarMoeError("the search ended before its first evaluation")
         if all(one.failed for one in result.evaluations):
-            failed = [f"{one.error}" for one in result.evaluations]
             raise VarMoeError(
-                f"all {len(failed)} evaluations failed, the first with: {failed[0]}"
-                if failed
-                else "the search ended before its first evaluation"
+                f"all {result.num_evaluations} evaluations failed, the first with: "
+                f"{result.evaluations[0].error}"
             )
         yield
     except BaseException as error:

@@ -155,7 +155,7 @@ def obtain_profile(
         damages: also predict what cuts cost, in a backward pass, where the profile lacks it.
         calibration: the calibration split, where it is loaded already.
         keep: refuse to replace the folder's profile: what was found with it needs it.
-        progress: called with tokens done and in all.
+        progress: called with a stage's name, tokens done and in all.
 
     Returns:
         The profile and where it lies.
@@ -313,7 +313,11 @@ def prepare(
         compensations=compensations,
         max_degradation=settings.max_degradation,
     )
-    say(_baseline_line(evaluator))
+    speeds = ", ".join(f"{key} {tps:,.0f}" for key, tps in evaluator.backend_throughputs.items())
+    say(
+        f"baseline: perplexity {evaluator.baseline_losses.perplexity:.3f} on {len(searched)} "
+        f"documents; tokens/s by experts backend: {speeds}"
+    )
     evaluator.predicted_speedup(evaluator.top_k)  # measured before the search's clock starts
     final = evaluator.with_documents(ordering_half[: settings.final_samples])
     evaluator.progress = None  # the search shows its own
@@ -346,14 +350,4 @@ def prepare(
         objective=objective,
         space=space,
         identity=identity,
-    )
-
-
-def _baseline_line(evaluator: Evaluator) -> str:
-    speeds = ", ".join(
-        f"{name} {speed:,.0f}" for name, speed in evaluator.backend_throughputs.items()
-    )
-    return (
-        f"baseline: perplexity {evaluator.baseline_losses.perplexity:.3f} on "
-        f"{len(evaluator.documents)} documents; tokens/s by experts backend: {speeds}"
     )

@@ -106,7 +106,7 @@ class TraceForecaster:
         """All combinations of evenly spaced values, one axis per setting."""
         count = check_grid(space, n_points)
         values = {d.name: tuple(d.grid(count)) for d in dimensions(space)}
-        if COMPENSATION in values:
+        if COMPENSATION in values:  # each has a trace of its own
             return self._grid_of_points(values, progress)
         replayer = self._replayers[self._default]
 
@@ -126,7 +126,6 @@ class TraceForecaster:
     def _grid_of_points(
         self, values: Mapping[str, tuple[Any, ...]], progress: Progress | None
     ) -> ForecastGrid:
-        """A grid with an axis of compensations, each with a trace of its own."""
         empty = ForecastGrid(values=values, columns={})
         points = [empty.point(number) for number in range(empty.size)]
         forecasts = self.forecast(points, progress)
@@ -227,13 +226,12 @@ def make_forecaster(
 
 @dataclass(frozen=True, kw_only=True)
 class ReplaySearch:
-    """A finished search by replay."""
+    """A finished search by replay, with what its metadata say of it."""
 
     result: OptimizationResult
     front: list[FrontPoint]
-    forecaster: TraceForecaster
     sampler: ReplaySampler
-    forecast_count: int
+    metadata: dict[str, Any]
 
 
 def search_by_replay(
@@ -247,14 +245,8 @@ def search_by_replay(
 ) -> ReplaySearch:
     """Trace the search's text, then search.
 
-    Args:
-        ready: the model and text; the objective's text is traced and scored.
-        settings: of the search. Where searches share a folder, the trace and the cost model lie
-            there, and a cost model that does is taken as it is.
-        n_calls: full evaluations; None leaves it to a search that is resumed.
-        options: of the study.
-        progress: called with a stage's name, steps done and in all.
-        verbose: show the search's own progress.
+    Where searches share a folder, the trace and the cost model lie there, and a cost model that
+    does is taken as it is. With None for ``n_calls``, a resumed search has as many as before.
     """
     objective, space = ready.objective, ready.space
     forecaster = make_forecaster(
@@ -268,7 +260,7 @@ def search_by_replay(
     forecasts = Forecasts(forecaster)
     points: list[Params] | None = None
     if settings.method == "grid":
-        points = _learn_grid(forecasts, forecaster.grid(space, settings.points, progress), space)
+        points = _learn_grid(forecasts, forecaster.grid(space, settings.points, progress))
     elif not shares_work(space):
         # Before the search, whose own display could not stand beside that of the forecasts.
         pool = pool_points(space, seed=0)
@@ -286,34 +278,19 @@ def search_by_replay(
     front = feasible_front(
         candidates, forecasts.of(candidates), *sampler.predict(candidates, result.evaluations)
     )
-    return ReplaySearch(
-        result=result,
-        front=front,
-        forecaster=forecaster,
-        sampler=sampler,
-        forecast_count=len(forecasts),
-    )
-
-
-def _learn_grid(forecasts: Forecasts, grid: ForecastGrid, space: SearchSpace) -> list[Params]:
-    """All points of a grid, which are forecast already."""
-    names = [d.name for d in dimensions(space)]
-    whole = [grid.point(number) for number in range(grid.size)]
-    points = [{name: point[name] for name in names} for point in whole]
-    forecasts.learn(points, [_forecast(grid, number) for number in range(grid.size)])
-    return points
-
-
-def _forecast(grid: ForecastGrid, number: int) -> Forecast:
-    row = grid.row(number)
-    return Forecast(**{field.name: row[field.name] for field in fields(Forecast)})
-
-
-def replay_metadata(search: ReplaySearch) -> dict[str, Any]:
-    """What the metadata say of a search by replay."""
-    cost, trace = search.forecaster.cost, search.forecaster.trace
-    return {
-        "forecasts": search.forecast_count,
-        "traced_tokens": trace.tokens,
-        "cost_model_error_relative": cost.error,
+    metadata = {
+        "forecasts": len(forecasts),
+        "traced_tokens": forecaster.trace.tokens,
+        "cost_model_error_relative": forecaster.cost.error,
     }
+    return ReplaySearch(result=result, front=front, sampler=sampler, metadata=metadata)
+
+
+def _learn_grid(forecasts: Forecasts, grid: ForecastGrid) -> list[Params]:
+    """All points of a grid, which are forecast already."""
+    points = [grid.point(number) for number in range(grid.size)]
+    names = [field.name for field in fields(Forecast)]
+    columns = [grid.columns[name].ravel().tolist() for name in names]
+    made = [Forecast(**dict(zip(names, row, strict=True))) for row in zip(*columns, strict=True)]
+    forecasts.learn(points, made)
+    return points

@@ -27,11 +27,8 @@ INFEASIBLE_PENALTY = -100.0
 
 COMPLETE = "complete"
 FAILED = "failed"
-_KINDS: dict[str, Any] = {
-    "params": dict,
-    **dict.fromkeys(("feasible", "complete"), bool),
-    **dict.fromkeys(("state", "error"), str),
-}
+# What is no number, and what is never None.
+_KINDS = {"params": dict, "feasible": bool, "complete": bool, "state": str, "error": str}
 _NEVER_NONE = ("params", "complete", "state", "seconds", "suggestion_seconds")
 
 
@@ -97,13 +94,15 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values; a number that JSON has no word for becomes None."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        cleaned: dict[str, Any] = jsonable(values)
-        return cleaned
+        return dict(jsonable(dataclasses.asdict(self)))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str = "Evaluation") -> Evaluation:
-        """Read what `to_dict` wrote; an unknown key is refused by name."""
+        """Read what `to_dict` wrote.
+
+        Raises:
+            UsageError: a key is unknown, or a value of another kind; names it.
+        """
         known = [f.name for f in dataclasses.fields(cls)]
         unknown = [key for key in values if key not in known]
         if unknown or "params" not in values:
@@ -201,8 +200,7 @@ def save_optimization_results(
     ``best_config.json``, ``optimization_results.json``, ``optimization_metadata.json`` and
     ``optimization_summary.txt``. Where nothing was feasible, ``nearest_miss.json`` takes the
     place of ``best_config.json``; where every evaluation failed there is neither. One that an
-    earlier search left is removed. What
-    JSON has no word for (NaN) is written as null.
+    earlier search left is removed. A number that JSON has no word for (NaN) becomes null.
 
     Args:
         result: the search.
@@ -249,14 +247,14 @@ def save_optimization_results(
         ),
     )
     atomic_write_text(folder / SUMMARY_FILE, summary or default_summary(result))
-    if has_best:
-        (folder / NEAREST_MISS_FILE).unlink(missing_ok=True)
-        atomic_write_json(folder / CONFIG_FILE, config)
-    else:
-        (folder / CONFIG_FILE).unlink(missing_ok=True)
-        (folder / NEAREST_MISS_FILE).unlink(missing_ok=True)
-        if "nearest_miss" in result.extra:
-            atomic_write_json(folder / NEAREST_MISS_FILE, jsonable(result.extra["nearest_miss"]))
+    for name, values in (
+        (CONFIG_FILE, config if has_best else None),
+        (NEAREST_MISS_FILE, None if has_best else result.extra.get("nearest_miss")),
+    ):
+        if values is None:
+            (folder / name).unlink(missing_ok=True)
+        else:
+            atomic_write_json(folder / name, jsonable(values))
 
 
 def default_summary(result: OptimizationResult) -> str:
@@ -264,23 +262,22 @@ def default_summary(result: OptimizationResult) -> str:
     best = result.best_params
     params = best if isinstance(best, dict) else best.documented()
     failed = sum(e.failed for e in result.evaluations)
-    lines = [
-        f"{result.method} search, seed {result.seed}",
-        f"{result.num_evaluations} evaluations ({failed} failed) in "
-        f"{duration(result.optimization_time)}",
-        f"best score: {result.best_score:.6g}",
-        f"converged: {'yes' if result.converged else 'no'}",
-    ]
     if UNFINISHED in result.extra:
-        lines.append(f"Not finished, so no best_config.json: {result.extra[UNFINISHED]}")
+        end = f"Not finished, so no best_config.json: {result.extra[UNFINISHED]}"
     elif failed and failed == len(result.evaluations):
-        lines.append("Every evaluation failed; no best_config.json")
-    elif "nearest_miss" not in result.extra:
-        lines += ["best parameters:", *(f"  {name} = {value}" for name, value in params.items())]
-    else:
-        degradation = 100 * result.extra["nearest_miss"]["degradation"]
-        lines.append(
+        end = "Every evaluation failed; no best_config.json"
+    elif "nearest_miss" in result.extra:
+        end = (
             "All configurations violate the constraint; no best_config.json. Smallest "
-            f"degradation: {degradation:.2f}% ({NEAREST_MISS_FILE})"
+            f"degradation: {result.extra['nearest_miss']['degradation']:.2%} ({NEAREST_MISS_FILE})"
         )
-    return "\n".join(lines) + "\n"
+    else:
+        end = "\n  ".join(["best parameters:", *(f"{key} = {params[key]}" for key in params)])
+    return (
+        f"{result.method} search, seed {result.seed}\n"
+        f"{result.num_evaluations} evaluations ({failed} failed) in "
+        f"{duration(result.optimization_time)}\n"
+        f"best score: {result.best_score:.6g}\n"
+        f"converged: {'yes' if result.converged else 'no'}\n"
+        f"{end}\n"
+    )

@@ -18,7 +18,7 @@ from var_moe.optimization.methods import (
     random_search,
 )
 from var_moe.optimization.preparation import PreparedSearch, prepare
-from var_moe.optimization.replay_run import ReplaySearch, replay_metadata, search_by_replay
+from var_moe.optimization.replay_run import ReplaySearch, search_by_replay
 from var_moe.optimization.results import RESULTS_FILE, OptimizationResult
 from var_moe.optimization.search_space import point_count
 from var_moe.optimization.selection import PARETO_FILE, save_front
@@ -77,7 +77,7 @@ def tune(
                 last.measure_front(replayed.front)
             by_dataset = last.by_dataset()
         if replayed:
-            about["replay"] = replay_metadata(replayed)
+            about["replay"] = replayed.metadata
             save_front(
                 settings.output,
                 replayed.front,
@@ -87,7 +87,7 @@ def tune(
                 identity=ready.identity,
             )
         notes = [
-            *profile_notes(ready.profile, ready.objective.default, ready.space),
+            *profile_notes(ready.profile, ready.objective.default),
             *search_notes(result, ready.validation.independent),
             *ready.final.timing_notes(),
         ]

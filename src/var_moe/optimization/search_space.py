@@ -8,9 +8,8 @@ seed and an index, so that a resumed search draws what an unbroken one would.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -54,6 +53,11 @@ class Dimension:
         return self.low < self.high
 
     @property
+    def count(self) -> int | float:
+        """How many values there are."""
+        return self.high - self.low + 1 if self.integer else math.inf if self.free else 1
+
+    @property
     def ends(self) -> tuple[int | float, ...]:
         """The outermost values."""
         return (self.low, self.high)
@@ -78,10 +82,9 @@ class Dimension:
         if self.log:
             first, last = math.log(self.low), math.log(self.high + self.integer)
             value = math.exp(first + share * (last - first))
-            return self.clip(math.floor(value) if self.integer else value)
-        if self.integer:
-            return int(min(self.high, self.low + math.floor(share * (self.high - self.low + 1))))
-        return float(min(self.high, self.low + share * (self.high - self.low)))
+        else:
+            value = self.low + share * (self.high - self.low + self.integer)
+        return self.clip(math.floor(value) if self.integer else value)
 
     def moved(self, value: int | float, step: float) -> int | float:
         """`value` moved by `step`, in the scale of `span`, and kept inside the bounds."""
@@ -110,35 +113,34 @@ class Dimension:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """One checked entry of a search space whose values are names, without an order."""
+    """The same for an entry whose values are names, without an order or steps between them."""
 
     name: str
     choices: tuple[str, ...]
     default: str
 
-    span = 0.0  # no name is near another one
+    span = 0.0
 
     @property
     def free(self) -> bool:
-        """Whether there is more than one value."""
         return len(self.choices) > 1
 
     @property
+    def count(self) -> int:
+        return len(self.choices)
+
+    @property
     def ends(self) -> tuple[str, ...]:
-        """All values: none lies between others."""
         return self.choices
 
     @property
     def expected(self) -> str:
-        """What a value must be, for messages."""
         return f"one of {', '.join(self.choices)}"
 
     def holds(self, value: Any) -> bool:
-        """Whether it is a value of this dimension."""
         return value in self.choices
 
     def at(self, share: float) -> str:
-        """The value at `share` in [0, 1)."""
         return self.choices[min(int(share * len(self.choices)), len(self.choices) - 1)]
 
     def turn(self, index: int) -> str:
@@ -146,11 +148,9 @@ class Choice:
         return self.choices[(self.choices.index(self.default) + index) % len(self.choices)]
 
     def moved(self, value: str, step: float) -> str:
-        """`value`: there are no steps between names."""
         return value
 
     def clip(self, value: Any) -> str:
-        """The value itself."""
         return str(value)
 
     def grid(self, n_points: int) -> list[str]:
@@ -158,13 +158,11 @@ class Choice:
         return list(self.choices)
 
     def to_dict(self) -> dict[str, Any]:
-        """The entry as it stands in a search space."""
         return {"type": "choice", "choices": list(self.choices), "default": self.default}
 
 
 def dimensions(space: SearchSpace) -> list[Dimension | Choice]:
-    """The space's entries in order, checked and typed; a missing default is the middle of the
-    range, in the scale that it is searched on.
+    """The space's entries in order, checked and typed.
 
     Raises:
         UsageError: names the entry, what is wrong with it and what is expected.
@@ -174,12 +172,8 @@ def dimensions(space: SearchSpace) -> list[Dimension | Choice]:
     return [dimension_of(name, entry) for name, entry in space.items()]
 
 
-def validate_space(space: SearchSpace) -> None:
-    """Raise UsageError, naming the entry, if `space` is not a valid search space."""
-    dimensions(space)
-
-
 def dimension_of(name: Any, entry: Any) -> Dimension | Choice:
+    """One entry; a missing default is the middle of the range, in the scale of the search."""
     where = f"search space: {name}"
     if not isinstance(name, str) or not isinstance(entry, Mapping):
         raise UsageError(f"{where}: expected a name with its type, low, high, default")
@@ -193,22 +187,30 @@ def dimension_of(name: Any, entry: Any) -> Dimension | Choice:
         raise UsageError(f"{where}: type = {entry.get('type')!r}: expected {expected}")
     integer = entry["type"] == "int"
     kind = int if integer else float
-    for key in ("low", "high", "default"):
-        if key == "default" and key not in entry:
-            continue
+    for key in ("low", "high", *(["default"] if "default" in entry else [])):
         if not is_number(entry.get(key), integer=integer):
             expected = "an integer" if integer else "a finite number"
             raise UsageError(f"{where}: {key} = {entry.get(key)!r}: expected {expected}")
-    low, high = kind(entry["low"]), kind(entry["high"])
+    low, high, log = kind(entry["low"]), kind(entry["high"]), entry.get("log", False)
     if low > high:
         raise UsageError(f"{where}: low = {low} is above high = {high}")
-    log = _log(where, entry, low)
-    default = kind(entry.get("default", _middle(low, high, integer=integer, log=log)))
+    if not isinstance(log, bool | np.bool_):
+        raise UsageError(f"{where}: log = {log!r}: expected true or false")
+    if log and low <= 0:
+        raise UsageError(f"{where}: low = {low}: expected a value above 0 on a logarithmic scale")
+    middle = math.sqrt(low) * math.sqrt(high) if log else (low + high) / 2
+    middle = min(max(middle, low), high)
+    if integer:
+        middle = round(middle) if log else (low + high) // 2
+    default = kind(entry.get("default", middle))
     if not low <= default <= high:
         raise UsageError(f"{where}: default = {default}: expected a value in [{low}, {high}]")
-    if name in DOCUMENTED_FIELDS:
-        _check_config_bounds(where, name, low, high)
-    return Dimension(name=name, integer=integer, low=low, high=high, default=default, log=log)
+    for value in (low, high) if name in DOCUMENTED_FIELDS else ():
+        try:  # a range may be wider than documented, but not than what is valid
+            VARConfig(**{name: value})  # type: ignore[arg-type]
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}") from None
+    return Dimension(name=name, integer=integer, low=low, high=high, default=default, log=bool(log))
 
 
 def _choice(where: str, name: str, entry: Mapping[str, Any]) -> Choice:
@@ -218,32 +220,6 @@ def _choice(where: str, name: str, entry: Mapping[str, Any]) -> Choice:
     if entry["default"] not in choices:
         raise UsageError(f"{where}: default = {entry['default']!r}: expected one of {choices}")
     return Choice(name=name, choices=tuple(map(str, choices)), default=str(entry["default"]))
-
-
-def _log(where: str, entry: Mapping[str, Any], low: int | float) -> bool:
-    """Whether a range is searched on a logarithmic scale, which can't reach zero."""
-    log = entry.get("log", False)
-    if not isinstance(log, bool | np.bool_):
-        raise UsageError(f"{where}: log = {log!r}: expected true or false")
-    if log and low <= 0:
-        raise UsageError(f"{where}: low = {low}: expected a value above 0 on a logarithmic scale")
-    return bool(log)
-
-
-def _middle(low: int | float, high: int | float, *, integer: bool, log: bool) -> int | float:
-    if log:
-        middle = min(max(math.sqrt(low) * math.sqrt(high), low), high)
-        return round(middle) if integer else middle
-    return (low + high) // 2 if integer else (low + high) / 2
-
-
-def _check_config_bounds(where: str, name: str, low: float, high: float) -> None:
-    """A range of a VARConfig field may be wider than documented, but not than what is valid."""
-    for value in (low, high):
-        try:
-            VARConfig(**{name: value})  # type: ignore[arg-type]
-        except UsageError as error:
-            raise UsageError(f"{where}: {error}") from None
 
 
 def is_number(value: Any, *, integer: bool) -> bool:
@@ -349,7 +325,7 @@ def check_grid(space: SearchSpace, n_points: int, *, name: str = "n_points") -> 
         UsageError: names the argument and the number of points.
     """
     count = check_count(name, n_points)
-    points = math.prod(min(count, _count(d)) for d in dimensions(space))
+    points = math.prod(min(count, d.count) for d in dimensions(space))
     if points > MOST_POINTS:
         raise UsageError(
             f"{name} = {count}: a grid of {points:,} points; expected at most {MOST_POINTS:,}"
@@ -362,22 +338,11 @@ def grid_size(space: SearchSpace, n_points_per_dim: int) -> int:
     return math.prod(len(values) for values in _grid_values(space, n_points_per_dim))
 
 
-def grid_points(space: SearchSpace, n_points_per_dim: int) -> Iterator[Params]:
-    """The full grid, the last name varying fastest."""
-    names = list(space)
-    for values in itertools.product(*_grid_values(space, n_points_per_dim)):
-        yield dict(zip(names, values, strict=True))
-
-
 def grid_point(space: SearchSpace, n_points_per_dim: int, index: int) -> Params:
-    """The grid's point number `index`, as `grid_points` counts them."""
-    point: Params = {}
-    for name, values in reversed(
-        list(zip(space, _grid_values(space, n_points_per_dim), strict=True))
-    ):
-        index, place = divmod(index, len(values))
-        point[name] = values[place]
-    return {name: point[name] for name in space}
+    """The grid's point number `index`, the last name varying fastest."""
+    values = _grid_values(space, n_points_per_dim)
+    places = np.unravel_index(index, [len(own) for own in values])
+    return {name: own[place] for name, own, place in zip(space, values, places, strict=True)}
 
 
 def parse_bounds(bounds: Sequence[str], space: SearchSpace) -> dict[str, dict[str, Any]]:
@@ -394,8 +359,8 @@ def parse_bounds(bounds: Sequence[str], space: SearchSpace) -> dict[str, dict[st
     for text in bounds:
         name, _, span = text.partition("=")
         name = name.strip()
-        low, colon, high = span.partition(":")
-        if not colon:
+        ends = span.split(":")
+        if len(ends) != 2:
             raise UsageError(f"bounds {text!r}: expected name=low:high, e.g. cache_size=100:8000")
         if name not in new:
             raise UsageError(f"bounds {text!r}: unknown name {name!r}; expected {', '.join(new)}")
@@ -404,30 +369,19 @@ def parse_bounds(bounds: Sequence[str], space: SearchSpace) -> dict[str, dict[st
         given.add(name)
         if new[name]["type"] == "choice":
             raise UsageError(f"bounds {text!r}: {name} has no range; name the one that you want")
-        integer = new[name]["type"] == "int"
-        entry = {
-            **new[name],
-            "low": _parse(low, integer, text),
-            "high": _parse(high, integer, text),
-        }
-        entry["default"] = min(max(entry["default"], entry["low"]), entry["high"])
+        low, high = (_parse(end, new[name]["type"] == "int", text) for end in ends)
+        default = min(max(new[name]["default"], low), high)
+        new[name] = {**new[name], "low": low, "high": high, "default": default}
         try:
-            dimension_of(name, entry)
+            dimension_of(name, new[name])
         except UsageError as error:
             raise UsageError(f"bounds {text!r}: {error}") from None
-        new[name] = entry
     return new
 
 
 def point_count(space: SearchSpace) -> int | float:
     """How many different points there are; infinite with a float that has a range."""
-    return math.prod(_count(d) for d in dimensions(space))
-
-
-def _count(d: Dimension | Choice) -> int | float:
-    if isinstance(d, Choice):
-        return len(d.choices)
-    return d.high - d.low + 1 if d.integer else math.inf if d.free else 1
+    return math.prod(d.count for d in dimensions(space))
 
 
 def _grid_values(space: SearchSpace, n_points_per_dim: int) -> list[list[Any]]:

@@ -34,22 +34,20 @@ if TYPE_CHECKING:
     from var_moe.optimization.measure_again import Remeasured
 
 Z_95 = 1.645  # one-sided
-CONVERGENCE_WINDOW = 10
-CONVERGENCE_GAIN = 0.005
-
+CONVERGENCE_WINDOW, CONVERGENCE_GAIN = 10, 0.005
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """What decides whether one measured candidate wins over another.
+    """What decides whether one measured candidate wins over another; None is not known.
 
     Args:
         keeps_bound: whether it may win at all. In a search the degradation itself must be within
             the bound; measured again, on text that was not searched on, its 95% upper bound.
-        experts_per_token: executed pairs / (layers x tokens); None where it is not known.
-        degradation_upper: 95% upper bound of the degradation; None where it is not known.
+        experts_per_token: executed.
+        degradation_upper: 95% upper bound of the degradation.
         score: the documented score, or that of a bare callable.
     """
 
@@ -109,33 +107,22 @@ def best_evaluation(evaluations: Iterable[Evaluation]) -> Evaluation | None:
     return winner(evaluations, standing_of)
 
 
-def highest_score(evaluations: Sequence[Evaluation]) -> float:
-    """The highest score of all complete evaluations, feasible or not; NaN without any."""
-    return max((_score(e) for e in evaluations if not e.failed), default=math.nan)
-
-
 def nearest_miss(evaluations: Sequence[Evaluation]) -> Evaluation | None:
     """The evaluation with the smallest degradation; None where none has any."""
     known = [e for e in evaluations if not e.failed and e.degradation is not None]
     return min(known, key=lambda e: e.degradation or 0.0, default=None)
 
 
-def has_converged(
-    evaluations: Sequence[Evaluation],
-    *,
-    window: int = CONVERGENCE_WINDOW,
-    gain: float = CONVERGENCE_GAIN,
-) -> bool:
-    """Whether the last `window` evaluations brought no feasible gain above `gain`, relative.
+def has_converged(evaluations: Sequence[Evaluation]) -> bool:
+    """Whether the last 10 evaluations brought no feasible gain above 0.5%.
 
-    False with no evaluation before the window, and where none before it was feasible: a
-    search that has found nothing has not converged.
+    False where none before them was feasible: a search that has found nothing has not converged.
     """
-    before = best_evaluation(evaluations[:-window])
+    before = best_evaluation(evaluations[:-CONVERGENCE_WINDOW])
     last = best_evaluation(evaluations)
-    if before is None or last is None:
+    if before is None or before.score is None or last is None or last.score is None:
         return False
-    return _score(last) - _score(before) <= gain * abs(_score(before))
+    return last.score - before.score <= CONVERGENCE_GAIN * abs(before.score)
 
 
 def promise(evaluation: Evaluation) -> float:
@@ -149,13 +136,14 @@ def distinct_evaluations(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
     Alike: equal perplexity, experts per token and tiers, as when only a time to live differs
     that never expired.
     """
-    kept: dict[Hashable, Evaluation] = {}
+    kept: list[Evaluation] = []
+    seen: set[Hashable] = set()
     for evaluation in sorted(evaluations, key=promise, reverse=True):
-        kept.setdefault(_behaviour(evaluation), evaluation)
-    by_point: dict[Hashable, Evaluation] = {}
-    for evaluation in kept.values():
-        by_point.setdefault(point_key(evaluation.params), evaluation)
-    return list(by_point.values())
+        alike = {point_key(evaluation.params), _behaviour(evaluation)}
+        if not alike & seen:
+            kept.append(evaluation)
+            seen |= alike
+    return kept
 
 
 def _behaviour(evaluation: Evaluation) -> Hashable:
@@ -168,10 +156,6 @@ def _behaviour(evaluation: Evaluation) -> Hashable:
         evaluation.learned_pct,
     )
     return point_key(evaluation.params) if None in outcome else outcome
-
-
-def _score(evaluation: Evaluation) -> float:
-    return math.nan if evaluation.score is None else evaluation.score
 
 
 def non_dominated(cost: Floats, gain: Floats) -> list[int]:
@@ -187,11 +171,8 @@ def non_dominated(cost: Floats, gain: Floats) -> list[int]:
 
 
 PARETO_FILE = "pareto.json"
-
-
 POINTS = 40
-
-
+"""Of the front, about, at the most."""
 VERIFIED_AT = (0.3, 0.6, 2.0, 4.0)
 """Multiples of the bound at which the front is verified besides the search's own candidates."""
 
@@ -211,19 +192,16 @@ def feasible_front(
     forecasts: Sequence[Forecast],
     mean: Floats,
     deviation: Floats,
-    *,
-    at_most: int = POINTS,
 ) -> list[FrontPoint]:
-    """The non-dominated points, the safest first, thinned to about ``at_most`` of them.
+    """The non-dominated points, the safest first, thinned to about `POINTS` of them.
 
     Args:
         points, forecasts: candidates.
         mean, deviation: (M,) of the logarithm of their degradation, corrected.
-        at_most: points.
     """
     score = np.array([one.score for one in forecasts])
     front = non_dominated(mean, score)
-    keep = np.unique(np.linspace(0, len(front) - 1, min(at_most, len(front))).round().astype(int))
+    keep = np.unique(np.linspace(0, len(front) - 1, min(POINTS, len(front))).round().astype(int))
     return [
         FrontPoint(
             params=dict(points[front[i]]),
@@ -254,15 +232,9 @@ def save_front(
     max_degradation: float,
     identity: Mapping[str, Any],
 ) -> None:
-    """Write ``pareto.json``: verified and forecast points, the safest first.
+    """Write ``pareto.json``: the forecast points of a ``front``, and the ``measured`` ones.
 
-    Args:
-        folder: results folder.
-        front: forecast points.
-        measured: verified ones.
-        candidate: what a forecast point stands for.
-        max_degradation: bound of the search.
-        identity: what was searched on.
+    ``candidate`` is what a forecast point stands for; the safest come first.
     """
     rows: list[dict[str, Any]] = [
         {
@@ -286,9 +258,7 @@ def save_front(
                 "degradation_standard_error": change.standard_error,
                 "degradation_upper_95": change.upper,
                 "speedup": one.speed.speedup.median if one.speed else None,
-                "speedup_95": [one.speed.speedup.low, one.speed.speedup.high]
-                if one.speed
-                else None,
+                "speedup_95": one.speed and [one.speed.speedup.low, one.speed.speedup.high],
                 "experts_per_token": report.experts_per_token,
                 "fast_pct": report.fast_pct,
                 "cached_pct": report.cached_pct,

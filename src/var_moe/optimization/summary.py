@@ -12,7 +12,6 @@ import numpy as np
 from var_moe.calibration.profile import RoutingProfile
 from var_moe.optimization.candidate import Candidate
 from var_moe.optimization.results import LEARNED_TARGET_PCT, NEAREST_MISS_FILE, OptimizationResult
-from var_moe.optimization.search_space import SearchSpace
 from var_moe.optimization.selection import CONVERGENCE_WINDOW
 from var_moe.terminal import WIDTH, figures_table, show
 
@@ -23,57 +22,45 @@ if TYPE_CHECKING:
     from var_moe.optimization.measure_again import Remeasured
 
 
-SPEEDUP_TARGET = 1.3
-STABLE_WITHIN = 0.03
-STABLE = "stable: all runs feasible, speedups within 3%"
+SPEEDUP_TARGET, STABLE_WITHIN = 1.3, 0.03
 
 
-MET = {True: "yes", False: "NO", None: "-"}
-"""How a criterion's `met` is shown."""
-
-
-def result_table(rows: Sequence[Remeasured], *, baseline_tps: float | None, top_k: int) -> Any:
+def result_table(rows: Sequence[Remeasured], *, top_k: int) -> Any:
     """One row per configuration, the unmodified model first."""
-    from rich.table import Table
-
-    table = Table(title="Measured on text that was not searched on", title_justify="left")
-    for heading in (
-        "configuration",
-        "PPL",
-        "change (95% upper)",
-        "speedup [95%]",
-        "experts/token",
-        "fast/cached/learned %",
-    ):
-        table.add_column(heading, justify="left" if heading == "configuration" else "right")
-    if any(row.quality.worst for row in rows):
-        table.add_column("worst data set (95% upper)", justify="right")
-    if rows:
-        ppl = rows[0].quality.change.baseline_perplexity
-        speed = "1.00" if baseline_tps is None else f"1.00 ({baseline_tps:,.0f} tokens/s)"
-        table.add_row("baseline", f"{ppl:.3f}", "", speed, f"{top_k:.2f}", "0 / 0 / 100")
+    robust = any(row.quality.worst for row in rows)
+    table = figures_table(
+        "Measured on text that was not searched on",
+        *("configuration", "PPL", "change (95% upper)", "speedup [95%]"),
+        *("experts/token", "fast/cached/learned %"),
+        *(["worst data set (95% upper)"] if robust else []),
+    )
+    ppl = rows[0].quality.change.baseline_perplexity
+    tps = next((row.speed.baseline_tps for row in rows if row.speed), None)
+    speed = "1.00" if tps is None else f"1.00 ({tps:,.0f} tokens/s)"
+    table.add_row("baseline", f"{ppl:.3f}", "", speed, f"{top_k:.2f}", "0 / 0 / 100")
     for row in rows:
-        change, report, speedup = row.quality.change, row.quality.report, row.speed
+        change, report, worst = row.quality.change, row.quality.report, row.quality.worst
+        ratio = row.speed and row.speed.speedup
         table.add_row(
             row.name,
             f"{change.perplexity:.3f}",
-            f"{100 * change.value:+.2f}% ({100 * change.upper:+.2f}%)",
-            f"{speedup.speedup.median:.3f} [{speedup.speedup.low:.3f}, {speedup.speedup.high:.3f}]"
-            if speedup
+            _change(change.value, change.upper),
+            f"{ratio.median:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
+            if ratio
             else "over the bound",
             f"{report.experts_per_token:.3f}",
             f"{report.fast_pct:.1f} / {report.cached_pct:.1f} / {report.learned_pct:.1f}",
-            *_worst(row),
+            *(
+                [f"{worst.dataset} {_change(worst.change.value, worst.change.upper)}"]
+                if worst
+                else []
+            ),
         )
     return table
 
 
-def _worst(row: Remeasured) -> list[str]:
-    worst = row.quality.worst
-    if worst is None:
-        return []
-    change = worst.change
-    return [f"{worst.dataset} {100 * change.value:+.2f}% ({100 * change.upper:+.2f}%)"]
+def _change(value: float, upper: float) -> str:
+    return f"{value:+.2%} ({upper:+.2%})"
 
 
 def apart_table(rows: Sequence[Mapping[str, Any]], *, title: str) -> Any:
@@ -89,7 +76,7 @@ def apart_table(rows: Sequence[Mapping[str, Any]], *, title: str) -> Any:
             f"{row['documents']:,}",
             f"{row['baseline_perplexity']:.3f}",
             f"{row['perplexity']:.3f}",
-            f"{100 * row['degradation']:+.2f}% ({100 * row['degradation_upper_95']:+.2f}%)",
+            _change(row["degradation"], row["degradation_upper_95"]),
             f"{row['experts_per_token']:.3f}",
             f"{row['fast_pct']:.1f} / {row['cached_pct']:.1f} / {row['learned_pct']:.1f}",
         )
@@ -103,17 +90,13 @@ def summary_parts(
     by_dataset: Sequence[Mapping[str, Any]] = (),
     answer: str,
     notes: Sequence[str],
-    max_degradation: float,
     top_k: int,
 ) -> list[RenderableType]:
     """What is printed at the end and stands in ``optimization_summary.txt``."""
-    from rich.table import Table
-
     rows = [*([best] if best else []), *others]
-    tps = next((row.speed.baseline_tps for row in rows if row.speed), None)
     parts: list[RenderableType] = [answer, ""]
     if rows:
-        parts += [result_table(rows, baseline_tps=tps, top_k=top_k), ""]
+        parts += [result_table(rows, top_k=top_k), ""]
     if by_dataset:
         title = f"{rows[0].name if best else 'Nearest miss'}, each data set by itself"
         parts += [apart_table(by_dataset, title=title), ""]
@@ -126,20 +109,7 @@ def summary_parts(
                 f"({best.speed.backend}) x skipping {skip.median:.3f}."
             )
         parts.append(f"Best configuration: {best.config.documented()} ({best.config.kind})")
-        criteria = Table(title="Success criteria", title_justify="left")
-        for heading in ("criterion", "measured", "met"):
-            criteria.add_column(heading)
-        for row in success_criteria(
-            degradation=best.quality.judged.value,
-            upper=best.quality.judged.upper,
-            max_degradation=max_degradation,
-            speedups=[best.speed.speedup],
-            learned_pct=best.quality.report.learned_pct,
-        ):
-            criteria.add_row(row["name"], row["measured"], MET[row["met"]])
-        parts += ["", criteria]
-    parts += [f"Note: {note}" for note in notes]
-    return parts
+    return [*parts, *(f"Note: {note}" for note in notes)]
 
 
 def as_text(parts: Sequence[RenderableType]) -> str:
@@ -157,60 +127,49 @@ def success_criteria(
     speedups: Sequence[Ratio],
     learned_pct: float,
 ) -> list[dict[str, Any]]:
-    """One row per criterion: name, met (None: not measured), measured.
+    """What was hoped of a configuration, on held-out text: name, met, measured.
 
     Args:
         degradation: relative perplexity change.
         upper: its one-sided 95% upper bound.
         max_degradation: the bound on it.
-        speedups: measured speedup of each run; stability needs at least two. The middle one is
-            judged by the low end of its interval: on a disturbed machine the figure alone lies.
+        speedups: measured speedup of each run. The middle one is judged by the low end of its
+            interval: on a disturbed machine the figure alone lies.
         learned_pct: share of decisions left to the router, in percent.
     """
     speedups = sorted(speedups, key=lambda one: one.median)
     middle = speedups[len(speedups) // 2]
+    spread = (speedups[-1].median - speedups[0].median) / middle.median
     rows = [
-        {
-            "name": f"degradation < {100 * max_degradation:g}% (by its 95% upper bound)",
-            "met": upper < max_degradation,
-            "measured": f"{100 * degradation:+.2f}% (95% upper bound {100 * upper:+.2f}%)",
-        },
-        {
-            "name": f"speedup > {SPEEDUP_TARGET}x (by its 95% interval)",
-            "met": middle.low > SPEEDUP_TARGET,
-            "measured": f"{middle.median:.3f}x [{middle.low:.3f}, {middle.high:.3f}]",
-        },
-        {
-            "name": f"learned routing < {LEARNED_TARGET_PCT:g}%",
-            "met": learned_pct < LEARNED_TARGET_PCT,
-            "measured": f"{learned_pct:.1f}%",
-        },
+        (
+            f"degradation < {100 * max_degradation:g}% (by its 95% upper bound)",
+            upper < max_degradation,
+            f"{degradation:+.2%} (95% upper bound {upper:+.2%})",
+        ),
+        (
+            f"speedup > {SPEEDUP_TARGET}x (by its 95% interval)",
+            middle.low > SPEEDUP_TARGET,
+            f"{middle.median:.3f}x [{middle.low:.3f}, {middle.high:.3f}]",
+        ),
+        (
+            f"learned routing < {LEARNED_TARGET_PCT:g}%",
+            learned_pct < LEARNED_TARGET_PCT,
+            f"{learned_pct:.1f}%",
+        ),
+        (
+            "stable: all runs feasible, speedups within 3%",
+            upper < max_degradation and spread <= STABLE_WITHIN,
+            f"{len(speedups)} runs, spread {spread:.1%}",
+        ),
     ]
-    if len(speedups) == 1:
-        rows.append(
-            {
-                "name": STABLE,
-                "met": None,
-                "measured": "one run here; --validate makes three",
-            }
-        )
-    else:
-        spread = (speedups[-1].median - speedups[0].median) / middle.median
-        rows.append(
-            {
-                "name": STABLE,
-                "met": upper < max_degradation and spread <= STABLE_WITHIN,
-                "measured": f"{len(speedups)} runs, spread {100 * spread:.1f}%",
-            }
-        )
-    return rows
+    return [dict(zip(("name", "met", "measured"), row, strict=True)) for row in rows]
 
 
 def nearest_answer(near: Remeasured, limit: str, output: Path) -> str:
     return (
         f"All configurations violate constraint: the smallest degradation is "
-        f"{100 * near.quality.judged.value:+.2f}% (95% upper bound "
-        f"{100 * near.quality.judged.upper:+.2f}%, bound {limit}{_judged_on(near)}) with "
+        f"{near.quality.judged.value:+.2%} (95% upper bound {near.quality.judged.upper:+.2%}, "
+        f"bound {limit}{_judged_on(near)}) with "
         f"{near.config.documented()} ({near.config.kind}). It is saved in "
         f"{output / NEAREST_MISS_FILE}; "
         "try a larger --max_degradation or wider --bounds."
@@ -219,11 +178,11 @@ def nearest_answer(near: Remeasured, limit: str, output: Path) -> str:
 
 def best_answer(best: Remeasured, default: Remeasured | None, limit: str, top_k: int) -> str:
     assert best.speed is not None
+    judged = best.quality.judged
     answer = (
         f"Fastest configuration with degradation below {limit}: "
-        f"{best.speed.speedup.median:.3f}x at "
-        f"{100 * best.quality.judged.value:+.2f}% perplexity (95% upper bound "
-        f"{100 * best.quality.judged.upper:+.2f}%{_judged_on(best)}), "
+        f"{best.speed.speedup.median:.3f}x at {judged.value:+.2%} perplexity (95% upper bound "
+        f"{judged.upper:+.2%}{_judged_on(best)}), "
         f"{best.quality.report.experts_per_token:.2f} of {top_k} experts per token."
     )
     if not _no_better(best, default):
@@ -253,37 +212,28 @@ def _no_better(best: Remeasured, default: Remeasured | None) -> bool:
     return best.config == default.config or best.speed.speedup.median <= default.speed.speedup.high
 
 
-FASTER = (
-    "these are VAR's six thresholds; where it was measured, the damage policy runs fewer experts "
-    "at the same degradation: `var-moe tune --policy damage`"
-)
-
-
-def profile_notes(profile: RoutingProfile, default: Candidate, space: SearchSpace) -> list[str]:
+def profile_notes(profile: RoutingProfile, default: Candidate) -> list[str]:
     """Where an entropy threshold can't bite on this model; nothing for a policy without one."""
     threshold = default.settings.get("entropy_threshold")
     if threshold is None:
         return []
-    stats = profile.stats
-    weight = stats["frequency"].to_numpy(np.float64)
-    entropy = stats["mean_entropy"].to_numpy(np.float64)
-
-    def reach(threshold: float) -> float:
-        return float(weight[entropy <= threshold].sum() / weight.sum())
-
-    top = float(space.get("entropy_threshold", {"high": threshold})["high"])
-    if reach(threshold) >= 0.001:
-        return [FASTER]
-    how = "never" if reach(threshold) == 0 else "hardly ever (below 0.1%)"
+    faster = (
+        "these are VAR's six thresholds; where it was measured, the damage policy runs fewer "
+        "experts at the same degradation: `var-moe tune --policy damage`"
+    )
+    weight = profile.stats["frequency"].to_numpy(np.float64)
+    entropy = profile.stats["mean_entropy"].to_numpy(np.float64)
+    reach = float(weight[entropy <= threshold].sum() / weight.sum())
+    if reach >= 0.001:
+        return [faster]
+    how = "never" if reach == 0 else "hardly ever (below 0.1%)"
     note = (
         f"with the default entropy_threshold {threshold} the fast path is {how} taken on this "
         f"model (a tenth of its table entries lie below {np.quantile(entropy, 0.1):.2f} nats, of "
         f"at most {profile.head['entropy_max_nats']:.2f}); what cuts pairs here is "
         "confidence_threshold"
     )
-    if reach(top) < 0.001:
-        note += f", also at the search's highest entropy, {top:g}"
-    return [note, FASTER]
+    return [note, faster]
 
 
 def search_notes(result: OptimizationResult, independent: bool) -> list[str]:

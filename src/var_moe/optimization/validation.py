@@ -33,7 +33,7 @@ RUNS = 3
 BLOCKS = 10
 
 
-def find_profile(config_path: Path, given: Path | None) -> RoutingProfile:
+def find_profile(config_path: Path, given: Path | None = None) -> RoutingProfile:
     """The profile that the search used, recognised by its hash.
 
     Args:
@@ -54,18 +54,14 @@ def find_profile(config_path: Path, given: Path | None) -> RoutingProfile:
 
 def profile_beside(config_path: Path, given: Path | None = None) -> RoutingProfile | None:
     """As `find_profile`, but None where there is no profile at all."""
-    metadata_path = config_path.parent / METADATA_FILE
     recorded: dict[str, Any] = {}
-    if metadata_path.is_file():
-        with entries_of(metadata_path):
-            metadata = read_json(metadata_path, what="metadata of a search")
-            recorded = dict(metadata.get("profile") or {})
-    # Beside the configuration first: a results folder may have been moved.
+    with entries_of(config_path.parent / METADATA_FILE):
+        recorded = dict(_metadata(config_path).get("profile") or {})
     places = [given] if given else [config_path.parent / PROFILE_FOLDER]
-    if not given and recorded.get("path"):
-        places.append(Path(recorded["path"]))
-    if not given and recorded.get("hash"):  # one of several seeds, which share a profile
-        places.append(config_path.parent.parent / PROFILE_FOLDER)
+    if not given:  # beside the configuration first: a results folder may have been moved
+        places += [Path(recorded["path"])] if recorded.get("path") else []
+        # One of several seeds, which share a profile.
+        places += [config_path.parent.parent / PROFILE_FOLDER] if recorded.get("hash") else []
     other = ""
     for place in places:
         if not given and not place.is_dir():
@@ -80,6 +76,13 @@ def profile_beside(config_path: Path, given: Path | None = None) -> RoutingProfi
     if other:
         raise UsageError(other)
     return None
+
+
+def _metadata(config_path: Path) -> dict[str, Any]:
+    """What the search says of itself beside its configuration, if one did."""
+    path = config_path.parent / METADATA_FILE
+    known: dict[str, Any] = read_json(path, what="metadata of a search") if path.is_file() else {}
+    return known
 
 
 def validate(
@@ -108,9 +111,8 @@ def validate(
     Args:
         loaded: the model.
         config_path: ``best_config.json`` of any search, or a VARConfig file.
-        dataset: name or path of the text, or several as ``a,b,c``; each is reported apart, and
+        dataset, split: of the text; each of several data sets (``a,b,c``) is reported apart, and
             so is each source of a single one.
-        split: its part; ``test`` unless there is a reason.
         max_degradation: bound on the relative perplexity change.
         robust: hold the bound against the worst of several data sets.
         output: folder for the result; the configuration's own by default.
@@ -118,8 +120,7 @@ def validate(
         compensation: folder of the learned compensation, where it is not the profile's own.
         max_samples: score at most so many documents (a seeded sample).
         mode: overrides the configuration's mode, for a file with the six fields alone.
-        runs: throughput runs.
-        blocks: timed blocks per arm and run.
+        runs, blocks: throughput runs, and timed blocks per arm of each.
         setting: batch that throughput is measured on.
         progress: called with a stage's name, steps done and in all.
 
@@ -151,8 +152,6 @@ def validate(
         "schema_version": SCHEMA_VERSION,
         "config": config.to_dict(),
         "text": text.to_dict(),
-        # Perplexity is deterministic: scored once, it holds for every run.
-        "perplexity_scored_once": True,
         "max_degradation": bound,
         "robust": robust,
         "profile_hash": profile.hash,
@@ -172,10 +171,8 @@ def validate(
         known("the data sets apart, the control, throughput", **quality.to_dict())
         by_dataset = measure_by_dataset(evaluator, config.make(profile))
         known("the control, throughput", by_dataset=by_dataset)
-        control = evaluator.quality(
-            RandomSkipPolicy(_share_dropped(executed, evaluator.top_k)),
-            what="random skip: perplexity",
-        )
+        random = _random_skip(executed, evaluator.top_k)
+        control = evaluator.quality(random, what="random skip: perplexity")
         known(
             "throughput",
             random_skip=control.to_dict(),
@@ -188,12 +185,14 @@ def validate(
             ran = [one.to_dict() for one in speeds]
             known(f"throughput after {len(speeds)} of {runs} runs", runs=ran)
         noise = evaluator.noise_floor(blocks=blocks)
-        middle = sorted(speeds, key=lambda one: one.speedup.median)[len(speeds) // 2]
+        speeds.sort(key=lambda one: one.speedup.median)
+        middle = speeds[len(speeds) // 2]
+        spread = speeds[-1].speedup.median - speeds[0].speedup.median
         return known(
             **middle.to_dict(),
             predicted_speedup=evaluator.predicted_speedup(executed),
             noise_floor=noise.to_dict(),
-            speedup_spread=_spread(speeds),
+            speedup_spread=spread / middle.speedup.median,
             criteria=success_criteria(
                 degradation=quality.judged.value,
                 upper=quality.judged.upper,
@@ -206,25 +205,16 @@ def validate(
 
 def _seen(data_hash: str, config_path: Path, profile: RoutingProfile) -> list[str]:
     """Why the text is not held out: it was profiled, or the search chose on it."""
-    beside = config_path.parent / METADATA_FILE
-    searched = read_json(beside, what="metadata of a search") if beside.is_file() else {}
     uses = {
         "was profiled": profile.head["data_hash"],
-        "is what the search chose on": (searched.get("validation") or {}).get("data_hash"),
+        "is what the search chose on": (_metadata(config_path).get("validation") or {}).get(
+            "data_hash"
+        ),
     }
-    return [
-        f"this text {use}, so it is not held out"
-        for use, known in uses.items()
-        if known == data_hash
-    ]
+    return [f"this text {use}, so it is not held out" for use in uses if uses[use] == data_hash]
 
 
-def _share_dropped(executed: float, top_k: int) -> float:
-    """The share of decisions to cut at random so that as many experts run."""
+def _random_skip(executed: float, top_k: int) -> RandomSkipPolicy:
+    """The control: cuts as many pairs, at random."""
     share = (top_k - executed) / max(1, top_k - leading_count(top_k))
-    return min(max(share, 0.0), 1.0)
-
-
-def _spread(speeds: list[Speed]) -> float:
-    values = [one.speedup.median for one in speeds]
-    return (max(values) - min(values)) / sorted(values)[len(values) // 2]
+    return RandomSkipPolicy(min(max(share, 0.0), 1.0))
