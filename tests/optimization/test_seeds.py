@@ -9,9 +9,9 @@ import pytest
 from results_folders import write_run
 
 from var_moe.errors import UsageError, VarMoeError
-from var_moe.optimization import seeds as room
+from var_moe.optimization import run as room
 from var_moe.optimization.measure_again import NothingFitsError
-from var_moe.optimization.seeds import tune_seeds
+from var_moe.optimization.run import tune_seeds
 from var_moe.optimization.settings import TuneSettings
 
 

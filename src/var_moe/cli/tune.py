@@ -111,7 +111,7 @@ def tune(
         )
     if from_ is not None:
         return _answer(from_, max_degradation, output)
-    from var_moe.optimization.seeds import STABILITY_FILE, parse_seeds, seeds_table, tune_seeds
+    from var_moe.optimization.run import STABILITY_FILE, parse_seeds, seeds_table, tune_seeds
     from var_moe.optimization.settings import TuneSettings
     from var_moe.optimization.trial_log import check_storage
     from var_moe.storage import read_json

@@ -221,19 +221,9 @@ def replay_search(
 ) -> OptimizationResult:
     """Search with few full evaluations, each chosen from thousands of forecasts.
 
-    It ends early where all points that are left decide as one that is evaluated.
-
-    Args:
-        objective_fn: a rich objective, as `create_objective_function` returns.
-        forecaster: forecasts of the same text, see `optimization.forecast`.
-        search_space: see `SEARCH_SPACE`.
-        n_calls: full evaluations, 10 by default; see `random_search`.
-        verbose: progress on stderr.
-        points: choose among these alone, as all points of a grid.
-        options: seed, storage, resume, ...: see `SearchOptions`.
-
-    Raises:
-        UsageError: an argument is not valid, or the storage holds another search.
+    It ends early where all points that are left decide as one that is evaluated. By default there
+    are 10 evaluations; where ``points`` are given, as those of a grid, it chooses among them alone.
+    See `random_search` for the other arguments.
     """
 
     def sampler_of(seed: int, _total: int) -> PointSampler:

@@ -129,9 +129,7 @@ class PolicyObjective:
         change, report = quality.judged, quality.report
         predicted = self.evaluator.predicted_speedup(report.experts_per_token)
         feasible = change.value <= self.max_degradation
-        speed = None
-        if feasible:
-            speed = self._speed(policy, predicted)
+        speed = self._speed(policy, predicted) if feasible else None
         score = documented_score(
             degradation=change.value,
             max_degradation=self.max_degradation,
@@ -168,21 +166,20 @@ class PolicyObjective:
         if not last.measured:
             return result
         extra = {**result.extra, "remeasured": [one.to_dict() for one in last.measured]}
-        best = last.best
-        if best is not None:
+        best, chosen = last.best or last.nearest, self.default
+        if best.passed:
+            chosen = best.config
             extra.pop("nearest_miss", None)
-            params = best.config.as_best_params()
-            return replace(result, best_params=params, best_score=best.score, extra=extra)
-        near = last.nearest
-        log.warning(
-            "All configurations violate the constraint: the smallest degradation is %+.2f%%, "
-            "95%% upper bound %+.2f%%; try a larger max_quality_degradation or wider bounds",
-            100 * near.quality.judged.value,
-            100 * near.quality.judged.upper,
-        )
-        extra["nearest_miss"] = near.to_dict()
-        params = self.default.as_best_params()
-        return replace(result, best_params=params, best_score=near.score, extra=extra)
+        else:
+            extra["nearest_miss"] = best.to_dict()
+            log.warning(
+                "All configurations violate the constraint: the smallest degradation is %+.2f%%, "
+                "95%% upper bound %+.2f%%; try a larger max_quality_degradation or wider bounds",
+                100 * best.quality.judged.value,
+                100 * best.quality.judged.upper,
+            )
+        params = chosen.as_best_params()
+        return replace(result, best_params=params, best_score=best.score, extra=extra)
 
 
 def searched_compensations(
@@ -256,12 +253,10 @@ def create_objective_function(
 
     bound = check_bound(max_quality_degradation)
     check_count("max_samples", max_samples, 2)
-    for name, given in (
-        ("baseline_perplexity", baseline_perplexity),
-        ("baseline_throughput", baseline_throughput),
-    ):
-        if given is not None:
-            check_number(name, given, low=0, open_low=True)
+    baseline = {"perplexity": baseline_perplexity, "throughput": baseline_throughput}
+    given = {name: value for name, value in baseline.items() if value is not None}
+    for name, value in given.items():
+        check_number(f"baseline_{name}", value, low=0, open_low=True)
     if profile is not None and not hasattr(profile, "check_loaded"):
         raise UsageError(
             f"profile: expected a RoutingProfile (RoutingProfile.load(folder)), got "
@@ -297,11 +292,18 @@ def create_objective_function(
         setting=setting or SpeedSetting(),
         cost_policies=default.cost_policies(profile, loaded.top_k),
     )
-    if baseline_perplexity is not None:
-        _check_given("perplexity", baseline_perplexity, evaluator.baseline_losses.perplexity)
-    if baseline_throughput is not None:
-        measured = evaluator.backend_throughputs[evaluator.baseline_backend]
-        _check_given("throughput", baseline_throughput, measured)
+    for name, value in given.items():
+        measured = (
+            evaluator.baseline_losses.perplexity
+            if name == "perplexity"
+            else evaluator.backend_throughputs[evaluator.baseline_backend]
+        )
+        if abs(value / measured - 1) > 0.01:
+            log.warning(
+                "baseline_%s given as %.4g, measured as %.4g on the same tokens: the measured one "
+                "counts",
+                *(name, value, measured),
+            )
     confirmation = None
     if len(scored) < len(order):
         confirmation = evaluator.with_documents([documents[i] for i in sorted(order)])
@@ -313,14 +315,3 @@ def create_objective_function(
         max_degradation=bound,
         confirmation=confirmation,
     )
-
-
-def _check_given(what: str, given: float, measured: float) -> None:
-    if abs(given / measured - 1) > 0.01:
-        log.warning(
-            "baseline_%s given as %.4g, measured as %.4g on the same tokens: the measured one "
-            "counts",
-            what,
-            given,
-            measured,
-        )

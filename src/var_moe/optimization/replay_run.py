@@ -163,17 +163,11 @@ def make_forecaster(
     resume: bool = False,
     progress: Progress | None = None,
 ) -> TraceForecaster:
-    """Trace the objective's text, fit the cost model, and put both in ``folder``.
+    """Trace the text of the objective's evaluator, fit the cost model, and put both in ``folder``.
 
-    Each compensation has a trace of its own: the best in ``trace``, others beside it.
-
-    Args:
-        objective: its evaluator's text is traced.
-        dataset, data_hash: of that text, for the trace's head.
-        folder: results folder; an interrupted trace goes on there.
-        resume: take the cost model that an interrupted search left, so that its choices go on as
-            they were.
-        progress: called with a stage's name, tokens done and in all.
+    Each compensation has a trace of its own: the best in ``trace``, others beside it. An
+    interrupted trace goes on there; with ``resume`` the cost model that lies there is taken, so
+    that the choices of an interrupted search go on as they were.
     """
     evaluator = objective.evaluator
     calibrations = {name or "none": objective.calibration(name) for name in objective.compensations}

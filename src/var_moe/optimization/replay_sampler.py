@@ -61,11 +61,7 @@ _WORTH = 5e-4  # expected gain in score for which a last measurement is made
 
 
 class Forecasts:
-    """Forecasts by point, each made once.
-
-    Args:
-        forecaster: makes them.
-    """
+    """Forecasts by point, each made once."""
 
     def __init__(self, forecaster: Forecaster) -> None:
         self._forecaster = forecaster
@@ -172,14 +168,8 @@ class ReplaySampler(PointSampler):
         """A point that should be faster than the measured ones and still keep the bound.
 
         On the text of the last measurement the forecasts are off by another factor than on the
-        search's: what was measured there tells which, and with it the bound can be approached
-        more closely than by the search's own evaluations.
-
-        Args:
-            measured: points with the upper bounds of their degradation on that text.
-
-        Returns:
-            None where no point promises a gain worth a measurement.
+        search's. Points ``measured`` there, with the upper bounds of their degradation, tell which.
+        None where no point promises a gain worth a measurement.
         """
         if not measured or not self._local:
             return None
