@@ -14,21 +14,33 @@ from var_moe.calibration.statistics import (
     ResidualSums,
     RoutingStatistics,
 )
+from var_moe.tracing.all_pairs import LayerDecisions
+
+
+def decided(weight, *, index=None, outputs=None, layer=0, ids=None, entropy=None):
+    """One layer's decisions of T tokens, whose slots stand by rank."""
+    weight = torch.as_tensor(weight)
+    shape = weight.shape
+    return LayerDecisions(
+        layer=layer,
+        module=torch.nn.Identity(),
+        hidden=torch.zeros((len(weight), 1)),
+        outputs=torch.zeros((*shape, 1)) if outputs is None else outputs,
+        at=torch.arange(len(weight)),
+        ids=torch.zeros(len(weight), dtype=torch.int64) if ids is None else torch.tensor(ids),
+        rank=torch.arange(shape[1]).expand(shape),
+        index=torch.zeros(shape, dtype=torch.int64) if index is None else torch.tensor(index),
+        weight=weight,
+        entropy=torch.zeros(len(weight)) if entropy is None else torch.tensor(entropy),
+    )
 
 
 def stream(parts, *, experts=4):
-    """The statistics of (ids, entropy, confidence, index, mass) parts."""
+    """The statistics of (ids, entropy, index, mass) parts."""
     ids = np.concatenate([part[0] for part in parts])
     found = RoutingStatistics(ids, layers=1, experts=experts)
-    for tokens, entropy, confidence, index, mass in parts:
-        found.add(
-            0,
-            found.rows(torch.tensor(tokens)),
-            entropy=torch.tensor(entropy),
-            confidence=torch.tensor(confidence),
-            index=torch.tensor(index),
-            mass=torch.tensor(mass),
-        )
+    for tokens, entropy, index, mass in parts:
+        found.add(decided(mass, ids=tokens, entropy=entropy, index=index))
     return found
 
 
@@ -41,12 +53,11 @@ def test_batches_merge_to_the_figures_of_the_whole():
         first = rng.uniform(0.5, 1, size)
         mass = np.stack((first, 1 - first), 1)
         ids = rng.integers(0, 700, size).tolist()
-        parts.append((ids, rng.uniform(0, 1.4, size), first, index, mass))
+        parts.append((ids, rng.uniform(0, 1.4, size), index, mass))
     found = stream(parts)
     ids = np.concatenate([part[0] for part in parts])
-    entropy, confidence, index, mass = (
-        np.concatenate([part[i] for part in parts]) for i in range(1, 5)
-    )
+    entropy, index, mass = (np.concatenate([part[i] for part in parts]) for i in range(1, 4))
+    confidence = mass[:, 0]
     assert found.tokens == len(ids)
     assert found.token_ids.tolist() == sorted(set(ids.tolist()))
     for row, token in enumerate(found.token_ids):
@@ -67,9 +78,7 @@ def test_batches_merge_to_the_figures_of_the_whole():
 
 
 def test_by_hand():
-    found = stream(
-        [([7, 7, 3], [0.2, 0.4, 1.0], [0.9, 0.7, 0.6], [[1, 0], [1, 2], [3, 0]], [[0.9, 0.1]] * 3)]
-    )
+    found = stream([([7, 7, 3], [0.2, 0.4, 1.0], [[1, 0], [1, 2], [3, 0]], [[0.9, 0.1]] * 3)])
     sums = {name: value[0, found.token_ids.tolist().index(7)] for name, value in found.sums.items()}
     assert sums["count"] == 2
     assert sums["entropy_mean"] == pytest.approx(0.3)
@@ -83,8 +92,7 @@ def test_a_constant_difference_is_recovered(monkeypatch):
     fit = ResidualSums(layers=1, experts=3, top_k=2, hidden=2)
     outputs = torch.tensor([[[1.0, 0.0], [3.0, 4.0]]] * 4)  # f_first, f_dropped
     weight = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]])
-    index = torch.tensor([[2, 1]] * 4)
-    fit.add(0, outputs=outputs, weight=weight, index=index, lead=1)
+    fit.add(decided(weight, outputs=outputs, index=[[2, 1]] * 4))
     means = fit.means()
     # full - kept = w2 f_dropped, so per unit of dropped weight: (3, 4).
     assert means.by_pair
@@ -99,7 +107,7 @@ def test_unnormalised_weights():
     """Weights that do not sum to one: only what is dropped counts."""
     fit = ResidualSums(layers=1, experts=2, top_k=2, hidden=1)
     outputs, weight = torch.tensor([[[1.0], [2.0]]]), torch.tensor([[1.5, 0.5]])
-    fit.add(0, outputs=outputs, weight=weight, index=torch.tensor([[0, 1]]), lead=1)
+    fit.add(decided(weight, outputs=outputs, index=[[0, 1]]))
     # full = 1.5 + 1.0 = 2.5; kept = 1.5 * 1 = 1.5; difference 1.0, dropped weight 0.5
     assert fit.sums["residual_moment"][0, 1, 0] == pytest.approx(0.5)
     assert fit.sums["residual_square"][0, 1] == pytest.approx(0.25)
@@ -108,7 +116,7 @@ def test_unnormalised_weights():
 def test_little_evidence_is_shrunk_to_zero():
     fit = ResidualSums(layers=1, experts=2, top_k=2, hidden=1)
     outputs, weight = torch.tensor([[[0.0], [1.0]]]), torch.tensor([[0.5, 0.5]])
-    fit.add(0, outputs=outputs, weight=weight, index=torch.tensor([[0, 1]]), lead=1)
+    fit.add(decided(weight, outputs=outputs, index=[[0, 1]]))
     vector = float(fit.means().table[0][1])
     assert 0 < vector < 0.1  # one token against twenty
 
@@ -122,7 +130,7 @@ def test_top_8_is_keyed_by_the_first_expert():
 def test_several_dropped_experts_count_together():
     fit = ResidualSums(layers=1, experts=4, top_k=3, hidden=1)
     outputs, weight = torch.tensor([[[1.0], [5.0], [2.0]]]), torch.tensor([[0.5, 0.3, 0.2]])
-    fit.add(0, outputs=outputs, weight=weight, index=torch.tensor([[3, 0, 1]]), lead=2)
+    fit.add(decided(weight, outputs=outputs, index=[[3, 0, 1]]))
     # dropped: 0.2 of the third alone
     assert fit.sums["residual_moment"][0, 3, 0] == pytest.approx(0.2 * 0.4)
     assert fit.sums["residual_square"][0, 3] == pytest.approx(0.04)
@@ -132,10 +140,10 @@ def test_output_change_by_hand():
     change = OutputChange(layers=2, top_k=2)
     # Outputs along one axis each. Full: (3, 1); the first alone, rescaled: (4, 0).
     outputs = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
-    change.add(0, outputs, torch.tensor([[3.0, 1.0]]))
+    change.add(decided([[3.0, 1.0]], outputs=outputs))
     # The experts agree: nothing changes.
-    change.add(0, torch.ones((1, 2, 2)), torch.tensor([[3.0, 1.0]]))
-    change.add(1, torch.rand((2, 2, 2)), torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
+    change.add(decided([[3.0, 1.0]], outputs=torch.ones((1, 2, 2))))
+    change.add(decided([[1.0, 0.0], [0.0, 0.0]], outputs=torch.rand((2, 2, 2)), layer=1))
     found = change.sensitivity(2)
     # The squares 2 (of (1, -1)) and 0 have the mean 1.
     assert found.loss == ((pytest.approx(1.0), 0.0), (0.0, 0.0))
@@ -145,7 +153,7 @@ def test_output_change_by_hand():
 def test_three_experts_by_hand():
     change = OutputChange(layers=1, top_k=3)
     outputs = torch.tensor([[[4.0], [0.0], [0.0]]])
-    change.add(0, outputs, torch.tensor([[2.0, 1.0, 1.0]]))
+    change.add(decided([[2.0, 1.0, 1.0]], outputs=outputs))
     # Full 8; the first alone 4 * 4 = 16; the first two 8 * 4 / 3.
     assert change.sensitivity(1).loss[0] == pytest.approx((8.0, 8 / 3, 0.0))
 
@@ -156,7 +164,7 @@ def counted(*layers):
     histogram = RatioHistogram(layers=len(layers), top_k=weights[0].shape[1])
     for layer, weight in enumerate(weights):
         for part in weight.split(301):
-            histogram.add(layer, part)
+            histogram.add(decided(part, layer=layer))
     return histogram.quantiles(len(weights[0]))
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from var_moe.calibration.profile import RoutingProfile, profile_hash
 from var_moe.calibration.statistics import (
@@ -23,8 +22,7 @@ from var_moe.errors import UsageError, VarMoeError
 from var_moe.evaluation.batching import batches, collate, drawn
 from var_moe.models.identity import identity
 from var_moe.models.moe_layers import experts_shape
-from var_moe.routing.decision import ForwardContext
-from var_moe.routing.keeping import leading_count, routing_mass, shares
+from var_moe.routing.keeping import leading_count
 from var_moe.storage import SCHEMA_VERSION, atomic_write, provenance, sha256_of
 from var_moe.tracing.all_pairs import AllPairs, LayerDecisions
 
@@ -45,40 +43,22 @@ class _Collector(AllPairs):
         shape, top_k = experts_shape(loaded.model), loaded.top_k
         layers, experts = shape["layers"], shape["experts"]
         super().__init__(loaded.model, layers, backend)
-        self.lead = leading_count(top_k)
         self.statistics = RoutingStatistics(ids, layers=layers, experts=experts)
         self.residuals = ResidualSums(**shape, top_k=top_k)
         self.ratios = RatioHistogram(layers=layers, top_k=top_k)
         self.changes = OutputChange(layers=layers, top_k=top_k)
-        self._rows = torch.empty(0, dtype=torch.int64)
-
-    def forward(self, batch: ForwardContext, **options: Any) -> Tensor:
-        self._rows = self.statistics.rows(batch.ids[batch.counted])
-        return super().forward(batch, **options)
+        self._parts: tuple[RunningSums, ...] = (self.statistics, self.residuals)
+        self._parts += (self.ratios, self.changes)
 
     def see(self, decided: LayerDecisions) -> None:
-        layer, index, weight = decided.layer, decided.index, decided.weight
-        outputs = decided.ranked_outputs()
-        self.statistics.add(
-            layer,
-            self._rows,
-            entropy=decided.entropy,
-            confidence=routing_mass(weight[:, : self.lead], weight),
-            index=index,
-            mass=shares(weight),
-        )
-        self.residuals.add(layer, outputs=outputs, weight=weight, index=index, lead=self.lead)
-        self.ratios.add(layer, weight)
-        self.changes.add(layer, outputs, weight)
-
-    def _parts(self) -> tuple[RunningSums, ...]:
-        return self.statistics, self.residuals, self.ratios, self.changes
+        for part in self._parts:
+            part.add(decided)
 
     def save(self, path: Path, key: str, done: int) -> None:
         """Write a checkpoint after ``done`` forwards."""
         from safetensors.torch import save_file
 
-        state = {name: value for part in self._parts() for name, value in part.sums.items()}
+        state = {name: value for part in self._parts for name, value in part.sums.items()}
         note = {"key": key, "done": str(done)}
         atomic_write(path, lambda temporary: save_file(state, temporary, metadata=note))
 
@@ -92,7 +72,7 @@ class _Collector(AllPairs):
             note = file.metadata() or {}
             if note.get("key") != key:
                 return 0
-            for part in self._parts():
+            for part in self._parts:
                 part.sums = {name: file.get_tensor(name) for name in part.sums}
         return int(note["done"])
 
@@ -106,7 +86,6 @@ def collect_profile(
     max_tokens: int | None = DEFAULT_TOKENS,
     seed: int = 0,
     tokens_per_batch: int = 4096,
-    window: int | None = None,
     checkpoint: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
     backend: str = "sorted",
@@ -122,7 +101,6 @@ def collect_profile(
             `frequency_threshold` counts in it.
         seed: draws the documents when ``max_tokens`` takes a part of them.
         tokens_per_batch: padded tokens per forward.
-        window: longest sequence of a forward; by default the model's context, at most 1,024.
         checkpoint: file to save the running sums to, and to go on from when it is there.
         progress: called with tokens done and tokens in all.
         backend: experts backend.
@@ -137,12 +115,12 @@ def collect_profile(
     about = identity(loaded)
     ids = np.concatenate([document.ids for document in chosen])
     collector = _Collector(loaded, ids, backend)
-    size = window or loaded.window
     key = f"{_CHECKPOINT_FORMAT}:{ids_hash(chosen)}:{sha256_of([str(about)])}"
-    key += f":{tokens_per_batch}:{size}"
+    key += f":{tokens_per_batch}:{loaded.window}"
     done = collector.resume(checkpoint, key)
     with collector.watching(), torch.inference_mode():
-        for number, rows in enumerate(batches(chosen, tokens_per_batch, window=size), start=1):
+        forwards = batches(chosen, tokens_per_batch, window=loaded.window)
+        for number, rows in enumerate(forwards, start=1):
             if number <= done:
                 continue
             collector.forward(collate(rows), logits_to_keep=1)
@@ -152,32 +130,26 @@ def collect_profile(
                 collector.save(checkpoint, key, number)
     if not torch.isfinite(collector.statistics.sums["entropy_mean"]).all():
         raise VarMoeError(f"model {loaded.name!r} gives non-finite router logits; try float32")
-    source = {
+    tokens, residuals = collector.statistics.tokens, collector.residuals.means()
+    lead = leading_count(loaded.top_k)
+    frame = collector.statistics.frame(loaded.tokenizer, leading=lead)
+    vocabulary = max(int(loaded.model.config.get_text_config().vocab_size), len(loaded.tokenizer))
+    head: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        **about,
         "dataset": dataset,
         "data_hash": data_hash,
         "ids_hash": ids_hash(documents),
         "tokens_asked": max_tokens,
-    }
-    profile = _profile(loaded, collector, {**about, **source})
-    if checkpoint:
-        checkpoint.unlink(missing_ok=True)
-    return profile
-
-
-def _profile(loaded: LoadedModel, collector: _Collector, source: dict[str, Any]) -> RoutingProfile:
-    tokens, residuals = collector.statistics.tokens, collector.residuals.means()
-    frame = collector.statistics.frame(loaded.tokenizer, leading=collector.lead)
-    vocabulary = max(int(loaded.model.config.get_text_config().vocab_size), len(loaded.tokenizer))
-    head: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
-        **source,
         "tokens": tokens,
-        "leading": collector.lead,
+        "leading": lead,
         "vocabulary": vocabulary,
-        "entropy_max_nats": float(np.log(source["experts"])),
+        "entropy_max_nats": float(np.log(about["experts"])),
         "provenance": provenance(),
     }
     head["hash"] = profile_hash(frame, residuals, head)
+    if checkpoint:
+        checkpoint.unlink(missing_ok=True)
     return RoutingProfile(
         stats=frame,
         residuals=residuals,

@@ -6,6 +6,7 @@ One class for each part: statistics per (layer, token id), residual means, and w
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor
 
 from var_moe.routing.compensation import ResidualMeans
+from var_moe.routing.keeping import leading_count, routing_mass, shares
 from var_moe.routing.naee import RatioQuantiles
 from var_moe.routing.per_layer_k import LayerSensitivity
+from var_moe.tracing.all_pairs import LayerDecisions
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,10 +34,14 @@ RATIO_LEVELS = 201
 """Quantiles that are kept: every half percent, both ends included."""
 
 
-class RunningSums:
+class RunningSums(ABC):
     """Tensors that grow by addition; a checkpoint holds them by name."""
 
     sums: dict[str, Tensor]
+
+    @abstractmethod
+    def add(self, decided: LayerDecisions) -> None:
+        """Add one layer of one forward."""
 
 
 class RoutingStatistics(RunningSums):
@@ -59,30 +66,13 @@ class RoutingStatistics(RunningSums):
         """Tokens that were added."""
         return int(self.sums["count"][0].sum())
 
-    def rows(self, ids: Tensor) -> Tensor:
-        """Rows of token ids (T,). (T,)"""
-        return torch.from_numpy(np.searchsorted(self.token_ids, ids.cpu().numpy()))
-
-    def add(
-        self,
-        layer: int,
-        rows: Tensor,
-        *,
-        entropy: Tensor,
-        confidence: Tensor,
-        index: Tensor,
-        mass: Tensor,
-    ) -> None:
-        """Add one layer of one forward.
-
-        Args:
-            rows: (T,) row of each token, from `rows`.
-            entropy: (T,) router entropy in nats.
-            confidence: (T,) routing mass of the leading experts.
-            index, mass: (T, K) experts by rank, and their routing mass.
-        """
-        entropy, confidence = entropy.double().cpu(), confidence.double().cpu()
-        index, mass = index.cpu(), mass.double().cpu()
+    def add(self, decided: LayerDecisions) -> None:
+        weight, index, layer = decided.weight, decided.index.cpu(), decided.layer
+        rows = torch.from_numpy(np.searchsorted(self.token_ids, decided.ids.numpy()))  # (T,)
+        lead = leading_count(weight.shape[1])
+        entropy = decided.entropy.double().cpu()
+        confidence = routing_mass(weight[:, :lead], weight).double().cpu()
+        mass = shares(weight).double().cpu()
         new = rows.bincount(minlength=len(self.token_ids)).double()  # (R,)
         self._merge("entropy", layer, rows, new, entropy)
         self._merge("confidence", layer, rows, new, confidence)
@@ -160,13 +150,13 @@ class ResidualSums(RunningSums):
             "residual_count": torch.zeros((layers, rows), dtype=torch.float64),
         }
 
-    def add(self, layer: int, *, outputs: Tensor, weight: Tensor, index: Tensor, lead: int) -> None:
-        """Add one layer of one forward: unweighted outputs (T, K, D), weights (T, K) and experts
-        (T, K) by rank, of which the first ``lead`` lead."""
+    def add(self, decided: LayerDecisions) -> None:
+        lead = leading_count(self.top_k)
         if lead == self.top_k:
             return
+        layer, index = decided.layer, decided.index
         moment, square, count = (value[layer] for value in self.sums.values())
-        weight, outputs = weight.float(), outputs.float()
+        weight, outputs = decided.weight.float(), decided.ranked_outputs.float()
         difference = torch.einsum("tkd,tk->td", outputs[:, lead:], weight[:, lead:]).cpu()
         dropped = weight[:, lead:].sum(dim=1).cpu()
         first = index[:, 0].cpu()
@@ -196,12 +186,13 @@ class RatioHistogram(RunningSums):
         self.top_k = top_k
         self.sums = {"ratio_counts": torch.zeros((layers, RATIO_BINS), dtype=torch.float64)}
 
-    def add(self, layer: int, weight: Tensor) -> None:
-        """Add one layer of one forward: router weights (T, K) by rank."""
-        first, later = weight[:, :1].float(), weight[:, 1:].float()
+    def add(self, decided: LayerDecisions) -> None:
+        weight = decided.weight.float()
+        first, later = weight[:, :1], weight[:, 1:]
         ratio = torch.where(first > 0, later / first, 1.0)  # where all are zero, all are equal
         bins = (ratio.sqrt().sqrt() * RATIO_BINS).long().clamp(0, RATIO_BINS - 1)
-        self.sums["ratio_counts"][layer] += bins.reshape(-1).bincount(minlength=RATIO_BINS).cpu()
+        counts = bins.reshape(-1).bincount(minlength=RATIO_BINS).cpu()
+        self.sums["ratio_counts"][decided.layer] += counts
 
     def quantiles(self, tokens: int) -> RatioQuantiles:
         """The quantiles of ``tokens`` tokens. The ends are 0 and 1 whatever was seen, so that they
@@ -240,11 +231,11 @@ class OutputChange(RunningSums):
     def __init__(self, *, layers: int, top_k: int) -> None:
         self.sums = {"output_change": torch.zeros((layers, top_k), dtype=torch.float64)}
 
-    def add(self, layer: int, outputs: Tensor, weight: Tensor) -> None:
-        """Add one layer of one forward: (T, K, D) outputs and (T, K) weights by rank."""
-        change = rescaled_change(outputs, weight.float()).double().square().sum(dim=2).sum(dim=0)
+    def add(self, decided: LayerDecisions) -> None:
+        change = rescaled_change(decided.ranked_outputs, decided.weight.float())
+        change = change.double().square().sum(dim=2).sum(dim=0)
         change[-1] = 0.0  # all K experts: no change, whatever the rounding
-        self.sums["output_change"][layer] += change.cpu()
+        self.sums["output_change"][decided.layer] += change.cpu()
 
     def sensitivity(self, tokens: int) -> LayerSensitivity:
         """The root mean squares over ``tokens``."""

@@ -81,7 +81,7 @@ class _Sizes(Recorder):
         self._compensation = compensation
 
     def columns(self, decided: LayerDecisions) -> dict[str, Tensor]:
-        outputs, weight = decided.ranked_outputs().float(), decided.weight.float()
+        outputs, weight = decided.ranked_outputs.float(), decided.weight.float()
         noted = super().columns(decided)
         noted["damage.cut"] = rescaled_change(outputs, weight)[:, :-1].norm(dim=2)
         if self._compensation is None:

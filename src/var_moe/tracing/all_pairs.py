@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,11 +33,13 @@ class LayerDecisions:
     hidden: Tensor  # (T, D) the layer's input
     outputs: Tensor  # (T, K, D) of each pair without its weight, by slot
     at: Tensor  # (n,) the tokens that count
+    ids: Tensor  # (n,) their ids, on the CPU
     rank: Tensor  # (n, K) slots by rank
     index: Tensor  # (n, K) experts by rank
     weight: Tensor  # (n, K) the router's weights by rank
     entropy: Tensor  # (n,) of the router, in nats
 
+    @cached_property
     def ranked_outputs(self) -> Tensor:
         """Outputs without their weights, by rank. (n, K, D)"""
         each = self.rank[:, :, None].expand(-1, -1, self.outputs.shape[2])
@@ -50,7 +53,7 @@ class AllPairs(ABC):
         self.model = model
         self._logits = RouterLogits(model, layers)
         self._backend = open_backend(backend)
-        self._at = torch.empty(0, dtype=torch.int64)
+        self._at = self._ids = torch.empty(0, dtype=torch.int64)
 
     @abstractmethod
     def see(self, decided: LayerDecisions) -> None:
@@ -72,6 +75,7 @@ class AllPairs(ABC):
     def forward(self, batch: ForwardContext, **options: Any) -> Tensor:
         """Logits of one forward. (B, S, V)"""
         self._at = batch.counted.reshape(-1).nonzero().squeeze(1)
+        self._ids = batch.ids[batch.counted].cpu()
         return logits_of(self.model, batch, **options)
 
     def experts(
@@ -89,6 +93,7 @@ class AllPairs(ABC):
                 hidden=hidden.detach(),
                 outputs=outputs.detach(),
                 at=at,
+                ids=self._ids,
                 rank=rank,
                 index=index[at].gather(1, rank),
                 weight=weight[at].gather(1, rank),
