@@ -311,7 +311,7 @@ def test_calibration_picks_the_damages(whole, plain, loaded):
 
 
 def test_an_unknown_compensation_is_refused(whole):
-    with pytest.raises(UsageError, match=r"'learned': this profile has none; fit one with"):
+    with pytest.raises(UsageError, match=r"'learned': expected one of none, means; fit one with"):
         whole.calibration("learned")
     with pytest.raises(UsageError, match="compensation 'best': expected one of none, means"):
         whole.calibration("best")

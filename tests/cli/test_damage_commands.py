@@ -90,7 +90,7 @@ def test_policies_side_by_side_with_and_without(common, tuned, learned, tmp_path
     [
         (["--compensation", "nowhere"], "--compensation nowhere: expected none, means, learned"),
         (["--policy", "var", "--compensation", "means"], "needs a policy that drops experts"),
-        (["--compensation", "learned"], "this profile has none; fit one"),
+        (["--compensation", "learned"], "; fit one with `var-moe fit-compensation"),
     ],
 )
 def test_refusals_in_one_line(common, tuned, words, message, tmp_path, capsys):

@@ -222,15 +222,13 @@ class RoutingProfile:
 
 def check_compensation(name: str, possible: Collection[str]) -> None:
     """Raise UsageError, saying what makes it, unless a compensation is among the possible ones."""
-    if name in possible:
-        return
-    if name == LEARNED:
-        raise UsageError(
-            "compensation 'learned': this profile has none; fit one with "
-            "`var-moe fit-compensation --profile ...`"
-        )
-    why = " (means stand in where K = 2 alone)" if name == "means" else ""
-    raise UsageError(f"compensation {name!r}: expected one of {', '.join(possible)}{why}")
+    if name not in possible:
+        why = {
+            LEARNED: "; fit one with `var-moe fit-compensation --profile ...`",
+            "means": " (means stand in where K = 2 alone)",
+        }
+        known = ", ".join(possible)
+        raise UsageError(f"compensation {name!r}: expected one of {known}{why.get(name, '')}")
 
 
 def profile_hash(stats: pd.DataFrame, residuals: ResidualMeans, head: dict[str, Any]) -> str:

@@ -194,23 +194,19 @@ class ThresholdGrid:
     ) -> Floats:
         """Verified tokens with a licence; those that are confident are cut in any case. (Q, B)"""
         gained = token[~self.replay.confident(config, layer)[token]]
-        effects = self._effects(kinds, layer, gained)
-        rows = [self._count(layer, token), self._count(layer, gained)]
-        rows += self._weighed(layer, gained, effects)
-        return np.stack(rows)
+        return self._sums(layer, token, gained, self._effects(kinds, layer, gained))
 
     def _stored(
         self, kinds: tuple[str, ...], layer: int, token: Ints, run: NDArray[np.int16] | None
     ) -> Floats:
         """Tokens that run stored experts unseen. (Q, B)"""
-        count = self._count(layer, token)
         effects: list[Floats] = []
         if kinds and run is not None:
             following, foreign = stored_counts(run, self.replay.index[layer][token])
             share = (following + foreign == 0, following / run.shape[1], foreign / run.shape[1])
             whole = self._effects(kinds, layer, token)
             effects = [e * part for e, part in zip(whole, share, strict=True)]
-        return np.stack([count, count, *self._weighed(layer, token, effects)])
+        return self._sums(layer, token, token, effects)
 
     def _effects(self, kinds: tuple[str, ...], layer: int, token: Ints) -> list[Floats]:
         """Of each kind, the change of the loss by some tokens' decisions."""
@@ -225,17 +221,16 @@ class ThresholdGrid:
             effects.append(damage[token].astype(np.float64))
         return effects
 
-    def _count(self, layer: int, token: Ints) -> Floats:
-        """How many tokens are in each bin. (B,)"""
-        size = self._shape[0] * self._shape[1]
-        return np.bincount(self._bin[layer][token], minlength=size).astype(np.float64)
+    def _sums(self, layer: int, token: Ints, cut: Ints, effects: list[Floats]) -> Floats:
+        """By bin: how many tokens, how many are cut, the cuts' effects, and their squares. (Q, B)
 
-    def _weighed(self, layer: int, token: Ints, effects: list[Floats]) -> list[Floats]:
-        """Sums of each of the effects, then of their squares, by bin. (B,) each"""
-        place, size = self._bin[layer][token], self._shape[0] * self._shape[1]
+        The effects are of the tokens that are cut.
+        """
+        place, size = self._bin[layer], self._shape[0] * self._shape[1]
+        rows = [np.bincount(place[some], minlength=size) for some in (token, cut)]
         weights = [*effects, *(effect * effect for effect in effects)]
-        sums = [np.bincount(place, weights=weight, minlength=size) for weight in weights]
-        return [one.astype(np.float64, copy=False) for one in sums]
+        rows += [np.bincount(place[cut], weights=one, minlength=size) for one in weights]
+        return np.stack(rows).astype(np.float64, copy=False)
 
     def _reaching(self, sums: Floats) -> Floats:
         """From sums by bin to sums over the ids that reach both thresholds. (Q, L, F, G)"""
