@@ -60,7 +60,7 @@ def test_tune_writes_the_documented_files(tuned):
     assert metadata["profile"]["hash"] == read(tuned / "profile" / "profile.json")["hash"]
     assert metadata["settings"]["seed"] is not None or metadata["seed"] is not None
     summary = (tuned / "optimization_summary.txt").read_text()
-    for word in ("best", "baseline", "conservative", "balanced", "aggressive", "criterion"):
+    for word in ("best", "baseline", "conservative", "balanced", "aggressive"):
         assert word in summary
 
 
