@@ -130,7 +130,7 @@ def test_an_answer_that_its_own_search_did_not_time(tmp_path, capsys):
     front = {"schema_version": 1, "points": points}
     (tmp_path / "pareto.json").write_text(json.dumps(front))
     (tmp_path / "optimization_metadata.json").write_text("{}")
-    for bound, said in (("0.01", ": 1.200x [1.100, 1.300] at +0.50%"), ("0.02", ": not timed at")):
+    for bound, said in (("0.01", ": 1.200 [1.100, 1.300] times as"), ("0.02", ": not timed at")):
         assert main(["tune", "--from", str(tmp_path), "--max_degradation", bound]) == 0
         assert said in capsys.readouterr().out
 
@@ -207,7 +207,7 @@ def test_evaluate_compares_presets(common, tuned, tmp_path, capsys):
     assert rows["keep_all"]["experts_per_token"] == 2.0
     assert abs(rows["keep_all"]["degradation"]) < 1e-5
     assert rows["balanced"]["experts_per_token"] < 2.0
-    assert "experts/token" in capsys.readouterr().out
+    assert "experts per token" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -223,7 +223,7 @@ def test_evaluate_takes_any_policy_and_times_generation(common, tuned, tmp_path,
     for one in rows["naee"]["decode"]:
         assert one["new_tokens"] == 128
         assert 0.1 < one["speedup"] < 10
-    assert "generation, greedy" in capsys.readouterr().out
+    assert "Generation, greedy" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -336,7 +336,7 @@ def test_text_that_was_profiled_is_marked(common, tuned, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_compare_writes_table_data_and_picture(common, tmp_path, capsys):
+def test_compare_writes_table_and_picture(common, tmp_path, capsys):
     out = tmp_path / "compare"
     words = ["compare", *common, "--policies", "naee,ser", "--experts", "1.5", "--blocks", "1"]
     assert main([*words, "--max-samples", "12", "--output", str(out), "--quiet"]) == 0
@@ -346,9 +346,6 @@ def test_compare_writes_table_data_and_picture(common, tmp_path, capsys):
     for row in result["rows"]:
         assert row["name"] in shown
         assert row["experts_per_token"] == pytest.approx(1.5, abs=0.1)
-    lines = (out / "comparison.csv").read_text().splitlines()
-    assert len(lines) == 4
-    assert lines[0].startswith("name,target_experts_per_token,experts_per_token,degradation,")
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "At 1.5 experts per token" in page
     assert 'data-figure="policies-experts"' in page

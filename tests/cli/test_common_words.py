@@ -113,7 +113,6 @@ def test_what_is_shown_can_be_fed_in_again(words, options, capsys):
         ("quiet: perhaps", "quiet"),
         ("- n_calls", "expected `option: value`"),
         ("n_calls: [", "not valid YAML"),
-        ("n_calls: 3\nn-calls: 4", "given twice"),
     ],
 )
 def test_a_wrong_file_is_one_line_with_file_and_key(text, said, options, capsys):

@@ -148,13 +148,11 @@ def test_the_profile_beside_a_configuration_is_taken(
         (["--config", "CONFIG", "--mode", "plain"], "settings of policy 'damage' have no mode"),
         (["--policy", "top_p", "--mode", "plain"], "--mode plain belongs to VAR"),
         (["--config", "CONFIG", "--set", "tau=1"], "--set belongs to --policy"),
-        (["--config", "CONFIG", "--compensation", "means"], "--compensation means belongs to"),
-        (["--preset", "keep_all", "--compensation", "FOLDER"], "nothing here uses it"),
+        (["--config", "CONFIG", "--compensation", "means"], "the configuration names it"),
     ],
 )
 def test_what_does_not_combine_is_said(words, message, tuned, common, tmp_path, capsys):
-    places = {"CONFIG": str(tuned / "best_config.json"), "FOLDER": str(tuned)}
-    words = [places.get(word, word) for word in words]
+    words = [word.replace("CONFIG", str(tuned / "best_config.json")) for word in words]
     assert main(["evaluate", *common, *words, "--output", str(tmp_path / "o"), "--quiet"]) == 2
     error = capsys.readouterr().err.strip()
     assert message in error

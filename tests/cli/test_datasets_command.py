@@ -43,7 +43,7 @@ def test_evaluate_shows_each_data_set_apart(common, sets, profile, tmp_path, cap
     words += ["--decode_blocks", "0", "--profile", str(profile), "--output", str(tmp_path)]
     assert main(words) == 0
     out = capsys.readouterr().out
-    assert "top_p, each data set by itself" in out
+    assert "top_p, each data set" in out
     result = read(tmp_path / "evaluation.json")
     assert [part["dataset"] for part in result["text"]["datasets"]] == sets.split(",")
     (row,) = [row for row in result["rows"] if row["name"] == "top_p"]

@@ -116,36 +116,29 @@ def test_replay_of_configurations(traced, tmp_path, capsys):
     assert rows[str(file)]["experts_per_token_by_layer"] == found.report.experts_per_layer()
     assert rows[str(file)]["predicted_speedup"] is None
     assert result["profile"]["hash"] == profile.hash
-    table = pd.read_csv(out / "replay.csv")
-    assert table["experts_per_token"].tolist() == pytest.approx(
-        [row["experts_per_token"] for row in rows.values()]
-    )
-    assert table["context_window_size"].tolist() == [1, 4, 4]
+    assert [row["config"]["context_window_size"] for row in rows.values()] == [1, 4, 4]
+    assert not (out / "replay.csv").exists()
 
 
 def test_a_cost_model_predicts_speedups(traced, copied, tmp_path):
+    """It is found beside the trace, as a tuning run leaves it."""
     model = cost_model()
-    file = tmp_path / "cost.json"
-    file.write_text(json.dumps(model.to_dict()))
-    words = ["replay", str(traced), "--preset", "balanced", "--output", str(tmp_path / "out")]
-    assert main([*words, "--cost", str(file)]) == 0
-    row = read(tmp_path / "out" / "replay.json")["rows"][0]
+    (tmp_path / "cost_model.json").write_text(json.dumps(model.to_dict()))
+    words = ["replay", str(copied), "--preset", "balanced", "--output", str(tmp_path / "out")]
+    assert main(words) == 0
+    result = read(tmp_path / "out" / "replay.json")
+    (row,) = result["rows"]
+    assert result["notes"] == []
     replay = TraceReplay(RoutingTrace.load(traced), RoutingProfile.load(traced / "profile"))
     report = replay.evaluate(VARConfig.preset("balanced")).report
     assert row["predicted_speedup"] == pytest.approx(model.speedup(report, residual=True))
-    # Beside the trace it is found by itself, as a tuning run leaves it.
-    file.rename(tmp_path / "cost_model.json")
-    assert main(["replay", str(copied), "--output", str(tmp_path / "out2")]) == 0
-    again = read(tmp_path / "out2" / "replay.json")
-    assert again["rows"][0]["predicted_speedup"] == row["predicted_speedup"]
-    assert again["notes"] == []
 
 
 @pytest.mark.parametrize("mode", ["verified", "plain"])
-def test_replay_of_a_grid(traced, tmp_path, mode, capsys):
-    (tmp_path / "cost.json").write_text(json.dumps(cost_model().to_dict()))
-    words = ["replay", str(traced), "--grid", "2", "--mode", mode, "--output", str(tmp_path)]
-    words += ["--cost", str(tmp_path / "cost.json"), "--max_degradation", "0.5", "--quiet"]
+def test_replay_of_a_grid(traced, copied, tmp_path, mode, capsys):
+    (tmp_path / "cost_model.json").write_text(json.dumps(cost_model().to_dict()))
+    words = ["replay", str(copied), "--grid", "2", "--mode", mode, "--output", str(tmp_path)]
+    words += ["--max_degradation", "0.5", "--quiet"]
     assert main(words) == 0
     shown = capsys.readouterr().out
     assert "that no other beats" in shown
@@ -221,7 +214,6 @@ def test_trace_refuses_in_one_line(common, words, message, tmp_path, refused):
         (["--grid", "2", "--preset", "balanced"], "leave --config and --preset out"),
         (["--preset", "bold"], "preset 'bold'"),
         (["--config", "no.json"], "no.json: no such VAR configuration"),
-        (["--cost", "no.json"], "no.json: no such cost model"),
         (["--max_degradation", "-1"], "max_degradation"),
     ],
 )
@@ -276,14 +268,14 @@ def test_another_profile_of_the_same_model(traced, common, tmp_path, refused):
     assert read(traced / "profile" / "profile.json")["hash"][:12] in line
 
 
-def test_cost_model_of_another_shape(traced, tmp_path, refused):
-    file = tmp_path / "cost.json"
+def test_cost_model_of_another_shape(copied, tmp_path, refused):
+    file = tmp_path / "cost_model.json"
     file.write_text(json.dumps(cost_model(top_k=4).to_dict()))
-    line = refused("replay", traced, "--cost", file, "--output", tmp_path / "out")
+    line = refused("replay", copied, "--output", tmp_path / "out")
     assert "top_k = 4" in line
     assert "top_k = 2" in line
     file.write_text("{}")
-    assert "not a cost model" in refused("replay", traced, "--cost", file)
+    assert "not a cost model" in refused("replay", copied)
 
 
 @pytest.mark.slow

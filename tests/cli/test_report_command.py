@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -79,12 +78,3 @@ def test_its_options_can_be_fed_in_again(results, tmp_path, capsys):
     (tmp_path / "mine.yaml").write_text(capsys.readouterr().out)
     assert main(["report", "--options", str(tmp_path / "mine.yaml")]) == 0
     assert (results / "report.html").is_file()
-
-
-def test_a_current_folder_that_is_gone_is_said(results, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "gone").mkdir()
-    os.chdir(tmp_path / "gone")
-    (tmp_path / "gone").rmdir()
-    assert main(["report", str(results)]) == 2
-    assert "current folder does not exist any more" in capsys.readouterr().err

@@ -108,12 +108,11 @@ def test_a_whole_result_does_not_call_itself_incomplete(common, tmp_path):
     assert "incomplete" not in json.loads((tmp_path / "evaluation.json").read_text())
 
 
-def test_compare_keeps_its_points(kept, fails, tmp_path):
+def test_compare_keeps_its_points(kept, fails):
     fails(sweep, "timed", at=2)
     words = ["compare", "--policies", "top_p", "--experts", "1.5", "--max_samples", "6"]
     found = kept("comparison.json", *words, "--blocks", "1")
     assert [row["speedup"] is None for row in found["rows"]] == [False, True]
-    assert len((tmp_path / "out" / "comparison.csv").read_text().splitlines()) == 3
 
 
 def test_validate_keeps_quality_and_the_runs_before(kept, fails, config):

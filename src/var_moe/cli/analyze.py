@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from var_moe.cli.options import ModelOptions, RunOptions, TextOptions, parse_compensation
-from var_moe.cli.output import SPEEDUP, Answer, finish, table
+from var_moe.cli.output import SPEEDUP, TIERS, Answer, finish, table
 
 QUICK_SAMPLES = 20
 
@@ -68,95 +68,72 @@ def analyze(
             progress=progress,
         )
     components = systems.pop("profile")
-    show(*tables(systems, components))
-    finish({}, output / SYSTEMS_FILE, output / PROFILE_FILE, report=output)
+    show(*_parts(systems, components))
+    finish({"notes": systems["notes"]}, output / SYSTEMS_FILE, output / PROFILE_FILE, report=output)
     return Answer(systems)
 
 
-def tables(systems: Mapping[str, Any], components: Mapping[str, Any]) -> list[Any]:
+def _parts(systems: Mapping[str, Any], components: Mapping[str, Any]) -> list[Any]:
     """What is printed: parts, scaling, roofline, bottlenecks, measured against predicted."""
-    rows = [
-        f"{row['severity'].upper()} {row['name'].replace('_', ' ')}: {row['evidence']}. What to "
-        f"do: {row['recommendation']}."
-        for row in systems["bottlenecks"]
-    ]
-    comparison, stats = systems["comparison"], systems["var"]["var_stats"]
+    stats, comparison = systems["var"]["var_stats"], systems["comparison"]
     low, high = comparison["actual_speedup_95"]
     return [
         _components(components),
-        _scaling(systems),
+        _scaling(systems["scaling"]),
         _roofline(systems["roofline"]),
-        *(rows or ["No bottleneck found."]),
+        *(
+            f"{row['severity'].upper()} {row['name'].replace('_', ' ')}: {row['evidence']}. What "
+            f"to do: {row['recommendation']}."
+            for row in systems["bottlenecks"]
+        ),
         f"{systems['var']['kind']}: {stats['experts_per_token']:.3f} of {stats['top_k']} experts "
-        f"per token; fast {stats['fast_pct']:.1f}%, cached {stats['cached_pct']:.1f}%, learned "
-        f"{stats['learned_pct']:.1f}%. Speedup {comparison['actual_speedup']:.3f}x [{low:.3f}, "
-        f"{high:.3f}] against {systems['baseline']['backend']}; the cost model predicts "
+        f"per token; fast/cached/learned {TIERS.format_map(stats)}%. Speedup "
+        f"{comparison['actual_speedup']:.3f}x [{low:.3f}, {high:.3f}] against "
+        f"{systems['baseline']['backend']}; the cost model predicts "
         f"{comparison['predicted_speedup']:.3f}x ({comparison['prediction_error_pct']:.1f}% off), "
         f"and at most {comparison['largest_speedup']:.3f}x with the leading experts everywhere.",
-        *(f"Note: {note}" for note in systems["notes"]),
     ]
 
 
 def _components(report: Mapping[str, Any]) -> Any:
-    arms = {"base": report["baseline"], "var": report["var"]}
     columns = {"component": "{name}"}
-    for arm, blank in (("base", ""), ("var", " ")):  # the same headings twice
+    for arm in ("baseline", "var"):
         columns |= {
-            f"mean ms{blank}": f"{{{arm}[mean_ms]:.2f}}",
-            f"share{blank}": f"{{{arm}[share]:.1%}}",
-            f"p50{blank}": f"{{{arm}[p50_ms]:.2f}}",
-            f"p99{blank}": f"{{{arm}[p99_ms]:.2f}}",
+            f"{arm} ms": f"{{{arm}[mean_ms]:.2f}}",
+            f"{arm} share": f"{{{arm}[share]:.1%}}",
+            f"{arm} p99": f"{{{arm}[p99_ms]:.2f}}",
         }
-    rows: list[dict[str, Any]] = [
-        {"name": name, **{arm: of["components"][name] for arm, of in arms.items()}}
-        for name in report["baseline"]["components"]
+    arms = {
+        arm: {**report[arm]["components"], "forward": {"share": 1.0, **report[arm]["forward"]}}
+        for arm in ("baseline", "var")
+    }
+    rows = [
+        {"name": name, **{arm: of[name] for arm, of in arms.items()}} for name in arms["baseline"]
     ]
-    whole = {arm: {"share": 1.0, **of["forward"]} for arm, of in arms.items()}
-    made = table("Where a forward's time goes", columns, [*rows, {"name": "forward", **whole}])
-    made.rows[-2].end_section = True
-    made.caption = "left: unmodified model; right: VAR"
-    return made
+    return table("Where a forward's time goes", columns, rows)
 
 
-def _scaling(systems: Mapping[str, Any]) -> Any:
+def _scaling(rows: Iterable[Mapping[str, Any]]) -> Any:
     columns = {
-        "varied": "{what}",
         "batch x sequence": "{batch_size} x {sequence}",
         "baseline tokens/s": "{baseline_throughput_tps:,.0f} ({baseline_backend})",
         "VAR tokens/s": "{var_throughput_tps:,.0f}",
         "speedup [95%]": SPEEDUP,
     }
-    rows = [{**row, "what": row["varied"].replace("_", " ")} for row in systems["scaling"]]
     return table("Scaling", columns, rows)
 
 
 def _roofline(roofline: Mapping[str, Any]) -> Any:
-    machine = roofline["machine"]
     columns = {
         "": "{name}",
-        "active parameters": "{millions:,.1f}M",
-        "GFLOP/s": "{gflops:,.1f}",
+        "active parameters": "{active_parameters:.2e}",
+        "FLOP/s": "{achieved_flops_per_second:.2e}",
         "of GEMM": "{share_of_gemm:.0%}",
-        "GB/s": "{gbytes:,.1f}",
+        "byte/s": "{achieved_bytes_per_second:.2e}",
         "of copy": "{share_of_copy:.0%}",
         "FLOP/byte": "{arithmetic_intensity_flops_per_byte:.1f}",
         "bound": "{bound}",
-        "peak memory": "{mib:,.0f} MiB",
+        "peak bytes": "{peak_memory_bytes:.2e}",
     }
-    rows = [
-        {
-            **row,
-            "name": name,
-            "millions": row["active_parameters"] / 1e6,
-            "gflops": row["achieved_flops_per_second"] / 1e9,
-            "gbytes": row["achieved_bytes_per_second"] / 1e9,
-            "mib": row["peak_memory_bytes"] / 2**20,
-        }
-        for name, row in ((name, roofline[name]) for name in ("baseline", "var"))
-    ]
-    title = (
-        f"Roofline: {roofline['total_parameters'] / 1e6:,.1f}M parameters; this machine: "
-        f"{machine['gemm_flops_per_second'] / 1e9:,.1f} GFLOP/s, "
-        f"{machine['copy_bytes_per_second'] / 1e9:,.1f} GB/s"
-    )
-    return table(title, columns, rows)
+    rows = [{"name": arm, **roofline[arm]} for arm in ("baseline", "var")]
+    return table("Roofline", columns, rows)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from var_moe.cli.options import ModelOptions, RunOptions, TextOptions, Words, parse_compensation
-from var_moe.cli.output import Answer, finish, table
+from var_moe.cli.output import SPEEDUP, Answer, finish, table
 from var_moe.config import MAX_DEGRADATION, check_count
 from var_moe.errors import UsageError
 
@@ -23,12 +23,6 @@ if TYPE_CHECKING:
     Calibration = Callable[[str | None], dict[str, Any]]
 
 TURNING_DOCUMENTS = 40
-_COLUMNS = (
-    *("name", "target_experts_per_token", "experts_per_token"),
-    *("degradation", "degradation_standard_error", "degradation_upper_95"),
-    *("degradation_of_random_skip", "speedup", "speedup_low", "speedup_high", "learned_pct"),
-    *("policy", "dial", "compensation"),
-)
 
 
 def compare(
@@ -59,8 +53,7 @@ def compare(
             or --dataset, and nothing is turned.
         profile: profile folder; by default the calibration split is profiled first, where a policy
             needs it.
-        output: folder for comparison.json and comparison.csv, written after each point, and
-            report.html.
+        output: folder for comparison.json, written after each point, and report.html.
         max_samples: score at most so many documents.
         blocks: timed blocks per arm and policy; 0 leaves the timing out.
         max_degradation: the bound drawn into the plot.
@@ -100,22 +93,24 @@ def compare(
         asked = [n for n in policy_names() if policy_spec(n).sweeps(2) and n not in variants]
     names = require_policies([CONTROL, *asked])
     compensations = [name for name, _ in parsed] or [None]
-    rows = [row for row in earlier["rows"] if _wanted(row, compensations)] if earlier else None
+    needed_by, stand_ins = names, compensations
+    if earlier is not None:
+        rows = [r for r in earlier["rows"] if not parsed or r["compensation"] in compensations]
+        needed_by = tuple(row["policy"] for row in rows)
+        stand_ins = [row["compensation"] for row in rows]
+    needs = {need for name in needed_by for need in policy_spec(name).needs}
+    needs |= {"compensation" for name in stand_ins if name not in (None, "none")}
     file = output / "comparison.json"
     with run.progress() as progress, GrowingResult(file) as kept:
-        policies_of = names if rows is None else [row["policy"] for row in rows]
-        stand_ins = compensations if rows is None else [row["compensation"] for row in rows]
-        needs = {need for name in policies_of for need in policy_spec(name).needs}
-        needs |= {"compensation" for name in stand_ins if name not in (None, "none")}
         ready = subject.ready(progress, needs=needs, stand_ins=stand_ins)
-        top_k = ready.evaluator.top_k
-        check_droppable(ready.loaded.name, top_k)
-        targets = check_targets(experts, top_k) if earlier is None else _targets(earlier)
+        check_droppable(ready.loaded.name, ready.evaluator.top_k)
         known = cache(ready.calibration_with)  # it holds tables as large as the vocabulary
-        if earlier is None or rows is None:
+        if earlier is None:
+            targets = check_targets(experts, ready.evaluator.top_k)
             points = _turned(names, ready, targets, compensations, known, progress)
         else:
             _check_same(earlier, ready)
+            targets = tuple(earlier["targets_experts_per_token"])
             points = measure_again(ready.evaluator, rows, known, progress=progress)
         result = _measure(
             points,
@@ -127,35 +122,30 @@ def compare(
             kept=kept,
             progress=progress,
         )
-    show(_policies(result))
-    return finish(result, file, file.with_suffix(".csv"), report=output)
+    show(*_tables(result))
+    return finish(result, file, report=output)
 
 
-def _policies(result: dict[str, Any]) -> Any:
+def _tables(result: dict[str, Any]) -> list[Any]:
     """The rows of each target, the best first."""
-    text = result["text"]
+    text, ahead = result["text"], sorted(result["rows"], key=lambda row: row["degradation"])
     columns = {
         "policy": "{name}",
-        "experts/token": "{experts_per_token:.3f}",
-        "PPL change": "{degradation:+.2%}",
+        "experts per token": "{experts_per_token:.3f}",
+        "perplexity change": "{degradation:+.2%}",
         "± s.e.": "{degradation_standard_error:.2%}",
-        "random skip": "{degradation_of_random_skip:+.2%}",
-        "speedup": "{speedup:.3f}x",
-        "95%": "{speedup_95[0]:.3f}-{speedup_95[1]:.3f}",
+        "random skipping": "{degradation_of_random_skip:+.2%}",
+        "speedup [95%]": SPEEDUP,
     }
-    targets = result["targets_experts_per_token"]
-    ordered = sorted(
-        (row for row in result["rows"] if row["target_experts_per_token"] in targets),
-        key=lambda row: (targets.index(row["target_experts_per_token"]), row["degradation"]),
-    )
-    title = (
+    intro = (
         f"{result['model']['name']} on {text['dataset']} ({text['split']}, "
         f"{result['documents']} documents), perplexity {result['baseline']['perplexity']:.3f}"
     )
-    made = table(title, columns, ordered)
-    for row, before, after in zip(made.rows, ordered, ordered[1:], strict=False):
-        row.end_section = before["target_experts_per_token"] != after["target_experts_per_token"]
-    return made
+    tables = []
+    for target in result["targets_experts_per_token"]:
+        rows = [row for row in ahead if row["target_experts_per_token"] == target]
+        tables.append(table(f"At {target:g} experts per token", columns, rows))
+    return [intro, *tables]
 
 
 def _measure(
@@ -190,7 +180,6 @@ def _measure(
                 "experts_per_token": evaluator.top_k,
             },
         )
-        _write_csv(result["rows"], kept.path.with_suffix(".csv"))
         return kept.save(result, missing=missing)
 
     for row in found:
@@ -242,10 +231,6 @@ def _hashes(ready: Ready) -> dict[str, str]:
     return {name: one.hash for name, one in known.items() if one is not None}
 
 
-def _targets(earlier: dict[str, Any]) -> tuple[float, ...]:
-    return tuple(earlier["targets_experts_per_token"])
-
-
 def _check_same(earlier: dict[str, Any], ready: Ready) -> None:
     """Refuse another profile or compensation than the earlier comparison was made with.
 
@@ -284,20 +269,3 @@ def _earlier(
     from var_moe.evaluation.sweep import earlier_comparison
 
     return earlier_comparison(folder)
-
-
-def _wanted(row: dict[str, Any], compensations: list[str | None]) -> bool:
-    return compensations == [None] or row["compensation"] in compensations
-
-
-def _write_csv(rows: list[dict[str, Any]], path: Path) -> None:
-    import pandas as pd
-
-    from var_moe.storage import atomic_write
-
-    flat = [
-        {**row, **dict(zip(("speedup_low", "speedup_high"), row["speedup_95"] or (), strict=False))}
-        for row in rows
-    ]
-    frame = pd.DataFrame(flat, columns=list(_COLUMNS))
-    atomic_write(path, lambda temporary: frame.to_csv(temporary, index=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from var_moe.cli.options import (
     TextOptions,
     parse_compensation,
 )
-from var_moe.cli.output import CHANGE, SPEEDUP, TIERS, Answer, finish, table
+from var_moe.cli.output import Answer, finish, show_section
 from var_moe.config import check_count
 from var_moe.errors import UsageError
 
@@ -61,16 +62,21 @@ def evaluate(
         blocks: timed blocks per arm.
         decode_blocks: timed blocks of generation per arm and batch size; 0 leaves it out.
     """
-    from var_moe.cli.subject import Subject
+    from var_moe.cli.subject import Subject, named_candidates
+    from var_moe.optimization.candidate import Candidate
 
     presets = preset or ([] if config or policy else ["balanced"])
-    candidates = _candidates(config, presets, mode=mode)
-    stand_in, place = parse_compensation(compensation)
-    if policy is not None:
-        candidates[policy] = _peer(policy, set or [], stand_in)
-    elif set:
+    if mode is not None and config is None and {*presets} <= {"keep_all"}:
+        raise UsageError(f"--mode {mode} belongs to VAR: name a --config or --preset of it")
+    if policy is None and set:
         raise UsageError("--set belongs to --policy: name a policy")
-    _check_compensation(compensation, stand_in, place, policy, candidates)
+    # Without a policy to help, a compensation is one that a configuration names.
+    stand_in, place = parse_compensation(compensation, folder_only=policy is None)
+    candidates = named_candidates([config] if config else [], presets, mode)
+    if policy is not None:
+        candidates[policy] = Candidate(
+            policy=policy, settings=_settings(policy, set or []), compensation=stand_in
+        )
     check_count("decode_blocks", decode_blocks, 0)
     subject = Subject(
         model=model,
@@ -84,10 +90,9 @@ def evaluate(
     )
     subject.check(blocks=blocks)
     from var_moe.growing import GrowingResult
-    from var_moe.routing.registry import policy_spec
+    from var_moe.optimization.search_space import defaults as default_point
+    from var_moe.report.measured import evaluation_section
 
-    if policy is not None:
-        policy_spec(policy).check(candidates[policy].settings)
     file = output / "evaluation.json"
     with run.progress() as progress, GrowingResult(file) as kept:
         ready = subject.ready(
@@ -95,7 +100,11 @@ def evaluate(
             needs=frozenset().union(*(one.needs for one in candidates.values())),
             stand_ins=[one.compensation for one in candidates.values()],
         )
-        policies = _policies(candidates, ready, with_defaults=policy)
+        if policy is not None:
+            defaults = default_point(candidates[policy].spec.search_space(ready.loaded.top_k))
+            settings = {**defaults, **candidates[policy].settings}
+            candidates[policy] = replace(candidates[policy], settings=settings)
+        policies = [(name, one, one.make(ready.profile)) for name, one in candidates.items()]
         result = _measure(
             policies,
             ready,
@@ -104,135 +113,25 @@ def evaluate(
             kept=kept,
             progress=progress,
         )
-    _show(result)
+    show_section(evaluation_section, evaluation=result)
     return finish(result, file, report=output)
 
 
-def _show(result: dict[str, Any]) -> None:
-    """All beside each other, each data set by itself, and generation where it was timed."""
-    from var_moe.optimization.summary import apart_table
-    from var_moe.terminal import show
-
-    text, (baseline, *rows) = result["text"], result["rows"]
-    columns = {
-        "": "{name}",
-        "PPL": "{perplexity:.3f}",
-        "change (95% upper)": CHANGE,
-        "tokens/s": "{throughput_tps:,.0f}",
-        "speedup [95%]": SPEEDUP,
-        "experts/token": "{experts_per_token:.3f}",
-        "fast/cached/learned %": TIERS,
-        "cache hits": "{cache_hit_rate:.1%}",
-    }
-    first = {
-        **baseline,
-        "name": f"baseline ({baseline['backend']})",
-        **dict.fromkeys(("degradation", "degradation_upper_95", "cache_hit_rate")),
-        **{"speedup": 1.0, "speedup_95": (1.0, 1.0)},
-        **{"fast_pct": 0.0, "cached_pct": 0.0, "learned_pct": 100.0},
-    }
-    title = (
-        f"{result['model']['name']} on {text['dataset']} ({text['split']}, "
-        f"{result['documents']} documents)"
-    )
-    show(table(title, columns, [first, *rows]))
-    for row in rows:
-        if row.get("by_dataset"):
-            show(apart_table(row["by_dataset"], title=f"{row['name']}, each data set by itself"))
-    decoding = [{"name": row["name"], **one} for row in rows for one in row.get("decode") or ()]
-    columns = {
-        "": "{name}",
-        "batch": "{batch_size}",
-        "new tokens": "{new_tokens}",
-        "tokens/s": "{throughput_tps:,.0f}",
-        "speedup [95%]": SPEEDUP,
-        "baseline": "{baseline_backend}",
-        "tokens/s ": "{baseline_throughput_tps:,.0f}",
-    }
-    if decoding:
-        show(table("generation, greedy", columns, decoding))
-
-
-def _candidates(
-    config: Path | None, presets: list[str], *, mode: str | None
-) -> dict[str, Candidate]:
-    """The configuration and the presets that are asked for, by name."""
-    from var_moe.optimization.candidate import load_candidate, preset
-
-    if mode is not None and config is None and set(presets) <= {"keep_all"}:
-        raise UsageError(f"--mode {mode} belongs to VAR: name a --config or --preset of it")
-    found: dict[str, Candidate] = {}
-    if config is not None:
-        found[config.name] = load_candidate(config).in_mode(mode)
-    return found | {name: preset(name, mode) for name in presets}
-
-
-def _peer(name: str, assignments: list[str], compensation: str | None) -> Candidate:
-    """The policy of ``--policy`` with the settings of ``--set``."""
-    from var_moe.optimization.candidate import Candidate
+def _settings(policy: str, assignments: list[str]) -> dict[str, Any]:
+    """The settings of ``--set``, checked against those of the policy."""
+    from var_moe.routing.registry import policy_spec
 
     settings: dict[str, Any] = {}
     for assignment in assignments:
         key, equals, value = assignment.partition("=")
         if not equals or not key:
             raise UsageError(f"--set {assignment!r}: expected name=value")
-        settings[key] = _value(value)
-    return Candidate(policy=name, settings=settings, compensation=compensation)
-
-
-def _check_compensation(
-    asked: str | None,
-    name: str | None,
-    place: Path | None,
-    policy: str | None,
-    candidates: dict[str, Candidate],
-) -> None:
-    """Refuse a compensation that nothing would use.
-
-    A name is of ``--policy``; a folder also serves a configuration that names ``learned``.
-
-    Raises:
-        UsageError: says to whom it belongs.
-    """
-    if name is None or policy is not None:
-        return
-    if place is None:
-        raise UsageError(
-            f"--compensation {asked} belongs to --policy: name a policy; a configuration names "
-            "its own"
-        )
-    choices = [
-        one.compensation or ("learned" if "damage" in one.needs else "none")
-        for one in candidates.values()
-    ]
-    if "learned" not in choices:
-        raise UsageError(
-            f"--compensation {asked}: nothing here uses it; name a policy with --policy, or a "
-            "configuration with compensation 'learned'"
-        )
-
-
-def _value(text: str) -> int | float | str:
-    for kind in (int, float):
         try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
-def _policies(
-    candidates: dict[str, Candidate], ready: Ready, *, with_defaults: str | None
-) -> list[tuple[str, Candidate, RoutingPolicy]]:
-    """What is asked for, made; settings that ``--set`` leaves out have their defaults."""
-    found: list[tuple[str, Candidate, RoutingPolicy]] = []
-    for name, one in candidates.items():
-        if name == with_defaults:
-            space = one.spec.search_space(ready.loaded.top_k)
-            defaults = {key: entry["default"] for key, entry in space.items()}
-            one = replace(one, settings={**defaults, **one.settings})
-        found.append((name, one, one.make(ready.profile)))
-    return found
+            settings[key] = json.loads(value)
+        except ValueError:  # a word
+            settings[key] = value
+    policy_spec(policy).check(settings)
+    return settings
 
 
 def _measure(

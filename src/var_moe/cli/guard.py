@@ -12,7 +12,7 @@ from var_moe.cli.options import (
     SearchedTextOptions,
     Words,
 )
-from var_moe.cli.output import Answer, finish
+from var_moe.cli.output import Answer, finish, show_section
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,6 +72,7 @@ def guard(
     from var_moe.growing import GrowingResult
     from var_moe.optimization.preparation import halves, tokenised
     from var_moe.optimization.validation import find_profile
+    from var_moe.report.measured import guard_section
     from var_moe.routing.guard import check_alpha
 
     check_alpha(alpha)
@@ -114,8 +115,7 @@ def guard(
                 kept.save(result, missing=", ".join(list(played)[number:]))
                 rows.append(_checked(other, loaded, policy, made, documents, seed, progress))
             kept.save(result)
-    for row in rows:
-        print(_line(row))
+    show_section(guard_section, guard=result)
     return finish(result, place / GUARD_FILE, place / CHECK_FILE, report=place)
 
 
@@ -147,17 +147,3 @@ def _checked(
         **report.guard.to_dict(),
         "worst": report.guard.worst().name,
     }
-
-
-def _line(row: dict[str, Any]) -> str:
-    """One text in one line."""
-    worst = next(seen for seen in row["statistics"] if seen["name"] == row["worst"])
-    said = (
-        f"no alarm in {row['units']} documents"
-        if row["alarm_at"] is None
-        else f"alarm after {row['alarm_at']} of {row['documents']} documents"
-    )
-    return (
-        f"{row['text']}: {said}; furthest {worst['name']} {worst['seen']:.4f}, expected "
-        f"{worst['expected']:.4f} [{worst['low']:.4f}, {worst['high']:.4f}]"
-    )

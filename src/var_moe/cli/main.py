@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from cyclopts import App, CycloptsError, Parameter, Token, convert
@@ -99,10 +98,6 @@ def _main(given: list[str]) -> int:
         words = read_words(given)
     except UsageError as error:
         return _fail(str(error), error.exit_code)
-    try:
-        Path.cwd()
-    except FileNotFoundError:  # torch's libraries would end the process
-        return _fail("the current folder does not exist any more; change to another one", 2)
     if not words.debug:
         _quiet_libraries()
     try:

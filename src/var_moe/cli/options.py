@@ -141,8 +141,26 @@ class QuietOptions:
     def begin(
         self, model: str, *datasets: str, output: Path | None, doing: str | None = None
     ) -> None:
-        """`check_names`, then say what is begun: by default that the model is loaded."""
-        check_names(model, *datasets, output=output)
+        """Refuse names that cannot be, as loading a model takes seconds, and say what begins.
+
+        Args:
+            model: its name.
+            datasets: their names.
+            output: the folder that will be written to, if known.
+            doing: what begins; by default that the model is loaded.
+
+        Raises:
+            UsageError: says what is missing, or not a folder.
+        """
+        from var_moe.data.text import check_dataset
+        from var_moe.models.loading import check_name
+        from var_moe.storage import check_output_folder
+
+        if output is not None:
+            check_output_folder(output)
+        check_name(model)
+        for dataset in datasets:
+            check_dataset(dataset)
         self.say(doing or f"loading model {model} ...")
 
     def say(self, line: str) -> None:
@@ -165,28 +183,6 @@ class RunOptions(QuietOptions):
     """
 
     seed: int = 0
-
-
-def check_names(model: str, *datasets: str, output: Path | None = None) -> None:
-    """Refuse names that cannot be, in a moment: loading a model takes seconds.
-
-    Args:
-        model: its name.
-        datasets: their names.
-        output: the folder that will be written to, if known.
-
-    Raises:
-        UsageError: says what is missing, or not a folder.
-    """
-    from var_moe.data.text import check_dataset
-    from var_moe.models.loading import check_name
-    from var_moe.storage import check_output_folder
-
-    if output is not None:
-        check_output_folder(output)
-    check_name(model)
-    for dataset in datasets:
-        check_dataset(dataset)
 
 
 def parse_compensation(
@@ -247,9 +243,7 @@ class Searched:
         """
         if not results.is_dir():
             raise UsageError(f"{results}: no such folder; expected the results of `var-moe tune`")
-        from var_moe.optimization.results import CONFIG_FILE
-
-        return cls.beside(results / CONFIG_FILE)
+        return cls.beside(results / "best_config.json")
 
 
 def settings_of(kind: type[Settings], options: Mapping[str, Any]) -> Settings:

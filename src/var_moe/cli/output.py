@@ -6,27 +6,27 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
+
+from var_moe.errors import VarMoeError
+from var_moe.storage import jsonable
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
-    from rich.table import Table
+    from rich.progress import Progress
+    from rich.table import Table as RichTable
+
+    from var_moe.report.blocks import Section
+    from var_moe.report.folder import Results
 
 _EVERY_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command returns: the machine-readable result that it saved or showed.
-
-    Args:
-        result: plain data, as in its result file.
-        code: exit code.
-    """
+    """What a command returns: its result, as in its result file, and its exit code."""
 
     result: Mapping[str, Any]
     code: int = 0
@@ -40,36 +40,19 @@ def run(command: Callable[[], Any], *, as_json: bool) -> int:
         as_json: print the result alone on stdout, and all else on stderr. A failure that leaves
             a result (its attribute ``result``) prints it before the error goes on.
     """
-    with _aside(as_json) as stdout:
-        try:
+    stdout, result = sys.stdout, None
+    try:
+        with contextlib.redirect_stdout(sys.stderr if as_json else stdout):
             done = command()
-        except BaseException as error:
-            result = getattr(error, "result", None)
-            if as_json and result is not None:
-                _write(result, stdout)
-            raise
-    if not isinstance(done, Answer):
-        return done if isinstance(done, int) else 0
-    if as_json:
-        _write(done.result, stdout)
-    return done.code
-
-
-@contextlib.contextmanager
-def _aside(wanted: bool) -> Iterator[Any]:
-    """Send what is printed to stderr; yields the real stdout."""
-    stdout = sys.stdout
-    if not wanted:
-        yield stdout
-        return
-    with contextlib.redirect_stdout(sys.stderr):
-        yield stdout
-
-
-def _write(result: Mapping[str, Any], stream: Any) -> None:
-    from var_moe.storage import jsonable
-
-    print(json.dumps(jsonable(result), indent=2, allow_nan=False), file=stream, flush=True)
+        result = getattr(done, "result", None)
+    except BaseException as error:
+        result = getattr(error, "result", None)
+        raise
+    finally:
+        if as_json and result is not None:
+            text = json.dumps(jsonable(result), indent=2, allow_nan=False)
+            print(text, file=stdout, flush=True)
+    return done.code if isinstance(done, Answer) else done or 0
 
 
 def finish(result: Mapping[str, Any], *files: Path, report: Path | None = None) -> Answer:
@@ -85,20 +68,35 @@ def finish(result: Mapping[str, Any], *files: Path, report: Path | None = None) 
 
 def make_report(folder: Path) -> None:
     """The report of a command that ends; a report that fails does not take the results with it."""
-    from var_moe.errors import VarMoeError
     from var_moe.report.page import write_report
 
     try:
-        path = write_report(folder)
+        print(f"Report: {write_report(folder)}")
     except (VarMoeError, OSError) as error:
         print(f"Note: no report was made ({error})", file=sys.stderr)
-        return
-    print(f"Report: {path}")
 
 
-def table(
-    title: str | None, columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]]
-) -> Table:
+def show_section(make: Callable[[Results], Section], **parts: Any) -> None:
+    """Print what a section of the report says: its sentence, its tables and facts.
+
+    Args:
+        make: makes the section; one without figures, which need plotly.
+        parts: of the results, by the names of `report.folder.FILES`.
+    """
+    from var_moe.report.blocks import Facts, Table
+    from var_moe.report.folder import Results
+    from var_moe.terminal import show
+
+    section = make(Results(folder=Path(), parts=parts))
+    show(section.intro)
+    for block in section.blocks:
+        if isinstance(block, Facts):
+            show(_rich(block.title, ("", ""), block.rows.items()))
+        elif isinstance(block, Table):
+            show(_rich(block.title, block.headings, block.rows, words=block.words))
+
+
+def table(title: str, columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]]) -> RichTable:
     """Rows as a table: the first column to the left, the others to the right.
 
     Args:
@@ -107,13 +105,20 @@ def table(
             differ in trailing spaces alone look alike.
         rows: what the format strings name. A cell stays empty where a value is None.
     """
+    cells = ([_cell(template, row) for template in columns.values()] for row in rows)
+    return _rich(title, [heading.rstrip() for heading in columns], cells)
+
+
+def _rich(
+    title: str, headings: Sequence[str], rows: Iterable[Iterable[str]], *, words: int = 1
+) -> RichTable:
     from rich.table import Table
 
-    made = Table(title=title, title_justify="left")
-    for number, heading in enumerate(columns):
-        made.add_column(heading.rstrip(), justify="right" if number else "left", overflow="fold")
+    made = Table(title=title or None, title_justify="left", show_header=any(headings))
+    for number, heading in enumerate(headings):
+        made.add_column(heading, justify="left" if number < words else "right", overflow="fold")
     for row in rows:
-        made.add_row(*(_cell(template, row) for template in columns.values()))
+        made.add_row(*row)
     return made
 
 
@@ -142,48 +147,27 @@ class StageProgress:
         self._started = self._said = 0.0
         self._done = 0
         self._bar: Progress | None = None
-        self._task: TaskID | None = None
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         if self._quiet:
             return
         now = time.perf_counter()
         if stage != self._stage or done < self._done:
-            self._open(stage, now)
+            self.close()
+            self._stage, self._started, self._said = stage, now, now
+            if sys.stderr.isatty():
+                self._bar = _bar(stage)
+            else:
+                self.say(f"{stage} ...")
         self._done = done
-        if sys.stderr.isatty():
-            self._draw(stage, done, total)
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, total=total)
         elif now - self._said >= _EVERY_SECONDS:
             self._said = now
             left = (now - self._started) * (total - done) / max(done, 1)
             self.say(f"{stage}: {done:,}/{total:,}, about {left:.0f} s left")
         if done >= total:
             self.close()
-
-    def _open(self, stage: str, now: float) -> None:
-        self.close()
-        self._stage, self._started, self._said, self._done = stage, now, now, 0
-        if not sys.stderr.isatty():
-            self.say(f"{stage} ...")
-
-    def _draw(self, stage: str, done: int, total: int) -> None:
-        if self._bar is None:
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-            from var_moe.terminal import console
-
-            self._bar = Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
-                TimeRemainingColumn(),
-                console=console(sys.stderr),
-                transient=True,
-            )
-            self._bar.start()
-            self._task = self._bar.add_task(stage, total=total)
-        assert self._task is not None
-        self._bar.update(self._task, completed=done, total=total)
 
     def say(self, line: str) -> None:
         """Write a line of its own."""
@@ -198,16 +182,35 @@ class StageProgress:
         """End the running stage's bar."""
         if self._bar is not None:
             self._bar.stop()
-            self._bar = self._task = None
+            self._bar = None
         self._stage, self._done = "", 0
 
-    def __enter__(self) -> StageProgress:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _bar(stage: str) -> Progress:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    from var_moe.terminal import console
+
+    bar = Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console(sys.stderr),
+        transient=True,
+    )
+    bar.add_task(stage)
+    bar.start()
+    return bar

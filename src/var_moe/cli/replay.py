@@ -22,14 +22,15 @@ if TYPE_CHECKING:
     from var_moe.tracing.trace import RoutingTrace
 
 _NO_COST = (
-    "no cost_model.json beside the trace or the profile, so no speedup is predicted: give one with "
-    "--cost (`var-moe tune` fits one)"
+    "no cost_model.json beside the trace or the profile, so no speedup is predicted "
+    "(`var-moe tune` and `var-moe trace --timings` fit one)"
 )
 _NO_DAMAGE = (
     "the trace was recorded with --decisions_only, so no degradation is predicted and there is "
     "no front"
 )
 _SHOWN = 12  # points of a front
+_PREDICTED = {"degradation": "predicted_degradation", "speedup": "predicted_speedup"}
 _SHORT = {
     "frequency_threshold": "freq.",
     "entropy_threshold": "entropy",
@@ -48,12 +49,14 @@ def replay(
     preset: Words = None,
     grid: int | None = None,
     mode: Mode = None,
-    cost: Path | None = None,
     output: Path = Path("results/replay"),
     max_degradation: float = MAX_DEGRADATION,
     run: QuietOptions = QuietOptions(),
 ) -> Answer:
     """Predict tiers, experts per token, degradation and speedup from a trace.
+
+    Speedups are predicted with the cost_model.json in or beside the folder of the trace or the
+    profile.
 
     Args:
         trace: folder that `var-moe trace` (or a tuning run) recorded.
@@ -64,14 +67,20 @@ def replay(
         grid: replay all combinations of so many values per threshold, and show which
             thresholds matter and the best points.
         mode: overrides the mode of VAR's configurations.
-        cost: cost model (JSON) for speedups; by default cost_model.json in or beside the
-            folder of the trace or the profile.
-        output: folder for replay.json and replay.csv.
+        output: folder for replay.json, and for replay.csv with all points of the grid.
         max_degradation: bound on the predicted degradation, to mark points of the grid.
     """
+    from var_moe.cli.subject import named_candidates
     from var_moe.config import SEARCH_SPACE, check_bound
     from var_moe.optimization.search_space import check_grid
-    from var_moe.storage import check_output_folder
+    from var_moe.storage import (
+        SCHEMA_VERSION,
+        atomic_write,
+        atomic_write_json,
+        check_output_folder,
+        jsonable,
+        provenance,
+    )
 
     check_output_folder(output)
     check_bound(max_degradation)
@@ -80,63 +89,52 @@ def replay(
     if grid is not None:
         check_grid(SEARCH_SPACE, grid, name="grid")
     run.say(f"reading trace {trace} ...")
-    configs = _configs(config or [], preset or [], mode)
+    candidates = named_candidates(config or [], preset or ([] if config else ["balanced"]), mode)
     place = _profile_folder(trace, profile)
-    model = _cost_model(cost, [trace, trace.parent, place, place.parent])
-    from var_moe.calibration.profile import RoutingProfile
-    from var_moe.models.checks import check_droppable
-    from var_moe.tracing.trace import RoutingTrace
-
-    recorded = RoutingTrace.load(trace)
-    check_droppable(recorded.head["model"], recorded.head["top_k"])
-    known = RoutingProfile.load(place)
-    recorded.check_profile(known)
-    if model is not None:
-        _check_cost(model, recorded.head)
-    notes = [_NO_COST] if model is None else []
-    notes += [] if recorded.damage else [_NO_DAMAGE]
-    about = _about(recorded, known, trace, place, model, notes)
-    if grid is None:
-        rows = _rows(recorded, known, configs, model)
-        return _end({**about, "rows": rows}, _flat(rows), output, _replays(rows, about["trace"]))
-    with run.progress() as progress:
-        forecasts = _grid(recorded, known, grid, mode or "verified", model, progress)
-    names = {"degradation": "predicted_degradation", "speedup": "predicted_speedup"}
-    front = _front(forecasts, mode or "verified", max_degradation, names)
-    result = {
-        **about,
-        "mode": mode or "verified",
-        "max_degradation": max_degradation,
-        "values": {name: list(known) for name, known in forecasts.values.items()},
-        "points": forecasts.size,
-        "front": front,
-    }
-    columns = {names.get(name, name): column for name, column in forecasts.table().items()}
-    return _end(result, columns, output, *_shown_front(result))
-
-
-def _end(result: dict[str, Any], columns: Mapping[str, Any], output: Path, *parts: Any) -> Answer:
-    """Write both files, and show the parts."""
+    cost = _cost_model([trace, trace.parent, place, place.parent])
     import pandas as pd
 
-    from var_moe.storage import atomic_write, atomic_write_json, jsonable
+    from var_moe.calibration.profile import RoutingProfile
+    from var_moe.models.checks import check_droppable
     from var_moe.terminal import show
+    from var_moe.tracing.trace import RoutingTrace
 
-    plain: dict[str, Any] = jsonable(result)
-    json_file, csv_file = output / "replay.json", output / "replay.csv"
-    atomic_write_json(json_file, plain)
-    frame = pd.DataFrame(columns)
-    atomic_write(csv_file, lambda temporary: frame.to_csv(temporary, index=False))
-    show(*parts)
-    return finish(plain, json_file, csv_file)
-
-
-def _configs(files: list[Path], presets: list[str], mode: str | None) -> dict[str, Candidate]:
-    from var_moe.optimization.candidate import load_candidate, preset
-
-    named = presets or ([] if files else ["balanced"])
-    from_files = {str(path): load_candidate(path).in_mode(mode) for path in files}
-    return from_files | {name: preset(name, mode) for name in named}
+    recorded, known = RoutingTrace.load(trace), RoutingProfile.load(place)
+    head = recorded.head
+    check_droppable(head["model"], head["top_k"])
+    recorded.check_profile(known)
+    if cost is not None:
+        _check_cost(cost, head)
+    kept = ("model", "revision", "dtype", "dataset", "data_hash", "tokens", "seed")
+    about = {"folder": str(trace), **{name: head.get(name) for name in kept}}
+    result: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "trace": {**about, "documents": len(recorded.documents)},
+        "profile": {"folder": str(place), "hash": known.hash},
+        "cost_model_error_relative": None if cost is None else cost.error,
+        "notes": [_NO_COST] * (cost is None) + [_NO_DAMAGE] * (not recorded.damage),
+        "provenance": provenance(),
+    }
+    show(f"Replayed {head['model']} on {head['dataset']}, {head['tokens']:,} tokens")
+    files = [output / "replay.json"]
+    if grid is None:
+        result["rows"] = _rows(recorded, known, candidates, cost)
+        show(_shown_rows(result["rows"]))
+    else:
+        var_mode = mode or "verified"
+        with run.progress() as progress:
+            forecasts = _grid(recorded, known, grid, var_mode, cost, progress)
+        front = _front(forecasts, var_mode, max_degradation)
+        result |= {"mode": var_mode, "max_degradation": max_degradation, "front": front}
+        result["values"] = {name: list(values) for name, values in forecasts.values.items()}
+        result["points"] = forecasts.size
+        frame = pd.DataFrame(forecasts.table()).rename(columns=_PREDICTED)
+        files.append(output / "replay.csv")
+        atomic_write(files[1], lambda temporary: frame.to_csv(temporary, index=False))
+        show(*([_shown_front(front, max_degradation)] if front else []))
+    result = jsonable(result)
+    atomic_write_json(files[0], result)
+    return finish(result, *files)
 
 
 def _profile_folder(trace: Path, given: Path | None) -> Path:
@@ -154,64 +152,36 @@ def _profile_folder(trace: Path, given: Path | None) -> Path:
     )
 
 
-def _cost_model(given: Path | None, folders: list[Path]) -> CostModel | None:
+def _cost_model(folders: Sequence[Path]) -> CostModel | None:
     from var_moe.evaluation.cost import CostModel
     from var_moe.storage import read_json
 
-    for path in [given] if given else [folder / "cost_model.json" for folder in folders]:
-        if given or path.is_file():
+    for path in (folder / "cost_model.json" for folder in folders):
+        if path.is_file():
             return CostModel.from_dict(read_json(path, what="cost model"), source=str(path))
     return None
 
 
-def _check_cost(cost: CostModel, head: dict[str, Any]) -> None:
-    sizes = {"layers": cost.layers, "experts": cost.experts, "top_k": cost.top_k}
-    for name, size in sizes.items():
-        if size != head[name]:
+def _check_cost(cost: CostModel, head: Mapping[str, Any]) -> None:
+    for name in ("layers", "experts", "top_k"):
+        if (size := getattr(cost, name)) != head[name]:
             raise UsageError(
                 f"cost model of {name} = {size} does not fit the trace of model "
                 f"{head['model']!r} with {name} = {head[name]}; fit one for that model"
             )
 
 
-def _about(
-    recorded: RoutingTrace,
-    profile: RoutingProfile,
-    trace: Path,
-    place: Path,
-    cost: CostModel | None,
-    notes: list[str],
-) -> dict[str, Any]:
-    """What a result file says of where it comes from."""
-    from var_moe.storage import SCHEMA_VERSION, provenance
-
-    head = recorded.head
-    kept = ("model", "revision", "dtype", "dataset", "data_hash", "tokens", "seed")
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "trace": {
-            "folder": str(trace),
-            **{name: head.get(name) for name in kept},
-            "documents": len(recorded.documents),
-        },
-        "profile": {"folder": str(place), "hash": profile.hash},
-        "cost_model_error_relative": None if cost is None else cost.error,
-        "notes": notes,
-        "provenance": provenance(),
-    }
-
-
 def _rows(
     trace: RoutingTrace,
     profile: RoutingProfile,
-    configs: dict[str, Candidate],
+    candidates: Mapping[str, Candidate],
     cost: CostModel | None,
 ) -> list[dict[str, Any]]:
     """What each configuration decides, and its speedup where there is a cost model."""
     from var_moe.tracing.policies import replayer_of
 
     rows = []
-    for name, one in configs.items():
+    for name, one in candidates.items():
         try:
             calibration = profile.calibration(one.compensation)
             (replayed,) = replayer_of(trace, one.policy, calibration).replay([one.settings])
@@ -226,21 +196,16 @@ def _rows(
     return rows
 
 
-_FIGURES = (
-    *("experts_per_token", "fast_pct", "cached_pct", "learned_pct", "cache_hit_rate"),
-    *("predicted_degradation", "predicted_speedup"),
-)
-
-
-def _flat(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """The rows as columns of a CSV file, each setting a column."""
-    flat = []
-    for row in rows:
-        own = {key: value for key, value in row["config"].items() if key != "settings"}
-        figures = {key: row[key] for key in row if key in _FIGURES}
-        flat.append({"name": row["name"], **own, **row["config"].get("settings", {}), **figures})
-    columns = dict.fromkeys(name for row in flat for name in row)
-    return {name: [row.get(name) for row in flat] for name in columns}
+def _shown_rows(rows: Sequence[Mapping[str, Any]]) -> Any:
+    columns = {
+        "": "{name}",
+        "experts per token": "{experts_per_token:.3f}",
+        "fast/cached/learned %": TIERS,
+        "cache hits": "{cache_hit_rate:.1%}",
+        "PPL change, predicted": "{predicted_degradation:+.2%}",
+        "speedup, predicted": "{predicted_speedup:.3f}x",
+    }
+    return table("", columns, [{"predicted_degradation": None, **row} for row in rows])
 
 
 def _grid(
@@ -269,61 +234,36 @@ def _grid(
     return ForecastGrid(values=values, columns=columns)
 
 
-def _front(
-    forecasts: ForecastGrid, mode: str, max_degradation: float, names: Mapping[str, str]
-) -> list[dict[str, Any]]:
+def _front(forecasts: ForecastGrid, mode: str, max_degradation: float) -> list[dict[str, Any]]:
     """The points that no other beats in speed and degradation; none without degradations."""
     from var_moe.config import VARConfig
 
     front = []
     for number in forecasts.front() if "degradation" in forecasts.columns else []:
-        row = {names.get(name, name): value for name, value in forecasts.row(number).items()}
+        row = {_PREDICTED.get(name, name): value for name, value in forecasts.row(number).items()}
         config = VARConfig(mode=mode, **forecasts.point(number))
         feasible = row["predicted_degradation"] <= max_degradation
         front.append({"config": config.to_dict(), **row, "feasible": feasible})
     return front
 
 
-def _where(trace: Mapping[str, Any]) -> str:
-    return f"{trace['model']} on {trace['dataset']}, {trace['tokens']:,} tokens"
-
-
-def _replays(rows: Sequence[Mapping[str, Any]], trace: Mapping[str, Any]) -> Any:
-    """A line for each configuration."""
-    columns = {
-        "": "{name}",
-        "experts/token": "{experts_per_token:.3f}",
-        "fast/cached/learned %": TIERS,
-        "cache hits": "{cache_hit_rate:.1%}",
-        "PPL change, predicted": "{predicted_degradation:+.2%}",
-        "speedup, predicted": "{predicted_speedup:.3f}x",
-    }
-    shown = [{"predicted_degradation": None, **row} for row in rows]
-    return table(f"Replayed {_where(trace)}", columns, shown)
-
-
-def _shown_front(result: Mapping[str, Any]) -> list[Any]:
-    """Points of the front; some of them where there are many."""
-    front, limit = result["front"], f"{100 * result['max_degradation']:g}%"
-    if not front:
-        return []
+def _shown_front(front: Sequence[Mapping[str, Any]], max_degradation: float) -> Any:
+    """Points of the front, some of them where there are many; and the fastest within the bound."""
     columns = {short: f"{{config[{name}]:g}}" for name, short in _SHORT.items()}
     columns |= {
-        "experts/token": "{experts_per_token:.3f}",
+        "experts per token": "{experts_per_token:.3f}",
         "fast/cached/learned %": TIERS,
         "PPL change": "{predicted_degradation:+.2%}{star}",
         "speedup": "{predicted_speedup:.3f}x",
     }
-    last = len(front) - 1
-    chosen = {round(last * step / (_SHOWN - 1)) for step in range(_SHOWN)}
-    feasible = [number for number, row in enumerate(front) if row["feasible"]]
+    chosen = {round((len(front) - 1) * step / (_SHOWN - 1)) for step in range(_SHOWN)}
+    chosen |= set([number for number, row in enumerate(front) if row["feasible"]][-1:])
     rows = [
         {"predicted_speedup": None, **front[number], "star": " *" * front[number]["feasible"]}
-        for number in sorted(chosen | set(feasible[-1:]))
+        for number in sorted(chosen)
     ]
     title = (
         f"{len(front)} points that no other beats in speed and degradation "
-        f"(* predicted within {limit})"
+        f"(* predicted within {100 * max_degradation:g}%)"
     )
-    about = f"Replayed {result['points']:,} points ({result['mode']}): {_where(result['trace'])}"
-    return [about, table(title, columns, rows)]
+    return table(title, columns, rows)

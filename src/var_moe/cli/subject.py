@@ -11,7 +11,7 @@ from var_moe.config import check_count
 from var_moe.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Sequence
 
     from var_moe.calibration.fitted_files import FittedCompensation
     from var_moe.calibration.profile import RoutingProfile
@@ -19,7 +19,18 @@ if TYPE_CHECKING:
     from var_moe.data.documents import TextSplit
     from var_moe.evaluation.evaluator import Evaluator, Progress
     from var_moe.models.loading import LoadedModel
+    from var_moe.optimization.candidate import Candidate
     from var_moe.optimization.preparation import EncodedText
+
+
+def named_candidates(
+    files: Sequence[Path], presets: Sequence[str], mode: str | None
+) -> dict[str, Candidate]:
+    """The configurations and presets that a command line names, in VAR's ``mode`` if one is."""
+    from var_moe.optimization.candidate import load_candidate, preset
+
+    loaded = {str(path): load_candidate(path).in_mode(mode) for path in files}
+    return loaded | {name: preset(name, mode) for name in presets}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +54,6 @@ class Subject:
     compensation: Path | None = None
     config: Path | None = None
 
-    @cached_property
-    def dataset(self) -> str:
-        """The data set's name, with its text column."""
-        return self.text.named()
-
     def check(self, *, blocks: int) -> None:
         """What can be told in a moment, before a library is loaded.
 
@@ -56,7 +62,7 @@ class Subject:
         """
         check_count("blocks", blocks)
         check_count("max_samples", self.max_samples, 2)
-        self.run.begin(self.model.model, self.dataset, output=self.output)
+        self.run.begin(self.model.model, self.text.named(), output=self.output)
 
     def ready(
         self,
@@ -81,17 +87,15 @@ class Subject:
         from var_moe.evaluation.evaluator import Evaluator
         from var_moe.optimization.preparation import sample_documents, tokenised
 
-        text = load_text(self.dataset, self.text.split)
+        text = load_text(self.text.named(), self.text.split)
         require_documents(text.documents, 2, "comparing perplexities")
         known = self._known_profile(needed=bool(needs))
         fresh = bool(needs) and known is None
-        calibration = load_text(self.dataset, "calibration") if fresh else None
-        learned = None
+        calibration = load_text(self.text.named(), "calibration") if fresh else None
         loaded = self.model.load()
         if known is not None and not self._fits(known, loaded):
             known = None
-        if self.compensation is not None:
-            learned = load_compensation(self.compensation, loaded)
+        learned = load_compensation(self.compensation, loaded) if self.compensation else None
         self._check_stand_ins(stand_ins, known, loaded.top_k)
         encoded = tokenised(text, loaded)
         documents = sample_documents(encoded.documents, self.max_samples, self.run.seed)
@@ -139,12 +143,10 @@ class Subject:
         from var_moe.calibration.statistics import means_by_pair
         from var_moe.optimization.preparation import PROFILE_FOLDER
 
-        own = self.output / PROFILE_FOLDER / FOLDER
-        possible = list(known.compensations()) if known else ["none"]
-        if known is None and means_by_pair(top_k):
-            possible.append("means")
-        if self.compensation is not None or (known is None and own.is_dir()):
-            possible.append("learned")
+        earlier = known is None and (self.output / PROFILE_FOLDER / FOLDER).is_dir()
+        fresh = ["none", "means"] if means_by_pair(top_k) else ["none"]
+        possible = list(known.compensations()) if known else fresh
+        possible += ["learned"] if self.compensation or earlier else []
         for name in names:
             if name is not None:
                 check_compensation(name, possible)
@@ -164,30 +166,30 @@ class Ready:
     loaded: LoadedModel
     text: EncodedText
     evaluator: Evaluator
-    needs: frozenset[str] = frozenset()
-    known: RoutingProfile | None = None
-    learned: FittedCompensation | None = None
-    calibration: TextSplit | None = None
+    needs: frozenset[str]
+    known: RoutingProfile | None
+    learned: FittedCompensation | None
+    calibration: TextSplit | None
 
     @cached_property
     def profile(self) -> RoutingProfile | None:
         """The profile, made when first asked for; None where nothing is needed of one."""
         from var_moe.optimization.preparation import obtain_profile
 
-        found = self.known
-        if found is None and self.needs:
-            found, _ = obtain_profile(
+        profile = self.known
+        if profile is None and self.needs:
+            profile, _ = obtain_profile(
                 self.loaded,
-                self.subject.dataset,
+                self.text.dataset,
                 given=None,
                 folder=self.subject.output,
                 damages="damage" in self.needs,
                 calibration=self.calibration,
                 progress=self.evaluator.progress,
             )
-        if found is not None and self.learned is not None:
-            found = found.with_compensation(self.learned)
-        return found
+        if profile is None or self.learned is None:
+            return profile
+        return profile.with_compensation(self.learned)
 
     def calibration_with(self, compensation: str | None) -> dict[str, Any]:
         """What policies may ask for; see `RoutingProfile.calibration`."""
@@ -197,11 +199,10 @@ class Ready:
         """The rows as a result file, with what they were measured on."""
         from var_moe.storage import SCHEMA_VERSION, jsonable, provenance
 
-        notes, profile = self.evaluator.timing_notes(), self.profile
+        notes, profile, loaded = self.evaluator.timing_notes(), self.profile, self.loaded
         if profile is not None and self.text.data_hash == profile.head["data_hash"]:
             notes.append("this text was profiled: policies look better on it than on unseen text")
-        loaded = self.loaded
-        found: dict[str, Any] = jsonable(
+        result: dict[str, Any] = jsonable(
             {
                 "schema_version": SCHEMA_VERSION,
                 "rows": rows,
@@ -216,4 +217,4 @@ class Ready:
                 "provenance": provenance(),
             }
         )
-        return found
+        return result

@@ -140,7 +140,7 @@ def _print(trace: RoutingTrace, output: Path, profile: Path | None) -> None:
         # A line of its own: as a title it would be broken to the small table's width.
         f"{head['model']} on {head['dataset']}: {trace.tokens:,} tokens of "
         f"{len(trace.documents):,} documents, {size / 2**20:,.1f} MiB{perplexity}",
-        table(None, columns, rows),
+        table("", columns, rows),
         f"Trace: {output}",
         f"Profile: {profile}",
     )

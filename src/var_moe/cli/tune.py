@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,11 +14,10 @@ from var_moe.cli.options import (
     Searched,
     SearchedModelOptions,
     SearchedTextOptions,
-    check_names,
     parse_compensation,
     settings_of,
 )
-from var_moe.cli.output import CHANGE, SPEEDUP, Answer, finish, make_report, table
+from var_moe.cli.output import CHANGE, SPEEDUP, Answer, finish, make_report, show_section, table
 from var_moe.errors import UsageError
 
 
@@ -122,11 +120,10 @@ def tune(
     several = parse_seeds(seeds) if seeds is not None else ()
     name, place = parse_compensation(compensation)
     options |= {"dataset": text.named(), "compensation": name, "compensation_folder": place}
-    check_names(model.model or "demo", options["dataset"])
     settings = settings_of(TuneSettings, options)
     output = settings.output
     check_storage(settings.trial_log, resume=settings.resume)
-    run.say(f"loading model {model.model or 'demo'} ...")
+    run.begin(model.model or "demo", settings.dataset, output=output)
     from var_moe.optimization.measure_again import NothingFitsError
     from var_moe.optimization.results import RESULTS_FILE
     from var_moe.optimization.run import tune as run_tune
@@ -184,6 +181,7 @@ def _validate(
     run.begin(name, dataset, output=output, doing=doing)
     from var_moe.optimization.validation import VALIDATION_FILE, find_profile
     from var_moe.optimization.validation import validate as run_validate
+    from var_moe.report.measured import held_out_section
 
     find_profile(config, profile)
     with run.progress() as progress:
@@ -199,52 +197,12 @@ def _validate(
             progress=progress,
             **others,
         )
-    _show_validation(result)
+    show_section(held_out_section, validation=result)
+    if result.get("worst_dataset"):
+        worst = "{worst_dataset}, upper bound {worst_degradation_upper_95:+.2%}".format_map(result)
+        print(f"Judged on the worst data set: {worst}")
     folder = output or config.parent
     return finish(result, folder / VALIDATION_FILE, report=folder)
-
-
-def _show_validation(result: Mapping[str, Any]) -> None:
-    """Figures, factors, criteria."""
-    from var_moe.optimization.summary import apart_table
-    from var_moe.terminal import show
-
-    text, control = result["text"], result["random_skip"]
-    judged = (
-        "{degradation:+.2%} (95% upper bound {degradation_upper_95:+.2%}, {documents} documents)"
-    )
-    show(
-        f"{text['dataset']} ({text['split']}): perplexity {result['baseline_perplexity']:.3f} -> "
-        f"{result['perplexity']:.3f}, {judged.format_map(result)}"
-    )
-    if result.get("worst_dataset"):
-        worst = {key.removeprefix("worst_"): result[key] for key in result if "worst_" in key}
-        show(f"judged on the worst data set, {result['worst_dataset']}: {judged.format_map(worst)}")
-    if result["by_dataset"]:
-        show(apart_table(result["by_dataset"], title="Each data set by itself"))
-    back, skip = result["backend_factor"], result["skipping_factor"]
-    low, high = result["speedup_95"]
-    criteria = [{**row, "met": "yes" if row["met"] else "NO"} for row in result["criteria"]]
-    show(
-        f"speedup {result['speedup']:.3f}x [{low:.3f}, {high:.3f}] against "
-        f"{result['baseline_backend']} ~ backend ({result['backend']}) {back['median']:.3f} x "
-        f"skipping {skip['median']:.3f} "
-        f"(the executed pairs predict {result['predicted_speedup']:.3f}x); "
-        f"{result['baseline_throughput_tps']:,.0f} -> "
-        f"{result['throughput_tps']:,.0f} tokens/s; baseline against itself "
-        f"{result['noise_floor']['median']:.3f}",
-        f"{result['experts_per_token']:.3f} of {result['top_k']} experts per token; fast "
-        f"{result['fast_pct']:.1f}%, cached {result['cached_pct']:.1f}%, learned "
-        f"{result['learned_pct']:.1f}%; speedups of {len(result['runs'])} runs: "
-        + ", ".join(f"{run['speedup']:.3f}" for run in result["runs"]),
-        f"control: random skipping at {control['experts_per_token']:.3f} experts per token costs "
-        f"{control['degradation']:+.2%}",
-        table(
-            "Success criteria",
-            {"criterion": "{name}", "measured": "{measured}", "met": "{met}"},
-            criteria,
-        ),
-    )
 
 
 def _answer(folder: Path, max_degradation: float | None, output: Path | None) -> Answer:
@@ -264,20 +222,39 @@ def _answer(folder: Path, max_degradation: float | None, output: Path | None) ->
     if max_degradation is None:
         raise UsageError("--from needs --max_degradation: the bound to answer")
     best, points = answer_from(folder, max_degradation)
+    limit = f"{100 * max_degradation:g}%"
     place = output or folder / f"bound_{100 * max_degradation:g}pct"
     check_output_folder(place)
+    with entries_of(folder / PARETO_FILE):
+        timed = f"{SPEEDUP.format_map(best)} times as fast" if best["speedup_95"] else "not timed"
+        answer = (
+            f"Fastest verified configuration with degradation below {limit}: {timed} at "
+            f"{CHANGE.format_map(best)} perplexity, {best['experts_per_token']:.2f} experts per "
+            "token"
+        )
+        columns = {
+            "": "{name}",
+            "change (95% upper)": CHANGE,
+            "speedup [95%]": SPEEDUP,
+            "experts per token": "{experts_per_token:.3f}",
+            f"keeps {limit}": "{keeps}",
+        }
+        verified = [
+            {**one, "keeps": "yes" if one["degradation_upper_95"] < max_degradation else "no"}
+            for one in points
+            if one["verified"]
+        ]
+        front = table("Verified points, the safest first", columns, verified)
     metadata = read_json(folder / METADATA_FILE, what="metadata of a search")
     with entries_of(folder / METADATA_FILE):
         metadata["settings"] = {**metadata.get("settings", {}), "max_degradation": max_degradation}
         profile = metadata.get("profile", {})
         if (folder / "profile").is_dir():
             profile["path"] = str(folder / "profile")
-    with entries_of(folder / PARETO_FILE):
-        told = _sentence(best, max_degradation)
-    metadata |= {"max_degradation": max_degradation, "answer": told, "answered_from": str(folder)}
+    metadata |= {"max_degradation": max_degradation, "answer": answer, "answered_from": str(folder)}
     atomic_write_json(place / METADATA_FILE, metadata)
     atomic_write_json(place / CONFIG_FILE, best["config"])
-    show(told, _front(points, max_degradation), f"Saved: {place / CONFIG_FILE}")
+    show(answer, front, f"Saved: {place / CONFIG_FILE}")
     make_report(place)
     show_next("tune", "--validate", place / CONFIG_FILE)
     return Answer(
@@ -289,37 +266,3 @@ def _answer(folder: Path, max_degradation: float | None, output: Path | None) ->
             "provenance": provenance(),
         }
     )
-
-
-def _sentence(best: Mapping[str, Any], max_degradation: float) -> str:
-    """The verified point that answers a bound."""
-    speed = "not timed"
-    if best["speedup_95"]:  # none where the point broke the bound of its own search
-        speed = "{:.3f}x [{:.3f}, {:.3f}]".format(best["speedup"], *best["speedup_95"])
-    return (
-        f"Fastest verified configuration with degradation below {100 * max_degradation:g}%: "
-        f"{speed} at {best['degradation']:+.2%} perplexity "
-        f"(95% upper bound {best['degradation_upper_95']:+.2%}), "
-        f"{best['experts_per_token']:.2f} experts per token"
-    )
-
-
-def _front(points: Sequence[Mapping[str, Any]], max_degradation: float) -> Any:
-    """The verified points of a search's front."""
-    rows = [
-        {
-            **point,
-            "keeps": "yes" if point["degradation_upper_95"] < max_degradation else "no",
-            "speed": SPEEDUP.format_map(point) if point["speedup_95"] else "not timed",
-        }
-        for point in points
-        if point["verified"]
-    ]
-    columns = {
-        "": "{name}",
-        "change (95% upper)": CHANGE,
-        "speedup [95%]": "{speed}",
-        "experts/token": "{experts_per_token:.3f}",
-        f"keeps {100 * max_degradation:g}%": "{keeps}",
-    }
-    return table("Verified points, the safest first", columns, rows)

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
-from pathlib import Path, PurePath
+from dataclasses import dataclass, is_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from var_moe.errors import UsageError
-from var_moe.storage import expanded
+from var_moe.storage import expanded, jsonable
 
 if TYPE_CHECKING:
     from cyclopts import App
@@ -79,12 +79,11 @@ def normalise(arguments: Sequence[str]) -> list[str]:
     """
     out = []
     for argument in arguments:
+        name, equals, value = argument.partition("=")
         if argument.startswith("--"):
-            name, equals, value = argument.partition("=")
-            argument = "--" + name[2:].replace("-", "_") + equals + expanded(value)
+            out.append("--" + name[2:].replace("-", "_") + equals + expanded(value))
         else:
-            argument = expanded(argument)
-        out.append(argument)
+            out.append(expanded(argument))
     return out
 
 
@@ -94,31 +93,23 @@ def load_options(path: Path, command: str) -> Dict:
     Keys are a command's options, with hyphens or underscores.
 
     Raises:
-        UsageError: no such file, no YAML, no mapping, or a key twice.
+        UsageError: no such file, no YAML, or no mapping.
     """
     import yaml
     from cyclopts.config import Dict
 
     if not path.is_file():
-        what = "a folder" if path.is_dir() else "no such file"
-        raise UsageError(f"{path}: {what}; expected a file with options of a command in YAML")
+        raise UsageError(f"{path}: no such file; expected the options of a command in YAML")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not valid YAML ({error})") from None
-    if values is None:
-        values = {}
-    if not isinstance(values, Mapping):
+    if not isinstance(values or {}, Mapping):
         raise UsageError(f"{path}: expected `option: value` in each line")
-    data: dict[str, Any] = {}
-    for key, value in values.items():
-        name = str(key).replace("-", "_")
-        if name in data:
-            raise UsageError(f"{path}: {name!r} is given twice, with a hyphen and without")
-        data[name] = _read(value)
+    data = {str(key).replace("-", "_"): _read(value) for key, value in (values or {}).items()}
     # Below the command's name: at the top, options that are called as a command is (--profile)
     # would be taken for that command's.
-    return Dict({command: data}, source=str(path), use_commands_as_keys=True)
+    return Dict({command: data}, source=str(path))
 
 
 def _read(value: Any) -> Any:
@@ -142,13 +133,6 @@ def effective_options(app: App, words: Sequence[str]) -> str:
     values: dict[str, Any] = {}
     for name, value in bound.arguments.items():
         # ``from_`` is ``from``; options that commands share are the fields of a dataclass.
-        own = asdict(value) if is_dataclass(value) else {name.rstrip("_"): value}  # type: ignore[arg-type]
-        values |= {name: _plain(value) for name, value in own.items()}
+        values |= jsonable(value if is_dataclass(value) else {name.rstrip("_"): value})
     text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     return f"# var-moe {words[0]}\n{text}"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, PurePath):
-        return str(value)
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
