@@ -75,7 +75,7 @@ def evaluate(
     candidates = named_candidates([config] if config else [], presets, mode)
     if policy is not None:
         candidates[policy] = Candidate(
-            policy=policy, settings=_settings(policy, set or []), compensation=stand_in
+            policy=policy, settings=_settings(set or []), compensation=stand_in
         )
     check_count("decode_blocks", decode_blocks, 0)
     subject = Subject(
@@ -93,6 +93,8 @@ def evaluate(
     from var_moe.optimization.search_space import defaults as default_point
     from var_moe.report.measured import evaluation_section
 
+    if policy is not None:
+        candidates[policy].spec.check(candidates[policy].settings)
     file = output / "evaluation.json"
     with run.progress() as progress, GrowingResult(file) as kept:
         ready = subject.ready(
@@ -117,10 +119,8 @@ def evaluate(
     return finish(result, file, report=output)
 
 
-def _settings(policy: str, assignments: list[str]) -> dict[str, Any]:
-    """The settings of ``--set``, checked against those of the policy."""
-    from var_moe.routing.registry import policy_spec
-
+def _settings(assignments: list[str]) -> dict[str, Any]:
+    """The settings of ``--set``."""
     settings: dict[str, Any] = {}
     for assignment in assignments:
         key, equals, value = assignment.partition("=")
@@ -130,7 +130,6 @@ def _settings(policy: str, assignments: list[str]) -> dict[str, Any]:
             settings[key] = json.loads(value)
         except ValueError:  # a word
             settings[key] = value
-    policy_spec(policy).check(settings)
     return settings
 
 
