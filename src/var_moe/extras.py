@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from importlib import import_module
+from typing import NamedTuple
 
 from var_moe.errors import UsageError
 
 
-@dataclass(frozen=True)
-class Optional:
-    """A library that one thing needs.
-
-    Args:
-        package: as pip knows it.
-        extra: of var_moe, that installs it.
-        purpose: what needs it.
-    """
+class Optional(NamedTuple):
+    """A library as pip knows it, the extra of var_moe that installs it, and what needs it."""
 
     package: str
     extra: str

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from var_moe.storage import atomic_write_json
@@ -44,12 +43,7 @@ class GrowingResult:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if error is None or self.saved is None or INCOMPLETE not in self.saved:
             return
         line = f"{self.path} keeps what was measured, without {self.saved[INCOMPLETE]}"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from var_moe.cli.options import (
     RunOptions,
@@ -13,10 +11,12 @@ from var_moe.cli.options import (
     SearchedTextOptions,
     settings_of,
 )
-from var_moe.cli.output import Answer, finish, make_report, table
+from var_moe.cli.output import Answer, finish, make_report
 
-_CHANGE = "{degradation:+.2%} [{degradation_interval[0]:.2%}, {degradation_interval[1]:.2%}]"
-_TEST = f"  {{name}}: {_CHANGE}, p = {{p:.3g}}, {{experts_per_token:.3f}} experts per token,"
+_TEST = (
+    "  {name}: {degradation:+.2%} [{degradation_interval[0]:.2%}, {degradation_interval[1]:.2%}], "
+    "p = {p:.3g}, {experts_per_token:.3f} experts per token,"
+)
 
 
 def certify(
@@ -64,7 +64,6 @@ def certify(
     from var_moe.data.text import check_robust
     from var_moe.optimization.results import CONFIG_FILE
     from var_moe.optimization.validation import find_profile
-    from var_moe.terminal import show
 
     settings = settings_of(CertifySettings, {**options, "seed": run.seed})
     check_robust(robust, dataset)
@@ -92,20 +91,4 @@ def certify(
     print(certificate["sentence"])
     for row in certificate["tests"]:
         print(_TEST.format_map(row), "passed" if row["passed"] else "failed")
-    if certificate["by_dataset"]:
-        show(_described(certificate["by_dataset"]))
     return finish(certificate, place / CERTIFICATE_FILE, place / PAGE_FILE, report=place)
-
-
-def _described(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Each data set by itself, with pages as the units."""
-    claimed = "descriptive, not claimed" if rows[0]["descriptive"] else "the claim is about each"
-    columns = {
-        "data set": "{dataset}",
-        "pages": "{units:,}",
-        "PPL baseline": "{baseline_perplexity:.3f}",
-        "PPL": "{perplexity:.3f}",
-        "change": _CHANGE,
-        "upper": "{degradation_upper:+.2%}",
-    }
-    return table(f"Each data set ({claimed})", columns, rows)
