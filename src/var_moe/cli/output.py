@@ -88,7 +88,7 @@ def show_section(make: Callable[[Results], Section], **parts: Any) -> None:
     from var_moe.terminal import show
 
     section = make(Results(folder=Path(), parts=parts))
-    show(section.intro)
+    show(*filter(None, [section.intro]))
     for block in section.blocks:
         if isinstance(block, Facts):
             show(_rich(block.title, ("", ""), block.rows.items()))
