@@ -22,6 +22,23 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _moments():
+    """What a test does not set is timed for a moment: on a tiny model the figures mean nothing."""
+    from var_moe.evaluation import cost, throughput
+    from var_moe.evaluation.evaluator import SpeedSetting
+
+    with pytest.MonkeyPatch.context() as patch:
+        small = {"batch_size": 2, "sequence": 32, "forwards": 1}
+        patch.setattr(SpeedSetting.__init__, "__kwdefaults__", small)
+        patch.setattr(throughput.fastest_backend, "__kwdefaults__", {"blocks": 1})
+        patch.setattr(cost, "SHAPES", (SpeedSetting(), *cost.SHAPES[1:]))
+        patch.setattr(throughput, "NEW_TOKENS", 12)
+        patch.setattr(throughput, "_CHOOSING_BLOCKS", 1)
+        patch.setattr(throughput, "_CHOOSING_TOKENS", 2)
+        yield
+
+
 @pytest.fixture(scope="session")
 def make_tiny_mixtral():
     """A tiny random Mixtral in float32; the same weights each time."""

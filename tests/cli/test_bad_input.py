@@ -148,7 +148,7 @@ def test_text_shorter_than_a_window(refused, tmp_path, tiny_model_folder):
         (tmp_path / f"{split}.txt").write_text("\f".join(["short text"] * 3))
     words = ["--dataset", tmp_path, "--output", tmp_path / "out"]
     line = refused("evaluate", "--model", tiny_model_folder, *words)
-    assert "shorter than one row of 256 tokens" in line
+    assert "shorter than one row of 32 tokens" in line
 
 
 def test_too_few_documents(refused, tmp_path, tiny_model_folder):

@@ -12,6 +12,7 @@ import time
 import pytest
 
 from var_moe.cli import main
+from var_moe.evaluation import throughput
 
 RESULT_KEYS = {"best_score", "optimization_time", "num_evaluations", "converged", "all_results"}
 
@@ -221,7 +222,7 @@ def test_evaluate_takes_any_policy_and_times_generation(common, tuned, tmp_path,
     assert rows["naee"]["experts_per_token"] == pytest.approx(1.75, abs=0.05)
     assert [one["batch_size"] for one in rows["naee"]["decode"]] == [1, 16]
     for one in rows["naee"]["decode"]:
-        assert one["new_tokens"] == 128
+        assert one["new_tokens"] == throughput.NEW_TOKENS
         assert 0.1 < one["speedup"] < 10
     assert "Generation, greedy" in capsys.readouterr().out
 

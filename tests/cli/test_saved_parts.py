@@ -16,20 +16,6 @@ from var_moe.optimization import preparation
 KEEPS = "keeps what was measured, without "
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """The baseline's backend is not searched for, and a timed block is small."""
-    monkeypatch.setattr(
-        "var_moe.evaluation.evaluator.fastest_backend", lambda *_, **__: ("eager", {"eager": 1.0})
-    )
-    monkeypatch.setattr("var_moe.evaluation.evaluator.SpeedSetting.__init__", small_setting)
-
-
-def small_setting(self, *_args, **_options):
-    for name, value in {"batch_size": 2, "sequence": 32, "forwards": 1}.items():
-        object.__setattr__(self, name, value)
-
-
 @pytest.fixture
 def fails(monkeypatch):
     """Let a function fail at its n-th call."""

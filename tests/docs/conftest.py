@@ -46,19 +46,12 @@ def demo_places(
 def standing_in(places: tuple[Path, Path]) -> Iterator[pytest.MonkeyPatch]:
     """Within it, they have the name demo, so that snippets run as they stand.
 
-    Timings are of batches of a moment. Not a fixture of the session: other tests mean the demo.
+    Not a fixture of the session: other tests mean the demo.
     """
-    from var_moe.evaluation.evaluator import SpeedSetting
-
     model, text = places
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("var_moe.models.loading.DEMO_FOLDER", model)
         patch.setattr("var_moe.data.text.DEMO_FOLDER", text)
-        patch.setattr(
-            SpeedSetting.__init__,
-            "__kwdefaults__",
-            {"batch_size": 2, "sequence": 32, "forwards": 1},
-        )
         yield patch
 
 
