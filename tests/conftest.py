@@ -31,13 +31,12 @@ def _moments():
     with pytest.MonkeyPatch.context() as patch:
         small = {"batch_size": 2, "sequence": 32, "forwards": 1}
         patch.setattr(SpeedSetting.__init__, "__kwdefaults__", small)
-        patch.setattr(throughput.fastest_backend, "__kwdefaults__", {"blocks": 1})
         shapes = [SpeedSetting(batch_size=size, sequence=16, forwards=1) for size in (2, 1)]
         patch.setattr(cost, "SHAPES", (SpeedSetting(), *shapes))
         patch.setitem(cost.fit_cost_model.__kwdefaults__, "blocks", 2)
-        patch.setattr(throughput, "NEW_TOKENS", 12)
-        patch.setattr(throughput, "_CHOOSING_BLOCKS", 1)
-        patch.setattr(throughput, "_CHOOSING_TOKENS", 2)
+        few = {"_CHOOSING_BLOCKS": 1, "_DECODED_CHOOSING_BLOCKS": 1, "_DECODED_CHOOSING_TOKENS": 2}
+        for name, value in {**few, "NEW_TOKENS": 12}.items():
+            patch.setattr(throughput, name, value)
         yield
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -264,26 +262,12 @@ def test_nothing_feasible_is_said_and_saved(common, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["random", "bayesian", "replay"])
-def test_killed_and_resumed(common, tmp_path, method):
+def test_killed_and_resumed(common, tmp_path, method, killed, finished):
     """kill -9 loses at most the running evaluation; --resume goes on to the original number."""
     folder = tmp_path / "run"
     words = ["tune", *common, "--method", method, "--n_calls", "8", "--seed", "5"]
     words += ["--max_degradation", "0.5", "--output", str(folder), "--quiet"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "var_moe.cli", *words], env=environment, stderr=subprocess.DEVNULL
-    )
-    log = folder / "optuna_study.log"
-    deadline = time.monotonic() + 120
-    finished = 0
-    while finished < 3 and time.monotonic() < deadline:
-        time.sleep(0.05)
-        if log.exists():
-            text = log.read_text(errors="replace")
-            finished = text.count('"values":[')
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert finished >= 3
+    killed(words, lambda: finished(folder) >= 3)
     assert main([*words, "--resume"]) == 0
     resumed = read(folder / "optimization_results.json")["all_results"]
     assert len(resumed) == 8

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
@@ -98,25 +93,15 @@ def test_few_ways_to_decide_end_the_search_early(common, profile, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_and_resumed(common, profile, tmp_path):
+def test_killed_and_resumed(common, profile, tmp_path, killed, finished):
     """--resume goes on to the original number with the points of an unbroken search."""
     folder = tmp_path / "run"
     words = ["tune", *common, *profile, "--policy", "naee", "--n_calls", "6", "--seed", "5"]
     words += ["--max_degradation", BOUND, "--quiet", "--output", str(folder)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "var_moe.cli", *words],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.DEVNULL,
-    )
-    log, finished, deadline = folder / "optuna_study.log", 0, time.monotonic() + 300
-    while finished < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
-        finished = log.read_text(errors="replace").count('"values":[') if log.exists() else 0
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    killed(words, lambda: finished(folder) >= 2)
+    log = folder / "optuna_study.log"
     before = log.read_text().splitlines()
     cost = read(folder / "cost_model.json")
-    assert finished >= 2
     assert main([*words, "--resume"]) == 0
     assert read(folder / "cost_model.json") == cost
     assert log.read_text().splitlines()[: len(before) - 1] == before[:-1]

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import pandas as pd
 import pytest
@@ -159,20 +154,12 @@ def test_replay_of_a_grid(traced, copied, tmp_path, mode, capsys):
 
 
 @pytest.mark.slow
-def test_killed_and_resumed(common, traced, tmp_path):
+def test_killed_and_resumed(common, traced, tmp_path, killed):
     """kill -9 loses at most the shard that is being made; the same command goes on."""
     folder, whole = tmp_path / "killed", tmp_path / "whole"
     words = ["trace", *common, "--profile", str(traced / "profile"), "--quiet"]
     words += ["--tokens_per_batch", "128", "--output"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "var_moe.cli", *words, str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    deadline = time.monotonic() + 120
-    while not (folder / "trace-00001.safetensors").exists() and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    killed([*words, str(folder)], (folder / "trace-00001.safetensors").exists)
     first = folder / "trace-00000.safetensors"
     assert first.exists()
     assert not (folder / "trace.json").exists()
