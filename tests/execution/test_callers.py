@@ -22,7 +22,7 @@ from var_moe.routing.decision import ForwardContext, Routing
 from var_moe.routing.simple import NativePolicy, TopPPolicy
 from var_moe.routing.var import RoutingTable, VARPolicy
 
-THREADS, CALLS = 6, 4
+THREADS, CALLS = 4, 2
 
 
 @pytest.fixture(scope="module")
@@ -100,26 +100,6 @@ def test_threads_announce_their_own_tokens(model):
     assert policy.documents[1] == (77,)
 
 
-def test_leaving_waits_for_what_another_thread_generates(model):
-    """A streamer's pattern: the thread that generates outlives the block that it began in."""
-    started, answers = threading.Event(), []
-    expected = answer(model, 7)
-
-    class Slow(NativePolicy):
-        def begin(self, context: ForwardContext) -> None:
-            started.set()
-            super().begin(context)
-
-    worker = threading.Thread(target=lambda: answers.append(answer(model, 7)))
-    with routed(model, Slow(), backend="grouped_mm") as session:
-        worker.start()
-        assert started.wait(60)
-    tokens = session.report().tokens
-    worker.join(60)
-    assert answers == [expected]
-    assert tokens == len(expected) - 1  # all of them went through the policy
-
-
 def test_a_forward_after_the_block_was_left_is_refused(model):
     """A thread's own loop that waits for its turn while another leaves."""
     entered, leaving, errors = threading.Event(), threading.Event(), []
@@ -165,27 +145,6 @@ def test_a_failing_forward_lets_the_next_thread_in(model):
             pool.submit(logits, model, prompt(2)).result(60)
         assert pool.submit(logits, model, prompt(2)).result(60).isfinite().all()
         assert logits(model, prompt(2)).isfinite().all()
-
-
-def test_a_thread_that_ends_in_its_forward_lets_the_next_one_in(model):
-    """SystemExit, as Ctrl-C, is no `Exception`: torch runs no hook after it."""
-
-    class Ending(NativePolicy):
-        ended = False
-
-        def route(
-            self, context: ForwardContext, layer: int, index: Tensor, weight: Tensor
-        ) -> Routing:
-            if not self.ended:
-                self.ended = True
-                raise SystemExit
-            return super().route(context, layer, index, weight)
-
-    with routed(model, Ending()), ThreadPoolExecutor(1) as pool:
-        ending = threading.Thread(target=lambda: logits(model, prompt(2)))
-        ending.start()
-        ending.join(60)
-        assert pool.submit(logits, model, prompt(2)).result(60).isfinite().all()
 
 
 @pytest.mark.parametrize("before", ["no forward", "one token", "as many tokens", "interrupted"])
@@ -254,7 +213,7 @@ def test_a_cache_that_was_cropped_is_told_apart_from_an_unseen_one(model):
     with routed(model, var(model)), torch.inference_mode():
         cache = model(input_ids=ids, use_cache=True).past_key_values
         cache.crop(-7)  # a negative number removes so many, in every version
-        with pytest.raises(UsageError, match=r"4 of the 11 tokens .* cropped or thinned"):
+        with pytest.raises(UsageError, match=r"holds 4 tokens, of which .* knows 11 .*cropped"):
             model(input_ids=ids[:, 4:5], past_key_values=cache)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -30,35 +30,30 @@ from var_moe.routing.watch import Units, Watch, Watching
 
 _READ_EXPORTED = "var_moe.serving.folder:load_exported"  # of a room above this one
 
-_LOOK_SECONDS = 1.0  # between looks at whether the thread whose turn it is still lives
-
 
 class _Turn:
     """Lets the forwards of several threads into a session one after another."""
 
     def __init__(self) -> None:
-        self._free = threading.Condition()
-        self._owner: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._owner: int | None = None
 
     @property
     def mine(self) -> bool:
         """Whether this thread's forward is the one that runs."""
-        return self._owner is threading.current_thread()
+        return self._owner == threading.get_ident()
 
     def take(self) -> None:
-        """Wait until no other thread's forward runs."""
-        with self._free:
-            # Ctrl-C or SystemExit may have ended this thread's last forward, or another thread.
-            while not (self._owner is None or self.mine or not self._owner.is_alive()):
-                self._free.wait(_LOOK_SECONDS)
-            self._owner = threading.current_thread()
+        """Wait for the turn, which an interrupted forward of this thread may still have."""
+        if not self.mine:
+            self._lock.acquire()
+            self._owner = threading.get_ident()
 
     def give(self) -> None:
-        """Let the next thread in; without effect where this thread's forward does not run."""
-        with self._free:
-            if self.mine:
-                self._owner = None
-                self._free.notify()
+        """Let the next thread in; without effect where it is another one's turn."""
+        if self.mine:
+            self._owner = None
+            self._lock.release()
 
     @contextmanager
     def taken(self) -> Iterator[None]:
@@ -113,8 +108,8 @@ class Session:
         self._announced.context = context
 
     def report(self) -> RoutingReport:
-        """Tiers, executed pairs and departure from the router since the session's start or the
-        last `reset`; with a guard, what it has seen since the session's start."""
+        """Tiers, executed pairs and drift from the router since the start or the last `reset`;
+        with a guard, what it has seen since the start."""
         with self._turn.taken():
             parts = [observer.report() for observer in self._observers]
         return RoutingReport(**{name: value for part in parts for name, value in part.items()})
@@ -146,13 +141,6 @@ class Session:
         self._closed = True
         self._turn.give()
 
-    def __reduce_ex__(self, _protocol: Any) -> Any:
-        """A copy would not be told the tokens of its model's forwards."""
-        raise UsageError(
-            "the model is inside a routed(...) block, whose session can't be copied or pickled: "
-            "copy the model after leaving the block, or save it with save_pretrained"
-        )
-
     # -- called by the model ---------------------------------------------------------------
 
     def before_forward(self, _model: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
@@ -178,7 +166,9 @@ class Session:
     def _context_of(self, args: tuple[Any, ...], kwargs: Any) -> ForwardContext:
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is None:
-            raise UsageError("routed(...) needs input_ids: embeddings do not tell the token ids")
+            raise UsageError(
+                "routed(...) needs input_ids: inputs_embeds do not say which tokens they are"
+            )
         announced, self._announced.context = self._announced.context, None
         if announced is None:
             mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
@@ -252,22 +242,7 @@ class Session:
 _running: WeakSet[Session] = WeakSet()
 
 
-class _Block(AbstractContextManager[Session]):
-    """What `routed` returns: a block that is entered once."""
-
-    def __init__(self, block: AbstractContextManager[Session]) -> None:
-        self._block, self._entered = block, False
-
-    def __enter__(self) -> Session:
-        if self._entered:
-            raise UsageError("this routed(...) block was entered before: call routed(...) again")
-        self._entered = True
-        return self._block.__enter__()
-
-    def __exit__(self, *error: Any) -> bool | None:
-        return self._block.__exit__(*error)
-
-
+@contextmanager
 def routed(
     model: Any,
     policy: RoutingPolicy | str | Path,
@@ -275,7 +250,7 @@ def routed(
     backend: str | ExpertsBackend = "auto",
     guard: Guard | Watching | None = None,
     observers: Sequence[Observer] = (),
-) -> AbstractContextManager[Session]:
+) -> Iterator[Session]:
     """Run the model's experts as ``policy`` decides, until the block ends.
 
     Args:
@@ -299,28 +274,20 @@ def routed(
 
     Raises:
         UsageError: the model is no MoE, is routed already, or does not go through the experts
-            dispatch; the
-            policy or its compensation is another model's, or the guard another policy's; no such
-            exported folder.
+            dispatch; the policy or its compensation is another model's, or the guard another
+            policy's; no such exported folder.
 
     On leaving, also by an exception, the model is what it was before.
     """
-    return _Block(_routed(model, policy, backend, guard, observers))
-
-
-@contextmanager
-def _routed(
-    model: Any,
-    policy: RoutingPolicy | str | Path,
-    backend: str | ExpertsBackend,
-    guard: Guard | Watching | None,
-    observers: Sequence[Observer],
-) -> Iterator[Session]:
     exported = isinstance(policy, str | Path)
     chosen: Any = resolve_name(_READ_EXPORTED)(policy, model).policy() if exported else policy
     if isinstance(model, LoadedModel):
         model = model.model
-    _check_given(model, chosen, backend, guard)
+    if not hasattr(model, "get_experts_implementation"):
+        raise _wrong("model", model, "a transformers model, or what load_model returned")
+    if not isinstance(chosen, RoutingPolicy):
+        made = "one that make_policy returned, or what `var-moe export` wrote"
+        raise _wrong("policy", chosen, made)
     model, called = _unwrapped(model)
     sizes = experts_shape(model)
     if chosen.compensation is not None:
@@ -330,6 +297,8 @@ def _routed(
     if isinstance(guard, Guard):
         guard.check(policy_facts(chosen), layers=sizes["layers"])
         guard = Watch(guard)
+    elif guard is not None and not hasattr(guard, "see"):
+        raise _wrong("guard", guard, "one that Guard.load or calibrate_guard returned")
     if guard is not None:
         observers = [*observers, Units(guard, sizes["layers"], drops_only=chosen.drops_only)]
     with ExitStack() as leaving:
@@ -356,22 +325,8 @@ def _routed(
         session.end_documents()
 
 
-def _check_given(model: Any, policy: Any, backend: Any, guard: Any) -> None:
-    """Refuse what is none of these, before anything is changed; names what to give."""
-
-    def expect(right: bool, name: str, given: Any, expected: str) -> None:
-        if not right:
-            kind = given.__name__ if isinstance(given, type) else type(given).__name__
-            raise UsageError(f"routed(...): {name} is {kind}: expected {expected}")
-
-    dispatched = hasattr(model, "get_experts_implementation")
-    expect(dispatched, "model", model, "a transformers model, or what load_model returned")
-    made = "one that make_policy returned, or what `var-moe export` wrote"
-    expect(isinstance(policy, RoutingPolicy), "policy", policy, made)
-    named = 'the name of a backend, such as "auto", or what open_backend returned'
-    expect(isinstance(backend, str | ExpertsBackend), "backend", backend, named)
-    watches = isinstance(guard, Guard | None) or callable(getattr(guard, "see", None))
-    expect(watches, "guard", guard, "one that Guard.load or calibrate_guard returned")
+def _wrong(name: str, given: Any, expected: str) -> UsageError:
+    return UsageError(f"routed(...): {name} is {type(given).__name__}: expected {expected}")
 
 
 def _unwrapped(model: Any) -> tuple[Any, list[Any]]:

@@ -43,19 +43,11 @@ class _Text:
         return self.look()
 
 
-@dataclass(frozen=True)
-class _Step:
-    """What `generate` holds before a forward: all ids, or all since it was called."""
-
-    ids: Tensor  # (B, P)
-    valid: Tensor  # (B, P) bool
-
-
 class _Generating(threading.local):
-    """A thread's running call of `generate`, and its next forward."""
+    """A thread's running call of `generate`, and what it holds before its next forward."""
 
     call: _Call | None = None
-    step: _Step | None = None
+    step: tuple[Tensor, Tensor] | None = None  # all ids, or all since the call; valid; (B, P)
 
 
 class Texts:
@@ -72,8 +64,6 @@ class Texts:
         self._texts: WeakKeyDictionary[Any, _Text] = WeakKeyDictionary()
         self._numbers = count(_FIRST_DOCUMENT)
         self._own = _Generating()
-        self._threads: set[int] = set()  # that generate
-        self._ended = threading.Condition()
         # Before and in a forward that may make its own KV cache.
         self._unbound: tuple[_Text, ForwardContext] | None = None
 
@@ -100,7 +90,7 @@ class Texts:
             raise UsageError(f"input_ids {_shape(ids)}: routed(...) needs (batch, sequence)")
         step, self._own.step = self._own.step, None
         if step is not None:
-            mask = step.valid.to(ids.device)
+            mask = step[1].to(ids.device)
         length = ids.shape[1]
         if mask is not None:
             flat = isinstance(mask, Tensor) and mask.dim() == 2
@@ -159,29 +149,24 @@ class Texts:
         return _Text(0, numbers, lambda: ids.new_full((ids.shape[0], self._before), -1))
 
     def _continued(
-        self, cache: Any, past: int, context: ForwardContext, step: _Step | None
+        self, cache: Any, past: int, context: ForwardContext, step: tuple[Tensor, Tensor] | None
     ) -> _Text:
         """The text in a KV cache with ``past`` tokens."""
         known = self._texts.get(cache)
         held = 0 if known is None else known.length
         if known is not None and len(known.documents) != context.ids.shape[0]:
             known = None
-        if step is not None and step.ids.shape[1] == past + context.ids.shape[1]:
+        if step is not None and step[0].shape[1] == past + context.ids.shape[1]:
             documents = (known or self._new(context.ids)).documents
-            earlier = torch.where(step.valid, step.ids, -1)[:, :past].to(context.ids.device)
+            earlier = torch.where(step[1], step[0], -1)[:, :past].to(context.ids.device)
             return _Text(past, documents, lambda: _last(earlier, self._before))
         if not self._looks_back:
             return replace(known or self._new(context.ids), length=past)
         if known is None or held != past or self._beams:
-            what = (
-                f"the KV cache holds {past} of the {held} tokens that routed(...) has seen go into "
-                "it (it was cropped or thinned), and which ones cannot be told: fill a new"
-                if past < held
-                else f"the KV cache holds {past} tokens that routed(...) has not seen: fill the"
-            )
             raise UsageError(
-                f"{what} KV cache inside the same routed(...) block, or give generate() the whole "
-                "input_ids"
+                f"the KV cache holds {past} tokens, of which routed(...) knows {held} (it was "
+                "filled outside the block, or cropped): fill a new one inside the block, or give "
+                "generate() the whole input_ids"
             )
         return known
 
@@ -201,8 +186,6 @@ class Texts:
         try:
             yield
         finally:
-            with self._ended:  # what another thread generates is routed to its end
-                self._ended.wait_for(lambda: self._threads <= {threading.get_ident()})
             for name in names:
                 delattr(model, name)
             for name, value in before.items():
@@ -213,14 +196,10 @@ class Texts:
         def generate(*args: Any, **kwargs: Any) -> Any:
             self._own.call = _Call.of(model, args, kwargs)
             args, kwargs = _uncompiled(args, kwargs)
-            self._threads.add(threading.get_ident())
             try:
                 return original(*args, **kwargs)
             finally:
                 self._own.call = self._own.step = None
-                with self._ended:
-                    self._threads.discard(threading.get_ident())
-                    self._ended.notify_all()
 
         return generate
 
@@ -233,7 +212,7 @@ class Texts:
                 mask = kwargs.get("attention_mask")
                 if mask is not None and mask.dim() == 2:
                     valid = valid & mask[:, -input_ids.shape[1] :].to(valid)
-                self._own.step = _Step(input_ids, valid)
+                self._own.step = input_ids, valid
             return original(input_ids, *args, **kwargs)
 
         return prepare
@@ -322,9 +301,7 @@ def _packed(positions: Tensor) -> bool:
 
 def _shape(given: Any) -> str:
     """What was given in place of a (B, S) tensor."""
-    if isinstance(given, Tensor):
-        return f"of shape {tuple(given.shape)}"
-    return f"of type {type(given).__name__}"
+    return f"of shape {tuple(given.shape)}" if hasattr(given, "shape") else type(given).__name__
 
 
 def _last(ids: Tensor, number: int) -> Tensor:

@@ -57,25 +57,14 @@ class ExpertsBackend(ABC):
 
 
 def each_pair(run: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, index: Tensor) -> Tensor:
-    """Run the pairs that are not dropped as tokens of their own.
-
-    Args:
-        run: (P, D) inputs and (P, 1) expert ids -> (P, D) outputs.
-        hidden: (T, D) inputs.
-        index: (T, K) expert ids, -1 where a pair is dropped.
-
-    Returns:
-        (T, K, D), zero where a pair is dropped.
-    """
+    """`ExpertsBackend.pairs` by ``run``: (P, D) inputs and (P, 1) expert ids -> (P, D)."""
     tokens, top_k = index.shape
     flat = index.reshape(-1)
     kept = (flat >= 0).nonzero().squeeze(1)  # waits for the device
     out = run(hidden[kept // top_k], flat[kept, None])
-    if kept.shape[0] < tokens * top_k:
-        full = out.new_zeros((tokens * top_k, out.shape[1]))
-        full[kept] = out
-        out = full
-    return out.view(tokens, top_k, out.shape[1])
+    if len(kept) < len(flat):
+        out = out.new_zeros((len(flat), out.shape[1])).index_copy_(0, kept, out)
+    return out.view(tokens, top_k, -1)
 
 
 def weighted_sum(outputs: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -85,14 +74,11 @@ def weighted_sum(outputs: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def activate(module: Any, inner: Tensor, *, in_place: bool = False) -> Tensor:
     """What an expert makes of its first product, (P, I) or with a gate (P, 2 I) -> (P, I)."""
-    if not module.has_gate:
-        activated: Tensor = module.act_fn(inner)
-    elif in_place and is_plain_silu(module):
+    if module.has_gate and in_place and is_plain_silu(module):
         gate, up = inner.chunk(2, dim=-1)
-        activated = F.silu(gate, inplace=True).mul_(up)
-    else:
-        activated = module._apply_gate(inner)
-    return activated
+        return F.silu(gate, inplace=True).mul_(up)
+    out: Tensor = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+    return out
 
 
 def is_plain_silu(module: Any) -> bool:

@@ -32,9 +32,6 @@ class GroupedBackend(ExpertsBackend):
         copied = index.numel() * first[0].numel() * first.element_size()
         if len(index) <= DECODE_TOKENS and copied <= _COPY_BYTES:
             return _batched(module, hidden, index, weight)
-        return self._grouped(module, hidden, index, weight)
-
-    def _grouped(self, module: Any, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         experts, top_k = int(module.num_experts), index.shape[1]
         flat = index.reshape(-1)
         expert, order = torch.where(flat < 0, experts, flat).sort(stable=True)

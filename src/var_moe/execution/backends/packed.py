@@ -162,7 +162,7 @@ class _Copy:
 
 
 def padded(rows: int) -> int:
-    """So many rows are run for so many: at most 3% more.
+    """The number of rows that are run for ``rows``: at most 3% more.
 
     oneDNN makes a kernel for every number of rows that it sees and keeps the last 1,024. Experts
     get other numbers of rows in every forward: without this, most would be made anew each time,
@@ -172,8 +172,7 @@ def padded(rows: int) -> int:
 
 
 def _step(rows: int) -> int:
-    step: int = 1 << max(rows.bit_length() - 6, 0)
-    return step
+    return int(1 << max(rows.bit_length() - 6, 0))
 
 
 def can_pack(modules: list[Any]) -> bool:
@@ -221,22 +220,17 @@ def memory_limit(root: Path = Path("/")) -> int:
     Args:
         root: where ``proc`` and ``sys`` lie.
     """
-    try:
-        limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    except (AttributeError, ValueError, OSError):  # not a Unix
+    if not hasattr(os, "sysconf"):  # not a Unix
         return 0
-    try:
-        groups = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        groups = []
-    for group in groups:  # number:controllers:path, without controllers in version 2
-        _, controllers, own = (*group.split(":", 2), "", "")[:3]
-        if not controllers:
-            top, name = root / "sys/fs/cgroup", "memory.max"
-        elif "memory" in controllers.split(","):
-            top, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
-        else:
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    listed = root / "proc/self/cgroup"
+    for group in listed.read_text().splitlines() if listed.is_file() else []:
+        _, controllers, own = group.split(":", 2)  # in version 2 there are no controllers
+        if controllers and "memory" not in controllers.split(","):
             continue
+        version_2 = (root / "sys/fs/cgroup", "memory.max")
+        version_1 = (root / "sys/fs/cgroup/memory", "memory.limit_in_bytes")
+        top, name = version_1 if controllers else version_2
         # The groups above limit it, too. In a container its own may be the one at the top.
         place = top / own.strip("/")
         for folder in (place, *place.parents[: len(place.relative_to(top).parts)]):
