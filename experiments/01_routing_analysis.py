@@ -30,7 +30,7 @@ def option(words: list[str], name: str) -> str | None:
 
 def analyse(folder: Path, output: Path) -> None:
     """Write the analysis of a profile, and say what it found."""
-    from var_moe.analysis.routing import FILE, analyse_routing
+    from var_moe.analysis.hypotheses import FILE, analyse_routing
     from var_moe.calibration.profile import RoutingProfile
     from var_moe.cli.output import make_report
     from var_moe.storage import atomic_write_json

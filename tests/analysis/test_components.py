@@ -7,8 +7,9 @@ import torch
 
 from var_moe.analysis.components import (
     COMPONENTS,
-    ComponentTimings,
     attention_modules,
+    component_statistics,
+    parts_of,
     profile_components,
 )
 from var_moe.analysis.profiler import Span
@@ -24,34 +25,32 @@ def model(make_tiny_mixtral):
 
 @pytest.fixture(scope="module")
 def batches():
-    dice = torch.Generator().manual_seed(1)
-    return [torch.randint(0, 300, (2, 24), generator=dice) for _ in range(2)]
+    rng = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 300, (2, 24), generator=rng) for _ in range(2)]
 
 
-@pytest.mark.parametrize("policy", [None, NativePolicy(), FixedKPolicy(1)])
-@pytest.mark.parametrize("backend", ["sorted", "eager"])
-def test_the_parts_sum_to_the_forward(model, batches, policy, backend):
-    if policy is None:
-        backend = "eager"
-    found = profile_components(model, batches, policy=policy, backend=backend, rounds=3)
-    assert len(found.forwards) == 6
-    assert set(found.by_component) == set(COMPONENTS)
-    for at, whole in enumerate(found.forwards):
-        parts = [values[at] for values in found.by_component.values()]
-        assert sum(parts) == pytest.approx(whole)
-        assert min(parts) >= 0
+@pytest.mark.parametrize(
+    ("policy", "backend"),
+    [(None, "eager"), (NativePolicy(), "sorted"), (FixedKPolicy(1), "eager")],
+)
+def test_all_time_is_somewhere(model, batches, policy, backend):
+    timed = profile_components(model, batches, policy=policy, backend=backend, rounds=2)
+    assert timed["forward"]["count"] == 4
+    components = timed["components"]
+    assert set(components) == set(COMPONENTS)
+    assert sum(row["share"] for row in components.values()) == pytest.approx(1)
+    assert sum(row["mean_ms"] for row in components.values()) == pytest.approx(
+        timed["forward"]["mean_ms"]
+    )
     always = {"attention", "router", "experts", "head", "other"}
     ours = {"policy", "compaction", "combine"}
     for name in always if policy is None else always | ours:
-        assert found.share(name) > 0, name
+        assert components[name]["share"] > 0, name
     if policy is None:
-        assert all(found.share(name) == 0 for name in ours)
+        assert all(components[name]["share"] == 0 for name in ours)
     for name in ("attention", "router", "experts"):
-        assert sorted(found.by_layer[name]) == list(range(LAYERS))
-        assert all(len(row) == 6 for row in found.by_layer[name].values())
-    values = found.to_dict()
-    assert values["components"]["experts"].keys() >= {"mean_ms", "std_ms", "p50_ms", "p99_ms"}
-    assert set(values["layers"]["attention"]) == {"0", "1", "2"}
+        assert sorted(timed["layers"][name]) == [str(layer) for layer in range(LAYERS)]
+        assert all(row["count"] == 4 for row in timed["layers"][name].values())
 
 
 def test_the_model_is_left_as_it_was(model, batches):
@@ -90,18 +89,26 @@ def test_where_the_time_of_a_forward_belongs(wall):
     begun = [span("begun", 1, 1), span("other", 3, 4), span("attention@3", 5, 25)]
     lookup = [span("aten::gather", 1, 3)]
     forward = span("forward", 0, 100, inner=[*begun, experts], operators=lookup)
-    found = ComponentTimings()
-    found.add(forward, wall=wall)
-    parts = {name: values for name, (values,) in found.by_component.items()}
-    expected = {"attention": 20, "policy": 8 if wall else 6, "other": 18}
-    # On CPU what lies between operators is time as well.
-    expected |= {"compaction": 7, "experts": 37} if wall else {"compaction": 4, "experts": 35}
-    expected["combine"] = 62 - sum(expected[name] for name in ("policy", "compaction", "experts"))
-    assert {name: ms for name, ms in parts.items() if ms} == expected
-    assert found.by_layer["experts"] == {3: [expected["experts"]]}
-    baseline = ComponentTimings()
-    baseline.add(span("forward", 0, 100, inner=[span("experts@3", 30, 90)]), wall=wall)
-    assert baseline.by_component["experts"] == [60]
+    parts = parts_of(forward, wall=wall)
+    assert sum(parts.values()) == pytest.approx(100)
+    expected = {"policy": 4, "compaction": 4, "experts": 35}
+    if wall:  # what lies between operators is time as well
+        expected = {"policy": 6, "compaction": 7, "experts": 37}
+    expected["combine"] = 60 - sum(expected.values())
+    assert {name: ms for (name, layer), ms in parts.items() if layer == "3" and ms} == {
+        "attention": 20,
+        **expected,
+    }
+    assert parts["policy", ""] == 2
+    assert parts["other", ""] == 18
+    baseline = parts_of(span("forward", 0, 100, inner=[span("experts@3", 30, 90)]), wall=wall)
+    assert baseline["experts", "3"] == 60
+
+
+def test_a_part_that_one_forward_lacks_took_no_time_there():
+    rows = component_statistics([{("head", ""): 2.0, ("experts", "0"): 2.0}, {("head", ""): 4.0}])
+    assert rows["components"]["head"]["share"] == 0.75
+    assert rows["layers"]["experts"]["0"]["mean_ms"] == 1.0
 
 
 def test_attention_is_found_once_per_layer(model):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from var_moe.analysis import systems
+from var_moe.analysis import pipeline
 from var_moe.cli import main
 from var_moe.evaluation import sweep
 from var_moe.evaluation.evaluator import Evaluator
@@ -112,7 +112,7 @@ def test_validate_keeps_quality_and_the_runs_before(kept, fails, config):
 
 
 def test_analyze_keeps_its_parts(kept, fails, config, tmp_path):
-    fails(systems, "measure_scaling")
+    fails(pipeline, "measure_scaling")
     words = ["analyze", "--quick", "--var_config", str(config), "--n_samples", "6"]
     found = kept("systems_analysis.json", *words)
     assert found["comparison"]["actual_speedup"] > 0

@@ -8,8 +8,9 @@ combination apart, whatever backend runs them.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -30,9 +31,7 @@ COMPONENTS = ("attention", "router", "policy", "compaction", "experts", "combine
 whole experts module); ``combine``: the weighted sum, what stands in for dropped experts, and
 counting; ``other``: norms, embedding, residual adds, dense layers."""
 
-_ATTENTION = {
-    *("self_attn", "attention", "attn", "self_attention", "linear_attn", "mixer", "mamba"),
-}
+_ATTENTION = {"self_attn", "attention", "attn", "self_attention", "linear_attn", "mixer", "mamba"}
 """What families call the module of a layer that mixes tokens."""
 _LAYER = "@"
 _BEGUN, _DECIDED = "begun", "decided"  # marks of a moment, not of a stretch
@@ -43,15 +42,13 @@ class DecisionMarks(Observer):
     """Marks when the policy begins a forward, and when it has decided each layer."""
 
     def begin(self, context: ForwardContext) -> None:
-        self._moment(_BEGUN)
+        with mark(_BEGUN):
+            pass
 
     def see(
         self, layer: int, context: ForwardContext, routing: Routing, index: Tensor, weight: Tensor
     ) -> None:
-        self._moment(_DECIDED)
-
-    def _moment(self, name: str) -> None:
-        with mark(name):
+        with mark(_DECIDED):
             pass
 
 
@@ -72,7 +69,11 @@ def attention_modules(model: Any) -> list[tuple[int, nn.Module]]:
 def marked(model: Any) -> Iterator[None]:
     """Mark the model's parts in every forward until the block ends."""
     experts = experts_modules(model)
-    layers = [_layer_number(name, at) for at, (name, _) in enumerate(experts)]
+    # The decoder layer that a module's name stands for.
+    layers = [
+        next((int(word) for word in name.split(".") if word.isdigit()), at)
+        for at, (name, _) in enumerate(experts)
+    ]
     try:
         routers = router_modules(model)
     except UsageError:
@@ -82,10 +83,8 @@ def marked(model: Any) -> Iterator[None]:
         *((f"experts{_LAYER}{at}", m) for at, (_, m) in zip(layers, experts, strict=True)),
         *((f"router{_LAYER}{at}", m) for at, (_, m) in zip(layers, routers, strict=False)),
         ("other", model.get_input_embeddings()),  # the first of a forward: it ends `_BEGUN`
+        ("head", model.get_output_embeddings()),
     ]
-    head = model.get_output_embeddings()
-    if head is not None:
-        parts.append(("head", head))
     open_marks: list[Any] = []
 
     def before(name: str) -> Any:
@@ -98,83 +97,40 @@ def marked(model: Any) -> Iterator[None]:
     def after(*_: Any) -> None:
         open_marks.pop().__exit__(None, None, None)
 
-    handles = []
-    for name, module in parts:
-        handles += [
-            module.register_forward_pre_hook(before(name)),
-            module.register_forward_hook(after),
-        ]
-    try:
+    with ExitStack() as hooks:
+        for name, module in parts:
+            if module is not None:
+                hooks.enter_context(module.register_forward_pre_hook(before(name)))
+                hooks.enter_context(module.register_forward_hook(after))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def _layer_number(name: str, fallback: int) -> int:
-    """The decoder layer that a module's name stands for."""
-    return next((int(word) for word in name.split(".") if word.isdigit()), fallback)
+Parts = Mapping[tuple[str, str], float]
+"""(component, decoder layer or "") -> milliseconds, of one forward."""
 
 
-class ComponentTimings:
-    """Milliseconds of each forward, as a whole and by component and layer."""
+def parts_of(forward: Span, *, wall: bool) -> Parts:
+    """The parts of a forward, which sum to it; ``wall``: times are wall time, as on CPU."""
+    parts: defaultdict[tuple[str, str], float] = defaultdict(float)
 
-    def __init__(self) -> None:
-        self.forwards: list[float] = []
-        self.by_component: dict[str, list[float]] = {name: [] for name in COMPONENTS}
-        self.by_layer: dict[str, dict[int, list[float]]] = {}
-
-    def add(self, forward: Span, *, wall: bool) -> None:
-        """Add one forward; the parts sum to it.
-
-        Args:
-            forward: its span.
-            wall: whether times are wall time, as on CPU.
-        """
-        for values in self.by_component.values():
-            values.append(0.0)
-        self.forwards.append(forward.ms)
-        self._walk(forward, wall=wall)
-
-    def _walk(self, span: Span, *, wall: bool) -> None:
+    def walk(span: Span) -> None:
         name, _, layer = span.name.partition(_LAYER)
-        parts = _inner_parts(span, wall=wall)
-        for part, ms in parts.items():
-            self._put(part, layer, ms)
-        if name == "experts" and parts:
+        unmarked = _unmarked_parts(span, wall=wall)
+        for part, ms in unmarked.items():
+            parts[part, layer] += ms
+        if name == "experts" and unmarked:
             name = "combine"
-        left = span.own_ms - sum(parts.values())
-        self._put(name if name in COMPONENTS else "other", layer, left)
+        parts[name if name in COMPONENTS else "other", layer] += span.own_ms - sum(
+            unmarked.values()
+        )
         for inner in span.inner:
-            self._walk(inner, wall=wall)
+            walk(inner)
 
-    def _put(self, name: str, layer: str, ms: float) -> None:
-        self.by_component[name][-1] += ms
-        if layer:
-            row = self.by_layer.setdefault(name, {}).setdefault(int(layer), [])
-            row += [0.0] * (len(self.forwards) - len(row))
-            row[-1] += ms
-
-    def share(self, name: str) -> float:
-        """A component's share of all the time."""
-        return sum(self.by_component[name]) / sum(self.forwards)
-
-    def to_dict(self) -> dict[str, Any]:
-        """For ``profile_report.json``."""
-        return {
-            "forward": summary(self.forwards),
-            "components": {
-                name: {**summary(values), "share": self.share(name)}
-                for name, values in self.by_component.items()
-            },
-            "layers": {
-                name: {str(layer): summary(values) for layer, values in sorted(layers.items())}
-                for name, layers in self.by_layer.items()
-            },
-        }
+    walk(forward)
+    return parts
 
 
-def _inner_parts(span: Span, *, wall: bool) -> dict[str, float]:
+def _unmarked_parts(span: Span, *, wall: bool) -> dict[str, float]:
     """Milliseconds of the components within a span that have no marks of their own.
 
     In a routed forward the policy begins just before the embedding; in a routed experts module it
@@ -203,14 +159,36 @@ def _inner_parts(span: Span, *, wall: bool) -> dict[str, float]:
     return parts
 
 
+def component_statistics(forwards: Sequence[Parts]) -> dict[str, Any]:
+    """Of each forward as a whole, by component and by layer, for ``profile_report.json``."""
+    whole = [sum(parts.values()) for parts in forwards]
+    by_component = {
+        name: [sum(ms for (part, _), ms in parts.items() if part == name) for parts in forwards]
+        for name in COMPONENTS
+    }
+    places = sorted({(name, int(layer)) for parts in forwards for name, layer in parts if layer})
+    layers: dict[str, dict[str, Any]] = {}
+    for name, layer in places:
+        values = [parts.get((name, str(layer)), 0.0) for parts in forwards]
+        layers.setdefault(name, {})[str(layer)] = summary(values)
+    return {
+        "forward": summary(whole),
+        "components": {
+            name: {**summary(values), "share": sum(values) / sum(whole)}
+            for name, values in by_component.items()
+        },
+        "layers": layers,
+    }
+
+
 def profile_components(
     model: Any,
     batches: Sequence[Tensor],
     *,
     policy: RoutingPolicy | None,
     backend: str | ExpertsBackend,
-    rounds: int = 5,
-) -> ComponentTimings:
+    rounds: int,
+) -> dict[str, Any]:
     """Time the parts of full forwards.
 
     Args:
@@ -219,9 +197,11 @@ def profile_components(
         policy: who decides; None is the unmodified model.
         backend: experts backend; for the unmodified model one of transformers'.
         rounds: passes over the batches that are timed, after a warm-up.
+
+    Returns:
+        See `component_statistics`.
     """
-    device = next(model.parameters()).device
-    timings = ComponentTimings()
+    forwards: list[Parts] = []
     if policy is None:
         assert isinstance(backend, str)
         arm: Any = backend_arm(model, backend)()
@@ -232,8 +212,8 @@ def profile_components(
             if session is not None:
                 session.reset()
             for ids in batches[:1] if number < 0 else batches:
-                with recorded(device) as spans, mark("forward"):
-                    model(input_ids=ids.to(device), use_cache=False)
+                with recorded(model.device) as spans, mark("forward"):
+                    model(input_ids=ids.to(model.device), use_cache=False)
                 if number >= 0:
-                    timings.add(spans[0], wall=device.type == "cpu")
-    return timings
+                    forwards.append(parts_of(spans[0], wall=model.device.type == "cpu"))
+    return component_statistics(forwards)

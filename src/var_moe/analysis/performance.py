@@ -1,8 +1,8 @@
 """`PerformanceModel`: latency and speedup of shares of fast, cached and learned decisions.
 
 Behind it is the cost model that replay uses (`evaluation.cost`): time follows the executed pairs,
-not the path by which a decision came about. A tier therefore counts by the experts per token that
-it runs: FAST and CACHED the leading ceil(K/2), LEARNED all K, unless a distribution says otherwise
+not the path by which a decision came about. A tier counts by the experts per token that it runs:
+FAST and CACHED the leading ceil(K/2), LEARNED all K, unless a distribution says otherwise
 (verified VAR and the damage policy cut LEARNED decisions too).
 """
 
@@ -10,15 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from scipy.optimize import brentq
 
 from var_moe.config import check_number
 from var_moe.errors import UsageError
-from var_moe.evaluation.cost import TERMS, CostModel, Work
+from var_moe.evaluation.cost import TERMS, CostModel
 from var_moe.evaluation.evaluator import SpeedSetting
-from var_moe.routing.counts import RoutingReport
 from var_moe.routing.keeping import leading_count
 
 _SUM_TOLERANCE = 1e-6
@@ -42,12 +40,12 @@ class TierDistribution:
     experts_learned: float | None = None
 
     def __post_init__(self) -> None:
-        shares = {name: getattr(self, name) for name in ("fast", "cached", "learned")}
-        for name, value in shares.items():
-            check_number(f"TierDistribution.{name}", value, low=0, high=1)
-        if abs(sum(shares.values()) - 1) > _SUM_TOLERANCE:
+        for name in ("fast", "cached", "learned"):
+            check_number(f"TierDistribution.{name}", getattr(self, name), low=0, high=1)
+        total = self.fast + self.cached + self.learned
+        if abs(total - 1) > _SUM_TOLERANCE:
             raise UsageError(
-                f"TierDistribution: fast + cached + learned = {sum(shares.values()):.6g}: "
+                f"TierDistribution: fast + cached + learned = {total:.6g}: "
                 "expected shares that sum to 1"
             )
         if self.experts_learned is not None:
@@ -70,11 +68,10 @@ class PerformanceModel:
     Args:
         cost: a fitted cost model (`evaluation.cost.fit_cost_model`, or a ``cost_model.json``);
             without one, `set_costs` gives the figures.
-        residual: whether something stands in for dropped experts (residual means, a compensation).
     """
 
-    def __init__(self, cost: CostModel | None = None, *, residual: bool = False) -> None:
-        self._cost, self._residual = cost, residual
+    def __init__(self, cost: CostModel | None = None) -> None:
+        self._cost = cost
 
     @property
     def cost(self) -> CostModel:
@@ -135,42 +132,27 @@ class PerformanceModel:
         )
         return self
 
-    def _work(self, spread: TierDistribution | RoutingReport) -> Work:
-        cost = self.cost
-        if isinstance(spread, RoutingReport):
-            pairs, tokens = spread.executed_pairs, spread.tokens
-            return cost.work(pairs, tokens=tokens, residual=self._residual)
-        each = [spread.experts_per_token(cost.top_k)] * cost.layers
-        return cost.work(each, tokens=1, residual=self._residual)
-
-    def predict_latency(self, spread: TierDistribution | RoutingReport) -> float:
+    def predict_latency(self, spread: TierDistribution) -> float:
         """Milliseconds of a forward in the cost model's setting."""
-        return 1000 * self.cost.predict(self._work(spread))
+        cost = self.cost
+        executed = [spread.experts_per_token(cost.top_k)] * cost.layers
+        return 1000 * cost.predict(cost.work(executed, tokens=1))
 
-    def predict_speedup(self, spread: TierDistribution | RoutingReport) -> float:
+    def predict_speedup(self, spread: TierDistribution) -> float:
         """Predicted speedup over the unmodified model on its fastest backend."""
         return 1000 * self.cost.baseline / self.predict_latency(spread)
 
-    def largest_speedup(self) -> float:
-        """With the leading ceil(K/2) experts everywhere: what no distribution goes beyond."""
-        return self.predict_speedup(TierDistribution(fast=1.0, learned=0.0))
-
     def find_breakeven_distribution(
-        self,
-        target_speedup: float = 1.0,
-        max_learned: float = 1.0,
-        *,
-        experts_learned: float | None = None,
+        self, target_speedup: float = 1.0, max_learned: float = 1.0
     ) -> TierDistribution:
         """The distribution with the most learned decisions that still reaches a speedup.
 
-        FAST and CACHED run equally many experts, so that only their sum counts; it is returned as
+        FAST and CACHED run equally many experts, so only their sum counts; it is returned as
         ``fast``.
 
         Args:
             target_speedup: to reach.
             max_learned: largest share of learned decisions, in [0, 1].
-            experts_learned: experts per token of a learned decision; by default K.
 
         Raises:
             UsageError: no distribution reaches it; says what is the most.
@@ -179,8 +161,7 @@ class PerformanceModel:
         check_number("max_learned", max_learned, low=0, high=1)
 
         def at(learned: float) -> TierDistribution:
-            fast = 1 - learned
-            return TierDistribution(fast=fast, learned=learned, experts_learned=experts_learned)
+            return TierDistribution(fast=1 - learned, learned=learned)
 
         def missing(learned: float) -> float:
             return target_speedup - self.predict_speedup(at(learned))
@@ -189,36 +170,10 @@ class PerformanceModel:
             return at(max_learned)
         if missing(0.0) > 0:
             raise UsageError(
-                f"target_speedup = {target_speedup:g}: beyond the {self.largest_speedup():.3f}x "
-                f"that {leading_count(self.cost.top_k)} of {self.cost.top_k} experts everywhere "
-                "reaches; ask for less, or make the experts a larger share of the time"
+                f"target_speedup = {target_speedup:g}: beyond the "
+                f"{self.predict_speedup(at(0.0)):.3f}x that {leading_count(self.cost.top_k)} of "
+                f"{self.cost.top_k} experts everywhere reaches; ask for less, or make the experts "
+                "a larger share of the time"
             )
         # Time is concave in the share (expert calls are, the rest is linear): one crossing.
         return at(max(float(brentq(missing, 0.0, max_learned, xtol=1e-9)) - 1e-9, 0.0))
-
-    def analyze_bottleneck(self, spread: TierDistribution | RoutingReport) -> dict[str, Any]:
-        """What a forward's time is made of, and what would be gained without each part.
-
-        Returns:
-            ``terms``: name -> milliseconds, share, and the speedup over the baseline if it cost
-            nothing (Amdahl's law); ``largest``: the name of the largest; ``latency_ms``,
-            ``speedup``; ``experts_share``: pairs and expert calls together; ``largest_speedup``.
-        """
-        work = self._work(spread)
-        parts, total = self.cost.breakdown(work), self.cost.predict(work)
-        terms = {
-            name: {
-                "ms": 1000 * value,
-                "share": value / total,
-                "speedup_without": self.cost.baseline / (total - value) if value < total else None,
-            }
-            for name, value in parts.items()
-        }
-        return {
-            "latency_ms": 1000 * total,
-            "speedup": self.cost.baseline / total,
-            "largest": max(parts, key=lambda name: parts[name]),
-            "experts_share": (parts["pair"] + parts["expert"]) / total,
-            "largest_speedup": self.largest_speedup(),
-            "terms": terms,
-        }

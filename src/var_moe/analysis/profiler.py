@@ -95,9 +95,7 @@ class GPUProfiler:
     """
 
     def __init__(self, device: str | torch.device | None = None) -> None:
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._memory = PeakMemory(self.device)
         self._spans: list[Span] = []
         self._open: list[str] = []

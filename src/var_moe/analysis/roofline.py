@@ -3,20 +3,19 @@
 Williams, Waterman and Patterson, "Roofline: an insightful visual performance model" (2009). The
 machine's peaks are measured here: a matrix product and a copy. A forward's work is that of its
 matrix products and attention, counted by torch while it runs: two FLOPs for each multiply-add, and
-the bytes that these operators read and write. Norms, activations, softmax and gathering are not
-counted: they are a few percent of the FLOPs.
+the bytes that these operators read and write. Norms, activations, softmax and gathering are a few
+percent of the FLOPs and are not counted.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
 from var_moe.evaluation.throughput import policy_arm
@@ -25,69 +24,31 @@ from var_moe.routing.base import RoutingPolicy
 
 GEMM_SIZE = 1024
 COPY_BYTES = 2**27  # beyond the last cache of ordinary processors
-ROUNDS = 7
 REACHED = 0.5
 """Share of its bound below which neither computing nor memory is what holds a forward up."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """Peaks that were measured here, in the model's dtype; not those of a data sheet."""
+def measure_machine(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Peaks that are measured here, not those of a data sheet; a copy reads and writes.
 
-    flops_per_second: float
-    bytes_per_second: float
+    The ridge is the intensity from which computing, and not memory, is what bounds.
+    """
+    left = torch.ones((GEMM_SIZE, GEMM_SIZE), device=device, dtype=dtype)
+    source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
+    tensors = {"left": left, "product": torch.empty_like(left)}
+    tensors |= {"source": source, "target": torch.empty_like(source)}
 
-    @property
-    def ridge(self) -> float:
-        """FLOPs per byte from which computing, and not memory, is what bounds."""
-        return self.flops_per_second / self.bytes_per_second
+    def best(statement: str) -> float:
+        timer = Timer(statement, globals=tensors, num_threads=torch.get_num_threads())
+        return float(min(timer.blocked_autorange(min_run_time=0.2).times))
 
-
-def measure_machine(
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    gemm_size: int = GEMM_SIZE,
-    copy_bytes: int = COPY_BYTES,
-    rounds: int = ROUNDS,
-) -> Machine:
-    """The best of some rounds of each; a copy reads and writes, which counts as both."""
-    left = torch.ones((gemm_size, gemm_size), device=device, dtype=dtype)
-    right, product = left.clone(), torch.empty_like(left)
-    source = torch.ones(copy_bytes, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    gemm = _best(lambda: torch.mm(left, right, out=product), device, rounds)
-    copy = _best(lambda: target.copy_(source), device, rounds)
-    return Machine(flops_per_second=2 * gemm_size**3 / gemm, bytes_per_second=2 * copy_bytes / copy)
-
-
-def _best(action: Callable[[], Any], device: torch.device, rounds: int) -> float:
-    """Seconds of the fastest run, the first left out."""
-    taken = []
-    for _ in range(rounds + 1):
-        start = time.perf_counter()
-        action()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        taken.append(time.perf_counter() - start)
-    return min(taken[1:])
-
-
-@dataclass(frozen=True, kw_only=True)
-class ForwardWork:
-    """FLOPs by part (experts, attention, dense) and bytes of one forward's products."""
-
-    flops: dict[str, int]
-    bytes_moved: int
-
-    @property
-    def total_flops(self) -> int:
-        return sum(self.flops.values())
-
-    @property
-    def intensity(self) -> float:
-        """FLOPs per byte."""
-        return self.total_flops / self.bytes_moved
+    flops = 2 * GEMM_SIZE**3 / best("torch.mm(left, left, out=product)")
+    moved = 2 * COPY_BYTES / best("target.copy_(source)")
+    return {
+        "gemm_flops_per_second": flops,
+        "copy_bytes_per_second": moved,
+        "ridge_flops_per_byte": flops / moved,
+    }
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -96,8 +57,6 @@ def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> in
 
 _FURTHER = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 """Operators that torch's counter does not know."""
-_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm)
-"""Operators of dense layers and experts; the others that are counted are attention's."""
 
 
 class _Bytes(TorchDispatchMode):
@@ -112,32 +71,19 @@ class _Bytes(TorchDispatchMode):
         if func.overloadpacket in (*flop_registry, *_FURTHER):
             first = out[0] if isinstance(out, tuple) else out  # of attention, without its log sum
             tensors = [one for one in (*args, first) if isinstance(one, Tensor)]
-            self.total += sum(one.numel() * one.element_size() for one in tensors)
+            self.total += sum(one.nbytes for one in tensors)
         return out
 
 
-def count_work(model: Any, ids: Tensor, policy: RoutingPolicy | None) -> ForwardWork:
-    """Count a forward of (B, S) ids; without a policy, one that keeps all pairs.
+def count_work(model: Any, ids: Tensor, policy: RoutingPolicy | None) -> tuple[int, int]:
+    """FLOPs and bytes of a forward of (B, S) ids; without a policy, one that keeps all pairs.
 
     The experts run by the backend ``sorted``, whose operators torch's counter knows.
     """
     counter, moved = FlopCounterMode(display=False, custom_mapping=_FURTHER), _Bytes()  # type: ignore[no-untyped-call]
-    device = next(model.parameters()).device
     with policy_arm(model, policy, backend="sorted")(), torch.no_grad(), counter, moved:
-        model(input_ids=ids.to(device), use_cache=False)
-    counts = counter.get_flop_counts()
-    whole = counts["Global"]
-    root = type(model).__name__
-    experts = sum(sum(counts[f"{root}.{name}"].values()) for name, _ in experts_modules(model))
-    products = sum(whole.get(operator, 0) for operator in _PRODUCTS)
-    return ForwardWork(
-        flops={
-            "experts": experts,
-            "attention": sum(whole.values()) - products,
-            "dense": products - experts,
-        },
-        bytes_moved=moved.total,
-    )
+        model(input_ids=ids.to(model.device), use_cache=False)
+    return int(counter.get_total_flops()), moved.total
 
 
 def active_parameters(model: Any, experts_per_token: float) -> int:
@@ -163,48 +109,43 @@ def roofline(
         policy: who decides.
         systems: time and memory of both, as ``baseline`` and ``var`` of the analysis.
     """
-    weight = next(model.parameters())
-    machine = measure_machine(weight.device, weight.dtype)
+    machine = measure_machine(model.device, model.dtype)
     stats = systems["var"]["var_stats"]
-    kept = {"baseline": stats["top_k"], "var": stats["experts_per_token"]}
+    arms = {"baseline": (stats["top_k"], None), "var": (stats["experts_per_token"], policy)}
     return {
         "total_parameters": sum(p.numel() for p in model.parameters()),
-        "machine": {
-            "gemm_flops_per_second": machine.flops_per_second,
-            "copy_bytes_per_second": machine.bytes_per_second,
-            "ridge_flops_per_byte": machine.ridge,
-        },
+        "machine": machine,
         **{
             name: {
-                "active_parameters": active_parameters(model, kept[name]),
-                "experts_per_token": float(kept[name]),
+                "active_parameters": active_parameters(model, experts),
+                "experts_per_token": float(experts),
                 "peak_memory_bytes": systems[name]["memory"]["peak_bytes"],
                 **reached(
-                    count_work(model, ids, chosen), machine, systems[name]["avg_time_ms"] / 1000
+                    *count_work(model, ids, chosen), systems[name]["avg_time_ms"] / 1000, machine
                 ),
             }
-            for name, chosen in (("baseline", None), ("var", policy))
+            for name, (experts, chosen) in arms.items()
         },
     }
 
 
-def reached(work: ForwardWork, machine: Machine, seconds: float) -> dict[str, Any]:
-    """Figures of a forward that took so many seconds, against the machine's peaks.
+def reached(flops: int, moved: int, seconds: float, machine: Mapping[str, float]) -> dict[str, Any]:
+    """Figures of a forward against the machine's peaks.
 
     ``bound`` is the roof above its intensity, ``compute`` or ``memory``; ``overhead`` where the
     forward reaches less than `REACHED` of that.
     """
-    flops, moved = work.total_flops / seconds, work.bytes_moved / seconds
-    of_gemm, of_copy = flops / machine.flops_per_second, moved / machine.bytes_per_second
-    computes = work.intensity >= machine.ridge
+    of_gemm = flops / seconds / machine["gemm_flops_per_second"]
+    of_copy = moved / seconds / machine["copy_bytes_per_second"]
+    computes = flops / moved >= machine["ridge_flops_per_byte"]
     close = (of_gemm if computes else of_copy) >= REACHED
     return {
-        "flops": work.flops,
-        "bytes": work.bytes_moved,
-        "achieved_flops_per_second": flops,
-        "achieved_bytes_per_second": moved,
+        "flops": flops,
+        "bytes": moved,
+        "achieved_flops_per_second": flops / seconds,
+        "achieved_bytes_per_second": moved / seconds,
         "share_of_gemm": of_gemm,
         "share_of_copy": of_copy,
-        "arithmetic_intensity_flops_per_byte": work.intensity,
+        "arithmetic_intensity_flops_per_byte": flops / moved,
         "bound": ("compute" if computes else "memory") if close else "overhead",
     }

@@ -53,7 +53,7 @@ def analyze(
         max_samples=min(n_samples, QUICK_SAMPLES) if quick else n_samples,
     )
     subject.check(blocks=1)
-    from var_moe.analysis.systems import PROFILE_FILE, SYSTEMS_FILE, AnalysisSettings, analyse
+    from var_moe.analysis.pipeline import PROFILE_FILE, SYSTEMS_FILE, AnalysisSettings, analyse
     from var_moe.growing import GrowingResult
     from var_moe.terminal import show
 

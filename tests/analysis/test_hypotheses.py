@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from var_moe.analysis.routing import (
+from var_moe.analysis.hypotheses import (
     ENTROPIES,
     FREQUENCIES,
     analyse_routing,

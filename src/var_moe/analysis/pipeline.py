@@ -6,15 +6,15 @@ import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from var_moe.analysis.bottlenecks import find_bottlenecks
-from var_moe.analysis.components import ComponentTimings, profile_components
-from var_moe.analysis.performance import PerformanceModel
+from var_moe.analysis.components import profile_components
 from var_moe.analysis.profiler import PeakMemory
 from var_moe.analysis.roofline import roofline
 from var_moe.config import VARConfig, check_number
@@ -28,7 +28,7 @@ from var_moe.growing import GrowingResult
 from var_moe.models.loading import LoadedModel
 from var_moe.optimization.candidate import Candidate
 from var_moe.routing.counts import RoutingReport
-from var_moe.routing.decision import ForwardContext, Observer, Routing
+from var_moe.routing.keeping import leading_count
 from var_moe.storage import (
     SCHEMA_VERSION,
     atomic_write_json,
@@ -71,11 +71,9 @@ class AnalysisSettings:
     batch_sizes: Sequence[int] = (1, 2, 4, 8)
 
     def __post_init__(self) -> None:
-        counts = asdict(self)
-        for name in ("sequences", "batch_sizes"):
-            counts |= {f"{name}[{at}]": value for at, value in enumerate(counts.pop(name))}
-        for name, value in counts.items():
-            check_number(f"AnalysisSettings.{name}", value, integer=True, low=1)
+        for name, value in asdict(self).items():
+            for one in np.atleast_1d(value).tolist():
+                check_number(f"AnalysisSettings.{name}", one, integer=True, low=1)
 
     @classmethod
     def quick(cls) -> AnalysisSettings:
@@ -87,7 +85,7 @@ def analyse(
     evaluator: Evaluator,
     profile: RoutingProfile | None,
     candidate: Candidate,
-    settings: AnalysisSettings | None = None,
+    settings: AnalysisSettings,
     *,
     kept: GrowingResult | None = None,
     progress: Progress | None = None,
@@ -106,14 +104,12 @@ def analyse(
     Returns:
         What ``systems_analysis.json`` holds, and under ``profile`` the other file.
     """
-    settings = settings or AnalysisSettings()
     report = progress or (lambda _stage, _done, _total: None)
     # Cost policies are those of the candidate, not of whatever was measured here before.
     cost_policies = candidate.cost_policies(profile, evaluator.top_k)
     evaluator = replace(evaluator, cost_policies=cost_policies, progress=progress)
     policy, loaded = candidate.make(profile), evaluator.loaded
     model, batches = evaluator.model, evaluator.timing_batches
-    speed = evaluator.speed(policy, blocks=settings.blocks)
     origin = {
         "schema_version": SCHEMA_VERSION,
         "documents": len(evaluator.documents),
@@ -121,6 +117,7 @@ def analyse(
         "model": {"name": loaded.name, "revision": loaded.revision, "dtype": loaded.dtype},
         "provenance": provenance(),
     }
+    speed = evaluator.speed(policy, blocks=settings.blocks)
     measured = speed.to_dict()
     compared: dict[str, Any] = {
         "actual_speedup": measured["speedup"],
@@ -144,20 +141,15 @@ def analyse(
         "baseline": (None, evaluator.baseline_backend),
         "var": (policy, evaluator.running_backend),
     }
-    parts: dict[str, ComponentTimings] = {}
+    parts: dict[str, Any] = {}
     for name, (chosen, backend) in arms.items():
         report("parts of a forward", len(parts), len(arms))
         parts[name] = profile_components(
             model, batches, policy=chosen, backend=backend, rounds=settings.rounds
         )
     report("parts of a forward", len(arms), len(arms))
-    components: dict[str, Any] = jsonable(
-        {
-            **origin,
-            "what": "milliseconds per forward; marks and hooks add a few percent of their own",
-            **{name: timed.to_dict() for name, timed in parts.items()},
-        }
-    )
+    what = "milliseconds per forward; marks and hooks add a few percent of their own"
+    components: dict[str, Any] = jsonable({**origin, "what": what, **parts})
     if kept is not None:
         atomic_write_json(kept.path.with_name(PROFILE_FILE), components)
     sides, counted = _both_sides(evaluator, policy, speed)
@@ -171,19 +163,20 @@ def analyse(
         evaluator, var_all=var_all, var_leading=var_leading, blocks=settings.cost_blocks
     )
     report("fitting the cost model", 1, 1)
-    predictor = PerformanceModel(cost, residual=policy.adds_residual)
-    predicted = predictor.predict_speedup(counted)
+    predicted = cost.speedup(counted, residual=policy.adds_residual)
+    leading = np.full(cost.layers, leading_count(cost.top_k))
+    largest = cost.speedups(leading, tokens=1, residual=policy.adds_residual)
     compared |= {
         "predicted_speedup": predicted,
         "prediction_error_pct": 100 * abs(predicted / speed.speedup.median - 1),
-        "largest_speedup": predictor.largest_speedup(),
+        "largest_speedup": float(largest),
         "cost_model": cost.to_dict(),
     }
     known("roofline")
     bottlenecks = find_bottlenecks(
         systems,
-        policy_share=parts["var"].share("policy"),
-        experts_share=parts["baseline"].share("experts"),
+        policy_share=parts["var"]["components"]["policy"]["share"],
+        experts_share=parts["baseline"]["components"]["experts"]["share"],
         always_asked=policy.drops_only,
         uses_cache=candidate.settings.get("cache_size", 0) > 0,
     )
@@ -195,7 +188,7 @@ def _both_sides(
     evaluator: Evaluator, policy: RoutingPolicy, speed: Speed
 ) -> tuple[dict[str, dict[str, Any]], RoutingReport]:
     """Time and memory of the unmodified model and of a policy, and what the policy decided."""
-    model, batches, geometry = evaluator.model, evaluator.timing_batches, evaluator.geometry()
+    model, batches = evaluator.model, evaluator.timing_batches
 
     def side(tps: float, backend: str) -> dict[str, Any]:
         memory = PeakMemory(model.device)
@@ -208,38 +201,12 @@ def _both_sides(
 
     with backend_arm(model, evaluator.baseline_backend)():
         baseline = side(speed.baseline_tps, speed.baseline_backend)
-    pairs = ExpertCounts(geometry["layers"], geometry["experts"])
-    with routed(model, policy, backend=evaluator.running_backend, observers=[pairs]) as session:
+    with routed(model, policy, backend=evaluator.running_backend) as session:
         session.reset()
         var = side(speed.tps, speed.backend)
         counted = session.report()
     baseline["experts_per_token"] = float(evaluator.top_k)
-    var["var_stats"] = {**counted.to_dict(), "expert_imbalance": pairs.imbalance}
-    return {"baseline": baseline, "var": var}, counted
-
-
-class ExpertCounts(Observer):
-    """Counts executed pairs by layer and expert.
-
-    Args:
-        layers, experts: L, E.
-    """
-
-    def __init__(self, layers: int, experts: int) -> None:
-        self.pairs = torch.zeros((layers, experts), dtype=torch.float64)
-
-    def see(
-        self, layer: int, context: ForwardContext, routing: Routing, index: Tensor, weight: Tensor
-    ) -> None:
-        experts = self.pairs.shape[1]
-        # Dropped pairs are -1.
-        counts = torch.bincount(routing.index.reshape(-1) + 1, minlength=experts + 1)
-        self.pairs[layer] += counts[1 : experts + 1].cpu()
-
-    @property
-    def imbalance(self) -> float:
-        """The busiest expert's pairs over the mean of its layer, in the worst layer."""
-        return float((self.pairs.amax(dim=1) / self.pairs.mean(dim=1).clamp(min=1)).max())
+    return {"baseline": baseline, "var": {**var, "var_stats": counted.to_dict()}}, counted
 
 
 def measure_scaling(
@@ -266,17 +233,15 @@ def measure_scaling(
         *(("batch_size", b, min(usual.sequence, window)) for b in settings.batch_sizes),
     ]
     evaluator = replace(evaluator, backend=evaluator.running_backend, progress=None)
-    timed: dict[tuple[int, int], dict[str, Any]] = {}
-    for done, (_, batch_size, sequence) in enumerate(shapes):
-        report("timing sequence lengths and batch sizes", done, len(shapes))
-        if (batch_size, sequence) in timed:
-            continue
+
+    @cache  # the usual shape is of both kinds
+    def timed(batch_size: int, sequence: int) -> dict[str, Any]:
         forwards = max(1, min(8, FEW_TOKENS // (batch_size * sequence)))
         shape = SpeedSetting(batch_size=batch_size, sequence=sequence, forwards=forwards)
         speed = replace(evaluator, setting=shape).speed(
             policy, blocks=settings.scaling_blocks, factors=False
         )
-        timed[batch_size, sequence] = {
+        return {
             "batch_size": batch_size,
             "sequence": sequence,
             "baseline_backend": speed.baseline_backend,
@@ -285,8 +250,13 @@ def measure_scaling(
             "speedup": speed.speedup.median,
             "speedup_95": [speed.speedup.low, speed.speedup.high],
         }
+
+    rows: list[dict[str, Any]] = []
+    for varied, batch_size, sequence in shapes:
+        report("timing sequence lengths and batch sizes", len(rows), len(shapes))
+        rows.append({"varied": varied, **timed(batch_size, sequence)})
     report("timing sequence lengths and batch sizes", len(shapes), len(shapes))
-    return [{"varied": varied, **timed[b, s]} for varied, b, s in shapes]
+    return rows
 
 
 def profile_full_pipeline(
@@ -299,7 +269,6 @@ def profile_full_pipeline(
     settings: AnalysisSettings | None = None,
     setting: SpeedSetting | None = None,
     output: str | Path | None = None,
-    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Profile a model's parts with and without VAR, and compare measured with predicted speedup.
 
@@ -313,7 +282,6 @@ def profile_full_pipeline(
         settings: how much is measured; by default `AnalysisSettings.quick`.
         setting: batch and sequence of the timed forwards.
         output: folder for ``systems_analysis.json`` and ``profile_report.json``.
-        progress: called with a stage's name, steps done and in all.
 
     Returns:
         What these files hold: the analysis, with the parts of a forward under ``profile``.
@@ -344,5 +312,4 @@ def profile_full_pipeline(
             Candidate.of(config or VARConfig.preset("balanced")),
             settings or AnalysisSettings.quick(),
             kept=kept,
-            progress=progress,
         )

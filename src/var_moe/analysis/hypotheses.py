@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from var_moe.config import VARConfig
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from var_moe.calibration.profile import RoutingProfile
-
-Floats = NDArray[np.float64]
 
 FILE = "routing_analysis.json"
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -41,20 +38,23 @@ def analyse_routing(profile: RoutingProfile) -> dict[str, Any]:
     Shares and means are weighted by frequency: they are of tokens of the text, not of the
     vocabulary. Spearman's correlation takes each token of a layer once.
     """
-    stats, head, consistency = profile.stats, profile.head, _consistency(profile.stats)
-    default = VARConfig()
-    layers = [_layer(int(str(layer)), rows) for layer, rows in stats.groupby("layer")]
-    coverage: dict[str, Any] = {
-        "entropy_thresholds": list(ENTROPIES),
-        "frequency_thresholds": list(FREQUENCIES),
-        # rows: frequencies, columns: entropies
-        "share": [[_covered(stats, f, e) for e in ENTROPIES] for f in FREQUENCIES],
-        "default": {
-            "frequency_threshold": default.frequency_threshold,
-            "entropy_threshold": default.entropy_threshold,
-            "share": _covered(stats, default.frequency_threshold, default.entropy_threshold),
-        },
-    }
+    stats, head = profile.stats, profile.head
+    usual = VARConfig().frequency_threshold, VARConfig().entropy_threshold
+    layers = [
+        {
+            "layer": int(str(layer)),
+            "mean_entropy_nats": _mean(rows, "mean_entropy"),
+            **_spearman(rows),
+            "consistency": _consistency(rows),
+            "coverage_default": _covered(rows, *usual),
+        }
+        for layer, rows in stats.groupby("layer")
+    ]
+    quantiles = np.quantile(
+        stats["mean_entropy"], QUANTILES, weights=stats["frequency"], method="inverted_cdf"
+    )
+    by_token = stats.groupby("token_id")[["frequency", "mean_entropy"]].mean()
+    consistency, covered = _consistency(stats), _covered(stats, *usual)
     return {
         "schema_version": SCHEMA_VERSION,
         "model": head["model"],
@@ -62,20 +62,31 @@ def analyse_routing(profile: RoutingProfile) -> dict[str, Any]:
         "tokens": head["tokens"],
         "profile_hash": profile.hash,
         "entropy_max_nats": head["entropy_max_nats"],
-        "entropy": _distribution(stats),
-        "frequency_entropy": _correlation(stats),
+        "entropy": {
+            "mean_nats": _mean(stats, "mean_entropy"),
+            "quantiles_nats": dict(zip(map(str, QUANTILES), quantiles.tolist(), strict=True)),
+        },
+        "frequency_entropy": _spearman(by_token),
         "consistency": {"at_least_occurrences": AT_LEAST, "mean": consistency},
-        "coverage": coverage,
+        "coverage": {
+            "entropy_thresholds": list(ENTROPIES),
+            "frequency_thresholds": list(FREQUENCIES),
+            # rows: frequencies, columns: entropies
+            "share": [[_covered(stats, f, e) for e in ENTROPIES] for f in FREQUENCIES],
+            "default": {
+                "frequency_threshold": usual[0],
+                "entropy_threshold": usual[1],
+                "share": covered,
+            },
+        },
         "layers": layers,
-        "hypotheses": hypotheses(layers, consistency, coverage["default"]["share"]),
+        "hypotheses": hypotheses(layers, consistency, covered),
         "provenance": provenance(),
     }
 
 
 def hypotheses(
-    layers: Sequence[Mapping[str, Any]],
-    consistency: float | None,
-    coverage: float,
+    layers: Sequence[Mapping[str, Any]], consistency: float | None, coverage: float
 ) -> list[dict[str, Any]]:
     """H1 to H3 with figures and verdicts: ``supported`` or ``not supported``.
 
@@ -122,55 +133,26 @@ def hypotheses(
     ]
 
 
-def _column(rows: pd.DataFrame, name: str) -> Floats:
-    return rows[name].to_numpy(dtype=np.float64)
+def _mean(rows: pd.DataFrame, name: str) -> float:
+    """Of a column, weighted by frequency."""
+    return float(np.average(rows[name].to_numpy(), weights=rows["frequency"].to_numpy()))
 
 
-def _distribution(rows: pd.DataFrame) -> dict[str, Any]:
-    """Mean and quantiles of the mean entropy, weighted by frequency."""
-    entropy, weight = _column(rows, "mean_entropy"), _column(rows, "frequency")
-    quantiles = np.quantile(entropy, QUANTILES, weights=weight, method="inverted_cdf")
-    return {
-        "mean_nats": float(np.average(entropy, weights=weight)),
-        "quantiles_nats": {f"{q:g}": float(v) for q, v in zip(QUANTILES, quantiles, strict=True)},
-    }
-
-
-def _correlation(rows: pd.DataFrame) -> dict[str, float | None]:
-    """Of tokens' frequency and entropy, averaged over the layers."""
-    each = rows.groupby("token_id").agg({"frequency": "mean", "mean_entropy": "mean"})
-    return _spearman(_column(each, "frequency"), _column(each, "mean_entropy"))
-
-
-def _spearman(frequency: Floats, entropy: Floats) -> dict[str, float | None]:
-    if len(frequency) < 3 or np.ptp(frequency) == 0 or np.ptp(entropy) == 0:
+def _spearman(rows: pd.DataFrame) -> dict[str, float | None]:
+    """Of frequency and entropy; None where there is no correlation of so few, or of constants."""
+    if len(rows) < 3 or min(rows["frequency"].nunique(), rows["mean_entropy"].nunique()) == 1:
         return {"spearman_rho": None, "p_value": None}
-    test = spearmanr(frequency, entropy)
+    test = spearmanr(rows["frequency"], rows["mean_entropy"])
     return {"spearman_rho": float(test.statistic), "p_value": float(test.pvalue)}
 
 
 def _consistency(rows: pd.DataFrame) -> float | None:
     """Mean share of occurrences that go to a token's usual first expert; None where none counts."""
-    seen = rows[rows["frequency"] >= AT_LEAST]
-    if seen.empty:
-        return None
-    return float(np.average(_column(seen, "routing_consistency"), weights=seen["frequency"]))
+    often = rows[rows["frequency"] >= AT_LEAST]
+    return None if often.empty else _mean(often, "routing_consistency")
 
 
 def _covered(rows: pd.DataFrame, frequency: float, entropy: float) -> float:
     """Share of (layer, token) on the fast path at these thresholds."""
-    weight = _column(rows, "frequency")
-    on = (weight >= frequency) & (_column(rows, "mean_entropy") <= entropy)
-    return float(weight[on].sum() / weight.sum())
-
-
-def _layer(layer: int, rows: pd.DataFrame) -> dict[str, Any]:
-    weight = _column(rows, "frequency")
-    default = VARConfig()
-    return {
-        "layer": layer,
-        "mean_entropy_nats": float(np.average(_column(rows, "mean_entropy"), weights=weight)),
-        **_spearman(weight, _column(rows, "mean_entropy")),
-        "consistency": _consistency(rows),
-        "coverage_default": _covered(rows, default.frequency_threshold, default.entropy_threshold),
-    }
+    on = (rows["frequency"] >= frequency) & (rows["mean_entropy"] <= entropy)
+    return float(rows["frequency"][on].sum() / rows["frequency"].sum())
