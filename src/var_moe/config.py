@@ -9,9 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, cast, overload
 
 from var_moe.errors import UsageError
 from var_moe.storage import atomic_write_json, read_json
@@ -29,6 +28,15 @@ DOCUMENTED_FIELDS = (
     "cache_ttl_seconds",
     "context_window_size",
 )
+_RANGES: dict[str, dict[str, Any]] = {
+    "frequency_threshold": {"integer": True, "low": 0},
+    "entropy_threshold": {"low": 0},
+    "confidence_threshold": {"low": 0, "high": 1, "open_low": True},
+    "cache_size": {"integer": True, "low": 0},
+    "cache_ttl_seconds": {"low": 0, "open_low": True},
+    "context_window_size": {"integer": True, "low": 1},
+}
+_CHOICES = {"mode": MODES, "cache_scope": CACHE_SCOPES, "residuals": (None, True, False)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,24 +74,13 @@ class VARConfig:
     cache_scope: str = "shared"
 
     def __post_init__(self) -> None:
-        check_number("VARConfig.frequency_threshold", self.frequency_threshold, integer=True, low=0)
-        check_number("VARConfig.entropy_threshold", self.entropy_threshold, low=0)
-        check_number(
-            "VARConfig.confidence_threshold",
-            self.confidence_threshold,
-            low=0,
-            high=1,
-            open_low=True,
-        )
-        check_number("VARConfig.cache_size", self.cache_size, integer=True, low=0)
-        check_number("VARConfig.cache_ttl_seconds", self.cache_ttl_seconds, low=0, open_low=True)
-        check_number("VARConfig.context_window_size", self.context_window_size, integer=True, low=1)
-        _check_choice("mode", self.mode, MODES)
-        _check_choice("cache_scope", self.cache_scope, CACHE_SCOPES)
-        if self.residuals not in (None, True, False):
-            raise UsageError(
-                f"VARConfig.residuals = {self.residuals!r}: expected true, false, null"
-            )
+        for name, limits in _RANGES.items():
+            check_number(f"VARConfig.{name}", getattr(self, name), **limits)
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                expected = ", ".join(map(str, choices))
+                raise UsageError(f"VARConfig.{name} = {value!r}: expected one of {expected}")
         if self.residuals and self.mode == "plain":
             raise UsageError(
                 "VARConfig.residuals = true with mode 'plain': residual means need the router's "
@@ -97,7 +94,7 @@ class VARConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> VARConfig:
-        """The preset `name` (conservative, balanced, aggressive), with `changes` on top."""
+        """The preset ``name`` (conservative, balanced, aggressive), with ``changes`` on top."""
         if name not in PRESETS:
             raise UsageError(f"preset {name!r}: expected one of {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **changes})
@@ -127,7 +124,7 @@ class VARConfig:
         return {name: getattr(self, name) for name in DOCUMENTED_FIELDS}
 
     def replace(self, **changes: Any) -> VARConfig:
-        """A copy with `changes`."""
+        """A copy with ``changes``."""
         return replace(self, **changes)
 
     def save(self, path: str | Path) -> None:
@@ -140,14 +137,13 @@ class VARConfig:
         return cls.from_dict(read_json(path, what="VAR configuration"), source=str(path))
 
 
-def _check_choice(field: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UsageError(f"VARConfig.{field} = {value!r}: expected one of {', '.join(choices)}")
-
-
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """Settings with Python's own numbers in place of numpy's, which searches and sweeps give."""
-    return {k: v.item() if getattr(v, "ndim", 1) == 0 else v for k, v in values.items()}
+    return {name: _python(value) for name, value in values.items()}
+
+
+def _python(value: Any) -> Any:
+    return value.item() if getattr(value, "ndim", 1) == 0 else value
 
 
 def check_number(
@@ -180,7 +176,7 @@ def check_count(name: str, value: Any, least: int = 1) -> int | None:
     Raises:
         UsageError: it is no integer, or below ``least``; names it.
     """
-    value = value.item() if getattr(value, "ndim", 1) == 0 else value
+    value = _python(value)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -188,18 +184,13 @@ def check_count(name: str, value: Any, least: int = 1) -> int | None:
     return value
 
 
-def _preset(
-    frequency: int, entropy: float, confidence: float, size: int, ttl: int, window: int
-) -> dict[str, Any]:
-    return dict(
-        zip(DOCUMENTED_FIELDS, (frequency, entropy, confidence, size, ttl, window), strict=True)
-    )
-
-
 PRESETS: dict[str, dict[str, Any]] = {
-    "conservative": _preset(100, 0.3, 0.9, 500, 30, 4),
-    "balanced": _preset(50, 0.5, 0.8, 1000, 60, 4),
-    "aggressive": _preset(25, 0.7, 0.7, 2000, 120, 4),
+    name: dict(zip(DOCUMENTED_FIELDS, values, strict=True))
+    for name, values in (
+        ("conservative", (100, 0.3, 0.9, 500, 30, 4)),
+        ("balanced", (50, 0.5, 0.8, 1000, 60, 4)),
+        ("aggressive", (25, 0.7, 0.7, 2000, 120, 4)),
+    )
 }
 """The documented presets; each is a full configuration in the default mode."""
 
@@ -215,26 +206,14 @@ SEARCH_SPACE: dict[str, dict[str, Any]] = {
 
 
 def check_seed(seed: Any) -> int | None:
-    """A seed as every command and function takes it: None, or an integer below 2**32.
-
-    Raises:
-        UsageError: it is neither.
-    """
-    if seed is None:
-        return None
-    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= int(seed) < SEEDS:
-        raise UsageError(f"seed = {seed!r}: expected an integer in [0, {SEEDS - 1}]")
-    return int(seed)
+    """``seed`` as Python's own number; UsageError unless it is None or an integer below 2**32."""
+    seed = _python(seed)
+    if seed is not None:
+        check_number("seed", seed, integer=True, low=0, high=SEEDS - 1)
+    return cast("int | None", seed)
 
 
 def check_bound(value: float) -> float:
-    """A degradation bound that can be met.
-
-    Raises:
-        UsageError: it is negative, not finite, or no number.
-    """
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
-        raise UsageError(
-            f"max_degradation = {value!r}: expected a number of at least 0 (0.01 allows 1%)"
-        )
+    """``value`` as a bound on the degradation; UsageError unless it is a number of at least 0."""
+    check_number("max_degradation", value, low=0)
     return float(value)

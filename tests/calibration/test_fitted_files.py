@@ -150,13 +150,6 @@ def test_a_head_with_odd_values(changes, folder):
     refused(load_compensation, folder, names=folder)
 
 
-def test_one_that_changes_the_models_weights(folder):
-    edit_head(folder, healed={"file": "healed.safetensors", "adapter": None, "hash": "0"})
-    message = refused(load_compensation, folder, names=folder)
-    assert "changes the model's own weights (--heal)" in message
-    assert "no version since 0.1.0 does" in message
-
-
 def test_a_head_that_is_no_object(folder):
     (folder / HEAD_FILE).write_text("[1]")
     refused(load_compensation, folder, names=folder / HEAD_FILE)

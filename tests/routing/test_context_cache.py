@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from var_moe.routing.context_cache import ContextCache
-from var_moe.routing.lru import Clock, TokenClock, WallClock
+from var_moe.routing.lru import Clock, WallClock
 
 NONE = -1  # no hit
 
@@ -21,8 +21,7 @@ class SetClock(Clock):
     ticks_per_second = 10
     step = 0
 
-    def __init__(self) -> None:
-        self.now = 0
+    now = 0
 
     def advance(self, tokens: int) -> int:
         return self.now
@@ -32,7 +31,7 @@ class Cache:
     """A `ContextCache` driven token by token; remembers how many tokens it has seen."""
 
     def __init__(self, *, size: int = 10, ttl: float = 60, clock: Clock | None = None) -> None:
-        self.cache = ContextCache(size=size, ttl_seconds=ttl, clock=clock or TokenClock())
+        self.cache = ContextCache(size=size, ttl_seconds=ttl, clock=clock or Clock())
         self.seen = 0
 
     def begin(
@@ -228,7 +227,7 @@ def test_looking_up_an_expired_entry_finds_nothing_and_leaves_it() -> None:
 
 
 def test_each_document_has_its_own_keys_and_time() -> None:
-    clock = TokenClock()
+    clock = Clock()
     cache = Cache(ttl=0.003, clock=clock)
     assert cache.forward([7, 7], document=1) == [NONE, 0]  # its ticks 0 and 1
     assert cache.forward([7, 7], document=2) == [NONE, 2]
@@ -263,7 +262,7 @@ def test_only_the_latest_documents_are_kept() -> None:
 
 
 def test_rows_of_a_batch_keep_to_their_documents() -> None:
-    cache = ContextCache(size=4, ttl_seconds=60, clock=TokenClock())
+    cache = ContextCache(size=4, ttl_seconds=60, clock=Clock())
     real = torch.ones((3, 2), dtype=torch.bool)
     cache.begin(torch.tensor([[7, 8], [7, 8], [7, 8]]), real, real, [1, 1, 2])
     index = torch.arange(6)[:, None]
@@ -273,7 +272,7 @@ def test_rows_of_a_batch_keep_to_their_documents() -> None:
 
 
 def test_clear_forgets_keys_slots_and_time() -> None:
-    clock = TokenClock()
+    clock = Clock()
     cache = Cache(ttl=0.003, clock=clock)
     cache.forward([7, 8])
     cache.cache.clear()
@@ -298,13 +297,6 @@ def test_an_injected_clock_decides_age() -> None:
     assert cache.forward([7]) == [NONE]
 
 
-def test_token_clock_counts_tokens_and_starts_again() -> None:
-    clock = TokenClock()
-    assert [clock.advance(5), clock.advance(0), clock.advance(2)] == [0, 5, 5]
-    clock.reset()
-    assert clock.advance(1) == 0
-
-
 def test_wall_clock_goes_forward_in_nanoseconds(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = WallClock()
     assert clock.ticks_per_second == 10**9
@@ -316,6 +308,6 @@ def test_wall_clock_goes_forward_in_nanoseconds(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_layer_before_any_forward_is_an_error() -> None:
-    cache = ContextCache(size=1, ttl_seconds=1, clock=TokenClock())
+    cache = ContextCache(size=1, ttl_seconds=1, clock=Clock())
     with pytest.raises(RuntimeError, match="before begin"):
         cache.layer(0, torch.zeros((1, 1)), torch.zeros((1, 1)), torch.ones(1))

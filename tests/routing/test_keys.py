@@ -128,23 +128,3 @@ def test_documents_end_to_end_have_the_same_keys(window):
     place = torch.tensor([at for row in rows for at in range(len(row))])
     found = stream_keys(torch.tensor([token for row in rows for token in row]), place, window)
     assert torch.equal(found, context_keys(batch, window)[batch.valid])
-
-
-@pytest.mark.parametrize("window", [1, 2, 5, 8])
-@pytest.mark.parametrize("left", [False, True])
-def test_few_tokens_get_the_keys_that_many_get(window: int, left: bool, monkeypatch) -> None:
-    """A step of generation is hashed in plain numbers, a prompt in arrays."""
-    rng = random.Random(window)
-    rows = [[rng.randrange(2**31) for _ in range(n)] for n in (4, 1, 0, 3)]
-    prefixes = [[rng.randrange(2**31) for _ in range(n)] for n in (9, 0, 2, 7)]
-    for batch in (
-        padded_batch(rows, left=left),
-        padded_batch(rows, left=left, prefixes=prefixes),
-    ):
-        assert batch.size == 16
-        few = context_keys(batch, window)
-        with monkeypatch.context() as patch:
-            patch.setattr("var_moe.routing.keys._FEW", 0)
-            many = context_keys(batch, window)
-        assert torch.equal(few[batch.valid], many[batch.valid])
-        assert few[batch.valid].unique().numel() == batch.valid.sum()

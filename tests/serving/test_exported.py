@@ -163,16 +163,6 @@ def test_damaged_files_are_said(loaded, tmp_path):
         load_exported(tmp_path)
 
 
-def test_a_compensation_that_changes_the_models_weights_is_refused(loaded, tmp_path):
-    save(tmp_path, loaded, "damage", {"tau": 0.002}, calibration())
-    path = tmp_path / "var_moe.json"
-    head = json.loads(path.read_text())
-    head["parts"]["compensation"]["healed"] = [{"parameter": "model.norm.weight", "factors": 1}]
-    path.write_text(json.dumps(head))
-    with pytest.raises(UsageError, match=r"own weights .* no version since 0\.1\.0"):
-        load_exported(tmp_path)
-
-
 def test_a_hub_id_is_fetched(loaded, tmp_path, monkeypatch):
     save(tmp_path, loaded, "top_p", {"p": 0.5}, {})
     asked = []

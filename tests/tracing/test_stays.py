@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from var_moe.routing.lru import Stream, TokenClock, Walk
+from var_moe.routing.lru import Clock, Stream, Walk
 from var_moe.tracing.stays import Recency, smaller_before
 
 SETTINGS = settings(max_examples=300, deadline=None, derandomize=True)
@@ -20,7 +20,7 @@ def walked(keys: list[int], documents: list[int] | None, size: int, ttl: float) 
     walk = Walk(size=size, ttl=ttl, free=[], base=0)
     streams: dict[int, Stream] = {}
     for key, document in zip(keys, documents or [0] * len(keys), strict=True):
-        stream = streams.setdefault(document, Stream(TokenClock()))
+        stream = streams.setdefault(document, Stream(Clock()))
         walk.row(stream, [key], [True], [True])
     return walk.local
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from var_moe.errors import UsageError
 from var_moe.models.identity import difference, identity
-from var_moe.routing.compensation import Compensation, check_no_own_weights
+from var_moe.routing.compensation import Compensation
 from var_moe.routing.damage import DamageModel
 from var_moe.storage import (
     SCHEMA_VERSION,
@@ -115,7 +115,6 @@ def load_compensation(folder: str | Path, loaded: LoadedModel | None = None) -> 
     head = read_json(folder / HEAD_FILE, what="compensation")
     if not isinstance(head, dict) or head.get("schema_version") != SCHEMA_VERSION:
         raise UsageError(f"{folder / HEAD_FILE}: no compensation of schema {SCHEMA_VERSION}")
-    check_no_own_weights(folder, head)
     tensors, _ = _read(folder / COMPENSATION_FILE, _FIT)
     with entries_of(folder):
         sizes = {name: head[name] for name in ("layers", "by_pair", "experts")}

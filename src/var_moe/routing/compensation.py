@@ -19,8 +19,6 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -212,20 +210,3 @@ def first_expert(index: Tensor, weight: Tensor) -> Tensor:
     """The heaviest expert of each token, the lower id of equals: (T, K), (T, K) -> (T,)"""
     heaviest = weight.amax(dim=1, keepdim=True)
     return index.masked_fill(weight < heaviest, torch.iinfo(index.dtype).max).amin(dim=1)
-
-
-def check_no_own_weights(folder: Path, about: Mapping[str, Any]) -> None:
-    """Refuse a saved compensation that also changes the model's own weights.
-
-    Args:
-        folder: where it lies, for the message.
-        about: its head.
-
-    Raises:
-        UsageError: it was fitted with recovery fine-tuning (``--heal``, before version 0.1.0).
-    """
-    if about.get("healed"):
-        raise UsageError(
-            f"{folder}: its compensation also changes the model's own weights (--heal), which no "
-            "version since 0.1.0 does; fit one with `var-moe fit-compensation`"
-        )

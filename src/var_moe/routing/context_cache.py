@@ -118,7 +118,8 @@ class ContextCache:
     def _stream(self, document: int | None) -> Stream:
         number = _SHARED if document is None else document
         if number not in self._streams:
-            clock = self.clock if document is None else self.clock.of_document()
+            # Only its own tokens move a document's time on.
+            clock = self.clock if document is None else type(self.clock)()
             self._streams[number] = Stream(clock)
         self._streams.move_to_end(number)
         return self._streams[number]

@@ -1,19 +1,24 @@
-"""Context keys: one 64-bit number for a token's last N ids, for all tokens at once."""
+"""Context keys: one 64-bit number for a token's last N ids, for all tokens at once.
+
+The cache reads them on the host, so they are made there, by numpy.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from var_moe.routing.decision import ForwardContext
 
-# Odd 64-bit constants of SplitMix64 (Steele, Lea, Flood 2014), as signed integers: int64
-# multiplication wraps, which is what a hash wants.
-_GOLDEN = -7046029254386353131
-_MIX_1 = -4658895280553007687
-_MIX_2 = -7723592293110705685
-_WORD = 2**64 - 1
-_FEW = 16  # tokens up to which Python's integers are faster than tensors
+# Odd 64-bit constants of SplitMix64 (Steele, Lea, Flood 2014); a hash wants products that wrap.
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+_ONE = np.uint64(1)
+_SHIFTS = tuple(np.uint64(by) for by in (30, 27, 31))
 
 
 def context_keys(context: ForwardContext, window: int) -> Tensor:
@@ -21,27 +26,23 @@ def context_keys(context: ForwardContext, window: int) -> Tensor:
 
     Each id is hashed with its distance from the token, and the sum of these once more (Zobrist
     hashing). A document's first tokens have fewer ids; padding and other documents take no part.
-    Returns (B, S) int64 on the ids' device; values at padding positions mean nothing.
+    Returns (B, S) int64 on the CPU; values at padding positions mean nothing.
     """
-    ids, valid = context.ids, context.valid
-    on_cpu = ids.device.type == "cpu"
-    if on_cpu and context.size <= _FEW:
-        return _few(context, window)
-    prefix_length = 0
-    if context.prefix is not None and context.prefix.shape[1] > 0:
-        prefix_length = context.prefix.shape[1]
-        prefix = context.prefix.to(ids.device)
-        ids, valid = torch.cat((prefix, ids), dim=1), torch.cat((prefix >= 0, valid), dim=1)
+    ids, valid = context.ids.cpu().numpy(), context.valid.cpu().numpy()
+    before = 0
+    if context.prefix is not None:
+        prefix = context.prefix.cpu().numpy()
+        before = prefix.shape[1]
+        ids, valid = np.concatenate((prefix, ids), 1), np.concatenate((prefix >= 0, valid), 1)
     # Padding may stand anywhere, between a prefix and its row too: put it first, so that a
-    # document's ids are neighbours. (On the CPU, asking whether there is any does not wait.)
-    order = None
-    if not on_cpu or not valid.all():
-        order = valid.long().argsort(dim=1, stable=True)
-        ids, valid = ids.gather(1, order), valid.gather(1, order)
-    key = _hashed(ids, valid.cumsum(1).clamp(max=window), window)
+    # document's ids are neighbours.
+    order = None if valid.all() else valid.argsort(axis=1, kind="stable")
     if order is not None:
-        key = key.scatter(1, order, key)
-    return key[:, prefix_length:]
+        ids, valid = (np.take_along_axis(each, order, axis=1) for each in (ids, valid))
+    keys = _hashed(ids, valid.cumsum(axis=1), window)
+    if order is not None:
+        np.put_along_axis(keys, order, keys.copy(), axis=1)
+    return torch.from_numpy(keys[:, before:])
 
 
 def stream_keys(ids: Tensor, place: Tensor, window: int) -> Tensor:
@@ -52,53 +53,23 @@ def stream_keys(ids: Tensor, place: Tensor, window: int) -> Tensor:
         place: (N,) of each token in its document, from 0.
         window: token ids in a key, the token itself included.
     """
-    return _hashed(ids[None], (place + 1).clamp(max=window)[None], window)[0]
+    return torch.from_numpy(_hashed(ids[None].numpy(), place[None].numpy() + 1, window)[0])
 
 
-def _hashed(ids: Tensor, known: Tensor, window: int) -> Tensor:
+def _hashed(ids: Any, known: Any, window: int) -> Any:
     """Hash the last ``known`` (B, N) ids, at most ``window``, of each of (B, N) ids."""
-    padding = ids.new_zeros((len(ids), window - 1))
-    windows = torch.cat((padding, ids), dim=1).unfold(1, window, 1)  # (B, N, window)
-    back = torch.arange(window - 1, -1, -1, device=ids.device)  # the newest id stands last
+    known = np.minimum(known, window)
+    back = np.arange(window)
+    place = np.arange(ids.shape[1])[:, None] - back  # (N, window), the newest id first
+    windows = ids.astype(np.uint64)[:, place.clip(0)] + _ONE  # (B, N, window)
     # A constant for each place of the window, so that order counts.
-    terms = _mix((windows + 1) * _GOLDEN + (back + 1) * _MIX_2)
-    terms = terms.masked_fill(back >= known[:, :, None], 0)
-    return _mix(terms.sum(2) + (known + 1) * _GOLDEN)
+    terms = _mix(windows * _GOLDEN + (back + 1).astype(np.uint64) * _MIX_2)
+    terms[back >= known[:, :, None]] = 0
+    return _mix(terms.sum(2) + (known + 1).astype(np.uint64) * _GOLDEN).view(np.int64)
 
 
-def _mix(value: Tensor) -> Tensor:
-    """SplitMix64's finaliser; masks make the shifts logical."""
-    value = (value ^ ((value >> 30) & 0x3FFFFFFFF)) * _MIX_1
-    value = (value ^ ((value >> 27) & 0x1FFFFFFFFF)) * _MIX_2
-    return value ^ ((value >> 31) & 0x1FFFFFFFF)
-
-
-def _few(context: ForwardContext, window: int) -> Tensor:
-    """`context_keys` in Python's integers: the same values, for a step of generation."""
-    prefixes = [[]] * len(context.ids) if context.prefix is None else context.prefix.tolist()
-    rows = zip(context.ids.tolist(), context.valid.tolist(), prefixes, strict=True)
-    keys = []
-    for row, valid, prefix in rows:
-        text = [token for token in prefix if token >= 0]
-        for token, real in zip(row, valid, strict=True):
-            if real:
-                text.append(token)
-            keys.append(_key(text[-window:]))
-    return torch.tensor(keys, dtype=torch.int64).view(context.ids.shape)
-
-
-def _key(context: list[int]) -> int:
-    """The key of one context, newest id last."""
-    total = (len(context) + 1) * _GOLDEN
-    for back, token in enumerate(reversed(context)):
-        total += _mix_word((token + 1) * _GOLDEN + (back + 1) * _MIX_2)
-    key = _mix_word(total)
-    return key - 2**64 if key >= 2**63 else key
-
-
-def _mix_word(value: int) -> int:
-    """`_mix` of one number, unsigned."""
-    value &= _WORD
-    value = ((value ^ (value >> 30)) * _MIX_1) & _WORD
-    value = ((value ^ (value >> 27)) * _MIX_2) & _WORD
-    return value ^ (value >> 31)
+def _mix(value: Any) -> Any:
+    """SplitMix64's finaliser."""
+    value = (value ^ (value >> _SHIFTS[0])) * _MIX_1
+    value = (value ^ (value >> _SHIFTS[1])) * _MIX_2
+    return value ^ (value >> _SHIFTS[2])

@@ -7,52 +7,31 @@ call and no attribute where a local name will do.
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Self
 
 NEW, GONE = -1, -2  # instead of a row of storage: none yet, none any more
 
 
-class Clock(ABC):
-    """Time of each token of a forward, in whole ticks: token i is at ``start + i * step``."""
-
-    ticks_per_second: int
-    step: int  # ticks from one counted token to the next within a forward
-
-    @abstractmethod
-    def advance(self, tokens: int) -> int:
-        """Ticks at the first of the next ``tokens`` counted tokens; moves on past them."""
-
-    def reset(self) -> None:  # noqa: B027 - wall time can't be reset
-        """Start again, where the clock can."""
-
-    def of_document(self) -> Self:
-        """A clock for one document, whose time no other text moves on."""
-        return self
-
-
-class TokenClock(Clock):
-    """Virtual time for evaluation: a thousand non-padding tokens are a second."""
+class Clock:
+    """Virtual time: a thousand counted tokens are a second, whatever the machine."""
 
     ticks_per_second = 1000
-    step = 1
+    step = 1  # ticks from one counted token to the next within a forward
 
     def __init__(self) -> None:
         self._tokens = 0
 
     def advance(self, tokens: int) -> int:
+        """Ticks at the first of the next ``tokens`` counted tokens; moves on past them."""
         start = self._tokens
         self._tokens += tokens
         return start
 
     def reset(self) -> None:
+        """Start again, where the clock can."""
         self._tokens = 0
-
-    def of_document(self) -> Self:
-        return type(self)()
 
 
 class WallClock(Clock):

@@ -8,14 +8,14 @@ Mixture-of-Experts Large Language Models", ACL 2024, arXiv:2402.14800, and its c
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
 
 from var_moe.config import check_number
 from var_moe.errors import UsageError
-from var_moe.routing.base import RoutingPolicy, Sweep, check_calibrated, check_keys
+from var_moe.routing.base import RoutingPolicy, Sweep, check_calibrated
 from var_moe.routing.decision import ForwardContext, Routing
 from var_moe.routing.keeping import kept_pairs
 
@@ -64,15 +64,12 @@ class RatioQuantiles:
 
     def to_dict(self) -> dict[str, Any]:
         """For a file."""
-        rows = [list(row) for row in self.quantiles]
-        return {"top_k": self.top_k, "tokens": self.tokens, "quantiles": rows}
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RatioQuantiles:
-        """Read what `to_dict` gave; a missing or unknown key is a UsageError."""
-        check_keys(cls, values)
-        rows = tuple(tuple(row) for row in values["quantiles"])
-        return cls(**{**values, "quantiles": rows})
+        """Read what `to_dict` gave; a missing or unknown key is a KeyError or TypeError."""
+        return cls(**{**values, "quantiles": tuple(map(tuple, values["quantiles"]))})
 
 
 def _interpolated(row: tuple[float, ...], level: float) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from var_moe.config import check_number
 from var_moe.errors import UsageError
-from var_moe.routing.base import RoutingPolicy, Sweep, check_calibrated, check_keys
+from var_moe.routing.base import RoutingPolicy, Sweep, check_calibrated
 from var_moe.routing.decision import ForwardContext, Routing
 from var_moe.routing.keeping import all_pairs, kept_pairs, leading_slots
 
@@ -64,14 +64,12 @@ class LayerSensitivity:
 
     def to_dict(self) -> dict[str, Any]:
         """For a file."""
-        return {"measure": self.measure, "loss": [list(row) for row in self.loss]}
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LayerSensitivity:
-        """Read what `to_dict` gave; a missing or unknown key is a UsageError."""
-        check_keys(cls, values)
-        rows = tuple(tuple(row) for row in values["loss"])
-        return cls(measure=values["measure"], loss=rows)
+        """Read what `to_dict` gave; a missing or unknown key is a KeyError or TypeError."""
+        return cls(**{**values, "loss": tuple(map(tuple, values["loss"]))})
 
 
 def allocate_experts(loss: Sequence[Sequence[float]], total: int) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from var_moe.routing.context_cache import ContextCache, Hits
 from var_moe.routing.decision import ForwardContext, Residual, Routing, Tier
 from var_moe.routing.keeping import leading_count, rank_slots, rescaled, shares
 from var_moe.routing.keys import context_keys
-from var_moe.routing.lru import Clock, TokenClock
+from var_moe.routing.lru import Clock
 
 _FAST, _CACHED, _LEARNED = (int(tier) for tier in (Tier.FAST, Tier.CACHED, Tier.LEARNED))
 
@@ -87,7 +87,7 @@ class VARPolicy(RoutingPolicy):
         self.cache = ContextCache(
             size=config.cache_size,
             ttl_seconds=config.cache_ttl_seconds,
-            clock=clock or TokenClock(),
+            clock=clock or Clock(),
         )
         self.context_window = config.context_window_size
         self._eligible = table.eligible(config.frequency_threshold, config.entropy_threshold)

@@ -10,7 +10,6 @@ from typing import Any
 from var_moe.errors import UsageError
 from var_moe.models.identity import difference, identity_of_model
 from var_moe.routing.base import RoutingPolicy
-from var_moe.routing.compensation import check_no_own_weights
 from var_moe.routing.registry import policy_spec
 from var_moe.serving.parts import hash_of, pack, unpack
 from var_moe.serving.place import HEAD_FILE, PARTS_FILE, locate
@@ -159,7 +158,6 @@ def _calibration(path: Path, head: Mapping[str, Any]) -> dict[str, Any]:
     if hash_of(tensors) != head["hashes"].get("tensors"):
         raise UsageError(f"{path}: does not belong to {HEAD_FILE}; {_AGAIN}")
     try:
-        check_no_own_weights(path.parent, head["parts"].get("compensation", {}))
         return unpack(tensors, head["parts"])
     except (AttributeError, KeyError, TypeError) as error:
         raise UsageError(f"{path.parent / HEAD_FILE}: damaged ({error}); {_AGAIN}") from None

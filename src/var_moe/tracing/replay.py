@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from var_moe.config import DOCUMENTED_FIELDS, VARConfig
 from var_moe.routing.keeping import leading_count
 from var_moe.routing.keys import stream_keys
-from var_moe.routing.lru import TokenClock
+from var_moe.routing.lru import Clock
 from var_moe.routing.var import RoutingTable
 from var_moe.tracing.grid import ThresholdGrid
 from var_moe.tracing.policies import Replay, Replayer, Settings, Times
@@ -92,7 +92,7 @@ class TraceReplay(Replayer):
 
     def _new_stays(self, window: int, scope: str, size: int, ttl_seconds: float) -> Stays:
         """The stays in a cache that several tokens share."""
-        ttl = ttl_seconds * TokenClock.ticks_per_second
+        ttl = ttl_seconds * Clock.ticks_per_second
         return self._recency(window, scope).stays(size=size, ttl=ttl)
 
     def _new_hits(self, key: tuple[Any, ...], confidence: float) -> list[SlotHits]:

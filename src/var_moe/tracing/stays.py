@@ -6,7 +6,7 @@ et al. 1970): a key is in it when fewer than ``size`` different other keys were 
 last meeting. Distances depend on the keys alone, so they are counted once per context window,
 and stays follow for each size and time to live with few operations.
 
-The semantics are those of `routing.context_cache` with a `TokenClock`, where every token
+The semantics are those of `routing.context_cache` with a `Clock`, where every token
 inserts: an expired entry keeps its place in the order until it is met again, and is then a new
 one; hits do not renew the age.
 """
