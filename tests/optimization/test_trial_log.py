@@ -3,6 +3,8 @@
 import json
 import logging
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import optuna
 import pytest
@@ -197,6 +199,25 @@ def test_a_database_holds_one_search(tmp_path):
     assert search(url, 5).extra["resumed"] == 3
     with pytest.raises(UsageError, match="seed = 1, now 2"):
         search(url, 5, seed=2)
+
+
+def test_a_waiting_trial_of_a_database_is_given_out_once(tmp_path):
+    """Each thread has a storage of its own, as a process has."""
+    url, taken = f"sqlite:///{tmp_path}/t.db", []
+    together = threading.Barrier(4, timeout=60)
+
+    def take(_number):
+        with open_study(url, header(), resume=True) as (study, _):
+            together.wait()
+            while "queued" in (trial := study.ask()).user_attrs:
+                taken.append(trial.number)
+
+    with open_study(url, header(), resume=False) as (study, _):
+        for _ in range(8):
+            study.enqueue_trial({}, user_attrs={"queued": True})
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(take, range(4)))
+    assert sorted(taken) == list(range(8))
 
 
 def test_a_storage_of_optuna(tmp_path):

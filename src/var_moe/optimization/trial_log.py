@@ -28,6 +28,7 @@ except ImportError:  # no Unix
 
 if TYPE_CHECKING:
     import optuna
+    import sqlalchemy
 
 _LOG = logging.getLogger(__name__)
 
@@ -271,14 +272,16 @@ def _reason(error: BaseException) -> str:
 def _database(url: str) -> optuna.storages.BaseStorage:
     """A database, by its URL; UsageError where its driver is missing or it can't be reached."""
     from optuna.storages import RDBStorage
+    from sqlalchemy import event
     from sqlalchemy.exc import IntegrityError
 
     options: dict[str, Any] = {"pool_pre_ping": True}  # a connection may end during an evaluation
-    if url.startswith("sqlite"):
-        options["connect_args"] = {"timeout": 60}  # seconds to wait while others write
+    sqlite = url.startswith("sqlite")
+    if sqlite:  # seconds to wait while others write, and no transactions begun by the driver
+        options["connect_args"] = {"timeout": 60, "isolation_level": None}
     for attempt in (1, 2, 3):
         try:
-            return RDBStorage(url, engine_kwargs=options)
+            storage = RDBStorage(url, engine_kwargs=options)
         except Exception as error:
             # Of two that make the tables of a new database at once, one fails.
             raced = isinstance(error, IntegrityError) or "exists" in str(error)
@@ -288,7 +291,19 @@ def _database(url: str) -> optuna.storages.BaseStorage:
             missing = isinstance(error, ImportError)
             fault = "its driver is not installed" if missing else "can't be used"
             raise UsageError(f"storage {shown(url)}: {fault} ({_reason(error)})") from error
+        if sqlite:
+            event.listen(storage.engine, "begin", _lock)
+        return storage
     raise AssertionError
+
+
+def _lock(connection: sqlalchemy.Connection) -> None:
+    """Begin a transaction of SQLite with the lock for writing.
+
+    The driver begins one at the first write. Optuna has read a trial's state by then, so that two
+    processes could take one waiting trial.
+    """
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def _file(path: Path, *, resume: bool) -> optuna.storages.BaseStorage:
