@@ -16,7 +16,6 @@ from var_moe.evaluation.guarding import calibrate_guard, play
 from var_moe.execution.session import routed
 from var_moe.models.loading import LoadedModel, load_model
 from var_moe.routing.compensation import Compensation, LayerCompensation
-from var_moe.routing.decision import Tier
 from var_moe.routing.guard import Guard
 from var_moe.routing.simple import TopPPolicy
 from var_moe.routing.watch import DriftWarning
@@ -64,9 +63,9 @@ def test_like_the_calibration_is_calm(loaded, guard) -> None:
     report = session.report()
     assert report.guard is not None
     assert (report.guard.units, report.guard.alarm_at) == (150, None)
-    assert report.departure is not None
+    assert report.drift is not None
     seen = {seen.name: seen for seen in report.guard.statistics}
-    assert seen["cut_share"].seen == pytest.approx(report.departure.cut_share(), abs=0.02)
+    assert seen["cut_share"].seen == pytest.approx(report.drift["cut_share"], abs=0.02)
 
 
 def test_a_policy_watches_without_changing_anything(loaded, guard) -> None:
@@ -76,7 +75,7 @@ def test_a_policy_watches_without_changing_anything(loaded, guard) -> None:
         assert torch.equal(logits(loaded, IDS), expected)
         report = session.report()
     assert report.tier_counts == decided.tier_counts
-    assert report.departure == decided.departure
+    assert report.drift == decided.drift
     assert decided.guard is None
 
 
@@ -208,8 +207,8 @@ class TestOnTheDemo:
         calm = session.report()
         assert calm.guard is not None
         assert (calm.guard.units, calm.guard.alarm_at) == (len(other), None)
-        assert calm.departure is not None
-        assert 0.5 < calm.departure.agreement(Tier.CACHED) < 1
+        assert calm.drift is not None
+        assert 0.5 < calm.drift["agreement_by_tier"]["cached"] < 1
         with routed(loaded.model, var, guard=made) as session:
             with pytest.warns(DriftWarning):
                 play(loaded, session, kjv)

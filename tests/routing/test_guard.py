@@ -45,7 +45,7 @@ def expectation() -> Expectation:
 def played(guard: Guard, units: list[np.ndarray]) -> Watch:
     watch = Watch(guard)
     for sums in units:
-        watch.see(sums)
+        watch.judge(sums)
     return watch
 
 
@@ -72,7 +72,7 @@ def test_calm_stream(expectation: Expectation) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         watch = played(guard, documents(np.random.default_rng(2), 500))
-    report = watch.report()
+    report = watch.guard_report()
     assert (report.units, report.alarm_at, report.fallback) == (500, None, False)
     assert report.statistics[0].units == 500
     assert report.statistics[0].seen == pytest.approx(0.15, abs=0.002)
@@ -83,7 +83,7 @@ def test_the_warning_says_what_has_left_its_range(expectation: Expectation) -> N
     with pytest.warns(DriftWarning) as caught:
         watch = played(Guard(expectation=expectation), drifted)
     assert len(caught) == 1  # once, though the drift goes on
-    report = watch.report()
+    report = watch.guard_report()
     assert report.alarm_at is not None
     assert 5 < report.alarm_at < 30
     assert not watch.native
@@ -98,7 +98,7 @@ def test_fallback_ends_the_stream(expectation: Expectation) -> None:
     drifted = documents(np.random.default_rng(3), 100, mean=0.11)
     with pytest.warns(DriftWarning, match="the model's own routing decides"):
         watch = played(Guard(expectation=expectation, action="fallback"), drifted)
-    report = watch.report()
+    report = watch.guard_report()
     assert watch.native
     assert report.fallback
     assert report.units == report.alarm_at  # nothing is judged any more
@@ -111,23 +111,23 @@ def test_report_alone_warns_of_nothing(expectation: Expectation) -> None:
             Guard(expectation=expectation, action="report"),
             documents(np.random.default_rng(3), 60, mean=0.19),
         )
-    assert watch.report().alarm_at is not None
+    assert watch.guard_report().alarm_at is not None
     assert not watch.native
-    assert watch.report().units == 60
+    assert watch.guard_report().units == 60
 
 
 def test_one_wild_document_is_no_drift(expectation: Expectation) -> None:
     calm = documents(np.random.default_rng(4), 50)
     watch = played(Guard(expectation=expectation), [*calm, unit(0.5, 1.0), *calm])
-    assert watch.report().alarm_at is None
+    assert watch.guard_report().alarm_at is None
 
 
 def test_tolerance_allows_more(expectation: Expectation) -> None:
     shifted = documents(np.random.default_rng(5), 300, mean=0.165)  # one standard deviation
     strict = played(Guard(expectation=expectation, action="report"), shifted)
     lenient = played(Guard(expectation=expectation, action="report", tolerance=1.5), shifted)
-    assert strict.report().alarm_at is not None
-    assert lenient.report().alarm_at is None
+    assert strict.guard_report().alarm_at is not None
+    assert lenient.guard_report().alarm_at is None
 
 
 def test_what_a_shared_cache_ties_together_is_reported_only() -> None:
@@ -145,8 +145,8 @@ def test_what_a_shared_cache_ties_together_is_reported_only() -> None:
         return Guard(expectation=made, action="report")
 
     drifted = [cached(0.7) for _ in range(60)]
-    apart = played(expected(shared=False), drifted).report()
-    shared = played(expected(shared=True), drifted).report()
+    apart = played(expected(shared=False), drifted).guard_report()
+    shared = played(expected(shared=True), drifted).guard_report()
     assert apart.alarm_at is not None
     assert apart.worst().name == "agreement.cached"
     assert shared.alarm_at is None
@@ -156,7 +156,6 @@ def test_what_a_shared_cache_ties_together_is_reported_only() -> None:
     assert seen.seen < seen.low
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_false_alarms_with_the_calibrations_own_error() -> None:
     """Calibrated on 60 documents each time, then a stream of the same kind: alpha holds."""

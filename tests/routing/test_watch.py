@@ -13,33 +13,22 @@ from var_moe.routing.watch import Units
 GIVEN = 2**40
 
 
-class Shown:
+@pytest.fixture
+def shown() -> list[np.ndarray]:
     """Takes the documents that have ended."""
-
-    native = False
-
-    def __init__(self) -> None:
-        self.units: list[np.ndarray] = []
-
-    def see(self, unit: np.ndarray) -> None:
-        self.units.append(unit)
-
-    def report(self) -> None:
-        return None
-
-    def take(self) -> list[np.ndarray]:
-        found, self.units = self.units, []
-        return found
+    return []
 
 
 @pytest.fixture
-def units() -> Units:
-    return Units(Shown(), 2, drops_only=True)
+def units(shown: list[np.ndarray]) -> Units:
+    made = Units(2, drops_only=True, ended=shown.append)
+    made.taken = lambda: [shown.pop(0) for _ in list(shown)]
+    return made
 
 
 def end(units: Units) -> list[np.ndarray]:
     units.end_documents()
-    return units._watch.take()
+    return units.taken()
 
 
 def forward(units: Units, documents: tuple[int, ...], counted=None, **more) -> list[np.ndarray]:
@@ -48,7 +37,7 @@ def forward(units: Units, documents: tuple[int, ...], counted=None, **more) -> l
     counts = torch.ones(ids.shape, dtype=torch.bool) if counted is None else counted
     context = ForwardContext(ids=ids, valid=counts, counted=counts, document=documents, **more)
     units.begin(context)
-    ended = units._watch.take()
+    ended = units.taken()
     index = torch.tensor([[0, 1]] * ids.numel())
     weight = torch.full(index.shape, 0.5)
     for layer in range(2):

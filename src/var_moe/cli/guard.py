@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -105,7 +106,7 @@ def guard(
         rows: list[dict[str, Any]] = []
         result = {
             "schema_version": SCHEMA_VERSION,
-            "guard": made.expectation.to_dict(),
+            "guard": asdict(made.expectation),
             "checks": rows,
             "seed": seed,
             "provenance": provenance(),
@@ -137,13 +138,12 @@ def _checked(
         play(loaded, session, documents, seed=seed, what=f"playing {name}", progress=progress)
         report = session.report()
     assert report.guard is not None
-    departure = report.departure
     return {
         "text": name,
         "documents": len(documents),
         "tokens": report.tokens,
         "experts_per_token": report.experts_per_token,
-        "departure": None if departure is None else departure.to_dict(),
-        **report.guard.to_dict(),
+        "departure": report.drift,
+        **asdict(report.guard),
         "worst": report.guard.worst().name,
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from var_moe.routing.guard import (
     check_units,
     policy_facts,
 )
-from var_moe.routing.watch import GuardReport
+from var_moe.routing.watch import Units
 from var_moe.storage import provenance
 
 if TYPE_CHECKING:
@@ -72,12 +71,13 @@ def calibrate_guard(
     check_alpha(alpha)
     check_answer(action, tolerance)
     check_units(len(documents))
-    recorder = _Recorder()
-    with routed(loaded.model, policy, guard=recorder) as session:
+    units: list[Sums] = []
+    recorder = Units(loaded.moe_layers, drops_only=policy.drops_only, ended=units.append)
+    with routed(loaded.model, policy, observers=[recorder]) as session:
         session.reset()
         play(loaded, session, documents, seed=seed, what="calibrating the guard", progress=progress)
     expectation = Expectation.of_units(
-        recorder.units,
+        units,
         alpha=alpha,
         policy=policy_facts(policy),
         shared_cache=not policy.documents_apart,
@@ -91,20 +91,6 @@ def calibrate_guard(
         },
     )
     return Guard(expectation=expectation, action=action, tolerance=tolerance)
-
-
-@dataclass
-class _Recorder:
-    """Keeps every document's sums."""
-
-    units: list[Sums] = field(default_factory=list)
-    native: bool = False
-
-    def see(self, unit: Sums) -> None:
-        self.units.append(unit)
-
-    def report(self) -> GuardReport | None:
-        return None
 
 
 def play(

@@ -26,7 +26,7 @@ from var_moe.routing.counts import RoutingReport, TierCounts
 from var_moe.routing.decision import ForwardContext, Observer
 from var_moe.routing.guard import Guard, policy_facts
 from var_moe.routing.keeping import all_pairs
-from var_moe.routing.watch import Units, Watch, Watching
+from var_moe.routing.watch import Watch
 
 _READ_EXPORTED = "var_moe.serving.folder:load_exported"  # of a room above this one
 
@@ -248,7 +248,7 @@ def routed(
     policy: RoutingPolicy | str | Path,
     *,
     backend: str | ExpertsBackend = "auto",
-    guard: Guard | Watching | None = None,
+    guard: Guard | None = None,
     observers: Sequence[Observer] = (),
 ) -> Iterator[Session]:
     """Run the model's experts as ``policy`` decides, until the block ends.
@@ -294,13 +294,11 @@ def routed(
         chosen.compensation.check(**sizes)
     words = getattr(model.config.get_text_config(), "vocab_size", 0)
     check_model(chosen, {**sizes, "vocabulary": words})
-    if isinstance(guard, Guard):
-        guard.check(policy_facts(chosen), layers=sizes["layers"])
-        guard = Watch(guard)
-    elif guard is not None and not hasattr(guard, "see"):
+    if not isinstance(guard, Guard | None):
         raise _wrong("guard", guard, "one that Guard.load or calibrate_guard returned")
     if guard is not None:
-        observers = [*observers, Units(guard, sizes["layers"], drops_only=chosen.drops_only)]
+        guard.check(policy_facts(chosen), layers=sizes["layers"])
+        observers = [*observers, Watch(guard, drops_only=chosen.drops_only)]
     with ExitStack() as leaving:
         if isinstance(backend, str):
             backend = leaving.enter_context(open_backend(backend, model))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import fields
 from inspect import Parameter, signature
 from typing import Any, Self
 
@@ -205,10 +204,3 @@ def check_model(policy: RoutingPolicy, sizes: Mapping[str, int]) -> None:
                 f"{type(policy).__name__}: calibrated for {what} = {mine}, the model has {theirs}; "
                 "calibrate on this model"
             )
-
-
-def check_keys(kind: type[Any], values: Mapping[str, Any]) -> None:
-    """Raise UsageError unless the keys are the fields of the dataclass ``kind``."""
-    wrong = sorted(set(values) ^ {f.name for f in fields(kind)})
-    if wrong:
-        raise UsageError(f"{kind.__name__}: {wrong[0]!r} is missing or unknown")

@@ -1,4 +1,4 @@
-"""Counts of a session: tiers, executed pairs, and how decisions depart from the router's own.
+"""Counts of a session: tiers, executed pairs, and how far decisions leave the router's own.
 
 The model's router is always asked, so each token's K experts are known beside those that run.
 Per decision (layer, token) there are three facts:
@@ -14,8 +14,8 @@ They are summed on the device, without waiting for it, until a report is asked f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -87,11 +87,8 @@ def summed(
 class ForwardSums(Observer):
     """Base of observers that sum a forward's decisions, layers of one kind at once.
 
-    In generation, summing each layer apart would cost as much as deciding it.
-
-    Args:
-        layers: L.
-        drops_only: whether the decisions keep the router's slots (`RoutingPolicy.drops_only`).
+    In generation, summing each layer apart would cost as much as deciding it. ``drops_only`` is
+    that of the policy.
     """
 
     def __init__(self, layers: int, *, drops_only: bool = True) -> None:
@@ -149,81 +146,55 @@ def statistic_names(layers: int) -> tuple[str, ...]:
 
 def statistics(sums: Sums) -> Sums:
     """Means over a text's decisions by `statistic_names`, (2 L + 7,); NaN where there are none."""
-    text, layers = Departure(sums.tolist()), range(len(sums))
-    return np.array(
-        [
-            text.dropped_mass(),
-            text.cut_share(),
-            *(text.dropped_mass(tier) for tier in Tier),
-            *(text.agreement(tier) for tier in Tier if tier != Tier.LEARNED),
-            *(text.dropped_mass(layer=layer) for layer in layers),
-            *(text.cut_share(layer=layer) for layer in layers),
-        ]
-    )
+    decisions, dropped, cut = (sums[:, at : at + 3] for at in (_DECISIONS, _DROPPED, _CUT))
+    offered, agreed = (sums[:, at : at + 2] for at in (_OFFERED, _AGREED))
+    with np.errstate(invalid="ignore"):
+        return np.concatenate(
+            (
+                [dropped.sum() / decisions.sum(), cut.sum() / decisions.sum()],
+                dropped.sum(0) / decisions.sum(0),
+                agreed.sum(0) / offered.sum(0),
+                dropped.sum(1) / decisions.sum(1),
+                cut.sum(1) / decisions.sum(1),
+            )
+        )
 
 
-@dataclass(frozen=True)
-class Departure:
-    """How far counted decisions depart from the router's own; means are NaN over no decisions."""
+def _drift(sums: Sums) -> dict[str, Any]:
+    """How far decisions leave the router's own, for a report; None for a mean of nothing."""
 
-    sums: Sequence[Sequence[float]]  # (L, 14) sums of `summed`
+    def means(part: Sums) -> list[float | None]:
+        return [None if math.isnan(value) else value for value in statistics(part).tolist()]
 
-    def _mean(self, of: int, over: int, tiers: int, tier: Tier | None, layer: int | None) -> float:
-        """Ratio of sums of two groups of ``tiers`` columns, which begin at ``of`` and ``over``."""
-        rows = self.sums if layer is None else (self.sums[layer],)
-        which = range(tiers) if tier is None else (int(tier),)
-        total = sum(row[over + n] for row in rows for n in which)
-        return sum(row[of + n] for row in rows for n in which) / total if total else math.nan
+    def agreements(part: Sums) -> dict[str, float | None]:
+        return dict(zip(OFFERING, means(part)[5:7], strict=True))
 
-    def dropped_mass(self, tier: Tier | None = None, layer: int | None = None) -> float:
-        """Mean routing mass of the router's experts that did not run."""
-        return self._mean(_DROPPED, _DECISIONS, 3, tier, layer)
-
-    def cut_share(self, tier: Tier | None = None, layer: int | None = None) -> float:
-        """Share of decisions in which an expert of the router's did not run."""
-        return self._mean(_CUT, _DECISIONS, 3, tier, layer)
-
-    def agreement(self, tier: Tier | None = None, layer: int | None = None) -> float:
-        """Of the first experts that table (FAST) or cache (CACHED) named, the share among the
-        router's leading ones."""
-        if tier == Tier.LEARNED:
-            return math.nan
-        return self._mean(_AGREED, _OFFERED, 2, tier, layer)
-
-    def to_dict(self) -> dict[str, Any]:
-        """For result files; None where there is nothing to take a mean of."""
-        layers = range(len(self.sums))
-
-        def number(value: float) -> float | None:
-            return None if math.isnan(value) else value
-
-        def agreements(layer: int | None = None) -> dict[str, float | None]:
-            return {n: number(self.agreement(Tier[n.upper()], layer)) for n in OFFERING}
-
-        return {
-            "dropped_mass": number(self.dropped_mass()),
-            "cut_share": number(self.cut_share()),
-            "dropped_mass_by_tier": {n: number(self.dropped_mass(Tier[n.upper()])) for n in TIERS},
-            "agreement_by_tier": agreements(),
-            "dropped_mass_by_layer": [number(self.dropped_mass(layer=n)) for n in layers],
-            "cut_share_by_layer": [number(self.cut_share(layer=n)) for n in layers],
-            "agreement_by_layer": [agreements(layer) for layer in layers],
-        }
+    all_means, layers = means(sums), len(sums)
+    return {
+        "dropped_mass": all_means[0],
+        "cut_share": all_means[1],
+        "dropped_mass_by_tier": dict(zip(TIERS, all_means[2:5], strict=True)),
+        "agreement_by_tier": agreements(sums),
+        "dropped_mass_by_layer": all_means[7 : 7 + layers],
+        "cut_share_by_layer": all_means[7 + layers :],
+        "agreement_by_layer": [agreements(sums[[layer]]) for layer in range(layers)],
+    }
 
 
 @dataclass(frozen=True)
 class RoutingReport:
     """What was executed, per layer and over all, without padding and overlaps.
 
-    Reports are equal where tokens, tiers and executed pairs are; `departure` and `guard` are
-    not compared.
+    Reports are equal where tokens, tiers and executed pairs are; `drift` and `guard` are not
+    compared.
     """
 
     tokens: int  # counted tokens, per layer
     top_k: int
     tier_counts: tuple[tuple[int, int, int], ...]  # per layer: fast, cached, learned
     executed_pairs: tuple[int, ...]  # per layer
-    departure: Departure | None = field(default=None, compare=False)
+    # How far decisions leave the router's own: dropped mass, cuts, agreement.
+    drift: dict[str, Any] | None = field(default=None, compare=False)
     # Of the session's guard, whose counts a `reset` does not clear.
     guard: GuardReport | None = field(default=None, compare=False)
 
@@ -275,8 +246,8 @@ class RoutingReport:
             "experts_per_token": self.experts_per_token,
             "experts_per_token_by_layer": self.experts_per_layer(),
             "tiers_by_layer": [list(row) for row in self.tier_counts],
-            **({} if self.departure is None else {"departure": self.departure.to_dict()}),
-            **({} if self.guard is None else {"guard": self.guard.to_dict()}),
+            **({} if self.drift is None else {"departure": self.drift}),
+            **({} if self.guard is None else {"guard": asdict(self.guard)}),
         }
 
 
@@ -308,8 +279,7 @@ class TierCounts(ForwardSums):
         for layers, sums in self._take(context):
             total = sums[:, 0].double()  # float32 holds the counts of a forward, not those of many
             key = (tuple(layers), sums.device)
-            known = self._sums.get(key)
-            self._sums[key] = total if known is None else known + total
+            self._sums[key] = total + self._sums.get(key, 0)
 
     def reset(self) -> None:
         self._sums.clear()
@@ -319,12 +289,11 @@ class TierCounts(ForwardSums):
         sums = torch.zeros((self._layers, COLUMNS), dtype=torch.float64)
         for (layers, _), part in self._sums.items():
             sums[list(layers)] += part.cpu()
-        rows = tuple(tuple(row) for row in sums.tolist())
-        tiers = tuple((int(row[0]), int(row[1]), int(row[2])) for row in rows)
+        counts = sums.long()
         return {
-            "tokens": sum(tiers[0]) if tiers else 0,
+            "tokens": int(counts[0, :3].sum()),
             "top_k": self._top_k,
-            "tier_counts": tiers,
-            "executed_pairs": tuple(int(row[PAIRS]) for row in rows),
-            "departure": Departure(rows),
+            "tier_counts": tuple(map(tuple, counts[:, :3].tolist())),
+            "executed_pairs": tuple(counts[:, PAIRS].tolist()),
+            "drift": _drift(sums.numpy()),
         }

@@ -17,7 +17,6 @@ import numpy as np
 
 from var_moe.config import check_number
 from var_moe.errors import UsageError
-from var_moe.routing.base import check_keys
 from var_moe.routing.counts import Sums, statistic_names, statistics
 from var_moe.routing.wager import Floats, mean_range
 from var_moe.storage import SCHEMA_VERSION, atomic_write_json, read_json
@@ -123,25 +122,6 @@ class Expectation:
         )
         return cls(statistics=watched, alpha=alpha, layers=layers, policy=policy, head=head or {})
 
-    def to_dict(self) -> dict[str, Any]:
-        """For a file."""
-        return {
-            "statistics": [asdict(expected) for expected in self.statistics],
-            "alpha": self.alpha,
-            "layers": self.layers,
-            "policy": dict(self.policy),
-            "head": dict(self.head),
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Expectation:
-        """Read what `to_dict` gave."""
-        _check_entries(cls, values)
-        rows = values["statistics"]
-        for row in rows:
-            _check_entries(Expected, row)
-        return cls(**{**values, "statistics": tuple(Expected(**row) for row in rows)})
-
 
 def _stakes(values: Floats, aside: Sequence[int]) -> dict[int, float]:
     """Stakes by position in `statistic_names`; zero for those ``aside``.
@@ -243,11 +223,7 @@ class Guard:
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file, whole or not at all."""
-        own = {"action": self.action, "tolerance": self.tolerance}
-        atomic_write_json(
-            path,
-            {"schema_version": SCHEMA_VERSION, **own, "expectation": self.expectation.to_dict()},
-        )
+        atomic_write_json(path, {"schema_version": SCHEMA_VERSION, **asdict(self)})
 
     @classmethod
     def load(cls, path: str | Path) -> Guard:
@@ -261,9 +237,9 @@ class Guard:
             raise UsageError(f"{path}: no guard of schema version {SCHEMA_VERSION}")
         own = {name: value for name, value in values.items() if name != "schema_version"}
         try:
-            _check_entries(cls, own)
-            expectation = Expectation.from_dict(own.pop("expectation"))
-            return cls(expectation=expectation, **own)
+            expected = own.pop("expectation")
+            rows = tuple(Expected(**row) for row in expected["statistics"])
+            return cls(expectation=Expectation(**{**expected, "statistics": rows}), **own)
         except (TypeError, KeyError) as error:
             raise UsageError(f"{path}: no guard ({error})") from None
         except UsageError as error:
@@ -273,9 +249,11 @@ class Guard:
 def policy_facts(policy: Any) -> dict[str, Any]:
     """What tells one policy from another: its class, plain settings, and compensation."""
     facts: dict[str, Any] = {"class": type(policy).__name__}
-    for name, value in sorted(vars(policy).items()):
-        if not name.startswith("_") and isinstance(value, (int, float, str)):
-            facts[name] = value
+    facts |= {
+        name: value
+        for name, value in sorted(vars(policy).items())
+        if not name.startswith("_") and isinstance(value, int | float | str)
+    }
     config = getattr(policy, "config", None)
     if config is not None:
         facts.update(config.to_dict())
@@ -287,9 +265,3 @@ def policy_facts(policy: Any) -> dict[str, Any]:
 def check_alpha(alpha: Any) -> None:
     """Raise UsageError unless it is a false-alarm rate in (0, 0.5]."""
     check_number("alpha", alpha, low=0, high=0.5, open_low=True)
-
-
-def _check_entries(kind: type[Any], values: Any) -> None:
-    if not isinstance(values, Mapping):
-        raise UsageError(f"{kind.__name__}: expected a JSON object")
-    check_keys(kind, values)

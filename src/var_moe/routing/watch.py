@@ -9,8 +9,9 @@ counts.
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,52 +55,95 @@ class GuardReport:
     fallback: bool  # whether the model's own routing is in place
     statistics: tuple[Seen, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """For result files."""
-        return asdict(self)
-
     def worst(self) -> Seen:
         """The statistic with most evidence against it, of those that are bet on."""
         return max(self.statistics, key=lambda seen: (seen.bet_on, seen.evidence))
 
 
-class Watch:
+class Units(ForwardSums):
+    """Sums decisions by document, and calls ``ended`` with each one's (L, 14) at its end."""
+
+    def __init__(self, layers: int, *, drops_only: bool, ended: Callable[[Sums], None]) -> None:
+        super().__init__(layers, drops_only=drops_only)
+        self._ended = ended
+        self._open: dict[int, Sums] = {}
+        # The last forward, not yet added: its context, and sums (N, B, 14) of each N layers.
+        self._last: tuple[ForwardContext, list[tuple[list[int], Tensor]]] | None = None
+        self._newest = _GIVEN - 1
+
+    def begin(self, context: ForwardContext) -> None:
+        super().begin(context)
+        self._collect()
+        continued = {number for number in context.document if number >= 0}
+        self._show([number for number in self._open if number not in continued])
+
+    def end(self) -> None:
+        # Beams are drafts of one text, no documents.
+        if self._context is not None and self._context.inserting:
+            self._last = self._context, list(self._take(self._context, len(self._context.ids)))
+
+    def end_documents(self) -> None:
+        self._collect()
+        self._show(list(self._open))
+
+    def _show(self, numbers: list[int]) -> None:
+        """Show documents that have ended, without those of padding alone."""
+        for sums in [self._open.pop(number) for number in numbers]:
+            if sums[:, :3].any():
+                self._ended(sums)
+
+    def _collect(self) -> None:
+        """Add the last forward's rows to their documents (waits for the device)."""
+        if self._last is None:
+            return
+        (context, parts), self._last = self._last, None
+        by_row = torch.zeros((self._layers, len(context.document), COLUMNS), dtype=torch.float64)
+        for layers, sums in parts:
+            by_row[layers] += sums.double().cpu()
+        for row, number in enumerate(context.document):
+            # One that has ended before, and comes back, is no document any more.
+            if number in self._open or not _GIVEN <= number <= self._newest:
+                self._open[number] = self._open.get(number, 0) + by_row[:, row].numpy()
+        self._newest = max((self._newest, *context.document))
+
+
+class Watch(Units):
     """A guard's bets on one stream of documents."""
 
-    def __init__(self, guard: Guard) -> None:
+    def __init__(self, guard: Guard, *, drops_only: bool = True) -> None:
+        super().__init__(guard.expectation.layers, drops_only=drops_only, ended=self.judge)
         self.guard = guard
         rows = guard.expectation.statistics
         names = statistic_names(guard.expectation.layers)
         self._which = [names.index(row.name) for row in rows]
-        self._bottom = np.array([row.bottom for row in rows])
-        self._width = np.array([row.top for row in rows]) - self._bottom
-        spread = guard.tolerance * np.array([row.spread for row in rows])
-        low = np.array([row.low for row in rows]) - spread
-        high = np.array([row.high for row in rows]) + spread
-        self._low, self._high = np.maximum(low, self._bottom), np.minimum(high, self._top)
-        self._wager = Wager(
-            self._scaled(self._low),
-            self._scaled(self._high),
-            np.array([row.stake for row in rows]),
-        )
+
+        def of_each(name: str) -> Any:
+            return np.array([getattr(row, name) for row in rows])
+
+        self._bottom, top = of_each("bottom"), of_each("top")
+        self._width, reach = top - self._bottom, guard.tolerance * of_each("spread")
+        self._low = np.maximum(of_each("low") - reach, self._bottom)
+        self._high = np.minimum(of_each("high") + reach, top)
+        self._wager = Wager(self._scaled(self._low), self._scaled(self._high), of_each("stake"))
         self._sum = np.zeros(len(rows))
         self._number = np.zeros(len(rows), dtype=np.int64)
         self.alarm_at: int | None = None
-
-    @property
-    def _top(self) -> Any:
-        return self._bottom + self._width
 
     def _scaled(self, values: Any) -> Any:
         return np.clip((values - self._bottom) / self._width, 0, 1)
 
     @property
     def native(self) -> bool:
-        """Whether the model's own routing is to be used from now on."""
         return self.alarm_at is not None and self.guard.action == "fallback"
 
-    def see(self, unit: Sums) -> None:
-        """A document has ended."""
+    def see(
+        self, layer: int, context: ForwardContext, routing: Routing, index: Tensor, weight: Tensor
+    ) -> None:
+        if not self.native:
+            super().see(layer, context, routing, index, weight)
+
+    def judge(self, unit: Sums) -> None:
+        """A document has ended: bet on its (L, 14) sums."""
         if self.native:
             return
         scaled = self._scaled(statistics(unit)[self._which])  # NaN stays NaN
@@ -112,7 +156,7 @@ class Watch:
                 warnings.warn(self._message(), DriftWarning, stacklevel=2)
 
     def _message(self) -> str:
-        report = self.report()
+        report = self.guard_report()
         worst = report.worst()
         then = "; from now on the model's own routing decides" if report.fallback else ""
         return (
@@ -121,7 +165,10 @@ class Watch:
             f"[{worst.low:.4f}, {worst.high:.4f}] (false-alarm rate {report.alpha:g}){then}"
         )
 
-    def report(self) -> GuardReport:
+    def report(self) -> dict[str, Any]:
+        return {"guard": self.guard_report()}
+
+    def guard_report(self) -> GuardReport:
         """What has been seen so far."""
         sides = self._wager.sides.max(axis=1)
         mean = self._bottom + self._width * self._sum / np.maximum(self._number, 1)
@@ -146,83 +193,3 @@ class Watch:
                 for j, row in enumerate(self.guard.expectation.statistics)
             ),
         )
-
-
-class Watching(Protocol):
-    """What `Units` shows documents to: a `Watch`, or a recorder for calibration."""
-
-    @property
-    def native(self) -> bool:
-        """Whether the model's own routing is to be used from now on."""
-
-    def see(self, unit: Sums) -> None:
-        """A document has ended."""
-
-    def report(self) -> GuardReport | None:
-        """What has been seen so far."""
-
-
-class Units(ForwardSums):
-    """Sums decisions by document, and shows ``watch`` each document that has ended."""
-
-    def __init__(self, watch: Watching, layers: int, *, drops_only: bool) -> None:
-        super().__init__(layers, drops_only=drops_only)
-        self._watch = watch
-        self._open: dict[int, Sums] = {}
-        # The last forward, not yet added: its context, and sums (N, B, 14) of each N layers.
-        self._last: tuple[ForwardContext, list[tuple[list[int], Tensor]]] | None = None
-        self._newest = _GIVEN - 1
-
-    @property
-    def native(self) -> bool:
-        return self._watch.native
-
-    def report(self) -> dict[str, Any]:
-        return {"guard": self._watch.report()}
-
-    def begin(self, context: ForwardContext) -> None:
-        super().begin(context)
-        self._collect()
-        continued = {number for number in context.document if number >= 0}
-        self._show([number for number in self._open if number not in continued])
-
-    def see(
-        self, layer: int, context: ForwardContext, routing: Routing, index: Tensor, weight: Tensor
-    ) -> None:
-        if not self.native:
-            super().see(layer, context, routing, index, weight)
-
-    def end(self) -> None:
-        # Beams are drafts of one text, no documents.
-        if self._context is not None and self._context.inserting:
-            self._last = self._context, list(self._take(self._context, len(self._context.ids)))
-
-    def end_documents(self) -> None:
-        self._collect()
-        self._show(list(self._open))
-
-    def _show(self, numbers: list[int]) -> None:
-        """Show documents that have ended, without those of padding alone."""
-        for sums in [self._open.pop(number) for number in numbers]:
-            if sums[:, :3].any():
-                self._watch.see(sums)
-
-    def _collect(self) -> None:
-        """Add the last forward's rows to their documents (waits for the device)."""
-        if self._last is None:
-            return
-        (context, parts), self._last = self._last, None
-        by_row = torch.zeros((self._layers, len(context.document), COLUMNS), dtype=torch.float64)
-        for layers, sums in parts:
-            by_row[layers] += sums.double().cpu()
-        newest = self._newest
-        for row, number in enumerate(context.document):
-            sums_of_row = by_row[:, row].numpy()
-            if number in self._open:
-                self._open[number] += sums_of_row
-            elif number <= self._newest and number >= _GIVEN:
-                continue  # it has ended before, and comes back
-            else:
-                self._open[number] = sums_of_row.copy()
-            newest = max(newest, number)
-        self._newest = newest
