@@ -5,7 +5,6 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-import torch
 from damaged import change, rewrite
 
 from families import find_families, tiny_model
@@ -26,11 +25,8 @@ from var_moe.models.loading import LoadedModel, load_model
         ({"num_local_experts": [8, 8]}, "'num_local_experts' expected int, got list"),
         ({"hidden_size": "64"}, "'hidden_size' expected int, got str (value: '64')"),
         ({"num_hidden_layers": 2.0}, "'num_hidden_layers' expected int, got float"),
-        ({"max_position_embeddings": 3}, "max_position_embeddings = 3: expected at least 4"),
         ({"hidden_act": "none"}, "cannot be built from its config.json (KeyError: 'none')"),
-        ({"dtype": "float64"}, "config.json has dtype 'float64'; choose float32 or bfloat16 or"),
         ({"dtype": "none"}, "its config.json cannot be loaded (module 'torch' has no"),
-        ({"transformers_weights": 3}, "1 of its 1 weight files missing (3, ...)"),
         ({"vocab_size": 200}, "2 of its tensors have another shape than its config.json gives"),
         ({"num_local_experts": 4}, "experts.down_proj: [8, 64, 96], expected [4, 64, 96])"),
         ({"quantization_config": {"quant_method": "x"}}, "quantization 'x' is none that"),
@@ -40,13 +36,6 @@ from var_moe.models.loading import LoadedModel, load_model
 def test_sizes_types_and_names_in_the_configuration(refused, folder, values, expected):
     change(folder, **values)
     assert expected in refused(folder)
-
-
-def test_a_whole_number_where_a_float_is_meant(folder):
-    change(folder, router_aux_loss_coef=0, rms_norm_eps=1)
-    config = load_model(str(folder)).model.config
-    assert (config.router_aux_loss_coef, config.rms_norm_eps) == (0.0, 1.0)
-    assert config.num_experts_per_tok == 2
 
 
 def test_layers_that_differ(make_tiny_mixtral, tiny_tokenizer):
@@ -64,7 +53,6 @@ def test_layers_that_differ(make_tiny_mixtral, tiny_tokenizer):
     [
         (lambda one: one * float("nan"), "q_proj.weight holds NaN or infinity in torch.float32"),
         (lambda one: one / 0, "q_proj.weight holds NaN or infinity in torch.float32"),
-        (lambda one: one.to(torch.int8), "q_proj.weight is stored as I8, and config.json has no"),
         (lambda one: one[:32].clone(), "q_proj.weight: [32, 64], expected [64, 64])"),
     ],
 )

@@ -197,16 +197,15 @@ def test_experts_that_became_others_in_loading(make_tiny_mixtral):
 def test_code_of_its_own_is_not_run(refused, folder):
     (folder / "configuration_own.py").write_text("raise SystemExit('was run')\n")
     change(folder, model_type="own", auto_map={"AutoConfig": "configuration_own.OwnConfig"})
-    assert "needs code of its own; read it, then allow it with" in refused(folder)
+    assert "config.json cannot be loaded (" in refused(folder)
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
         ({"dtype": "int4"}, "dtype 'int4': expected one of auto, float32, bfloat16, float16"),
-        ({"device": "gpu"}, "device 'gpu': expected auto, cpu, cuda"),
-        ({"device": "meta"}, "device 'meta': expected auto, cpu, cuda"),
-        ({"device": None}, "device None: expected auto, cpu, cuda"),
+        ({"device": "gpu"}, "device 'gpu': no such device here; expected auto, cpu, cuda"),
+        ({"device": "meta"}, "device 'meta': no such device here"),
     ],
 )
 def test_unknown_device_and_dtype(refused, tiny_model_folder, options, expected):
@@ -312,9 +311,11 @@ def test_debugging_is_not_silenced():
 def test_a_model_of_ones_own_needs_its_tokenizer(tiny_model_folder, given):
     loaded = load_model(str(tiny_model_folder))
     parts = [getattr(loaded, str(one), one) for one in given]
-    with pytest.raises(UsageError, match=r"LoadedModel.of\(...\): got (NoneType|str), expected"):
+    with pytest.raises(
+        UsageError, match=r"LoadedModel.of\(...\): got .*(NoneType|str).*, expected a transformers"
+    ):
         LoadedModel.of(*parts)
-    with pytest.raises(UsageError, match="got LoadedModel, expected a transformers model"):
+    with pytest.raises(UsageError, match=r"got LoadedModel and .*, expected a transformers model"):
         LoadedModel.of(loaded, loaded.tokenizer)
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from var_moe.errors import UsageError
+from var_moe.models.checks import top_k_of
+from var_moe.models.loading import LoadedModel
 from var_moe.models.moe_layers import experts_modules, router_fingerprint
-
-if TYPE_CHECKING:
-    from var_moe.models.loading import LoadedModel
 
 FINGERPRINT_TOLERANCE = 0.005  # a dtype's rounding stays far below, another training far above
 _SAMPLE = 4096  # entries of a weight
@@ -29,25 +28,33 @@ _SHAPE = {
 }
 
 
-def identity(loaded: LoadedModel) -> dict[str, Any]:
-    """What a file's head says of its model: name, revision, tokenizer, sizes and routers."""
-    return {
-        "model": loaded.name,
-        "revision": loaded.revision,
-        "tokenizer_hash": loaded.tokenizer_hash,
-        **_shape(loaded.model, loaded.top_k),
-    }
+def identity(model: Any) -> dict[str, Any]:
+    """What a file's head says of its model: name, revision, tokenizer, sizes and weights.
 
-
-def identity_of_model(model: Any) -> dict[str, Any]:
-    """The same of a `LoadedModel`, or as far as a bare transformers model tells it."""
-    from var_moe.models.checks import top_k_of
-    from var_moe.models.loading import LoadedModel
-
+    Args:
+        model: a `LoadedModel`; or a transformers model, of which revision and tokenizer are left
+            out.
+    """
     if isinstance(model, LoadedModel):
-        return identity(model)
-    name = str(getattr(model, "name_or_path", "") or type(model).__name__)
-    return {"model": name, **_shape(model, top_k_of(model.config.get_text_config(), name))}
+        about: dict[str, Any] = {
+            "model": model.name,
+            "revision": model.revision,
+            "tokenizer_hash": model.tokenizer_hash,
+        }
+        model, top_k = model.model, model.top_k
+    else:
+        about = {"model": str(getattr(model, "name_or_path", "") or type(model).__name__)}
+        top_k = top_k_of(model.config.get_text_config(), about["model"])
+    modules = experts_modules(model)
+    return {
+        **about,
+        "routers": router_fingerprint(model),
+        "weights": weights_fingerprint(model),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "layers": len(modules),
+        "experts": int(getattr(modules[0][1], "num_experts", 0)) if modules else 0,
+        "top_k": top_k,
+    }
 
 
 def weights_fingerprint(model: Any) -> list[float]:
@@ -68,18 +75,6 @@ def weights_fingerprint(model: Any) -> list[float]:
     return found
 
 
-def _shape(model: Any, top_k: int) -> dict[str, Any]:
-    modules = experts_modules(model)
-    return {
-        "routers": router_fingerprint(model),
-        "weights": weights_fingerprint(model),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "layers": len(modules),
-        "experts": int(getattr(modules[0][1], "num_experts", 0)) if modules else 0,
-        "top_k": top_k,
-    }
-
-
 def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
     """In which way two heads are not of one model, in words; None where they are.
 
@@ -88,17 +83,26 @@ def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
     for field, words in _SHAPE.items():
         if one[field] != other[field]:
             return f"another {words}"
-    mine, theirs = one.get("routers", []), other.get("routers", [])
-    comparable = len(mine) == len(theirs) > 0
-    if comparable and not np.allclose(mine, theirs, rtol=FINGERPRINT_TOLERANCE):
+    if not _near(one, other, "routers", rtol=FINGERPRINT_TOLERANCE):
         return "the routers have other weights"
-    mine, theirs = one.get("weights", []), other.get("weights", [])
     alike = one.get("dtype") == other.get("dtype")
     tolerance = SAME_DTYPE_TOLERANCE if alike else OTHER_DTYPE_TOLERANCE
-    comparable = len(mine) == len(theirs) > 0
-    if comparable and not np.allclose(mine, theirs, rtol=0, atol=tolerance):
+    if not _near(one, other, "weights", rtol=0, atol=tolerance):
         return "the routers are the same, other weights are not"
     return None
+
+
+def _near(
+    one: Mapping[str, Any],
+    other: Mapping[str, Any],
+    field: str,
+    *,
+    rtol: float,
+    atol: float = 0.0,
+) -> bool:
+    """Whether two heads' numbers agree, as far as both have them."""
+    mine, theirs = one.get(field, []), other.get(field, [])
+    return len(mine) != len(theirs) or np.allclose(mine, theirs, rtol=rtol, atol=atol)
 
 
 def check_fits(what: str, head: Mapping[str, Any], loaded: LoadedModel) -> None:

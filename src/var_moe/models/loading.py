@@ -6,19 +6,17 @@ import contextlib
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from var_moe.errors import UsageError, VarMoeError, one_line
 from var_moe.hub import cache_only, cached_folder
 from var_moe.models import checks, model_files
-from var_moe.storage import sha256_of, version_of
+from var_moe.storage import sha256_of
 
 DEMO_FOLDER = Path(__file__).resolve().parents[1] / "demo" / "model"
 LONGEST_WINDOW = 1024
-# The parts of a model, as messages call them.
-ADAPTER, CONFIG, TOKENIZER, WEIGHTS = "adapter", "config.json", "tokenizer", "weights"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,20 +52,14 @@ class LoadedModel:
         """Continue a text.
 
         Args:
-            prompt: text to go on from.
+            prompt: text to go on from, not empty.
             options: of transformers' ``generate``, such as ``max_new_tokens=40``.
 
         Returns:
             The new text alone, without special tokens.
-
-        Raises:
-            UsageError: the prompt is no text, or an empty one.
         """
         if not isinstance(prompt, str) or not prompt:
-            raise UsageError(
-                f"generate: got {prompt!r:.80}, expected a text that is not empty; for token ids "
-                "call the transformers model, .model.generate(ids)"
-            )
+            raise UsageError(f"generate: got {prompt!r:.80}, expected a text that is not empty")
         inputs = self.tokenizer(prompt, return_tensors="pt").to(self.device)
         ids = inputs["input_ids"]
         made = self.model.generate(ids, attention_mask=inputs["attention_mask"], **options)
@@ -85,13 +77,11 @@ class LoadedModel:
         """
         from var_moe.models.moe_layers import experts_modules
 
-        for given, has, expected in (
-            (model, "config", "a transformers model"),
-            (tokenizer, "get_vocab", "its transformers tokenizer"),
-        ):
-            if not hasattr(given, has):
-                kind = type(given).__name__
-                raise UsageError(f"LoadedModel.of(...): got {kind}, expected {expected}")
+        if not hasattr(model, "config") or not hasattr(tokenizer, "get_vocab"):
+            got = f"{type(model).__name__} and {type(tokenizer).__name__}"
+            raise UsageError(
+                f"LoadedModel.of(...): got {got}, expected a transformers model and its tokenizer"
+            )
         config = model.config.get_text_config()
         label = str(name or getattr(model, "name_or_path", "") or type(model).__name__)
         checks.check_moe(f"model {label!r} (type {model.config.model_type!r})", model)
@@ -163,38 +153,36 @@ def load_model(
     checks.check_dtype(dtype)
     # Asked before torch is imported: that takes longer than a refusal may.
     folder, cached = _locate(name)
-    common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if folder is None:
-        common["local_files_only"] = cached
     checks.check_device(device)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.peft_utils import find_adapter_config_file
 
     where = name if folder is None else str(folder)
     downloading = folder is None and not cached
+    common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": cached}
     options = _options(name, folder, device, dtype)
     with quiet(downloads=downloading):
-        adapter = _attempt(name, ADAPTER, _adapter, where, local_files_only=not downloading)
-        config = _attempt(name, CONFIG, _configuration, where, **common)
-        experts = checks.check_config(
-            name, config, dtype=dtype, trust_remote_code=trust_remote_code
+        adapter = _attempt(
+            name, "adapter", find_adapter_config_file, where, local_files_only=not downloading
         )
+        config = _attempt(name, "config.json", AutoConfig.from_pretrained, where, **common)
+        experts = checks.check_config(name, config, trust_remote_code=trust_remote_code)
         found = cached_folder(name) if folder is None else None
         revision = found.name if found else None
         if revision:
             common["revision"] = revision  # all parts of one commit, also while it is pushed to
         common["config"] = config
-        tokenizer = _attempt(name, TOKENIZER, AutoTokenizer.from_pretrained, where, **common)
-        model, info = _attempt(
-            name, WEIGHTS, AutoModelForCausalLM.from_pretrained, where, **common, **options
-        )
+        tokenizer = _attempt(name, "tokenizer", AutoTokenizer.from_pretrained, where, **common)
+        load = AutoModelForCausalLM.from_pretrained
+        model, info = _attempt(name, "weights", load, where, **common, **options)
         checks.check_weights(name, info)
         if adapter is not None:
-            place = where if downloading else str(adapter.parent)
-            model = _attempt(name, ADAPTER, merged, place, model=model, revision=revision)
+            place = where if downloading else str(Path(adapter).parent)
+            model = _attempt(name, "adapter", merged, place, model=model, revision=revision)
         checks.check_experts(name, model, experts)
         checks.check_numbers(name, model)
     if device != "auto" and "device_map" not in options:
-        model = _attempt(name, WEIGHTS, model.to, device)
+        model = _attempt(name, "weights", model.to, device)
     model.requires_grad_(False)
     return LoadedModel.of(model, tokenizer, name=name, revision=revision)
 
@@ -213,27 +201,12 @@ def _options(name: str, folder: Path | None, device: str, dtype: str) -> dict[st
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # so that it says which they are: they are refused
         # An adapter would replace the model that lies beside it, or go in without being checked.
-        "adapter_kwargs": {"subfolder": "no adapter"},
+        "adapter_kwargs": {"subfolder": "no adapter", "local_files_only": True},
     }
     # A device map spares a copy in the CPU's memory; without accelerate there is none.
     if (gpu or (folder is None and device == "auto")) and importlib.util.find_spec("accelerate"):
         options["device_map"] = device
     return options
-
-
-# What these errors of transformers mean, by words of theirs.
-EXPLAINED = {
-    "trust_remote_code": "needs code of its own; read it, then allow it with --trust-remote-code "
-    "(trust_remote_code=True)",
-    "does not recognize this architecture": "transformers {transformers} does not know its "
-    "model_type {quoted!r}; upgrade transformers (pip install -U transformers)",
-    "automatic conversion of the weights": "its weights are not those of its config.json: what its "
-    "experts are made of is missing, or has another shape",
-    "ntagged enum": "its tokenizer.json is damaged, or written by a later version than tokenizers "
-    "{tokenizers}; upgrade it (pip install -U tokenizers)",
-    "Unknown tokenizer version": "its tokenizer.json is written by a later version than tokenizers "
-    "{tokenizers}; upgrade it (pip install -U tokenizers)",
-}
 
 
 def _attempt(name: str, part: str, load: Callable[..., Any], where: str, **options: Any) -> Any:
@@ -245,62 +218,10 @@ def _attempt(name: str, part: str, load: Callable[..., Any], where: str, **optio
     except UsageError:
         raise
     except Exception as error:
-        text, known = one_line(error), (OSError, ValueError, KeyError, ImportError, SafetensorError)
-        for words, meaning in EXPLAINED.items():
-            if words in str(error) and not (options.get("trust_remote_code") and words in options):
-                about = {one: version_of(one) for one in ("transformers", "tokenizers")}
-                about["quoted"] = [*text.split("`"), ""][1]
-                raise UsageError(f"model {name!r}: {meaning.format(**about)}") from error
+        known = (OSError, ValueError, KeyError, ImportError, SafetensorError)
         # Files of a model are what the user gave; loading weights also fails for want of memory.
-        kind = UsageError if part != WEIGHTS or isinstance(error, known) else VarMoeError
-        raise kind(f"model {name!r}: its {part} cannot be loaded ({text})") from error
-
-
-def _configuration(where: str, **common: Any) -> Any:
-    """The configuration, where 0 is as good as 0.0."""
-    from huggingface_hub.errors import StrictDataclassFieldValidationError
-    from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
-
-    try:
-        return AutoConfig.from_pretrained(where, **common)
-    except StrictDataclassFieldValidationError:
-        values, _ = PretrainedConfig.get_config_dict(where, **common)
-        if values.get("model_type") not in CONFIG_MAPPING:
-            raise
-        kind = CONFIG_MAPPING[values["model_type"]]
-        return kind.from_dict(_with_floats(kind, values), name_or_path=where)
-
-
-def _with_floats(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
-    """The values, whole numbers as floats where the class of the configuration wants those."""
-    types = {field.name: field.type for field in fields(kind)} if is_dataclass(kind) else {}
-    found = dict(values)
-    for name, value in values.items():
-        wanted = (types.get(name), *get_args(types.get(name)))
-        part = getattr(kind, "sub_configs", {}).get(name)
-        if type(value) is int and float in wanted and int not in wanted:
-            found[name] = float(value)
-        elif isinstance(value, dict) and part is not None:
-            found[name] = _with_floats(part, value)
-    return found
-
-
-def _adapter(where: str, *, local_files_only: bool) -> Path | None:
-    """The configuration of the adapter that lies beside the model."""
-    from transformers.utils.hub import cached_file
-    from transformers.utils.peft_utils import find_adapter_config_file
-
-    found = find_adapter_config_file(where, local_files_only=local_files_only)
-    if found is None:
-        return None
-    beside = cached_file(
-        where,
-        CONFIG,
-        local_files_only=local_files_only,
-        _raise_exceptions_for_missing_entries=False,
-    )
-    model_files.check_adapter(f"model {where!r}", Path(found), alone=beside is None)
-    return Path(found)
+        kind = UsageError if part != "weights" or isinstance(error, known) else VarMoeError
+        raise kind(f"model {name!r}: its {part} cannot be loaded ({one_line(error)})") from error
 
 
 def merged(where: str, *, model: Any, revision: str | None) -> Any:

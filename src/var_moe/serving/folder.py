@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from var_moe.errors import UsageError
-from var_moe.models.identity import difference, identity_of_model
+from var_moe.models.identity import difference, identity
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.registry import policy_spec
 from var_moe.serving.parts import hash_of, pack, unpack
@@ -59,7 +59,7 @@ class Exported:
             UsageError: names both models, and in what they differ.
         """
         own = self.head["model"]
-        here = identity_of_model(model)
+        here = identity(model)
         # A bare model does not tell its tokenizer; its routers tell its weights.
         fault = difference(own, {"tokenizer_hash": own["tokenizer_hash"], **here})
         if fault:
