@@ -144,14 +144,15 @@ def backends() -> list[dict[str, Any]]:
     import torch
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    from var_moe.execution.backends import IMPLEMENTATION, open_backend
+    from var_moe.execution.backends import IMPLEMENTATION, OWN, open_backend
     from var_moe.execution.backends.packed import has_kernels
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     layer = module, hidden, _, _ = _layer(device)
     original = type(module).forward.__wrapped__
     names = ["eager", *(name for name in ALL_EXPERTS_FUNCTIONS if name != IMPLEMENTATION)]
-    own = ["sorted", "packed"] if device == "cpu" and has_kernels(hidden.dtype) else ["sorted"]
+    packs = device == "cpu" and has_kernels(hidden.dtype)
+    own = [name for name in OWN if packs or name != "packed"]
     functions = {name: ALL_EXPERTS_FUNCTIONS.get_interface(name, original) for name in names}
     functions |= {f"var_moe {name}": open_backend(name).run for name in own}
     return [_timed(name, partial(run, *layer)) for name, run in functions.items()]
