@@ -11,7 +11,7 @@ from certification_helpers import point, skip
 
 from texts import WORDS, write_data_set
 from var_moe.certification.inference import QualityClaim
-from var_moe.certification.judging import judge, judged_apart
+from var_moe.certification.judging import groups_to_test, judge
 from var_moe.certification.scoring import Measured
 from var_moe.cli import main
 from var_moe.data.documents import EncodedDocument
@@ -72,17 +72,17 @@ def test_the_largest_p_decides():
     assert union.p < p["b"]
 
 
-def test_units_are_judged_apart_only_where_that_is_claimed():
+def test_units_are_groups_to_test_only_where_that_is_claimed():
     units = [[EncodedDocument("d", "s", np.arange(3), name)] for name in "ab" * 10]
-    judged = judged_apart(units, robust=False, step="x")
+    judged = groups_to_test(units, robust=False, step="x")
     assert {name: at.tolist() for name, at in judged.items()} == {"": list(range(20))}
-    judged = judged_apart(units, robust=True, step="x")
+    judged = groups_to_test(units, robust=True, step="x")
     assert {name: at.tolist() for name, at in judged.items()} == {
         "a": list(range(0, 20, 2)),
         "b": list(range(1, 20, 2)),
     }
     with pytest.raises(UsageError, match="too few pages of 'b' for x: 9, at least 10 needed"):
-        judged_apart(units[:-1], robust=True, step="x")
+        groups_to_test(units[:-1], robust=True, step="x")
 
 
 def test_the_union_is_certified_and_each_data_set_described(certify):

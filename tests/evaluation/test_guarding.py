@@ -12,7 +12,7 @@ import torch
 from var_moe.config import VARConfig
 from var_moe.data.documents import EncodedDocument, one_per_page
 from var_moe.errors import UsageError
-from var_moe.evaluation.guarding import calibrate_guard, play
+from var_moe.evaluation.guarding import calibrate_guard, run_documents
 from var_moe.execution.session import routed
 from var_moe.models.loading import LoadedModel, load_model
 from var_moe.routing.compensation import Compensation, LayerCompensation
@@ -59,7 +59,7 @@ def test_like_the_calibration_is_calm(loaded, guard) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with routed(loaded.model, policy(), guard=guard) as session:
-            play(loaded, session, texts(150, low=0, high=300, seed=2))
+            run_documents(loaded, session, texts(150, low=0, high=300, seed=2))
     report = session.report()
     assert report.guard is not None
     assert (report.guard.units, report.guard.alarm_at) == (150, None)
@@ -89,7 +89,7 @@ def test_fallback_is_the_model_itself(loaded, guard) -> None:
     with routed(loaded.model, policy(), guard=falling) as session:
         assert not torch.equal(logits(loaded, IDS), expected)
         with pytest.warns(DriftWarning, match="own routing decides"):
-            play(loaded, session, texts(150, **DRIFTED, seed=4))
+            run_documents(loaded, session, texts(150, **DRIFTED, seed=4))
         assert torch.equal(logits(loaded, IDS), expected)
         report = session.report()
         assert report.guard is not None
@@ -119,7 +119,7 @@ def test_fallback_takes_the_compensation_away(loaded, guard) -> None:
     with routed(loaded.model, helped, guard=made) as session:
         assert not torch.equal(logits(loaded, IDS), expected)
         with pytest.warns(DriftWarning):
-            play(loaded, session, texts(150, **DRIFTED, seed=4))
+            run_documents(loaded, session, texts(150, **DRIFTED, seed=4))
         assert torch.equal(logits(loaded, IDS), expected)
 
 
@@ -150,7 +150,7 @@ def test_the_order_of_windows_and_rows_changes_no_unit(loaded, guard) -> None:
     ]
     assert loaded.window < 700
     with routed(loaded.model, policy(), guard=guard) as session:
-        play(loaded, session, documents, tokens_per_batch=300)
+        run_documents(loaded, session, documents, tokens_per_batch=300)
     report = session.report()
     assert report.guard is not None
     assert report.guard.units == 4
@@ -203,7 +203,7 @@ class TestOnTheDemo:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             with routed(loaded.model, var, guard=made) as session:
-                play(loaded, session, other)
+                run_documents(loaded, session, other)
         calm = session.report()
         assert calm.guard is not None
         assert (calm.guard.units, calm.guard.alarm_at) == (len(other), None)
@@ -211,7 +211,7 @@ class TestOnTheDemo:
         assert 0.5 < calm.drift["agreement_by_tier"]["cached"] < 1
         with routed(loaded.model, var, guard=made) as session:
             with pytest.warns(DriftWarning):
-                play(loaded, session, kjv)
+                run_documents(loaded, session, kjv)
             found = session.report()
         assert found.guard is not None
         assert found.guard.alarm_at is not None

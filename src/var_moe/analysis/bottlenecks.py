@@ -33,7 +33,8 @@ def find_bottlenecks(
         uses_cache: whether the policy has a context cache.
 
     Returns:
-        Of each ``name``, ``severity`` (of `SEVERITIES`), ``evidence`` and ``recommendation``.
+        One dict per bottleneck: ``name``, ``severity`` (of `SEVERITIES`), ``evidence``,
+        ``recommendation``.
     """
     stats, compared = systems["var"]["var_stats"], systems["comparison"]
     experts = f"{stats['experts_per_token']:.2f} of {stats['top_k']} experts per token"
@@ -70,8 +71,8 @@ def find_bottlenecks(
             "high_learned_routing",
             "info" if always_asked else "high" if learned > SEVERE_LEARNED_PCT else "medium",
             f"{learned:.1f}% of decisions are the router's own; {experts}",
-            "none: this policy always asks the router, which costs nothing measurable, and cuts "
-            "its decisions too; judge by experts per token"
+            "nothing to do: asking the router costs no measurable time, and confident "
+            "LEARNED decisions are cut, too; look at experts per token"
             if always_asked
             else "raise entropy_threshold or lower frequency_threshold and confidence_threshold "
             "(`var-moe tune`), or use mode 'verified', which cuts sure learned decisions too",

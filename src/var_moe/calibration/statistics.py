@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 BUDGET_BYTES = 256 * 2**20
 """Residual means that need more are keyed by the first expert alone."""
 SHRINK_TOKENS = 20.0
-"""Residual means are shrunk as if so many tokens of mean weight had shown no residual."""
+"""Strength of the shrinkage of residual means: so many extra tokens of mean weight, residual 0."""
 RATIO_BINS = 16384
-"""Bins for ratios of weights, even in their fourth root, as a sure router's ratios crowd near
-zero: a quantile is right to within 4 / RATIO_BINS."""
+"""Histogram bins, uniform in ratio ** (1 / 4), as a confident router's ratios are mostly near zero.
+A quantile is right to within 4 / RATIO_BINS."""
 RATIO_LEVELS = 201
 """Quantiles that are kept: every half percent, both ends included."""
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from var_moe.calibration.fitted_files import load_compensation
 from var_moe.calibration.profile import RoutingProfile
-from var_moe.certification.judging import judge_in_order, judged_apart
+from var_moe.certification.judging import groups_to_test, judge_in_order
 from var_moe.certification.ordering import order_candidates, power_line
 from var_moe.certification.plan import CertifySettings, Ledger, Study, find_candidates
 from var_moe.certification.scoring import UnitScorer
@@ -127,7 +127,7 @@ def certify(
     evaluator = Evaluator(loaded, ordering, setting=settings.setting, progress=progress)
     if rows is None:
         units = shuffled_pages(ordering, seed=settings.seed)
-        judged = judged_apart(units, robust=settings.robust, step="ordering candidates")
+        judged = groups_to_test(units, robust=settings.robust, step="ordering candidates")
         rows = order_candidates(UnitScorer(evaluator, units), policies, judged, study.quality)
         study.write(place, rows)
     result = _tested(study, rows, policies, text, validation, ledger, evaluator, say)
@@ -163,7 +163,7 @@ def _tested(
     settings, claim = study.settings, study.quality
     documents = sample_documents(text.documents, settings.max_samples, settings.seed)
     units = shuffled_pages(documents, seed=settings.seed)
-    judged = judged_apart(units, robust=settings.robust, step="certifying")
+    judged = groups_to_test(units, robust=settings.robust, step="certifying")
     there = {
         row["name"]: len(judged[row["worst_dataset"]] if "worst_dataset" in row else units)
         for row in rows

@@ -15,13 +15,13 @@ from var_moe.errors import UsageError
 from var_moe.evaluation.perplexity import LEAST, Groups, datasets_of, groups_of
 from var_moe.routing.base import RoutingPolicy
 
-WHOLE = ""
-"""Name of all text, where data sets are not judged apart."""
+ALL_TEXT = ""
+"""Key for all text together, where data sets are not tested separately."""
 LEAST_UNITS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tested:
+class GroupTest:
     """One data set, or all text, tested: is the mean excess below zero?"""
 
     dataset: str
@@ -42,11 +42,11 @@ class Verdict:
 
     name: str
     measured: Measured
-    tests: Sequence[Tested]  # of each judged data set, or of all text
+    tests: Sequence[GroupTest]  # of each judged data set, or of all text
     alpha: float
 
     @property
-    def worst(self) -> Tested:
+    def worst(self) -> GroupTest:
         """The test that decides; of equal ones the highest degradation's."""
         return max(self.tests, key=lambda one: (one.p, one.interval.upper))
 
@@ -76,7 +76,7 @@ class Verdict:
             "p_t": worst.p_t,
             "p_bootstrap": worst.p_bootstrap,
         }
-        if worst.dataset != WHOLE:
+        if worst.dataset != ALL_TEXT:
             row["decided_by"] = worst.dataset
             row["by_dataset"] = [
                 {"dataset": one.dataset, "units": one.units, **one.interval.to_dict(), "p": one.p}
@@ -85,7 +85,7 @@ class Verdict:
         return row
 
 
-def judged_apart(units: Sequence[Unit], *, robust: bool, step: str) -> Groups:
+def groups_to_test(units: Sequence[Unit], *, robust: bool, step: str) -> Groups:
     """Positions of the units that are tested together: of each data set, or of all text.
 
     Args:
@@ -97,10 +97,10 @@ def judged_apart(units: Sequence[Unit], *, robust: bool, step: str) -> Groups:
         UsageError: there is too little text of any.
     """
     apart = datasets_of([unit[0] for unit in units]) if robust else {}
-    judged = apart or {WHOLE: np.arange(len(units))}
+    judged = apart or {ALL_TEXT: np.arange(len(units))}
     for name, at in judged.items():
         if len(at) < LEAST_UNITS:
-            place = f" of {name!r}" if name != WHOLE else ""
+            place = f" of {name!r}" if name != ALL_TEXT else ""
             raise UsageError(
                 f"too few pages{place} for {step}: {len(at)}, at least {LEAST_UNITS} needed"
             )
@@ -118,7 +118,7 @@ def judge(name: str, measured: Measured, judged: Groups, claim: QualityClaim) ->
         units = measured.change[at], measured.tokens[at]
         p_t, p_bootstrap = below_zero(claim.excess(*units))
         tests.append(
-            Tested(
+            GroupTest(
                 dataset=dataset,
                 units=len(at),
                 interval=claim.interval(*units),
@@ -138,8 +138,8 @@ def judge_in_order(
 ) -> list[Verdict]:
     """Test the candidates in their order, each at the full level, until one fails.
 
-    The first true hypothesis of the order is reached at all only when those before it were
-    rejected, and rejecting it is the only way to a first error (Maurer, Hothorn, Lehmacher 1995).
+    A false certificate needs the rejection of the first true null hypothesis in the order, which
+    happens with probability at most alpha (Maurer, Hothorn and Lehmacher 1995).
     The order must not depend on the text that is tested on.
     """
     verdicts: list[Verdict] = []
@@ -178,6 +178,6 @@ def describe_apart(
 
 
 def learned_p(measured: Measured, limit_pct: float) -> float:
-    """P value of a learned share at or over the limit, with chunks of units as the units."""
+    """P value of H0: learned share >= limit. The sampling units are chunks of pages."""
     over = measured.learned - limit_pct / 100 * measured.decisions
     return max(below_zero(over)) if len(over) > 1 else 1.0

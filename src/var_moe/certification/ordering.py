@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from var_moe.certification.inference import Floats, QualityClaim
-from var_moe.certification.judging import WHOLE
+from var_moe.certification.judging import ALL_TEXT
 from var_moe.certification.scoring import Measured, UnitScorer
 from var_moe.evaluation.perplexity import Groups
 from var_moe.routing.base import RoutingPolicy
@@ -84,7 +84,7 @@ def _row(
     units = measured.change[at], measured.tokens[at]
     interval, z = claim.interval(*units), claim.excess(*units)
     return {
-        **({"worst_dataset": dataset} if dataset != WHOLE else {}),
+        **({"worst_dataset": dataset} if dataset != ALL_TEXT else {}),
         "degradation": interval.value,
         "degradation_upper": interval.upper,
         "units": len(at),

@@ -1,4 +1,4 @@
-"""``var-moe guard``: calibrate the guard of a configuration, and play other text to it."""
+"""``var-moe guard``: calibrate the guard of a configuration, and run it on other text."""
 
 from __future__ import annotations
 
@@ -130,12 +130,14 @@ def _checked(
     progress: Progress,
 ) -> dict[str, Any]:
     """Play documents to the guard, from empty caches; one to a forward's row."""
-    from var_moe.evaluation.guarding import play
+    from var_moe.evaluation.guarding import run_documents
     from var_moe.execution.session import routed
 
     with routed(loaded.model, policy, guard=made) as session:
         session.reset()
-        play(loaded, session, documents, seed=seed, what=f"playing {name}", progress=progress)
+        run_documents(
+            loaded, session, documents, seed=seed, what=f"guarding {name}", progress=progress
+        )
         report = session.report()
     assert report.guard is not None
     return {

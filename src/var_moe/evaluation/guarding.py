@@ -75,7 +75,9 @@ def calibrate_guard(
     recorder = Units(loaded.moe_layers, drops_only=policy.drops_only, ended=units.append)
     with routed(loaded.model, policy, observers=[recorder]) as session:
         session.reset()
-        play(loaded, session, documents, seed=seed, what="calibrating the guard", progress=progress)
+        run_documents(
+            loaded, session, documents, seed=seed, what="calibrating the guard", progress=progress
+        )
     expectation = Expectation.of_units(
         units,
         alpha=alpha,
@@ -93,14 +95,14 @@ def calibrate_guard(
     return Guard(expectation=expectation, action=action, tolerance=tolerance)
 
 
-def play(
+def run_documents(
     loaded: LoadedModel,
     session: Session,
     documents: Sequence[EncodedDocument],
     *,
     seed: int = 0,
     tokens_per_batch: int = _TOKENS_PER_BATCH,
-    what: str = "playing",
+    what: str = "running documents",
     progress: Progress | None = None,
 ) -> None:
     """Run documents through a routed model, in random order, several in a forward.
