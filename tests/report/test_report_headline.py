@@ -72,7 +72,7 @@ def test_nothing_found_is_bad_news(change):
         (folder / f"{name}.json").unlink()
     found = top(folder)
     assert [answer.tone for answer in found.answers] == [BAD]
-    assert found.cards == ()
+    assert list(found.cards) == []
 
 
 def test_comparisons_name_the_policy_that_costs_least(alone):

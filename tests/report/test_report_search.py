@@ -6,13 +6,13 @@ import json
 
 import pytest
 
+from var_moe.evaluation.cost import TERMS, CostModel
+from var_moe.evaluation.evaluator import SpeedSetting
 from var_moe.report.folder import read_results
 from var_moe.report.forward import breakdown_figure
 from var_moe.report.page import build_report
 from var_moe.report.search import (
-    importance_figure,
     measured_table,
-    ped_anova,
     progress_figure,
     slice_figures,
     tradeoff_figure,
@@ -35,18 +35,10 @@ def evaluation(speedup, feasible):
 
 def test_the_best_so_far_counts_feasible_evaluations_alone():
     rows = [evaluation(*one) for one in ((1.4, False), (1.1, True), (1.3, True), (1.2, True))]
-    found = traces(progress_figure(rows, {"remeasured": []}))
+    found = traces(progress_figure(rows))
     assert list(found["best so far"].y) == [None, 1.1, 1.3, 1.3]
     assert list(found["over the bound"].x) == [1]
     assert list(found["keeps the bound"].x) == [2, 3, 4]
-
-
-def test_presets_stand_at_the_start(sample):
-    metadata = read_results(sample).get("metadata")
-    row = {**metadata["remeasured"][0], "name": "balanced", "passed": False}
-    found = traces(progress_figure([evaluation(1.1, True)], {"remeasured": [row]}))
-    assert list(found["presets"].x) == [0]
-    assert list(found["presets"].marker.symbol) == ["diamond-open"]
 
 
 def test_the_certified_point_and_the_held_out_one_are_where_they_were_measured(sample):
@@ -73,54 +65,33 @@ def test_the_winner_is_marked(sample):
     assert measured_table(results.get("metadata"), None).marked is None
 
 
-def test_one_parameter_has_a_slice_and_no_importance(sample):
+def test_one_parameter_has_a_slice(sample):
     results = read_results(sample)
     rows, metadata = results.get("search")["all_results"], results.get("metadata")
     rows = [row for row in rows if row["speedup"] is not None]
     assert [picture.name for picture in slice_figures(rows, metadata)] == ["slice-tau"]
-    assert importance_figure(results.get("search"), metadata) is None
 
 
-def test_several_parameters_have_slices_and_importance(six_thresholds):
+def test_several_parameters_have_a_slice_each(six_thresholds):
     names = [picture.name for picture in build_report(six_thresholds).pictures]
-    assert {"slice-entropy-threshold", "importance"} <= set(names)
-
-
-def test_the_parameter_that_matters_is_found(six_thresholds):
-    results = read_results(six_thresholds)
-    space = results.get("metadata")["settings"]["space"]
-    shares = ped_anova(results.get("search")["all_results"], space)
-    assert next(iter(shares)) == "confidence_threshold"
-    assert shares["confidence_threshold"] > 0.5
-    assert sum(shares.values()) == pytest.approx(1.0)
-
-
-def test_few_evaluations_say_nothing_of_importance(six_thresholds):
-    results = read_results(six_thresholds)
-    space = results.get("metadata")["settings"]["space"]
-    assert ped_anova(results.get("search")["all_results"][:10], space) == {}
+    assert sum(name.startswith("slice-") for name in names) == 3
 
 
 def test_the_breakdown_is_coefficients_times_work():
-    cost = {
-        "seconds": dict.fromkeys(
-            ("fixed_s", "rest_s", "expert_s", "calls_s", "policy_s", "residual_s"), 0.0
-        ),
-        "setting": {"batch_size": 1, "sequence": 100},
-        "layers": 2,
-        "experts": 4,
-        "top_k": 2,
-        "baseline_s": 0.5,
-        "timings": [
-            {"name": "all pairs", "tokens": 100, "pairs": 400, "experts": 8, "decided": 0, "cut": 0}
-        ],
-    }
-    cost["seconds"] |= {"pair_s": 1e-3, "policy_s": 2e-3}
+    cost = CostModel(
+        seconds={**dict.fromkeys(TERMS, 0.0), "pair": 1e-3, "policy": 2e-3},
+        baseline=0.5,
+        setting=SpeedSetting(batch_size=1, sequence=100),
+        layers=2,
+        experts=4,
+        top_k=2,
+        error=0.1,
+    )
     winner = {"experts_per_token_by_layer": [1.0, 1.5]}
     found = traces(breakdown_figure(cost, winner))
-    assert list(found["expert pairs"].y) == ["all experts", "the winner"]
-    assert list(found["expert pairs"].x) == pytest.approx([400.0, 250.0])  # ms
-    assert list(found["decisions"].x) == pytest.approx([0.0, 200.0])
+    assert list(found["expert pairs"].y) == ["all experts", "the winner", "leading experts only"]
+    assert list(found["expert pairs"].x) == pytest.approx([400.0, 250.0, 200.0])  # ms
+    assert list(found["decisions"].x) == pytest.approx([0.0, 200.0, 0.0])
     assert "reading experts" not in found
     assert found["unmodified, measured"].x[0] == 500.0
 
@@ -134,4 +105,4 @@ def test_a_command_is_repeated_with_the_seed_that_it_drew(change, sample):
         provenance = {**metadata["provenance"], "command": given}
         folder = change("optimization_metadata", provenance=provenance)
         origin = build_report(folder).sections[-1]
-        assert origin.blocks[0].lines[0] == told
+        assert origin.blocks[0].rows[0] == told

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 Column = str | Callable[[Any], str]
 
@@ -20,14 +19,12 @@ class Picture:
         title: what it shows.
         caption: how to read it.
         figure: a plotly figure without a title of its own.
-        small: whether it shares its row with its like.
     """
 
     name: str
     title: str
     caption: str
     figure: Any
-    small: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,71 +65,58 @@ class Table:
         return cls(title=title, headings=list(columns), rows=cells, **more) if cells else None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Facts:
     """Names and values."""
 
+    title: str
     rows: Mapping[str, str]
-    title: str = ""
-    block: ClassVar[str] = "facts"  # the template's name for it
+    block: ClassVar[str] = "facts"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Notes:
     """Sentences, each on a line of its own."""
 
-    lines: Sequence[str]
-    title: str = ""
-    block: ClassVar[str] = "notes"  # the template's name for it
+    title: str
+    rows: Sequence[str]
+    block: ClassVar[str] = "notes"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Pictures:
-    """Pictures one below the other, or side by side where they are small."""
+    """Pictures in one row, where the page is wide enough."""
 
-    pictures: Sequence[Picture]
-    block: ClassVar[str] = "pictures"  # the template's name for it
+    rows: Sequence[Picture]
+    block: ClassVar[str] = "pictures"
 
 
 Block = Table | Facts | Notes | Pictures
 
 
-@dataclass(frozen=True, kw_only=True)
-class Section:
+class Section(NamedTuple):
     """A heading, a sentence, and blocks."""
 
     name: str  # anchor
     title: str
-    intro: str = ""
-    blocks: Sequence[Block] = field(default_factory=tuple)
-
-    @property
-    def pictures(self) -> list[Picture]:
-        """All pictures of the section, in order."""
-        return [
-            picture
-            for block in self.blocks
-            if isinstance(block, Pictures)
-            for picture in block.pictures
-        ]
+    intro: str
+    blocks: Sequence[Block]
 
 
-def section(name: str, title: str, blocks: Iterable[Block | None], *, intro: str = "") -> Section:
-    """A section of the blocks that are there."""
-    return Section(name=name, title=title, intro=intro, blocks=[one for one in blocks if one])
+def section(name: str, title: str, *blocks: Block | None, intro: str = "") -> Section:
+    """A section of the blocks that are there and not empty."""
+    return Section(name, title, intro, [one for one in blocks if one and one.rows])
 
 
-def pictures(*given: Picture | None) -> Pictures | None:
-    """Those that are there, or nothing."""
-    there = [one for one in given if one is not None]
-    return Pictures(pictures=there) if there else None
+def pictures(*given: Picture | None) -> Pictures:
+    """Those that are there."""
+    return Pictures([one for one in given if one])
 
 
 GOOD, BAD, PLAIN = "good", "bad", "plain"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Card:
+class Card(NamedTuple):
     """One figure, its unit or interval below it, and what it is."""
 
     label: str
@@ -141,8 +125,7 @@ class Card:
     tone: str = PLAIN
 
 
-@dataclass(frozen=True, kw_only=True)
-class Answer:
+class Answer(NamedTuple):
     """A sentence that holds by itself, and whether it is good news."""
 
     sentence: str
@@ -151,34 +134,29 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Headline:
-    """What a reader sees first.
+    """What a reader sees first: what was asked, the answers, the figures that count.
 
-    Args:
-        title: of the page.
-        question: what was asked.
-        answers: the answers, the strongest first.
-        cards: figures that count.
-        configuration: of what is reported on; empty where there are several.
+    The configuration is that of what is reported on; None where there are several.
     """
 
     title: str
     question: str
-    answers: tuple[Answer, ...]
-    cards: tuple[Card, ...] = ()
+    answers: Sequence[Answer] = ()
+    cards: Sequence[Card] = ()
     configuration: Mapping[str, Any] | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Report:
+class Report(NamedTuple):
     """A report's content, before it is a page."""
 
     headline: Headline
-    sections: tuple[Section, ...]
+    sections: Sequence[Section]
 
     @property
     def pictures(self) -> list[Picture]:
         """All figures, in order; each name once."""
-        return [picture for section in self.sections for picture in section.pictures]
+        blocks = [block for section in self.sections for block in section.blocks]
+        return [one for block in blocks if isinstance(block, Pictures) for one in block.rows]
 
 
 def environment(*, html: bool = True) -> Any:
@@ -203,20 +181,23 @@ def render(report: Report) -> str:
 
         plotly = get_plotlyjs()
     templates = files("var_moe.report") / "templates"
-    template = environment().get_template("report.html.jinja")
-    page: str = template.render(
-        headline=report.headline,
-        sections=report.sections,
-        figures={one.name: figure_json(one) for one in report.pictures},
-        style=(templates / "report.css").read_text(encoding="utf-8"),
-        script=(templates / "report.js").read_text(encoding="utf-8"),
-        plotly=plotly,
+    page: str = (
+        environment()
+        .get_template("report.html.jinja")
+        .render(
+            headline=report.headline,
+            sections=report.sections,
+            figures={one.name: figure_json(one) for one in report.pictures},
+            style=(templates / "report.css").read_text(encoding="utf-8"),
+            script=(templates / "report.js").read_text(encoding="utf-8"),
+            plotly=plotly,
+        )
     )
     return page
 
 
 def figure_json(picture: Picture) -> str:
     """A figure as JSON that can stand inside a script element."""
-    plain = json.loads(picture.figure.to_json())
     # "</script>" inside a name would end the element, whatever the quotes around it.
-    return json.dumps({"data": plain["data"], "layout": plain["layout"]}).replace("<", "\\u003c")
+    text: str = picture.figure.to_json()
+    return text.replace("<", "\\u003c")

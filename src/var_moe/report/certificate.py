@@ -27,7 +27,7 @@ from var_moe.report.theme import (
     GREEN,
     GREY,
     RED,
-    between,
+    change_interval,
     empty_figure,
     interval_bars,
     limit,
@@ -38,34 +38,27 @@ from var_moe.report.theme import (
 
 def certificate_section(results: Results) -> Section:
     """The certificate."""
-    certificate = results.get("certificate")
+    certificate = results["certificate"]
     return section(
         "certificate",
         "Certificate" if certificate["certified"] else "Certificate: not given",
-        [
-            _not_confirmatory(certificate),
-            pictures(tests_figure(certificate)),
-            _by_dataset(certificate),
-            Notes(lines=certificate["not_claimed"], title="What is not claimed"),
-        ],
+        Notes("Not confirmatory, because", certificate["not_confirmatory_because"]),
+        pictures(tests_figure(certificate)),
+        _by_dataset(certificate),
+        Notes("What is not claimed", certificate["not_claimed"]),
         intro=f"At most {100 * certificate['alpha']:g}% of such certificates are wrong. With every "
         "hash and p-value it stands in certificate.html.",
     )
 
 
-def _not_confirmatory(certificate: Mapping[str, Any]) -> Notes | None:
-    why = certificate["not_confirmatory_because"]
-    return Notes(lines=why, title="Not confirmatory, because") if why else None
-
-
 def tests_figure(certificate: Mapping[str, Any]) -> Picture | None:
     """Each candidate's degradation on the certify part, with its interval and the bound."""
-    tests = certificate.get("tests") or []
+    tests = certificate["tests"]
     if not tests:
         return None
     figure = empty_figure("perplexity change, %", "", height=140 + 34 * len(tests), legend=False)
     won = certificate["certified_name"] if certificate["certified"] else None
-    names = [f"{test['name']}{' ★' if test['name'] == won else ''}" for test in tests]
+    names = [f"{test['name']} ★" if test["name"] == won else test["name"] for test in tests]
     values = [test["degradation"] for test in tests]
     ends = [test["degradation_interval"] for test in tests]
     figure.add_scatter(
@@ -73,8 +66,7 @@ def tests_figure(certificate: Mapping[str, Any]) -> Picture | None:
         x=[100 * value for value in values],
         error_x=interval_bars(values, ends, scale=100, color=GREY),
         text=[
-            f"{test['experts_per_token']:.3f} experts per token<br>p = {test['p']:.2g}"
-            for test in tests
+            "{experts_per_token:.3f} experts per token<br>p = {p:.2g}".format(**t) for t in tests
         ],
         mode="markers",
         marker={
@@ -95,11 +87,6 @@ def tests_figure(certificate: Mapping[str, Any]) -> Picture | None:
     )
 
 
-def _interval(row: Mapping[str, Any]) -> str:
-    ends = between([100 * end for end in row["degradation_interval"]], digits=2)
-    return f"{percent(row['degradation'])} {ends}"
-
-
 def _by_dataset(certificate: Mapping[str, Any]) -> Table | None:
     return Table.of(
         "Each data set",
@@ -108,7 +95,7 @@ def _by_dataset(certificate: Mapping[str, Any]) -> Table | None:
             "data set": "{dataset}",
             "perplexity before": "{baseline_perplexity:.3f}",
             "after": "{perplexity:.3f}",
-            "change [95%]": _interval,
+            "change [95%]": change_interval,
             "upper bound": lambda row: percent(row["degradation_upper"]),
             "pages / documents": "{units:,} / {documents:,}",
         },
@@ -126,22 +113,34 @@ def certificate_page(certificate: Mapping[str, Any]) -> str:
     title = "Certificate" if holds else "Not certified"
     if holds and not certificate["confirmatory"]:
         title = "Certificate, not confirmatory"
-    chosen = certificate.get("certified_config")
-    chosen = chosen or (certificate.get("nearest_miss") or {}).get("config")
-    parts = [
-        ("confirmatory", "Whether it confirms", _not_confirmatory(certificate)),
-        ("claims", "Claims", Table.of("", certificate["claims"], _CLAIM)),
-        ("tests", "Tests, in their order", _tests(certificate)),
-        ("data-sets", "By data set", _by_dataset(certificate)),
-        ("procedure", "How it was tested", Facts(rows=_procedure(certificate))),
-        ("power", "Said before the certify part was opened", Notes(lines=certificate["power"])),
-        ("limits", "What this does not claim", Notes(lines=certificate["not_claimed"])),
-        ("provenance", "Provenance", Facts(rows=_provenance(certificate))),
-    ]
-    answer = Answer(sentence=certificate["sentence"], tone=GOOD if holds else BAD)
-    top = Headline(title=title, question="", answers=(answer,), configuration=chosen)
-    sections = tuple(section(name, said, [block]) for name, said, block in parts if block)
-    return render(Report(headline=top, sections=sections))
+    nearest = (certificate.get("nearest_miss") or {}).get("config")
+    shares = ", ".join(f"{name} {part:g}" for name, part in certificate["alpha_by_claim"].items())
+    procedure = {
+        "candidates": certificate["procedure"],
+        "test": certificate["test"],
+        "unit": certificate["unit"],
+        "alpha": f"{certificate['alpha']:g}, of which: {shares}",
+        "bound": limit(certificate["max_degradation"]),
+    }
+    top = Headline(
+        title=title,
+        question="",
+        answers=[Answer(certificate["sentence"], GOOD if holds else BAD)],
+        configuration=certificate.get("certified_config") or nearest,
+    )
+    all_of_it = section(
+        "certificate",
+        "What was tested",
+        Notes("Not confirmatory, because", certificate["not_confirmatory_because"]),
+        Table.of("Claims", certificate["claims"], _CLAIM),
+        _tests(certificate),
+        _by_dataset(certificate),
+        Facts("How it was tested", procedure),
+        Notes("Said before the certify part was opened", certificate["power"]),
+        Notes("What this does not claim", certificate["not_claimed"]),
+        Facts("Provenance", _provenance(certificate)),
+    )
+    return render(Report(top, [all_of_it]))
 
 
 def _said(claim: Mapping[str, Any]) -> str:
@@ -174,12 +173,12 @@ def _tests(certificate: Mapping[str, Any]) -> Table | None:
         return tested(lambda test: f"{test[name]:.3g}" if name in test else "")
 
     return Table.of(
-        "",
+        "Tests, in their order",
         certificate["order"],
         {
             "candidate": "{name}",
             "ordering part": lambda place: percent(place.get("degradation")),
-            "certify part [95%]": tested(_interval),
+            "certify part [95%]": tested(change_interval),
             "p (t)": p_value("p_t"),
             "p (bootstrap)": p_value("p_bootstrap"),
             "p that decides": p_value("p"),
@@ -190,32 +189,17 @@ def _tests(certificate: Mapping[str, Any]) -> Table | None:
     )
 
 
-def _procedure(certificate: Mapping[str, Any]) -> dict[str, str]:
-    shares = ", ".join(f"{name} {part:g}" for name, part in certificate["alpha_by_claim"].items())
-    return {
-        "candidates": certificate["procedure"],
-        "test": certificate["test"],
-        "unit": certificate["unit"],
-        "alpha": f"{certificate['alpha']:g}, of which: {shares}",
-        "bound": limit(certificate["max_degradation"]),
-    }
-
-
 def _provenance(certificate: Mapping[str, Any]) -> dict[str, str]:
     text, origin, identity = (certificate[key] for key in ("text", "provenance", "identity"))
-    hashes = {
-        f"hash of {name.replace('_', ' ')}": value
-        for name, value in certificate["hashes"].items()
-        if value
-    }
+    hashes = certificate["hashes"].items()
     return {
         "model": f"{identity['model']} {identity['revision'] or ''} {identity['dtype']}".strip(),
         "text": f"{text['dataset']}, {text['split']}: {text['documents']:,} documents on "
         f"{text['units']:,} pages ({text['note']})",
-        **hashes,
+        **{f"hash of {name.replace('_', ' ')}": value for name, value in hashes if value},
         **{name: version for name, version in origin["versions"].items() if version},
         "commit": origin["commit"] or "unknown",
-        "hardware": ", ".join(str(value) for value in origin["hardware"].values()),
+        "hardware": ", ".join(map(str, origin["hardware"].values())),
     }
 
 

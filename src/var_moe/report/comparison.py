@@ -24,18 +24,18 @@ CONTROL = "random_skip"
 
 def comparison_section(results: Results) -> Section:
     """Policies at equal experts per token, with a figure for each compensation, the best first."""
-    comparison = results.get("comparison")
-    text, rows = comparison["text"], comparison["rows"]
-    ahead = sorted(rows, key=lambda row: row["degradation"])
+    comparison = results["comparison"]
+    text, ahead = comparison["text"], sorted(comparison["rows"], key=lambda r: r["degradation"])
     kinds = list(dict.fromkeys(row.get("compensation") for row in ahead))
     return section(
         "policies",
         "Policies at equal experts per token",
-        [
-            pictures(*(experts_figure(comparison, kind, alone=len(kinds) == 1) for kind in kinds)),
-            *(_table(comparison, target) for target in comparison["targets_experts_per_token"]),
-            Notes(lines=comparison["notes"]) if comparison["notes"] else None,
-        ],
+        pictures(*(experts_figure(comparison, kind, alone=len(kinds) == 1) for kind in kinds)),
+        *(
+            _table([row for row in ahead if row["target_experts_per_token"] == target], target)
+            for target in comparison["targets_experts_per_token"]
+        ),
+        Notes("", comparison["notes"]),
         intro=f"{comparison['model']['name']} on {text['dataset']} ({text['split']}), "
         f"{comparison['documents']:,} documents, perplexity "
         f"{comparison['baseline']['perplexity']:.3f}.",
@@ -49,16 +49,14 @@ def experts_figure(comparison: Mapping[str, Any], kind: str | None, *, alone: bo
     ways = dict.fromkeys((row["policy"], row.get("dial")) for row in rows)
     colours = dict(zip((way for way in ways if way[0] != CONTROL), cycle(SERIES), strict=False))
     some = [row for row in rows if row.get("compensation") == kind]
+    some.sort(key=lambda row: -row["experts_per_token"])
     for name in dict.fromkeys(row["name"] for row in some):
-        points = sorted(
-            (row for row in some if row["name"] == name), key=lambda row: -row["experts_per_token"]
-        )
+        points = [row for row in some if row["name"] == name]
         way = (points[0]["policy"], points[0].get("dial"))
-        errors = [196 * point["degradation_standard_error"] for point in points]
         figure.add_scatter(
             x=[point["experts_per_token"] for point in points],
             y=[100 * point["degradation"] for point in points],
-            error_y={"array": errors},
+            error_y={"array": [196 * point["degradation_standard_error"] for point in points]},
             text=[f"{name}<br>{settings(point['settings'])}" for point in points],
             name=name.removesuffix(f" + {kind}"),
             mode="lines+markers",
@@ -80,8 +78,7 @@ def experts_figure(comparison: Mapping[str, Any], kind: str | None, *, alone: bo
     )
 
 
-def _table(comparison: Mapping[str, Any], target: float) -> Table | None:
-    rows = [row for row in comparison["rows"] if row["target_experts_per_token"] == target]
+def _table(rows: list[Mapping[str, Any]], target: float) -> Table | None:
     columns: dict[str, Any] = {
         "policy": "{name}",
         "experts per token": "{experts_per_token:.3f}",
@@ -91,5 +88,4 @@ def _table(comparison: Mapping[str, Any], target: float) -> Table | None:
     }
     if any(row["speedup"] is not None for row in rows):
         columns["speedup [95%]"] = speedup
-    ordered = sorted(rows, key=lambda row: row["degradation"])
-    return Table.of(f"At {target:g} experts per token", ordered, columns, marked=0)
+    return Table.of(f"At {target:g} experts per token", rows, columns, marked=0)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from var_moe.errors import UsageError
 from var_moe.growing import INCOMPLETE
+from var_moe.report.theme import change
 from var_moe.storage import SCHEMA_VERSION, read_json
 
 if TYPE_CHECKING:
@@ -30,10 +32,8 @@ FILES = {
 }
 """The files that a report reads, by the name of the part."""
 
-STATS_FILE = "routing_stats.parquet"
-PROFILE_FILE = "profile.json"
-_NEED = {"search": "metadata", "front": "metadata", "components": "analysis"}
-_UNVERSIONED = ("cost",)
+STATS_FILE, PROFILE_FILE = "routing_stats.parquet", "profile.json"
+_NEVER_ALONE = {"front", "cost", "components"}
 _OF_ROWS = ("evaluation", "comparison")  # the rows that are there can be shown
 
 
@@ -44,23 +44,28 @@ class Results:
     Args:
         folder: where they lie.
         parts: by the names of `FILES`, those that are there.
-        unfinished: those that are not whole, in the same way.
-        foreign: those that are not of the folder's search: an earlier one's, left out.
+        left_out: a line for each file that is not whole, or of an earlier search in the folder.
         stats: rows of ``routing_stats.parquet`` of the profile that the results were made with,
             where it can be found.
     """
 
     folder: Path
     parts: dict[str, Any] = field(default_factory=dict)
-    unfinished: dict[str, Any] = field(default_factory=dict)
-    foreign: dict[str, Any] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
     stats: pd.DataFrame | None = None
-    asked: set[str] = field(default_factory=set)
-    """Parts that were asked for; emptied by whoever wants to know."""
+
+    def __getitem__(self, name: str) -> Any:
+        """A part.
+
+        Raises:
+            UsageError: it is not there; names the file.
+        """
+        if name not in self.parts:
+            raise UsageError(f"{self.folder}: {FILES[name]} is missing")
+        return self.parts[name]
 
     def get(self, name: str) -> Any:
         """A part, or None."""
-        self.asked.add(name)
         return self.parts.get(name)
 
     @property
@@ -68,9 +73,8 @@ class Results:
         """What was measured of the configuration that the search chose, if it chose one."""
         if "search" not in self.parts:
             return None
-        best = self.parts["search"]["best_params"]
-        rows: list[dict[str, Any]] = self.parts["metadata"].get("remeasured", [])
-        return next((row for row in rows if row["config"] == best), None)
+        rows: list[dict[str, Any]] = self["metadata"].get("remeasured", [])
+        return next((row for row in rows if row["config"] == self["search"]["best_params"]), None)
 
 
 def read_results(folder: Path) -> Results:
@@ -82,44 +86,31 @@ def read_results(folder: Path) -> Results:
     """
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder; expected one that a command left results in")
-    parts, unfinished = {}, {}
+    parts, left_out = {}, []
     for name, file in FILES.items():
-        path = folder / file
-        if not path.is_file():
+        if not (folder / file).is_file():
             continue
-        part = _checked(path, name)
+        part = _checked(folder / file, versioned=name != "cost")
         if INCOMPLETE in part:
-            unfinished[name] = part
+            left_out.append(_unfinished(file, part))
         if INCOMPLETE not in part or name in _OF_ROWS:
             parts[name] = part
-    if "analysis" in unfinished:
-        parts.pop("components", None)  # of which the analysis is the frame
-    for name, needed in _NEED.items():
-        if name in parts and needed not in parts:
-            raise UsageError(f"{folder}: {FILES[name]} is there, {FILES[needed]} is missing")
-    foreign = {name: parts.pop(name) for name in _foreign(parts)}
+    for name in _foreign(parts):
+        del parts[name]
+        left_out.append(f"{FILES[name]}: of another profile than the search's.")
     stats = _stats(folder, parts)
-    if not parts.keys() - {"cost"} and not unfinished and stats is None:
-        known = ", ".join(file for name, file in FILES.items() if name != "cost")
+    if not parts.keys() - _NEVER_ALONE and not left_out and stats is None:
+        known = ", ".join(file for name, file in FILES.items() if name not in _NEVER_ALONE)
         raise UsageError(f"{folder}: nothing to report; expected one of {known}, {STATS_FILE}")
-    return Results(folder=folder, parts=parts, unfinished=unfinished, foreign=foreign, stats=stats)
+    return Results(folder=folder, parts=parts, left_out=left_out, stats=stats)
 
 
-def _foreign(parts: dict[str, Any]) -> list[str]:
-    """Names of what an earlier search in the folder was about, by its profile."""
-    profile = (parts.get("metadata", {}).get("identity") or {}).get("profile_hash")
-    held_out, hashes = parts.get("validation", {}), parts.get("certificate", {}).get("hashes") or {}
-    used = {"certificate": hashes.get("profile"), "validation": held_out.get("profile_hash")}
-    known = {name: value for name, value in used.items() if profile and value}
-    return [name for name, value in known.items() if value != profile]
-
-
-def _checked(path: Path, name: str) -> Any:
+def _checked(path: Path, *, versioned: bool = True) -> Any:
     value = read_json(path, what="result file")
     if not isinstance(value, dict):
         raise UsageError(f"{path}: expected an object at the top")
     version = value.get("schema_version")
-    if name not in _UNVERSIONED and version != SCHEMA_VERSION:
+    if versioned and version != SCHEMA_VERSION:
         raise UsageError(
             f"{path}: schema_version {version}, expected {SCHEMA_VERSION}; "
             "make it again with this version of var_moe"
@@ -127,22 +118,38 @@ def _checked(path: Path, name: str) -> Any:
     return value
 
 
-def _stats(folder: Path, parts: dict[str, Any]) -> pd.DataFrame | None:
+def _unfinished(file: str, part: Mapping[str, Any]) -> str:
+    line = f"{file}: without {part[INCOMPLETE]}"
+    if part.get("degradation") is not None:
+        line += f"; perplexity {change(part)} at {part['experts_per_token']:.3f} experts per token"
+    return f"{line}. The same command measures it again."
+
+
+def _foreign(parts: Mapping[str, Any]) -> list[str]:
+    """Names of what an earlier search in the folder was about, by its profile."""
+    profile = (parts.get("metadata", {}).get("identity") or {}).get("profile_hash")
+    hashes = parts.get("certificate", {}).get("hashes") or {}
+    used = {
+        "certificate": hashes.get("profile"),
+        "validation": parts.get("validation", {}).get("profile_hash"),
+    }
+    return [name for name, value in used.items() if profile and value not in (None, profile)]
+
+
+def _stats(folder: Path, parts: Mapping[str, Any]) -> pd.DataFrame | None:
     """The profile's rows: the folder itself, one beside the results, or the one they name."""
     profile = parts.get("metadata", {}).get("profile") or {}
     if not profile and "routing" in parts:
         routing = parts["routing"]
         profile = {"path": routing.get("profile_path"), "hash": routing["profile_hash"]}
-    named = profile.get("path")
-    places = [folder, folder / "profile", *([Path(named)] if named else [])]
+    places = [folder, folder / "profile"]
+    if profile.get("path"):
+        places.append(Path(profile["path"]))
     for place in places:
-        if not (place / STATS_FILE).is_file() or not (place / PROFILE_FILE).is_file():
-            continue
-        head = read_json(place / PROFILE_FILE, what="profile head")
-        if not isinstance(head, dict):
-            raise UsageError(f"{place / PROFILE_FILE}: expected an object at the top")
-        if profile.get("hash") in (None, head.get("hash")):
-            return _table(place / STATS_FILE)
+        if (place / STATS_FILE).is_file() and (place / PROFILE_FILE).is_file():
+            head = _checked(place / PROFILE_FILE, versioned=False)
+            if profile.get("hash") in (None, head.get("hash")):
+                return _table(place / STATS_FILE)
     return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from var_moe.report.blocks import Notes, Section, Table, section
+from var_moe.report.blocks import Facts, Notes, Section, Table, section
 from var_moe.report.folder import Results
 from var_moe.report.theme import between, change, factor, percent, settings, speedup, tiers
 
@@ -14,7 +14,7 @@ _MET = {True: "yes", False: "no", None: "-"}
 
 def held_out_section(results: Results) -> Section:
     """The configuration on text that nothing was chosen on."""
-    validation = results.get("validation")
+    validation = results["validation"]
     text = validation["text"]
     kind = "text that was seen" if validation.get("seen") else "held-out text"
     criteria: dict[str, Any] = {
@@ -22,37 +22,30 @@ def held_out_section(results: Results) -> Section:
         "measured": "{measured}",
         "met": lambda row: _MET[row["met"]],
     }
+    figures = {
+        "perplexity": f"{validation['perplexity']:.3f}",
+        "change (95% upper bound)": change(validation),
+        "random skipping at as many experts, the control": percent(
+            validation["random_skip"]["degradation"]
+        ),
+        "experts per token": f"{validation['experts_per_token']:.3f} of {validation['top_k']}",
+        f"speedup against {validation['baseline_backend']} [95%]": speedup(validation),
+        "of which our path keeping all pairs": _ratio(validation["backend_factor"]),
+        "of which skipping": _ratio(validation["skipping_factor"]),
+        "predicted from executed pairs": factor(validation["predicted_speedup"]),
+        "single runs": ", ".join(factor(run["speedup"]) for run in validation["runs"]),
+        "baseline against itself, the noise": _ratio(validation["noise_floor"]),
+    }
     return section(
         "held-out",
         f"On {kind} ({text['split']})",
-        [
-            _figures(validation),
-            Table.of("Success criteria", validation["criteria"], criteria, words=2),
-            datasets_table(validation.get("by_dataset")),
-            Notes(lines=validation["notes"]) if validation["notes"] else None,
-        ],
+        Facts("Measured", figures),
+        Table.of("Success criteria", validation["criteria"], criteria, words=2),
+        datasets_table(validation.get("by_dataset")),
+        Notes("", validation["notes"]),
         intro=f"{text['dataset']}, {text['split']}: {validation['documents']:,} documents, "
         f"perplexity {validation['baseline_perplexity']:.3f} of the unmodified model.",
     )
-
-
-def _figures(validation: Mapping[str, Any]) -> Table:
-    rows = [
-        ("perplexity", f"{validation['perplexity']:.3f}"),
-        ("change (95% upper bound)", change(validation)),
-        (
-            "random skipping at as many experts, the control",
-            percent(validation["random_skip"]["degradation"]),
-        ),
-        ("experts per token", f"{validation['experts_per_token']:.3f} of {validation['top_k']}"),
-        (f"speedup against {validation['baseline_backend']} [95%]", speedup(validation)),
-        ("  of which our path keeping all pairs", _ratio(validation["backend_factor"])),
-        ("  of which skipping", _ratio(validation["skipping_factor"])),
-        ("predicted from executed pairs", factor(validation["predicted_speedup"])),
-        ("single runs", ", ".join(factor(run["speedup"]) for run in validation["runs"])),
-        ("baseline against itself, the noise", _ratio(validation["noise_floor"])),
-    ]
-    return Table(title="Measured", headings=("", ""), rows=rows)
 
 
 def _ratio(value: Mapping[str, float]) -> str:
@@ -77,67 +70,56 @@ def datasets_table(rows: Any, *, title: str = "Each data set by itself") -> Tabl
 
 def seeds_section(results: Results) -> Section:
     """The winners of several seeds, one row each."""
-    stability = results.get("stability")
+    runs = results["stability"]["runs"]
 
-    def known(one: Any) -> Any:
-        return lambda run: one(run) if run["found"] else ""
+    def known(one: Any, otherwise: str = "") -> Any:
+        return lambda run: one(run) if run["found"] else otherwise
 
     columns = {
         "seed": "{seed}",
-        "change (95% upper)": lambda run: change(run) if run["found"] else "nothing kept the bound",
+        "change (95% upper)": known(change, "nothing kept the bound"),
         "speedup [95%]": known(speedup),
         "experts per token": known("{experts_per_token:.3f}".format_map),
         "winner": known(lambda run: settings(run["config"])),
     }
-    table = Table.of("Winners", stability["runs"], columns)
-    return section("seeds", f"{len(stability['runs'])} seeds", [table])
+    return section("seeds", f"{len(runs)} seeds", Table.of("Winners", runs, columns))
 
 
 def evaluation_section(results: Results) -> Section:
     """Policies beside the unmodified model."""
-    evaluation = results.get("evaluation")
-    text = evaluation["text"]
+    evaluation = results["evaluation"]
+    text, (baseline, *others) = evaluation["text"], evaluation["rows"]
 
-    def other(one: Any) -> Any:
-        return lambda row: "" if row["name"] == "baseline" else one(row)
+    def other(one: Any, of_baseline: str = "") -> Any:
+        return lambda row: of_baseline if row is baseline else one(row)
 
     columns = {
-        "": lambda r: f"unmodified ({r['backend']})" if r["name"] == "baseline" else r["name"],
+        "": other("{name}".format_map, f"unmodified ({baseline['backend']})"),
         "perplexity": "{perplexity:.3f}",
         "change (95% upper)": other(change),
         "tokens/s": lambda r: f"{r['throughput_tps']:,.0f}" if r.get("throughput_tps") else "",
-        "speedup [95%]": lambda r: "1" if r["name"] == "baseline" else speedup(r),
+        "speedup [95%]": other(speedup, "1"),
         "experts per token": "{experts_per_token:.3f}",
         "fast / cached / learned, %": other(tiers),
     }
-    generation = [
-        {"name": row["name"], **one}
-        for row in evaluation["rows"]
-        for one in row.get("decode") or ()
-    ]
+    generation: dict[str, Any] = {
+        "": "{name}",
+        "batch": "{batch_size}",
+        "new tokens": "{new_tokens}",
+        "tokens/s": "{throughput_tps:,.0f}",
+        "speedup [95%]": speedup,
+        "against": "{baseline_backend}",
+    }
+    decoded = [{"name": r["name"], **one} for r in others for one in r.get("decode") or ()]
     return section(
         "evaluation",
         "Beside the unmodified model",
-        [
-            Table.of("Measured on the same tokens", evaluation["rows"], columns),
-            *(
-                datasets_table(row.get("by_dataset"), title=f"{row['name']}, each data set")
-                for row in evaluation["rows"]
-                if row["name"] != "baseline"
-            ),
-            Table.of(
-                "Generation, greedy, with a KV cache",
-                generation,
-                {
-                    "": "{name}",
-                    "batch": "{batch_size}",
-                    "new tokens": "{new_tokens}",
-                    "tokens/s": "{throughput_tps:,.0f}",
-                    "speedup [95%]": speedup,
-                    "against": "{baseline_backend}",
-                },
-            ),
-        ],
+        Table.of("Measured on the same tokens", evaluation["rows"], columns),
+        *(
+            datasets_table(row.get("by_dataset"), title=f"{row['name']}, each data set")
+            for row in others
+        ),
+        Table.of("Generation, greedy, with a KV cache", decoded, generation),
         intro=f"{evaluation['model']['name']} on {text['dataset']} ({text['split']}), "
         f"{evaluation['documents']:,} documents.",
     )
@@ -145,7 +127,6 @@ def evaluation_section(results: Results) -> Section:
 
 def guard_section(results: Results) -> Section:
     """The data sets that were played to the guard."""
-    guard = results.get("guard")
     columns: dict[str, Any] = {
         "text": "{text}",
         "documents": "{documents:,}",
@@ -153,4 +134,6 @@ def guard_section(results: Results) -> Section:
             "no" if row["alarm_at"] is None else "after {alarm_at:,}".format_map(row)
         ),
     }
-    return section("guard", "The guard", [Table.of("Played to it", guard["checks"], columns)])
+    return section(
+        "guard", "The guard", Table.of("Played to it", results["guard"]["checks"], columns)
+    )

@@ -2,89 +2,61 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from var_moe.growing import INCOMPLETE
 from var_moe.report.blocks import Facts, Notes, Section, section
 from var_moe.report.folder import FILES, Results
-from var_moe.report.theme import change, setting
+from var_moe.report.theme import settings
 
-_TOLD = (
-    *("metadata", "validation", "certificate", "stability"),
-    *("comparison", "evaluation", "analysis", "routing"),
-)
-"""Parts with a provenance, in the order of the page."""
+_OF_ANOTHER = ("search", "front", "components")  # written with a file that says the same
 
 
 def origin_section(results: Results) -> Section:
     """Provenance, notes of the search, and how to repeat it."""
     metadata = results.get("metadata") or {}
-    told = [_command(results, name) for name in _TOLD if results.get(name)]
-    commands = list(dict.fromkeys(line for line in told if line))
+    facts = {"folder": str(results.folder), **_search_facts(metadata)}
+    commands = []
+    for key, part in results.parts.items():
+        if key in _OF_ANOTHER or "provenance" not in part:
+            continue
+        origin = part["provenance"]
+        command = str(origin.get("command") or "")
+        if command and part is metadata and "--seed" not in command and "--resume" not in command:
+            command += f" --seed {part['seed']}"  # the one that it drew
+        commands.append(command)
+        versions = ", ".join(
+            f"{package} {one}" for package, one in origin["versions"].items() if one
+        )
+        hardware = ", ".join(map(str, origin["hardware"].values()))
+        commit = (origin["commit"] or "unknown")[:12]
+        facts[FILES[key]] = f"{versions}; Python {origin['python']}; commit {commit}; {hardware}"
+        if part.get("text"):
+            facts[f"text of {FILES[key]}"] = _text(part["text"])
     return section(
         "origin",
         "Where this comes from",
-        [
-            Notes(title="To repeat it", lines=commands) if commands else None,
-            Notes(title="Notes", lines=metadata["notes"]) if metadata.get("notes") else None,
-            Facts(title="Provenance", rows=_facts(results)),
-        ],
+        Notes("To repeat it", [line for line in dict.fromkeys(commands) if line]),
+        Notes("Notes", metadata.get("notes") or ()),
+        Facts("Provenance", facts),
     )
 
 
-def _command(results: Results, name: str) -> str:
-    """The command as it was given, with the seed that it drew; "" where it is not known."""
-    part = results.get(name)
-    command = str(part.get("provenance", {}).get("command") or "")
-    seed = part.get("seed")
-    if not command or seed is None or name != "metadata":
-        return command
-    words = shlex.split(command)
-    if any(word.split("=")[0] in ("--seed", "--seeds", "--resume") for word in words):
-        return command
-    return f"{command} --seed {seed}"
-
-
-def _facts(results: Results) -> dict[str, str]:
-    facts: dict[str, str] = {"folder": str(results.folder)}
-    metadata = results.get("metadata")
-    if metadata:
-        facts |= _search_facts(metadata)
-    for name in _TOLD:
-        part = results.get(name)
-        if part is None:
-            continue
-        origin = part["provenance"]
-        versions = ", ".join(
-            f"{package} {version}" for package, version in origin["versions"].items() if version
-        )
-        hardware = ", ".join(str(value) for value in origin["hardware"].values())
-        commit = (origin["commit"] or "unknown")[:12]
-        facts[FILES[name]] = f"{versions}; Python {origin['python']}; commit {commit}; {hardware}"
-        if part.get("text"):
-            facts[f"text of {FILES[name]}"] = _text(part["text"])
-    return facts
-
-
 def _search_facts(metadata: Mapping[str, Any]) -> dict[str, str]:
-    if "identity" not in metadata:
-        return {"seed": str(metadata["seed"])}  # a program's own search
+    if "identity" not in metadata:  # no search, or a program's own
+        return {"seed": str(metadata["seed"])} if metadata else {}
     identity, profile = metadata["identity"], metadata.get("profile", {})
-    measured = ", ".join(f"{name} {setting(one)}" for name, one in identity["setting"].items())
     facts = {
         "model": f"{identity['model']} {identity['revision'] or ''} ({identity['dtype']}, "
         f"{identity['device']})",
         "validation text": _text(metadata["validation"]),
-        "timed batch": measured,
+        "timed batch": settings(identity["setting"]),
         "seed": str(metadata["seed"]),
+        "compensation": identity.get("compensation_hash") or "none",
     }
     if profile.get("hash"):
         tokens = f"{profile['tokens']:,} tokens of {profile['dataset']}"
         facts["profile"] = f"{tokens}, {profile['hash']}"
-    if identity.get("compensation_hash"):
-        facts["compensation"] = identity["compensation_hash"]
     return facts
 
 
@@ -95,28 +67,9 @@ def _text(text: Mapping[str, Any]) -> str:
     )
 
 
-def left_out_section(results: Results) -> Section | None:
+def left_out_section(results: Results) -> Section:
     """A line for each file that is not whole, or that an earlier search in the folder left.
 
     What an unfinished file holds of rows stands in its own section.
     """
-    unfinished = [_line(FILES[name], part) for name, part in results.unfinished.items()]
-    foreign = [f"{FILES[name]}: of another profile than the search's." for name in results.foreign]
-    if not unfinished and not foreign:
-        return None
-    again = "A command ended before all was measured; the same command measures it again"
-    return section(
-        "left-out",
-        "Unfinished, or left out",
-        [
-            Notes(title=again, lines=unfinished) if unfinished else None,
-            Notes(title="What is of other results", lines=foreign) if foreign else None,
-        ],
-    )
-
-
-def _line(file: str, part: Mapping[str, Any]) -> str:
-    known = ""
-    if part.get("degradation") is not None:
-        known = f"; perplexity {change(part)} at {part['experts_per_token']:.3f} experts per token"
-    return f"{file}: without {part[INCOMPLETE]}{known}."
+    return section("left-out", "Unfinished, or left out", Notes("", results.left_out))

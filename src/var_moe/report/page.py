@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from var_moe.errors import UsageError
 from var_moe.extras import require
@@ -24,31 +24,30 @@ from var_moe.report.origin import left_out_section, origin_section
 from var_moe.report.routing import hypotheses_section, routing_section
 from var_moe.report.search import search_section
 from var_moe.report.systems import systems_section
-from var_moe.storage import atomic_write, atomic_write_text
+from var_moe.storage import atomic_write, atomic_write_text, entries_of
 
 REPORT_FILE = "report.html"
 FORMATS = ("png", "svg", "pdf")
 WIDTH = 900
 _INK, _GRID, _LINE = "#1c2026", "#e3e6eb", "#9aa2ad"
-Made = TypeVar("Made")
 
-SECTIONS: tuple[tuple[str | None, Callable[[Results], Section | None]], ...] = (
-    ("certificate", certificate_section),
-    (None, left_out_section),
-    ("validation", held_out_section),
-    ("stability", seeds_section),
-    ("comparison", comparison_section),
-    ("evaluation", evaluation_section),
-    ("analysis", systems_section),
-    ("routing", hypotheses_section),
-    ("guard", guard_section),
-    ("search", search_section),
-    (None, layers_section),
-    ("cost", speed_section),
-    (None, routing_section),
-    (None, origin_section),
+SECTIONS: tuple[tuple[Callable[[Results], Section], tuple[str, ...]], ...] = (
+    (certificate_section, ("certificate",)),
+    (left_out_section, ()),
+    (held_out_section, ("validation",)),
+    (seeds_section, ("stability",)),
+    (comparison_section, ("comparison",)),
+    (evaluation_section, ("evaluation",)),
+    (systems_section, ("analysis", "components")),
+    (hypotheses_section, ("routing",)),
+    (guard_section, ("guard",)),
+    (search_section, ("search", "metadata", "front")),
+    (layers_section, ()),
+    (speed_section, ("cost",)),
+    (routing_section, ()),
+    (origin_section, ()),
 )
-"""In the order of the page: each with the part that it needs, or it sees itself what is there."""
+"""In the order of the page: each with the parts that it reads, of which the first must be there."""
 
 
 def build_report(folder: str | Path) -> Report:
@@ -59,27 +58,15 @@ def build_report(folder: str | Path) -> Report:
     """
     require("plotly")
     results = read_results(Path(folder))
-    there = [make for part, make in SECTIONS if part is None or part in results.parts]
-    made = [_made(make, results) for make in there]
-    return Report(
-        headline=_made(headline, results),
-        sections=tuple(one for one in made if one is not None),
-    )
-
-
-def _made(make: Callable[[Results], Made], results: Results) -> Made:
-    """A part of the page; an error names the files that it was made from."""
-    results.asked.clear()
-    try:
-        return make(results)
-    except (LookupError, TypeError, AttributeError, ValueError, StopIteration) as error:
-        asked = results.asked & results.parts.keys()
-        read = [file for name, file in FILES.items() if name in asked]
-        lacks = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise UsageError(
-            f"{results.folder}: not as this version of var_moe writes it: "
-            f"{' or '.join(read) or STATS_FILE} ({lacks}); run the command again"
-        ) from error
+    sections = []
+    for make, parts in SECTIONS:
+        if not parts or parts[0] in results.parts:
+            read = " or ".join(FILES[name] for name in parts if name in results.parts)
+            with entries_of(results.folder / (read or STATS_FILE)):
+                sections.append(make(results))
+    with entries_of(results.folder):
+        top = headline(results)
+    return Report(top, [one for one in sections if one.blocks])
 
 
 def write_report(folder: str | Path, path: str | Path | None = None) -> Path:

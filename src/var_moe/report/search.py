@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from var_moe.report.blocks import Picture, Section, Table, pictures, section
@@ -29,50 +30,32 @@ from var_moe.report.theme import (
 )
 
 _THIN = {"thickness": 1.2, "width": 3}
-PRESETS = ("conservative", "balanced", "aggressive")
-LEAST_EVALUATIONS = 20
-"""Below this the importance of evaluations says more about chance than about parameters."""
 
 Rows = Sequence[Mapping[str, Any]]
 
 
 def search_section(results: Results) -> Section:
     """The course of the search and what it left."""
-    search, metadata = results.get("search"), results.get("metadata")
-    shown = [row for row in search["all_results"] if row.get("speedup") is not None]
+    search, metadata = results["search"], results["metadata"]
+    rows = [row for row in search["all_results"] if row.get("speedup") is not None]
+    failed = metadata.get("search", {}).get("failed", 0)
+    course = f"{search['num_evaluations']} full evaluations by the {search['method']} method"
+    if metadata.get("replay"):
+        course += f", chosen by {metadata['replay']['forecasts']:,} replays of a recorded trace"
+    course += f", in {search['optimization_time'] / 60:.1f} minutes"
     return section(
         "search",
         "The search",
-        [
-            pictures(
-                progress_figure(shown, metadata) if shown else None,
-                tradeoff_figure(results, shown),
-            ),
-            measured_table(metadata, search["best_params"]) if "remeasured" in metadata else None,
-            pictures(*slice_figures(shown, metadata)),
-            pictures(importance_figure(search, metadata)),
-        ],
-        intro=_course(search, metadata),
+        pictures(progress_figure(rows) if rows else None, tradeoff_figure(results, rows)),
+        measured_table(metadata, search["best_params"]) if "remeasured" in metadata else None,
+        pictures(*slice_figures(rows, metadata)),
+        intro=course + (f"; {failed} of them failed." if failed else "."),
     )
 
 
-def _course(search: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
-    failed = metadata.get("search", {}).get("failed", 0)
-    text = f"{search['num_evaluations']} full evaluations by the {search['method']} method"
-    if metadata.get("replay"):
-        text += f", chosen by {metadata['replay']['forecasts']:,} replays of a recorded trace"
-    text += f", in {search['optimization_time'] / 60:.1f} minutes"
-    return text + (f"; {failed} of them failed." if failed else ".")
-
-
-def progress_figure(rows: Rows, metadata: Mapping[str, Any]) -> Picture:
+def progress_figure(rows: Rows) -> Picture:
     """Speedup of each evaluation, in order, and the best feasible one so far."""
     figure = empty_figure("full evaluation", "speedup on the search text", height=TALL)
-    best, course = None, []
-    for row in rows:
-        if row["feasible"]:
-            best = row["speedup"] if best is None else max(best, row["speedup"])
-        course.append(best)
     for feasible, name, colour, symbol in (
         (False, "over the bound", GREY, "x"),
         (True, "keeps the bound", BLUE, "circle"),
@@ -87,38 +70,27 @@ def progress_figure(rows: Rows, metadata: Mapping[str, Any]) -> Picture:
                 marker={"color": colour, "symbol": symbol, "size": 9},
                 name=name,
             )
+    best = accumulate((row["speedup"] if row["feasible"] else 0.0 for row in rows), max)
     figure.add_scatter(
         x=list(range(1, len(rows) + 1)),
-        y=course,
+        y=[value or None for value in best],
         mode="lines",
         line={"color": BLUE, "width": 2, "shape": "hv"},
         name="best so far",
     )
-    again = metadata.get("remeasured", ())
-    presets = [row for row in again if row["name"] in PRESETS and row["speedup"]]
-    if presets:
-        symbols = ["diamond" if row["passed"] else "diamond-open" for row in presets]
-        figure.add_scatter(
-            x=[0] * len(presets),
-            y=[row["speedup"] for row in presets],
-            text=[f"{row['name']}<br>perplexity {change(row)}" for row in presets],
-            mode="markers",
-            marker={"symbol": symbols, "color": ORANGE, "size": 10},
-            name="presets",
-        )
     line_at(figure, "unmodified model", y=1.0)
-    caption = (
-        "Each mark is one run of the model on the search text; the line is the fastest so far "
-        "whose perplexity kept the bound."
+    return Picture(
+        name="best-so-far",
+        title="Best feasible so far",
+        caption="Each mark is one run of the model on the search text; the line is the fastest so "
+        "far whose perplexity kept the bound.",
+        figure=figure,
     )
-    if presets:
-        caption += " Presets stand at 0 (open: over the bound), on the text that judges."
-    return Picture(name="best-so-far", title="Best feasible so far", caption=caption, figure=figure)
 
 
 def tradeoff_figure(results: Results, rows: Rows) -> Picture | None:
     """Speedup against degradation: evaluations, front, what was measured again, the bound."""
-    metadata, front = results.get("metadata"), results.get("front")
+    metadata, held_out = results["metadata"], results.get("validation")
     bound = metadata["max_degradation"]
     if bound is None:
         return None  # a program's own search, of an objective without a bound
@@ -133,14 +105,13 @@ def tradeoff_figure(results: Results, rows: Rows) -> Picture | None:
                 **{"mode": "markers", **style},
             )
 
-    if front:
-        forecast = [point for point in front["points"] if not point["verified"]]
-        dashes = {"color": GREY, "dash": "dash", "width": 1.5}
-        add(forecast, "front, forecast", mode="lines", line=dashes)
+    front = (results.get("front") or {"points": ()})["points"]
+    forecast = [point for point in front if not point["verified"]]
+    dashes = {"color": GREY, "dash": "dash", "width": 1.5}
+    add(forecast, "front, forecast", mode="lines", line=dashes)
     marks = {"color": GREY, "size": 6, "opacity": 0.7}
     add(rows, "on the search text", text=hover(rows), marker=marks)
     again = [row for row in metadata.get("remeasured", ()) if row.get("speedup") is not None]
-    held_out = results.get("validation")
     for some, name, colour, symbol in (
         ([row for row in again if not row["passed"]], "over the bound", ORANGE, "circle"),
         ([row for row in again if row["passed"]], "keeps the bound", BLUE, "circle"),
@@ -190,9 +161,9 @@ def _certified(certificate: Mapping[str, Any] | None) -> Rows:
     """Figures of the certified configuration, where its speed was measured too."""
     if not certificate or not certificate["certified"]:
         return []
-    test = next(t for t in certificate["tests"] if t["name"] == certificate["certified_name"])
-    speed = next((c for c in certificate["claims"] if c["name"] == "speedup"), None)
-    if speed is None or speed.get("measured") is None:
+    test = {row["name"]: row for row in certificate["tests"]}[certificate["certified_name"]]
+    speed = {claim["name"]: claim for claim in certificate["claims"]}.get("speedup", {})
+    if speed.get("measured") is None:
         return []
     return [{**test, "speedup": speed["measured"], "speedup_95": speed["speedup_95"]}]
 
@@ -200,7 +171,7 @@ def _certified(certificate: Mapping[str, Any] | None) -> Rows:
 def measured_table(metadata: Mapping[str, Any], best: Mapping[str, Any] | None) -> Table | None:
     """What was measured on text that was not searched on; ``best`` is the winner's row."""
     rows, baseline = metadata["remeasured"], metadata["baseline"]
-    winner = next((number for number, row in enumerate(rows) if row["config"] == best), None)
+    winner = next((number for number, row in enumerate(rows, 1) if row["config"] == best), None)
     unmodified = {"name": "unmodified model", "perplexity": baseline["perplexity"]}
     unmodified |= {"experts_per_token": metadata["geometry"]["top_k"]}
 
@@ -217,12 +188,12 @@ def measured_table(metadata: Mapping[str, Any], best: Mapping[str, Any] | None) 
     if any(row["learned_pct"] < 100 for row in rows):
         columns["fast / cached / learned, %"] = other(tiers, "0 / 0 / 100")
     if any(row.get("worst_dataset") for row in rows):
-        columns["worst data set"] = _worst
+        columns["worst data set"] = other(_worst)
     return Table.of(
         "Measured on text that was not searched on",
         [unmodified, *rows],
         columns,
-        marked=None if winner is None else winner + 1,
+        marked=winner,
         caption=f"{metadata['ordering_documents']:,} documents. The marked row wins: the fewest "
         "executed experts among those whose upper bound keeps "
         f"{limit(metadata['max_degradation'])}.",
@@ -230,8 +201,6 @@ def measured_table(metadata: Mapping[str, Any], best: Mapping[str, Any] | None) 
 
 
 def _worst(row: Mapping[str, Any]) -> str:
-    if not row.get("worst_dataset"):
-        return ""
     upper = percent(row["worst_degradation_upper_95"])
     return f"{row['worst_dataset']} {percent(row['worst_degradation'])} ({upper})"
 
@@ -257,8 +226,6 @@ def slice_figures(rows: Rows, metadata: Mapping[str, Any]) -> list[Picture]:
                 "cmin": 0,
                 "cmax": 200 * metadata["max_degradation"],
                 "symbol": ["circle" if row["feasible"] else "x" for row in rows],
-                "showscale": len(names) == 1,
-                "colorbar": {"title": {"text": "PPL, %", "side": "right"}, "thickness": 10},
             },
         )
         figures.append(
@@ -270,72 +237,6 @@ def slice_figures(rows: Rows, metadata: Mapping[str, Any]) -> list[Picture]:
                 if name == names[0]
                 else "",
                 figure=figure,
-                small=len(names) > 1,
             )
         )
     return figures
-
-
-def importance_figure(search: Mapping[str, Any], metadata: Mapping[str, Any]) -> Picture | None:
-    """Parameter importance (Optuna's PED-ANOVA, Watanabe et al. 2023).
-
-    Left out of a search by replay, which evaluates near the bound alone.
-    """
-    if metadata.get("replay") or "settings" not in metadata:
-        return None
-    rows = [row for row in search["all_results"] if row["state"] == "complete"]
-    shares = ped_anova(rows, metadata["settings"]["space"])
-    if not shares:
-        return None
-    figure = empty_figure("importance, %", "", height=120 + 44 * len(shares), legend=False)
-    figure.add_bar(
-        y=list(shares),
-        x=[100 * share for share in shares.values()],
-        orientation="h",
-        marker={"color": BLUE},
-    )
-    figure.update_yaxes(autorange="reversed")
-    return Picture(
-        name="importance",
-        title="Which parameters matter for the score",
-        caption=f"PED-ANOVA of {len(rows)} evaluations: how far the best tenth stands apart from "
-        "the rest in each parameter. Few evaluations make it uncertain.",
-        figure=figure,
-    )
-
-
-def ped_anova(rows: Rows, space: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Shares that sum to 1, the largest first; empty where there is too little to judge by.
-
-    Args:
-        rows: complete evaluations with ``params`` and ``score``.
-        space: the search space: type, low, high and log, or the choices, of each parameter.
-    """
-    import optuna
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    known: dict[str, Any] = {}
-    for name, entry in space.items():
-        if entry["type"] == "choice":
-            known[name] = CategoricalDistribution(entry["choices"])
-        elif entry["low"] < entry["high"]:
-            kind: Any = IntDistribution if entry["type"] == "int" else FloatDistribution
-            known[name] = kind(entry["low"], entry["high"], log=entry.get("log", False))
-    level = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        study = optuna.create_study(direction="maximize")
-        for row in rows:
-            params = {name: row["params"][name] for name in known}
-            # A preset may lie outside of narrowed bounds.
-            if all(d._contains(d.to_internal_repr(params[n])) for n, d in known.items()):
-                made = optuna.trial.create_trial(
-                    params=params, distributions=known, value=row["score"]
-                )
-                study.add_trial(made)
-        if len(known) < 2 or len(study.trials) < LEAST_EVALUATIONS:
-            return {}
-        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-        return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
-    finally:
-        optuna.logging.set_verbosity(level)

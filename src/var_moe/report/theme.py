@@ -13,7 +13,6 @@ BLUE, ORANGE, GREEN, RED = "#3f86c8", "#e08a2e", "#2f9e6e", "#d1505c"
 PURPLE, TEAL, GREY = "#9270c4", "#2b9fb0", "#8b9098"
 SERIES = (BLUE, ORANGE, GREEN, PURPLE, TEAL, RED, "#b0894f", "#c765a5", "#7f9f3f", "#5c6ac4")
 TALL = 460  # pixels of the figures that matter most
-DENSITY = [[0.0, "rgba(63,134,200,0.0)"], [0.02, "rgba(63,134,200,0.15)"], [1.0, BLUE]]
 COLD_TO_HOT = [[0.0, GREEN], [0.5, "#d9b23c"], [1.0, RED]]
 LOGARITHMIC = {"type": "log", "minorloglabels": "complete"}  # of an axis
 MOST_HOVERED = 2000
@@ -36,6 +35,8 @@ def empty_figure(x: str, y: str, *, height: int = 400, legend: bool = True) -> A
         hoverlabel={"align": "left"},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
+        colorway=SERIES,
+        barmode="stack",
     )
     axis = {"automargin": True, "showline": True, "ticks": "outside", "zeroline": False}
     figure.update_xaxes(title={"text": x, "standoff": 8, "font": {"size": 13}}, **axis)
@@ -87,9 +88,9 @@ def factor(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}x"
 
 
-def between(ends: Sequence[float] | None, digits: int = 3) -> str:
-    """An interval, as [1.255, 1.472]."""
-    return "" if not ends else f"[{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
+def between(ends: Sequence[float] | None) -> str:
+    """An interval of speedups, as [1.255, 1.472]."""
+    return "" if not ends else f"[{ends[0]:.3f}, {ends[1]:.3f}]"
 
 
 def change(row: Mapping[str, Any]) -> str:
@@ -97,27 +98,31 @@ def change(row: Mapping[str, Any]) -> str:
     return f"{percent(row['degradation'])} ({percent(row['degradation_upper_95'])})"
 
 
-def speedup(row: Mapping[str, Any], missing: str = "not timed") -> str:
+def change_interval(row: Mapping[str, Any]) -> str:
+    """A degradation with its interval, as +0.78% [0.72, 0.83]."""
+    low, high = row["degradation_interval"]
+    return f"{percent(row['degradation'])} [{100 * low:.2f}, {100 * high:.2f}]"
+
+
+def speedup(row: Mapping[str, Any]) -> str:
     """A speedup with its interval."""
     if row.get("speedup") is None:
-        return missing
+        return "not timed"
     return f"{factor(row['speedup'])} {between(row.get('speedup_95'))}".strip()
 
 
 def tiers(row: Mapping[str, Any]) -> str:
     """Fast, cached, learned in percent."""
-    return " / ".join(f"{row[name]:.1f}" for name in ("fast_pct", "cached_pct", "learned_pct"))
-
-
-def setting(value: Any) -> str:
-    """A parameter's value, short."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "{fast_pct:.1f} / {cached_pct:.1f} / {learned_pct:.1f}".format_map(row)
 
 
 def settings(config: Mapping[str, Any]) -> str:
     """A configuration's own parameters on one line."""
     inner = config.get("settings", config)
-    return ", ".join(f"{name} {setting(value)}" for name, value in inner.items())
+    return ", ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in inner.items()
+    )
 
 
 def kind(config: Mapping[str, Any]) -> str:
