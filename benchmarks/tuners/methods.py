@@ -74,7 +74,7 @@ def replay(bench: Bench, seed: int, folder: Path) -> OptimizationResult:
     """Forecasts choose the full evaluations."""
     return replay_search(
         bench.objective,
-        bench.forecaster,
+        Forecasts(bench.forecaster),
         n_calls=bench.setting.replay_evaluations,
         storage=folder / LOG_NAME,
         **_common(bench, seed),

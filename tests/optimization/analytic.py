@@ -14,7 +14,7 @@ import optuna
 
 from var_moe.optimization.methods import bayesian_optimization, random_search
 from var_moe.optimization.results import Evaluation, documented_score
-from var_moe.optimization.search_space import grid_point, grid_size
+from var_moe.optimization.search_space import Choice, dimensions, grid_point, grid_size
 from var_moe.optimization.trial_log import STUDY_NAME
 
 SMALL_SPACE = {
@@ -103,6 +103,17 @@ def rich_evaluation(params, *, degradation, speedup, bound, learned_pct=80.0, **
         predicted_speedup=speedup,
         learned_pct=learned_pct,
         **more,
+    )
+
+
+def is_point(space, point):
+    """Whether a point has the names of a space, in order, and a value of each."""
+    dims = dimensions(space)
+    return list(point) == [d.name for d in dims] and all(
+        point[d.name] in d.choices
+        if isinstance(d, Choice)
+        else type(point[d.name]) is type(d.default) and d.low <= point[d.name] <= d.high
+        for d in dims
     )
 
 

@@ -16,6 +16,7 @@ from var_moe.optimization.validation import profile_beside
 
 POINT = {
     "verified": True,
+    "name": "balanced",
     "config": {"policy": "top_p", "settings": {"p": 0.7}},
     "degradation": 0.001,
     "degradation_upper_95": 0.002,

@@ -10,22 +10,25 @@ import torch
 
 from var_moe.config import VARConfig
 from var_moe.errors import UsageError
-from var_moe.evaluation.evaluator import SpeedSetting
 from var_moe.optimization.methods import random_search
 from var_moe.optimization.results import OptimizationResult
-
-SMALL = SpeedSetting(batch_size=2, sequence=64, forwards=1)
 
 
 @pytest.fixture(scope="module")
 def tiny(make_tiny_mixtral, tiny_tokenizer, tiny_texts):
-    return {"model": make_tiny_mixtral(), "tokenizer": tiny_tokenizer, "texts": tiny_texts}
+    model = make_tiny_mixtral(layers=2)
+    return {"model": model, "tokenizer": tiny_tokenizer, "texts": tiny_texts[:16]}
+
+
+@pytest.fixture(scope="module")
+def objective(tiny):
+    return create(tiny, max_quality_degradation=0.5)
 
 
 def create(tiny, **options):
     from optimization.hyperparameter_optimization import create_objective_function
 
-    options = {"validation_data": tiny["texts"], "setting": SMALL, **options}
+    options = {"validation_data": tiny["texts"], **options}
     return create_objective_function(model=tiny["model"], tokenizer=tiny["tokenizer"], **options)
 
 
@@ -69,21 +72,19 @@ def test_the_documented_snippet(tiny, tmp_path):
     assert (tmp_path / "best_config.json").is_file()
 
 
-def test_score_follows_the_documented_formula(tiny):
-    objective = create(tiny, max_quality_degradation=0.5)
+def test_score_follows_the_documented_formula(objective, monkeypatch):
     found = objective.evaluate({"confidence_threshold": 0.9})
     assert found.feasible
     bonus = max(0.0, (15 - found.learned_pct) / 100)
     assert found.score == pytest.approx(found.speedup + bonus)
-    objective.max_degradation = -1.0
+    monkeypatch.setattr(objective, "max_degradation", -1.0)
     over = objective.evaluate({"confidence_threshold": 0.9})
     assert over.score == pytest.approx(-100 * (1 + over.degradation))
     assert over.speedup is None
     assert over.predicted_speedup > 0
 
 
-def test_evaluations_repeat_exactly(tiny):
-    objective = create(tiny)
+def test_evaluations_repeat_exactly(objective):
     one, two = (objective.evaluate({"confidence_threshold": 0.7}) for _ in range(2))
     assert one.degradation == two.degradation
     assert one.experts_per_token == two.experts_per_token
@@ -101,8 +102,8 @@ def test_wrong_baselines_are_warned_about_with_both_figures(tiny, caplog):
 def test_half_calibrates_and_this_is_logged(tiny, caplog):
     with caplog.at_level(logging.WARNING):
         objective = create(tiny)
-    assert "30 of the 60 documents calibrate, the other 30 are scored" in caplog.text
-    assert len(objective.evaluator.documents) == 30
+    assert "8 of the 16 documents calibrate, the other 8 are scored" in caplog.text
+    assert len(objective.evaluator.documents) == 8
 
 
 @pytest.mark.parametrize("kind", ["dataset", "tensor", "list of tensors"])
@@ -143,9 +144,8 @@ def test_a_dense_model_is_refused(tiny):
         create({**tiny, "model": LlamaForCausalLM(config)})
 
 
-def test_a_doubtful_speedup_is_measured_again(tiny, monkeypatch):
+def test_a_doubtful_speedup_is_measured_again(objective, monkeypatch):
     """A figure far from what the executed pairs predict is not believed at once."""
-    objective = create(tiny, max_quality_degradation=0.5)
     evaluator = objective.evaluator
     predicted = evaluator.predicted_speedup(1.5)
     real, blocks = evaluator.speed, []
@@ -175,8 +175,7 @@ def test_the_best_is_measured_again_on_all_documents_and_in_its_own_mode(tiny):
         random_search(objective, n_calls=1, verbose=False, mode="verified")
 
 
-def test_where_the_upper_bound_breaks_the_limit_the_default_is_returned(tiny):
-    objective = create(tiny)
+def test_where_the_upper_bound_breaks_the_limit_the_default_is_returned(objective, monkeypatch):
     point = {"frequency_threshold": 0, "confidence_threshold": 0.5, "entropy_threshold": 1.5}
     searched = OptimizationResult(
         best_params=VARConfig(),
@@ -185,7 +184,8 @@ def test_where_the_upper_bound_breaks_the_limit_the_default_is_returned(tiny):
         evaluations=(objective.evaluate(point),),
         converged=False,
     )
-    objective.max_degradation = -0.99  # whatever a random model does, it can't do this
+    # Whatever a random model does, it can't do this.
+    monkeypatch.setattr(objective, "max_degradation", -0.99)
     found = objective.confirm(searched)
     assert found.best_params == VARConfig()
     assert found.best_score < 0

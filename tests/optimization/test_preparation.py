@@ -60,6 +60,7 @@ def test_where_each_is_judged_the_first_are_as_many_of_each():
     assert {d.id for d in first} == {d.id for d in halves(mixed(a=30, b=10))[0]}
 
 
+@pytest.mark.slow
 def test_a_profile_is_obtained_once_with_its_damages(tiny_model_folder, tiny_text_folder, tmp_path):
     loaded, dataset = load_model(str(tiny_model_folder)), str(tiny_text_folder)
     said = []
@@ -71,6 +72,7 @@ def test_a_profile_is_obtained_once_with_its_damages(tiny_model_folder, tiny_tex
             dataset,
             given=given,
             folder=tmp_path,
+            tokens=300,
             progress=lambda what, done, total: said.append(what),
         )
 
@@ -100,7 +102,7 @@ def test_a_profile_that_a_search_is_resumed_with_is_not_replaced(
 ):
     """Its results could not be validated any more."""
     loaded, dataset = load_model(str(tiny_model_folder)), str(tiny_text_folder)
-    options = {"given": None, "folder": tmp_path, "keep": True}
+    options = {"given": None, "folder": tmp_path, "keep": True, "damages": False}
     first, place = obtain_profile(loaded, dataset, tokens=300, **options)
     assert obtain_profile(loaded, dataset, tokens=300, **options)[0].hash == first.hash
     with pytest.raises(UsageError, match="with 200 tokens; resume with the same --model"):
@@ -112,7 +114,8 @@ def test_a_profile_of_the_text_as_it_was_tokenised_before_is_not_reused(
     tiny_model_folder, tiny_text_folder, tmp_path
 ):
     """One start token less, with the same vocabulary: as an edited tokenizer_config.json leaves."""
-    dataset, options = str(tiny_text_folder), {"given": None, "folder": tmp_path, "tokens": 300}
+    dataset = str(tiny_text_folder)
+    options = {"given": None, "folder": tmp_path, "tokens": 300, "damages": False}
     loaded = load_model(str(tiny_model_folder))
     first, _ = obtain_profile(loaded, dataset, **options)
     loaded.tokenizer.backend_tokenizer.post_processor = ByteLevel()

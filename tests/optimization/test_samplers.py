@@ -93,14 +93,6 @@ def test_a_process_that_cannot_be_fitted_is_replaced_by_chance(monkeypatch, capl
     assert "drawn at random" in caplog.text
 
 
-def test_points_of_ones_own_come_after_the_default():
-    own = [{"x": 0.45, "n": 1}, {"n": 2, "x": 0.4}]
-    result = search(SmallObjective(), 3, enqueue=own)
-    assert [e.params for e in result.evaluations] == [{"x": 0.2, "n": 8}, *own]
-    with pytest.raises(UsageError, match=r"enqueue\[0\]: n = 41"):
-        search(SmallObjective(), 3, enqueue=[{"x": 0.45, "n": 41}])
-
-
 def test_optuna_is_left_as_it_was(tmp_path, capfd):
     optuna.logging.set_verbosity(optuna.logging.INFO)
     search(SmallObjective(), 2, storage=tmp_path / LOG_NAME)

@@ -2,14 +2,13 @@ import itertools
 import math
 
 import pytest
-from analytic import grid_points
+from analytic import grid_points, is_point
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from var_moe.config import SEARCH_SPACE
 from var_moe.errors import UsageError
 from var_moe.optimization.search_space import (
-    check_point,
     defaults,
     dimensions,
     fresh_sample,
@@ -63,10 +62,7 @@ def test_a_sample_depends_on_seed_and_index_alone(space, seed, index):
     first = sample(space, seed, index)
     sample(space, seed + 1, index + 1)
     assert sample(space, seed, index) == first
-    for d in dimensions(space):
-        assert type(first[d.name]) is (int if d.integer else float)
-        assert d.low <= first[d.name] <= d.high
-    assert check_point(space, first) == first
+    assert is_point(space, first)
 
 
 def test_samples_cover_an_integer_range_evenly():
@@ -119,7 +115,7 @@ def test_a_grid_point_by_its_index(space, n_points):
     values = [d.grid(n_points) for d in dimensions(space)]
     points = [dict(zip(space, row, strict=True)) for row in itertools.product(*values)]
     assert grid_points(space, n_points) == points
-    assert all(check_point(space, p) == p for p in points)
+    assert all(is_point(space, p) for p in points)
 
 
 def test_starting_points_are_the_default_and_the_presets():
@@ -154,10 +150,10 @@ def test_bounds():
         ("cache_size", "expected name=low:high"),
         ("cache_size=5", "expected name=low:high"),
         ("cachesize=1:2", "unknown name 'cachesize'"),
-        ("cache_size=1:many", "'many' is not an integer"),
-        ("cache_size=1.5:9", "'1.5' is not an integer"),
-        ("entropy_threshold=0:inf", "'inf' is not a number"),
-        ("entropy_threshold=nan:1", "'nan' is not a number"),
+        ("cache_size=1:many", "'many' is not a number"),
+        ("cache_size=1.5:9", "low = 1.5: expected an integer"),
+        ("entropy_threshold=0:inf", "high = inf: expected a finite number"),
+        ("entropy_threshold=nan:1", "low = nan: expected a finite number"),
         ("entropy_threshold=1:0.5", "low = 1.0 is above high = 0.5"),
         ("entropy_threshold=-1:1", "VARConfig.entropy_threshold = -1.0"),
         ("confidence_threshold=0.5:1.5", "VARConfig.confidence_threshold = 1.5"),
@@ -244,14 +240,8 @@ def test_a_scale_survives_bounds_and_is_checked_against_them():
     assert {key: space[key] for key in expected} == expected
     assert space["default"] == pytest.approx(0.01)
     assert "log" not in dimensions(ONE)[0].to_dict()
-    with pytest.raises(UsageError, match=r"tau: low = 0\.0: expected a value"):
+    with pytest.raises(UsageError, match=r"tau: low = 0"):
         parse_bounds(["tau=0:1"], TAU)
-
-
-@pytest.mark.parametrize("point", [{}, {"x": 0.5, "y": 1}, {"x": 2.0}, {"x": "0.5"}, {"x": None}])
-def test_a_point_outside_the_space_is_refused(point):
-    with pytest.raises(UsageError, match="enqueue"):
-        check_point(ONE, point, what="enqueue[0]")
 
 
 STAND_IN = {"type": "choice", "choices": ["none", "means", "learned"], "default": "learned"}
@@ -270,8 +260,6 @@ def test_names_to_choose_from():
     assert grid_size(WITH_NAMES, 1) == 3
     assert [point["compensation"] for point in grid_points(WITH_NAMES, 1)] == STAND_IN["choices"]
     assert point_count({"compensation": STAND_IN}) == 3
-    assert check_point(WITH_NAMES, start[1]) == start[1]
-    with pytest.raises(UsageError, match="compensation = 'mean': expected one of none, means"):
-        check_point(WITH_NAMES, {"tau": 0.5, "compensation": "mean"})
+    assert is_point(WITH_NAMES, start[1])
     with pytest.raises(UsageError, match="compensation has no range"):
         parse_bounds(["compensation=0:1"], WITH_NAMES)

@@ -22,7 +22,6 @@ from var_moe.config import SEARCH_SPACE, check_count, check_seed
 from var_moe.errors import UsageError
 from var_moe.extras import require
 from var_moe.optimization.candidate import documented_params
-from var_moe.optimization.forecast import Forecaster
 from var_moe.optimization.replay_sampler import Forecasts, ReplaySampler
 from var_moe.optimization.results import Evaluation, OptimizationResult
 from var_moe.optimization.samplers import (
@@ -30,7 +29,6 @@ from var_moe.optimization.samplers import (
     NumberedSampler,
     PointSampler,
     SkoptSampler,
-    check_enqueue,
 )
 from var_moe.optimization.search_space import (
     Params,
@@ -70,8 +68,6 @@ class SearchOptions(TypedDict, total=False):
             from result to result; so by default.
         settings: JSON values that decide the results besides the space and the seed (model,
             data, profile); resuming with others is refused by name.
-        on_evaluation: called with each new evaluation of this process, how many the search has
-            by then, and the total.
         should_stop: asked before each evaluation; True ends the search early.
     """
 
@@ -81,7 +77,6 @@ class SearchOptions(TypedDict, total=False):
     mode: str | None
     confirm: bool
     settings: Mapping[str, Any] | None
-    on_evaluation: Callable[[Evaluation, int, int], None] | None
     should_stop: Callable[[], bool] | None
 
 
@@ -160,7 +155,6 @@ def bayesian_optimization(
     verbose: bool = True,
     *,
     engine: str = "optuna",
-    enqueue: Sequence[Mapping[str, Any]] = (),
     n_startup: int | None = None,
     **options: Unpack[SearchOptions],
 ) -> OptimizationResult:
@@ -176,7 +170,6 @@ def bayesian_optimization(
         n_calls: evaluations, see `random_search`.
         verbose: progress on stderr.
         engine: ``"optuna"`` or ``"skopt"``.
-        enqueue: further points to evaluate after the presets.
         n_startup: evaluations before the process is asked, see `GuidedSampler`.
         options: seed, storage, resume, ...: see `SearchOptions`.
 
@@ -188,13 +181,10 @@ def bayesian_optimization(
         raise UsageError(f"engine = {engine!r}: expected one of {', '.join(ENGINES)}")
     if engine == "skopt":
         require("skopt")
-    points = check_enqueue(search_space, enqueue)
     n_startup = check_count("n_startup", n_startup)
 
     def sampler_of(seed: int, total: int) -> PointSampler:
-        return ENGINES[engine](
-            search_space, seed=seed, total=total, enqueue=points, n_startup=n_startup
-        )
+        return ENGINES[engine](search_space, seed=seed, total=total, n_startup=n_startup)
 
     return run_search(
         objective_fn,
@@ -203,7 +193,7 @@ def bayesian_optimization(
         method=f"bayesian-{engine}",
         total=CALLS,
         n_calls=n_calls,
-        own={"enqueue": points, "n_startup": n_startup},
+        own={"n_startup": n_startup, "enqueue": []},
         verbose=verbose,
         **options,
     )
@@ -211,7 +201,7 @@ def bayesian_optimization(
 
 def replay_search(
     objective_fn: RichObjective,
-    forecaster: Forecaster,
+    forecasts: Forecasts,
     search_space: SearchSpace = SEARCH_SPACE,
     n_calls: int | None = None,
     verbose: bool = True,
@@ -227,7 +217,7 @@ def replay_search(
     """
 
     def sampler_of(seed: int, _total: int) -> PointSampler:
-        bound, forecasts = objective_fn.max_degradation, Forecasts(forecaster)
+        bound = objective_fn.max_degradation
         return ReplaySampler(search_space, forecasts, bound=bound, seed=seed, points=points)
 
     return run_search(
@@ -283,7 +273,6 @@ def run_search(
     # Fails on a wrong mode now rather than after the last evaluation.
     default = documented_params(defaults(space), mode)
     stop = options.get("should_stop") or (lambda: False)
-    listener = options.get("on_evaluation")
     opened = open_study(options.get("storage"), header, resume=options.get("resume", False))
     with opened as (study, header):
         if n_calls is not None:
@@ -294,11 +283,9 @@ def run_search(
             _say(f"resuming: {len(before)} of {header.total} evaluations are done")
         with Worker(study, sampler_of(header.seed, header.total), objective, bound) as work:
             for evaluation in work.evaluations(stop):
-                done = Trials.of(study).evaluations
                 if verbose:
+                    done = Trials.of(study).evaluations
                     _say(progress_line(evaluation, done, header.total))
-                if listener is not None:
-                    listener(evaluation, len(done), header.total)
         evaluations = Trials.of(study).evaluations
     seconds = time.perf_counter() - started
     best, miss = best_evaluation(evaluations), nearest_miss(evaluations)

@@ -106,9 +106,6 @@ class TraceForecaster:
         """All combinations of evenly spaced values, one axis per setting."""
         count = check_grid(space, n_points)
         values = {d.name: tuple(d.grid(count)) for d in dimensions(space)}
-        if COMPENSATION in values:  # each has a trace of its own
-            return self._grid_of_points(values, progress)
-        replayer = self._replayers[self._default]
 
         def speedups(pairs: NDArray[np.int64], residual: bool) -> Floats:
             return self.cost.speedups(
@@ -118,24 +115,11 @@ class TraceForecaster:
                 residual=self._decided and residual,
             )
 
+        replayer = self._replayers[self._default]
         columns = replayer.grid(values, self._fixed, speedups=speedups, progress=progress)
         if "degradation" not in columns:
             raise UsageError(not_replayable(self._policy))
         return ForecastGrid(values=values, columns=columns)
-
-    def _grid_of_points(
-        self, values: Mapping[str, tuple[Any, ...]], progress: Progress | None
-    ) -> ForecastGrid:
-        empty = ForecastGrid(values=values, columns={})
-        points = [empty.point(number) for number in range(empty.size)]
-        forecasts = self.forecast(points, progress)
-        return ForecastGrid(
-            values=values,
-            columns={
-                f.name: np.array([getattr(one, f.name) for one in forecasts]).reshape(empty.shape)
-                for f in fields(Forecast)
-            },
-        )
 
     def _settings(self, point: Params) -> dict[str, Any]:
         own = {name: value for name, value in point.items() if name != COMPENSATION}

@@ -75,8 +75,6 @@ class Forecasts:
         self._known.update(zip(new, made, strict=True))
         return [self._known[key] for key in keys]
 
-    forecast = of  # it forecasts, too
-
     def learn(self, points: Sequence[Params], forecasts: Sequence[Forecast]) -> None:
         """Take over forecasts that were made elsewhere, as those of a whole grid."""
         self._known.update(zip(map(point_key, points), forecasts, strict=True))

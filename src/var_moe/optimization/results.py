@@ -28,8 +28,8 @@ INFEASIBLE_PENALTY = -100.0
 COMPLETE = "complete"
 FAILED = "failed"
 # What is no number, and what is never None.
-_KINDS = {"params": dict, "feasible": bool, "complete": bool, "state": str, "error": str}
-_NEVER_NONE = ("params", "complete", "state", "seconds", "suggestion_seconds")
+_KINDS = {"params": dict, "feasible": bool, "state": str, "error": str}
+_NEVER_NONE = ("params", "state", "seconds", "suggestion_seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,6 @@ class Evaluation:
         cache_hit_rate: of all look-ups.
         experts_per_token: executed pairs / (layers x tokens).
         feasible: whether the degradation is within the bound; None without a bound.
-        complete: whether the whole text was scored; some evaluations of earlier versions were not.
         state: ``"complete"`` or ``"failed"``.
         error: why it failed, in one line.
         seconds: wall time of the evaluation; the search fills it in.
@@ -70,7 +69,6 @@ class Evaluation:
     cache_hit_rate: float | None = None
     experts_per_token: float | None = None
     feasible: bool | None = None
-    complete: bool = True
     state: str = COMPLETE
     error: str | None = None
     seconds: float = 0.0
@@ -94,7 +92,8 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values; a number that JSON has no word for becomes None."""
-        return dict(jsonable(dataclasses.asdict(self)))
+        values = {**dataclasses.asdict(self), "complete": True}  # the whole text was scored
+        return dict(jsonable(values))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str = "Evaluation") -> Evaluation:
@@ -103,6 +102,7 @@ class Evaluation:
         Raises:
             UsageError: a key is unknown, or a value of another kind; names it.
         """
+        values = {name: value for name, value in values.items() if name != "complete"}
         known = [f.name for f in dataclasses.fields(cls)]
         unknown = [key for key in values if key not in known]
         if unknown or "params" not in values:

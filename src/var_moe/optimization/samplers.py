@@ -13,7 +13,7 @@ import logging
 import time
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -32,9 +32,7 @@ from var_moe.optimization.search_space import (
     Dimension,
     Params,
     SearchSpace,
-    check_point,
     dimensions,
-    distinct,
     fresh_sample,
     point_key,
     starting_points,
@@ -151,17 +149,15 @@ class NumberedSampler(PointSampler):
 class GuidedSampler(PointSampler):
     """A sampler with a model, and the rules that all of them share.
 
-    First come the default configuration, the presets and the caller's own points, then random
-    ones, up to `n_startup` in all (by default a quarter of the evaluations, 5 to 10; never fewer
-    than the given points). Later a random point stands in after a failed evaluation and for a
-    point that was evaluated already: a failure tells the model nothing, so that it would ask for
-    nearly the same again, and a repeat would tell it little.
+    First come the default configuration and the presets, then random points, up to `n_startup` in
+    all (by default a quarter of the evaluations, 5 to 10). Later a random point stands in after a
+    failed evaluation and for a point that was evaluated already: a failure tells the model nothing,
+    so that it would ask for nearly the same again.
 
     Args:
         space: the search space.
         seed: of the search.
         total: evaluations planned.
-        enqueue: points to evaluate after the presets.
         n_startup: evaluations before the model is asked.
     """
 
@@ -171,13 +167,12 @@ class GuidedSampler(PointSampler):
         *,
         seed: int,
         total: int,
-        enqueue: Sequence[Mapping[str, Any]] = (),
         n_startup: int | None = None,
     ) -> None:
         super().__init__(space, seed=seed)
         if n_startup is None:
             n_startup = min(10, max(5, total // 4))
-        points = distinct([*starting_points(space), *check_enqueue(space, enqueue)])
+        points = starting_points(space)
         while len(points) < n_startup:
             points.append(fresh_sample(space, seed, len(points), points))
         self.start = points
@@ -203,11 +198,6 @@ class GuidedSampler(PointSampler):
         if point is None or point_key(point) in trials.seen:
             return fresh_sample(self.space, self.seed, trials.number, trials.points)
         return point
-
-
-def check_enqueue(space: SearchSpace, points: Sequence[Mapping[str, Any]]) -> list[Params]:
-    """The caller's own first points, checked against the space."""
-    return [check_point(space, one, what=f"enqueue[{place}]") for place, one in enumerate(points)]
 
 
 class GPPointSampler(GuidedSampler):

@@ -197,8 +197,8 @@ def worker(run: str) -> dict[str, Any]:
 def is_lost(trial: FrozenTrial) -> bool:
     """Whether the process of a running trial is gone.
 
-    On its own machine that is known at once; of other machines, when they have said nothing for
-    `LOST_SECONDS`.
+    On its own machine that is known at once, by Linux's table of processes; else when it has said
+    nothing for `LOST_SECONDS`.
     """
     told: Mapping[str, Any] | None = trial.user_attrs.get(WORKER)
     if told is None:
