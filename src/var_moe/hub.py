@@ -54,6 +54,18 @@ def answers(seconds: float) -> bool:
     return answered.is_set()
 
 
+def is_id(name: str) -> bool:
+    """Whether the Hub could have a repository of this name."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
 def cache_only(kind: str, name: str, *, repo: str) -> bool:
     """Whether the local cache is all there is: True for cached and out of reach.
 
@@ -67,30 +79,19 @@ def cache_only(kind: str, name: str, *, repo: str) -> bool:
     Raises:
         UsageError: no Hub id can be written like this, or it is neither cached nor in reach.
     """
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
-    try:
-        validate_repo_id(repo)
-    except HFValidationError:
+    if not is_id(repo):
         raise UsageError(
             f"{kind} {name!r}: no such file or folder, and no name that the Hub could have"
-        ) from None
+        )
     if reachable():
         return False
     if in_cache(kind, repo):
         return True
-    from huggingface_hub import constants
-
-    why = (
-        "the Hugging Face Hub does not answer: HF_HUB_OFFLINE is set"
-        if constants.HF_HUB_OFFLINE
-        else f"the Hugging Face Hub does not answer within {PROBE_SECONDS:g} s"
-    )
+    why = "HF_HUB_OFFLINE is set" if offline() else f"no answer within {PROBE_SECONDS:g} s"
     how = f"download it (hf download {repo})" if kind == "model" else "load it once"
     raise UsageError(
-        f"{kind} {name!r}: neither a local path nor in the local Hub cache, and {why}; give a "
-        f"local path, or {how} where there is a network"
+        f"{kind} {name!r}: neither a local path nor in the local Hub cache, and the Hub is out of "
+        f"reach ({why}); give a local path, or {how} where there is a network"
     )
 
 
@@ -101,10 +102,8 @@ def in_cache(kind: str, repo: str) -> bool:
     # The datasets library finds offline what it has prepared, not what was downloaded. It
     # writes the name in snake case; comparing without case and _ spares its slow import.
     wanted = _plain(repo.replace("/", "___"))
-    for place in _datasets_cache().glob("*/*/*/*"):
-        if place.is_dir() and _plain(place.parts[-4]) == wanted:
-            return True
-    return False
+    places = _datasets_cache().glob("*/*/*/*")
+    return any(place.is_dir() and _plain(place.parts[-4]) == wanted for place in places)
 
 
 def cached_folder(repo: str) -> Path | None:

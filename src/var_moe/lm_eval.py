@@ -20,8 +20,7 @@ from var_moe.models.loading import DEMO_FOLDER, LoadedModel
 from var_moe.optimization.candidate import load_candidate
 from var_moe.optimization.validation import find_profile
 from var_moe.routing.base import RoutingPolicy
-from var_moe.serving.folder import load_exported
-from var_moe.serving.place import HEAD_FILE
+from var_moe.serving.folder import HEAD_FILE, load_exported
 from var_moe.storage import expanded
 
 require("lm_eval.models.huggingface")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import logging
 import math
 import os
 import platform
@@ -27,8 +26,6 @@ try:
     import fcntl
 except ImportError:  # no Unix
     fcntl = None  # type: ignore[assignment]
-
-_LOG = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 
@@ -224,8 +221,8 @@ def alone_in(folder: Path) -> Iterator[None]:
                 raise UsageError(
                     f"{folder}: another run is using it; wait for it or choose another folder"
                 ) from None
-            except OSError:
-                _LOG.debug("%s: its file system has no locks on folders", folder)
+            except OSError:  # a file system without locks on folders
+                pass
         yield
     finally:
         if handle is not None:

@@ -61,12 +61,11 @@ def prompt(number: int) -> Tensor:
 
 
 def answer(model: Any, number: int) -> list[int]:
-    found: Tensor = model.generate(prompt(number), max_new_tokens=12, do_sample=False)
+    found: Tensor = model.generate(prompt(number), max_new_tokens=8, do_sample=False)
     return found[0].tolist()
 
 
-@pytest.mark.parametrize("backend", ["sorted", "packed"])
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize(("name", "backend"), [("top_p", "sorted"), ("var", "packed")])
 def test_answers_of_several_threads_are_those_of_one(model, name, backend):
     numbers = range(THREADS * CALLS)
     with routed(model, POLICIES[name](model), backend=backend) as session:

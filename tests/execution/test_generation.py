@@ -19,7 +19,7 @@ from var_moe.models.moe_layers import experts_modules
 from var_moe.routing.decision import ForwardContext, Routing, Tier
 from var_moe.routing.var import RoutingTable, VARPolicy
 
-MODULES = ("mixtral", "olmoe", "qwen3_moe", "gpt_oss")
+MODULES, SLOW = ("mixtral", "gpt_oss"), ("olmoe", "qwen3_moe", "demo")
 PAD, END = 0, 7
 LETTERS = 14  # prompts are made of few ids, so that contexts repeat
 
@@ -96,7 +96,10 @@ def recorder(model: Any, *, scope: str = "document", **settings: Any) -> Recorde
     return policy
 
 
-@pytest.fixture(scope="module", params=[*MODULES, pytest.param("demo", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module",
+    params=[*MODULES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)],
+)
 def model(request: pytest.FixtureRequest) -> Any:
     if request.param == "demo":
         return load_model("demo", dtype="float32").model
@@ -120,7 +123,7 @@ def alone(model: Any, text: list[int], policy: Recorder) -> Row:
     """Decisions when one text is scored alone from an empty cache."""
     policy.reset()
     policy.forwards = []
-    with routed(model, policy), torch.inference_mode():
+    with routed(model, policy, backend="sorted"), torch.inference_mode():
         model(input_ids=torch.tensor([text]), use_cache=False)
     return policy.rows()[0]
 
@@ -153,13 +156,14 @@ GENERATE = {
 }
 
 
-@pytest.mark.parametrize("mode", ["plain", "verified"])
-@pytest.mark.parametrize("kind", GENERATE)
+@pytest.mark.parametrize(
+    ("kind", "mode"), [*((kind, "verified") for kind in GENERATE), ("greedy", "plain")]
+)
 def test_generation_decides_as_scoring_the_finished_text(model: Any, kind: str, mode: str) -> None:
     given = prompts((9, 14, 5))
     policy = recorder(model, mode=mode)
     torch.manual_seed(11)
-    with routed(model, policy) as session:
+    with routed(model, policy, backend="sorted") as session:
         out = model.generate(
             **given, max_new_tokens=24, eos_token_id=END, pad_token_id=PAD, **GENERATE[kind]
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 
 import pytest
@@ -135,12 +134,10 @@ def test_copies_go_with_the_session_or_the_handle(
     backend = None if named else open_backend("packed")
     with routed(model, NativePolicy(), backend=backend or "packed"):
         model(prompt_ids)
-    gc.collect()
     assert len(made) == 3 * 8
     assert {one() is None for one in made} == {named}
     if backend is not None:
         backend.close()
-        gc.collect()
         assert all(one() is None for one in made)
 
 
@@ -156,14 +153,14 @@ def test_rows_are_padded_to_few_numbers(module, monkeypatch):
     monkeypatch.setattr(room._PackedExpert, "run", run)
     dice = torch.Generator().manual_seed(4)
     backend = PackedBackend()
-    for tokens in range(700, 760, 3):
+    for tokens in range(700, 760, 6):
         hidden = torch.randn(tokens, module.gate_up_proj.shape[2], generator=dice)
         index = torch.rand(tokens, module.num_experts, generator=dice).argsort(dim=1)[:, :2]
         layer = hidden, index, torch.rand(tokens, 2, generator=dice)
         got = backend.run(module, *layer)
         expected = SortedBackend().run(module, *layer)
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-    assert len(ran) == 20 * module.num_experts
+    assert len(ran) == 10 * module.num_experts
     # A few experts are the last of their buffer, which has room for their padding too.
     assert {rows == room.padded(rows) for rows in ran} == {True}
     assert len(set(ran)) < 40
@@ -231,18 +228,4 @@ class TestTheChoice:
             pass
 
         monkeypatch.setattr(torch.ops, "mkldnn", Nothing())
-        assert not has_kernels.__wrapped__(torch.float32)
-
-    def test_products_that_are_wrong_are_not_used(self, monkeypatch):
-        own = torch.ops.mkldnn
-
-        class Wrong:
-            _reorder_linear_weight = staticmethod(own._reorder_linear_weight)
-
-            @staticmethod
-            def _linear_pointwise(*given):
-                return own._linear_pointwise(*given) + 1
-
-        Wrong._linear_pointwise.binary = lambda *given: own._linear_pointwise.binary(*given)
-        monkeypatch.setattr(torch.ops, "mkldnn", Wrong)
         assert not has_kernels.__wrapped__(torch.float32)

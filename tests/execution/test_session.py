@@ -112,6 +112,7 @@ def test_an_unknown_backend_is_refused(model):
         pass
 
 
+@pytest.mark.slow  # importing the compiler takes seconds
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_compiled_model_is_refused(make_tiny_mixtral, in_place):
     model = make_tiny_mixtral()

@@ -14,8 +14,7 @@ from var_moe.optimization.candidate import Candidate, load_candidate
 from var_moe.optimization.results import CONFIG_FILE, METADATA_FILE
 from var_moe.optimization.validation import find_profile
 from var_moe.report.certificate import model_card
-from var_moe.serving.folder import save_exported
-from var_moe.serving.place import CARD_FILE
+from var_moe.serving.folder import CARD_FILE, save_exported
 from var_moe.storage import atomic_write_text, check_output_folder, entries_of, read_json
 
 _QUOTED = ("sentence", "confirmatory", "not_claimed", "alpha", "max_degradation", "text")

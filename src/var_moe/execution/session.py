@@ -67,12 +67,6 @@ class _Turn:
                 self.give()
 
 
-class _Announced(threading.local):
-    """The next forward's tokens as this thread has announced them."""
-
-    context: ForwardContext | None = None
-
-
 class Session:
     """A routed model's running state: the policy, the running forward's context, the observers.
 
@@ -93,7 +87,7 @@ class Session:
         self._layers = layers
         self._observers = (TierCounts(layers, drops_only=policy.drops_only), *observers)
         self._native = False  # an observer has ended the policy's decisions
-        self._announced = _Announced()
+        self._announced = threading.local()  # `context` of the thread's next forward
         self._turn = _Turn()
         self._closed = False
         self._context: ForwardContext | None = None  # of the running forward
@@ -169,7 +163,8 @@ class Session:
             raise UsageError(
                 "routed(...) needs input_ids: inputs_embeds do not say which tokens they are"
             )
-        announced, self._announced.context = self._announced.context, None
+        announced: ForwardContext | None = getattr(self._announced, "context", None)
+        self._announced.context = None
         if announced is None:
             mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
             # transformers 5.24 calls it `cache`, and still takes the earlier name.

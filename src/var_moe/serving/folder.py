@@ -7,13 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from var_moe.errors import UsageError
+from var_moe import hub
+from var_moe.errors import UsageError, one_line
 from var_moe.models.identity import difference, identity
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.registry import policy_spec
 from var_moe.serving.parts import hash_of, pack, unpack
-from var_moe.serving.place import HEAD_FILE, PARTS_FILE, locate
 from var_moe.storage import SCHEMA_VERSION, atomic_write, atomic_write_json, provenance, read_json
+
+HEAD_FILE, PARTS_FILE, CARD_FILE = "var_moe.json", "var_moe.safetensors", "README.md"
 
 _AGAIN = "export it again with `var-moe export`"
 _HEAD = ("policy", "settings", "compensation", "parts", "model", "hashes")
@@ -161,3 +163,39 @@ def _calibration(path: Path, head: Mapping[str, Any]) -> dict[str, Any]:
         return unpack(tensors, head["parts"])
     except (AttributeError, KeyError, TypeError) as error:
         raise UsageError(f"{path.parent / HEAD_FILE}: damaged ({error}); {_AGAIN}") from None
+
+
+def locate(source: str | Path) -> Path:
+    """The folder that is meant: this one, or the Hub's, which is fetched where it is not cached.
+
+    Args:
+        source: a folder that `var-moe export` wrote, or a Hub id (owner/name).
+
+    Raises:
+        UsageError: there is neither; says which of both was looked for.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    name = str(source)
+    if isinstance(source, Path) or name.count("/") != 1 or not hub.is_id(name):
+        raise UsageError(
+            f"{name}: no such folder; expected one that `var-moe export` wrote, or a Hub id as "
+            "owner/name"
+        )
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
+
+    reachable = hub.reachable()
+    if not reachable and not isinstance(try_to_load_from_cache(name, HEAD_FILE), str):
+        raise UsageError(
+            f"{name}: no such folder, not in the local Hub cache, and the Hugging Face Hub does "
+            "not answer; give a folder that `var-moe export` wrote"
+        )
+    try:
+        wanted = [HEAD_FILE, PARTS_FILE, CARD_FILE]
+        found = snapshot_download(
+            repo_id=name, allow_patterns=wanted, local_files_only=not reachable
+        )
+    except Exception as error:  # the library's own errors have no common parent
+        raise UsageError(f"{name}: cannot be fetched from the Hub ({one_line(error)})") from None
+    return Path(found)
