@@ -58,7 +58,7 @@ def fit(case, documents, settings=QUICK, **more):
 
 
 def tensors(compensation):
-    return [t for part in compensation.layers for t in part.tensors() if t is not None]
+    return [t for part in compensation.layers for t in part.tensors().values()]
 
 
 def same(one, other):

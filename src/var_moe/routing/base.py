@@ -21,8 +21,8 @@ class RoutingPolicy(ABC):
     """Decides, per layer and token, which of the router's pairs are executed.
 
     In each forward, ``begin(context)`` is called once, then ``route(context, layer, ...)`` for each
-    MoE layer in order. A policy looks at no future token and changes neither the model nor its
-    inputs, and keeps no context.
+    MoE layer in order. A policy looks at no later token, changes neither the model nor its inputs,
+    and keeps no context.
     """
 
     context_window: int = 0
@@ -83,10 +83,7 @@ class RoutingPolicy(ABC):
         return True
 
     def compensated(self, compensation: Compensation | None) -> Self:
-        """The same policy, with ``compensation`` in place of the experts that it drops.
-
-        It then replaces what the policy itself does about dropped weight (rescaling, residual
-        means).
+        """The same policy, with ``compensation`` in place of rescaling or residual means.
 
         Raises:
             UsageError: the policy runs experts that the router did not choose.
@@ -114,9 +111,7 @@ class RoutingPolicy(ABC):
     def sweeps(cls, top_k: int) -> dict[str, Sweep]:
         """Sweeps from mild to hard cuts, for comparing policies at equal experts per token.
 
-        Returns:
-            Name -> function from strength in [0, 1] to settings; executed pairs fall with
-            strength. A policy with one sweep names it ``""``; empty where there is none.
+        A policy with one sweep names it ``""``; empty where there is none.
         """
         return {}
 
@@ -148,14 +143,10 @@ class RoutingPolicy(ABC):
 
     @classmethod
     def build(cls, settings: Mapping[str, Any], calibration: Mapping[str, Any]) -> Self:
-        """Make the policy from what a search or a command line holds.
+        """Make the policy from its settings and what was fitted on calibration text.
 
-        Args:
-            settings: the constructor's own values, by name.
-            calibration: what was fitted on calibration text, by the constructor's names.
-
-        Raises:
-            UsageError: a setting is unknown or missing, or out of its range.
+        Both by the constructor's names; a UsageError names what is unknown, missing, or out of
+        its range.
         """
         cls.check_settings(settings, calibration)
         for name, parameter in signature(cls).parameters.items():
@@ -166,11 +157,7 @@ class RoutingPolicy(ABC):
 
     @classmethod
     def check_settings(cls, settings: Mapping[str, Any], calibrated: Collection[str]) -> None:
-        """Refuse settings that the constructor does not have; ``calibrated`` are not settings.
-
-        Raises:
-            UsageError: names the setting, and those that there are.
-        """
+        """Raise UsageError unless all are arguments of the constructor beside ``calibrated``."""
         own = [name for name in signature(cls).parameters if name not in calibrated]
         for name in settings:
             if name not in own:
@@ -179,18 +166,12 @@ class RoutingPolicy(ABC):
                 )
 
 
-def check_calibrated(policy: object, layer: int, index: Tensor, *, layers: int, top_k: int) -> None:
-    """Raise UsageError unless ``layer`` and the K of ``index`` (T, K) are those calibrated."""
-    name = type(policy).__name__
+def check_top_k(policy: RoutingPolicy, index: Tensor, top_k: int) -> None:
+    """Raise UsageError unless the K of ``index`` (T, K) is the one that was calibrated on."""
     if index.shape[1] != top_k:
         raise UsageError(
-            f"{name}: calibrated for K = {top_k}, the model has K = {index.shape[1]}; "
-            "calibrate on this model"
-        )
-    if layer >= layers:
-        raise UsageError(
-            f"{name}: calibrated for {layers} MoE layers, the model has a layer {layer}; "
-            "calibrate on this model"
+            f"{type(policy).__name__}: calibrated for K = {top_k}, the model has "
+            f"K = {index.shape[1]}; calibrate on this model"
         )
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -65,12 +65,11 @@ class LayerCompensation:
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> LayerCompensation:
         """The same with each tensor changed."""
-        low = (None if t is None else change(t) for t in (self.down, self.bias, self.up))
-        return LayerCompensation(change(self.vectors), *low)
+        return LayerCompensation(**{name: change(t) for name, t in self.tensors().items()})
 
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """In the order of the fields."""
-        return (self.vectors, self.down, self.bias, self.up)
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, those that there are."""
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
     def correction(self, hidden: Tensor) -> Tensor | None:
         """B silu(A h + a) for (T, D) inputs, per unit of dropped weight; None at rank 0."""
@@ -84,8 +83,7 @@ class LayerCompensation:
         Args:
             out: (T, D) output of the kept pairs, with the router's own weights.
             hidden: (T, D) input of the layer.
-            row: (T, J) rows of ``vectors``, see `Compensation.dropped`.
-            weight: (T, J) dropped weights, zero where nothing is dropped.
+            row, weight: (T, J) what is dropped, of `Compensation.dropped`.
         """
         weight = weight.to(out.dtype)
         total = weight if weight.shape[1] == 1 else weight.sum(dim=1, keepdim=True)
@@ -95,9 +93,6 @@ class LayerCompensation:
         if weight.shape[1] == 1:
             return torch.addcmul(out, self.vectors.index_select(0, row[:, 0]), weight)
         return out + F.embedding_bag(row, self.vectors, mode="sum", per_sample_weights=weight)
-
-
-_FIELDS = tuple(field.name for field in fields(LayerCompensation))
 
 
 @dataclass(frozen=True)
@@ -143,7 +138,7 @@ class Compensation:
     @cached_property
     def hash(self) -> str:
         """Identity of its values."""
-        tensors = (t for layer in self.layers for t in layer.tensors() if t is not None)
+        tensors = (tensor for layer in self.layers for tensor in layer.tensors().values())
         digest = hashlib.sha256(f"{self.by_pair} {self.experts}".encode())
         for tensor in tensors:
             digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
@@ -154,12 +149,7 @@ class Compensation:
         return first[:, None] * self.experts + index if self.by_pair else index
 
     def dropped(self, index: Tensor, weight: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """What is dropped from a decision of the router, as `LayerCompensation.add` takes it.
-
-        Args:
-            index: (T, K) the router's experts.
-            weight: (T, K) the router's weights.
-            kept: (T, K) bool, slots that run.
+        """What is dropped from the router's (T, K) decision where the slots ``kept`` run.
 
         Returns:
             Rows of the vectors (T, J) and dropped weights (T, J), zero where nothing is dropped;
@@ -181,8 +171,7 @@ class Compensation:
         return {
             f"{prefix}.{number}.{name}": tensor
             for number, layer in enumerate(self.layers)
-            for name, tensor in zip(_FIELDS, layer.tensors(), strict=True)
-            if tensor is not None
+            for name, tensor in layer.tensors().items()
         }
 
     @classmethod
@@ -192,8 +181,9 @@ class Compensation:
         """Read what `named` gave, among other tensors; a KeyError names missing vectors."""
         parts = []
         for number in range(layers):
-            vectors, *low_rank = (f"{prefix}.{number}.{name}" for name in _FIELDS)
-            parts.append(LayerCompensation(tensors[vectors], *(tensors.get(n) for n in low_rank)))
+            part = f"{prefix}.{number}"
+            low = (tensors.get(f"{part}.{name}") for name in ("down", "bias", "up"))
+            parts.append(LayerCompensation(tensors[f"{part}.vectors"], *low))
         return cls(layers=tuple(parts), by_pair=by_pair, experts=experts)
 
     def check(self, *, layers: int, experts: int, hidden: int) -> None:

@@ -38,11 +38,8 @@ class _Meeting:
 
     def on(self, device: torch.device) -> _Meeting:
         """The same as tensors on a device."""
-        moved = {
-            name: torch.from_numpy(values).to(device)
-            for name, values in vars(self).items()
-            if name != "alone"
-        }
+        arrays = {name: value for name, value in vars(self).items() if name != "alone"}
+        moved = {name: torch.from_numpy(value).to(device) for name, value in arrays.items()}
         return _Meeting(**moved, alone=self.alone)
 
 
@@ -119,8 +116,7 @@ class ContextCache:
         number = _SHARED if document is None else document
         if number not in self._streams:
             # Only its own tokens move a document's time on.
-            clock = self.clock if document is None else type(self.clock)()
-            self._streams[number] = Stream(clock)
+            self._streams[number] = Stream(self.clock if document is None else type(self.clock)())
         self._streams.move_to_end(number)
         return self._streams[number]
 
@@ -137,12 +133,11 @@ class ContextCache:
         met = walk.met
         before = [_EMPTY if row == NEW else row for row in walk.before]
         for entry in met:
-            if entry.row == NEW:
-                if self._free:
-                    entry.row = self._free.pop()
-                else:
-                    entry.row = self._rows
-                    self._rows += 1
+            if entry.row == NEW and self._free:
+                entry.row = self._free.pop()
+            elif entry.row == NEW:
+                entry.row = self._rows
+                self._rows += 1
         after = [_WASTE if entry.row == GONE else entry.row for entry in met]
         number = np.array(walk.local, dtype=np.int64) - walk.base
         number[number < 0] = len(met)  # no entry
@@ -200,11 +195,7 @@ class ContextCache:
             hit_weight = new_weight[met.entry]
         # Held from before, or filled by a token that stands earlier in this forward.
         since = ops.where(empty, filler, -1)
-        return Hits(
-            hit=since[met.entry] < met.own,
-            index=new_index[met.entry],
-            weight=hit_weight,
-        )
+        return Hits(since[met.entry] < met.own, new_index[met.entry], hit_weight)
 
     def _alone(
         self, met: _Meeting, layer: int, index: Array, weight: Array | None, admit: Array

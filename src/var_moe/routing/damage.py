@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from math import log
 from typing import Any, Self
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from var_moe.config import check_number
 from var_moe.errors import UsageError
 from var_moe.routing.arrays import operations
-from var_moe.routing.base import RoutingPolicy, Sweep, check_calibrated
+from var_moe.routing.base import RoutingPolicy, Sweep, check_top_k
 from var_moe.routing.compensation import Compensation
 from var_moe.routing.decision import ForwardContext, Routing
 from var_moe.routing.keeping import all_pairs, kept_pairs, learned_tier, rank_slots, shares
@@ -48,7 +48,7 @@ class _Terms:
 
     def tensors(self) -> dict[str, Tensor]:
         """All terms by name."""
-        return {field.name: getattr(self, field.name) for field in fields(_Terms)}
+        return {name: getattr(self, name) for name in _Terms.__dataclass_fields__}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,17 +69,14 @@ class DamageModel(_Terms):
 
     @property
     def layers(self) -> int:
-        """L."""
         return self.base.shape[0]
 
     @property
     def top_k(self) -> int:
-        """K."""
         return self.base.shape[1] + 1
 
     @property
     def experts(self) -> int:
-        """E."""
         return round(self.pair.shape[1] ** 0.5) if self.top_k == 2 else self.first.shape[1]
 
     @cached_property
@@ -95,7 +92,7 @@ class DamageModel(_Terms):
         cls, tensors: Mapping[str, Tensor], prefix: str, compensation: Compensation | None
     ) -> DamageModel:
         """From tensors named ``<prefix>.<field>``; a KeyError names one that is missing."""
-        own = {field.name: tensors[f"{prefix}.{field.name}"] for field in fields(_Terms)}
+        own = {name: tensors[f"{prefix}.{name}"] for name in _Terms.__dataclass_fields__}
         return cls(**own, compensation=compensation)
 
     def layer(self, number: int, device: torch.device) -> LayerDamage:
@@ -125,11 +122,7 @@ class LayerDamage(_Terms):
     ) -> Tensor:
         """Logarithm of D_k for k = 1..K-1, (T, K - 1).
 
-        Args:
-            index: (T, K) experts by rank.
-            mass: (T, K) their shares of the token's weights.
-            ids: (T,) token ids.
-            hint: (T,) see `hint`.
+        Experts ``index`` and their shares ``mass`` (T, K) are by rank; ``ids`` and ``hint`` (T,).
         """
         # Summed from the end: 1 minus what is kept would lose a tiny mass.
         tail = mass.flip(1).cumsum(dim=1).flip(1)[:, 1:].clamp(min=_LEAST_MASS)
@@ -154,9 +147,6 @@ class DamagePolicy(RoutingPolicy):
         tau: nats of loss per (layer, token) decision; 0 is the unmodified model.
         damage: fitted on calibration text of the same model; its compensation, if it has one, is
             the policy's.
-
-    Raises:
-        UsageError: tau is out of its range.
     """
 
     cuts_only = True
@@ -171,11 +161,10 @@ class DamagePolicy(RoutingPolicy):
 
     @property
     def made_for(self) -> Mapping[str, int]:
-        fitted = self.damage
-        hidden = {"hidden": fitted.inner.shape[2]} if fitted.inner.shape[1] else {}
-        vocabulary = fitted.token.shape[1]
-        sizes = {"layers": fitted.layers, "experts": fitted.experts, "vocabulary": vocabulary}
-        return sizes | hidden
+        fitted, (width, hidden) = self.damage, self.damage.inner.shape[1:]
+        sizes = {"layers": fitted.layers, "experts": fitted.experts}
+        sizes["vocabulary"] = fitted.token.shape[1]
+        return sizes | {"hidden": hidden} if width else sizes
 
     @classmethod
     def search_space(cls, top_k: int) -> dict[str, dict[str, Any]]:
@@ -210,7 +199,7 @@ class DamagePolicy(RoutingPolicy):
         return part
 
     def route(self, context: ForwardContext, layer: int, index: Tensor, weight: Tensor) -> Routing:
-        check_calibrated(self, layer, index, layers=self.damage.layers, top_k=self.damage.top_k)
+        check_top_k(self, index, self.damage.top_k)
         if self.tau == 0 or index.shape[1] == 1:
             return all_pairs(index, weight)
         hint, self._hint = self._hint, None

@@ -196,11 +196,6 @@ class Guard:
     def __post_init__(self) -> None:
         check_answer(self.action, self.tolerance)
 
-    @property
-    def alpha(self) -> float:
-        """Probability of an alarm, ever, on documents like the calibration's."""
-        return self.expectation.alpha
-
     def check(self, policy: Mapping[str, Any], *, layers: int) -> None:
         """Refuse another policy's (by its `policy_facts`) or model's guard.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from itertools import groupby
 
 NEW, GONE = -1, -2  # instead of a row of storage: none yet, none any more
 
@@ -49,9 +48,9 @@ class Entry:
 
     __slots__ = ("born", "number", "row")
 
-    def __init__(self, born: int, number: int) -> None:
+    def __init__(self, born: int) -> None:
         self.born = born  # ticks
-        self.number = number  # in the order of being met; each forward numbers anew
+        self.number = -1  # in the order of being met; each forward numbers anew
         self.row = NEW  # of the storage
 
 
@@ -94,56 +93,28 @@ class Walk:
         if self.size == 0:
             self.local.extend([NEW] * len(keys))
             return
-        start = 0
-        for (look, stay), run in groupby(zip(looks, stays, strict=True)):
-            end = start + sum(1 for _ in run)
-            if stay:
-                self._insert(stream, keys[start:end], now)
-                now += (end - start) * stream.clock.step
-            elif look:
-                self._look_up(stream, keys[start:end], now)
-            else:
-                self.local.extend([NEW] * (end - start))
-            start = end
-
-    def _insert(self, stream: Stream, keys: list[int], now: int) -> None:
-        """Tokens that insert or refresh their keys."""
         entries, met, base, size, ttl = stream.entries, self.met, self.base, self.size, self.ttl
-        step, number = stream.clock.step, base + len(met)
-        find, refresh, note = entries.get, entries.move_to_end, self.local.append
-        meet, held = met.append, self.before.append
-        for key in keys:
-            entry = find(key)
-            if entry is None or now - entry.born >= ttl:
-                if entry is not None:
+        step, find, note, held = stream.clock.step, entries.get, self.local.append, self.before
+        for key, look, stay in zip(keys, looks, stays, strict=True):
+            entry = find(key) if look else None
+            if entry is not None and now - entry.born >= ttl:
+                if stay:
                     self.drop(entry)
                     del entries[key]
-                entry = entries[key] = Entry(now, number)
-                meet(entry)
-                held(NEW)
-                note(number)
-                number += 1
-                if len(entries) > size:
-                    self.drop(entries.popitem(last=False)[1])
-            else:
-                refresh(key)
-                if entry.number < base:
-                    entry.number = number
-                    number += 1
-                    meet(entry)
-                    held(entry.row)
-                note(entry.number)
-            now += step
-
-    def _look_up(self, stream: Stream, keys: list[int], now: int) -> None:
-        """Tokens that leave nothing in the cache."""
-        for key in keys:
-            entry = stream.entries.get(key)
-            if entry is None or now - entry.born >= self.ttl:
-                self.local.append(NEW)
+                entry = None
+            if stay:
+                if entry is not None:
+                    entries.move_to_end(key)
+                else:
+                    entry = entries[key] = Entry(now)
+                    if len(entries) > size:
+                        self.drop(entries.popitem(last=False)[1])
+                now += step
+            if entry is None:
+                note(NEW)
                 continue
-            if entry.number < self.base:
-                entry.number = self.base + len(self.met)
-                self.met.append(entry)
-                self.before.append(entry.row)
-            self.local.append(entry.number)
+            if entry.number < base:
+                entry.number = base + len(met)
+                met.append(entry)
+                held.append(entry.row)
+            note(entry.number)

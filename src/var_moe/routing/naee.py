@@ -15,7 +15,7 @@ from torch import Tensor
 
 from var_moe.config import check_number
 from var_moe.errors import UsageError
-from var_moe.routing.base import RoutingPolicy, Sweep, check_calibrated
+from var_moe.routing.base import RoutingPolicy, Sweep, check_top_k
 from var_moe.routing.decision import ForwardContext, Routing
 from var_moe.routing.keeping import kept_pairs
 
@@ -29,9 +29,6 @@ class RatioQuantiles:
         tokens: calibration tokens behind each layer.
         quantiles: L rows of values at evenly spaced levels from 0 to 1, each row non-decreasing
             in [0, 1].
-
-    Raises:
-        UsageError: names the field, what it holds and what is expected.
     """
 
     top_k: int
@@ -45,8 +42,8 @@ class RatioQuantiles:
             raise UsageError("RatioQuantiles.quantiles = (): expected a row for each layer")
         for layer, row in enumerate(self.quantiles):
             where = f"RatioQuantiles.quantiles[{layer}]"
-            if len(row) < 2:
-                raise UsageError(f"{where} = {row!r}: expected at least 2 values")
+            if len(row) < 2 or len(row) != len(self.quantiles[0]):
+                raise UsageError(f"{where} = {row!r}: expected as many values in each, at least 2")
             for value in row:
                 check_number(where, value, low=0, high=1)
             if list(row) != sorted(row):
@@ -60,7 +57,10 @@ class RatioQuantiles:
     def at(self, quantile: float) -> tuple[float, ...]:
         """Per layer, the ratio at ``quantile`` in [0, 1], interpolated linearly."""
         check_number("quantile", quantile, low=0, high=1)
-        return tuple(_interpolated(row, quantile) for row in self.quantiles)
+        place = quantile * (len(self.quantiles[0]) - 1)
+        left = min(int(place), len(self.quantiles[0]) - 2)
+        part = place - left
+        return tuple(row[left] * (1 - part) + row[left + 1] * part for row in self.quantiles)
 
     def to_dict(self) -> dict[str, Any]:
         """For a file."""
@@ -70,13 +70,6 @@ class RatioQuantiles:
     def from_dict(cls, values: Mapping[str, Any]) -> RatioQuantiles:
         """Read what `to_dict` gave; a missing or unknown key is a KeyError or TypeError."""
         return cls(**{**values, "quantiles": tuple(map(tuple, values["quantiles"]))})
-
-
-def _interpolated(row: tuple[float, ...], level: float) -> float:
-    place = level * (len(row) - 1)
-    left = min(int(place), len(row) - 2)
-    part = place - left
-    return row[left] * (1 - part) + row[left + 1] * part
 
 
 class NAEEPolicy(RoutingPolicy):
@@ -90,9 +83,6 @@ class NAEEPolicy(RoutingPolicy):
     Args:
         quantile: q in [0, 1]; 0 is the unmodified model, 0.5 the paper's median.
         ratios: calibrated quantiles of the same model.
-
-    Raises:
-        UsageError: the quantile is out of its range.
     """
 
     cuts_only = True
@@ -116,7 +106,7 @@ class NAEEPolicy(RoutingPolicy):
         return {"": lambda strength: {"quantile": strength}}
 
     def route(self, context: ForwardContext, layer: int, index: Tensor, weight: Tensor) -> Routing:
-        check_calibrated(self, layer, index, layers=self.ratios.layers, top_k=self.ratios.top_k)
+        check_top_k(self, index, self.ratios.top_k)
         full = weight.float()
         # beta <= 1: the first expert always runs.
         keep = full >= self.beta[layer] * full.amax(dim=1, keepdim=True)

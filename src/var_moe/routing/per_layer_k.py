@@ -19,7 +19,7 @@ from torch import Tensor
 
 from var_moe.config import check_number
 from var_moe.errors import UsageError
-from var_moe.routing.base import RoutingPolicy, Sweep, check_calibrated
+from var_moe.routing.base import RoutingPolicy, Sweep, check_top_k
 from var_moe.routing.decision import ForwardContext, Routing
 from var_moe.routing.keeping import all_pairs, kept_pairs, leading_slots
 
@@ -34,9 +34,6 @@ class LayerSensitivity:
     Args:
         measure: what the numbers are, in a few words.
         loss: L rows of K values >= 0; ``loss[l][k - 1]`` belongs to k experts in layer l.
-
-    Raises:
-        UsageError: names the field, what it holds and what is expected.
     """
 
     measure: str
@@ -116,9 +113,6 @@ class PerLayerKPolicy(RoutingPolicy):
         experts_per_token: the budget, a mean over layers, in [1, K]. A fraction gives some
             layers one expert more; what is not a whole number over all layers is left unspent.
         sensitivity: of the same model.
-
-    Raises:
-        UsageError: the budget is out of its range.
     """
 
     cuts_only = True
@@ -148,7 +142,7 @@ class PerLayerKPolicy(RoutingPolicy):
 
     def route(self, context: ForwardContext, layer: int, index: Tensor, weight: Tensor) -> Routing:
         own = self.sensitivity
-        check_calibrated(self, layer, index, layers=own.layers, top_k=own.top_k)
+        check_top_k(self, index, own.top_k)
         k = self.k[layer]
         if k == own.top_k:
             return all_pairs(index, weight)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any, cast
 
 from var_moe.config import plain
 from var_moe.errors import UsageError
@@ -52,8 +52,7 @@ class PolicySpec:
 
     def load(self) -> type[RoutingPolicy]:
         """The policy's class."""
-        policy: type[RoutingPolicy] = load_target(self.target)
-        return policy
+        return cast("type[RoutingPolicy]", resolve_name(self.target))
 
     @property
     def replayable(self) -> bool:
@@ -65,17 +64,12 @@ class PolicySpec:
         return self.load().needed({**settings, **self.settings}, self.needs)
 
     def complete(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings as a file holds them: with `settings_type`, checked and with its defaults.
-
-        Raises:
-            UsageError: a setting is not this policy's, or out of its range.
-        """
+        """The settings as a file holds them: with a type, checked and with its defaults."""
         self._check_own(settings)
         whole = {**settings, **self.settings}
         if self.settings_type is None:
             return whole
-        checked: dict[str, Any] = load_target(self.settings_type).from_dict(whole).to_dict()
-        return checked
+        return cast("dict[str, Any]", resolve_name(self.settings_type).from_dict(whole).to_dict())
 
     def _check_own(self, settings: Mapping[str, Any]) -> None:
         for name, value in self.settings.items():
@@ -93,11 +87,7 @@ class PolicySpec:
         return self.load().sweeps(top_k)
 
     def check(self, settings: Mapping[str, Any]) -> None:
-        """Refuse settings that `make` would refuse, as far as it shows without calibration.
-
-        Raises:
-            UsageError: a setting is unknown, or out of its range.
-        """
+        """Raise UsageError for what `make` would refuse, as far as it shows without calibration."""
         self.load().check_settings({**settings, **self.settings}, self.needs)
 
     def make(
@@ -113,13 +103,12 @@ class PolicySpec:
         Raises:
             UsageError: a setting is unknown, missing or out of its range, or an input is missing.
         """
-        for what, values, expected in (
-            ("settings", settings, "a mapping of names to values"),
-            ("calibration", calibration or {}, "what RoutingProfile.calibration() returns"),
-        ):
-            if not isinstance(values, Mapping):
-                kind = type(values).__name__
-                raise UsageError(f"policy {self.name!r}: {what} is {kind}: expected {expected}")
+        if not isinstance(calibration, Mapping | None):
+            kind = type(calibration).__name__
+            raise UsageError(
+                f"policy {self.name!r}: calibration is {kind}: expected what "
+                "RoutingProfile.calibration() returns"
+            )
         settings = plain(settings)
         self._check_own(settings)
         given = {name: value for name, value in (calibration or {}).items() if value is not None}
@@ -133,21 +122,11 @@ class PolicySpec:
         return policy if compensation is None else policy.compensated(compensation)
 
 
-def load_target(target: str) -> Any:
-    """What ``"module:name"`` names."""
-    module, _, name = target.partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
 _SPECS: dict[str, PolicySpec] = {}
 
 
 def register(spec: PolicySpec) -> None:
-    """Make a policy known by its name.
-
-    Raises:
-        UsageError: the name is taken, or it asks for an unknown calibration input.
-    """
+    """Make a policy known by its name, which must not be taken."""
     if spec.name in _SPECS:
         raise UsageError(f"policy {spec.name!r} is registered already ({_SPECS[spec.name].target})")
     for name in spec.needs:
@@ -164,11 +143,7 @@ def policy_names() -> tuple[str, ...]:
 
 
 def policy_spec(name: str) -> PolicySpec:
-    """The policy of that name.
-
-    Raises:
-        UsageError: there is none; suggests the nearest name.
-    """
+    """The policy of that name; a UsageError suggests the nearest one."""
     if isinstance(name, str) and name in _SPECS:
         return _SPECS[name]
     near = get_close_matches(str(name), _SPECS, n=1)

@@ -33,9 +33,6 @@ class FixedKPolicy(RoutingPolicy):
 
     Args:
         k: experts per token, at least 1; from the model's own K on, nothing changes.
-
-    Raises:
-        UsageError: k is below 1.
     """
 
     cuts_only = True
@@ -66,9 +63,6 @@ class RandomSkipPolicy(RoutingPolicy):
     Args:
         share: probability of a cut, in [0, 1].
         seed: of the random numbers, which start again at each `reset`.
-
-    Raises:
-        UsageError: share is no probability.
     """
 
     cuts_only = True
@@ -112,9 +106,6 @@ class SERPolicy(RoutingPolicy):
     Args:
         min_experts: Kmin, at least 1; from the model's own K on, nothing changes.
         threshold: t, relative to the first expert's weight, in [0, 1].
-
-    Raises:
-        UsageError: a value is out of its range.
     """
 
     cuts_only = True
@@ -156,9 +147,6 @@ class TopPPolicy(RoutingPolicy):
 
     Args:
         p: routing mass to reach, in (0, 1]; 1 is the unmodified model.
-
-    Raises:
-        UsageError: p is out of its range.
     """
 
     cuts_only = True

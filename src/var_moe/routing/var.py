@@ -71,11 +71,6 @@ class VARPolicy(RoutingPolicy):
         residuals: ResidualMeans | None = None,
         clock: Clock | None = None,
     ) -> None:
-        if not isinstance(table, RoutingTable):
-            raise UsageError(
-                f"VARPolicy: table is {type(table).__name__}: expected the profile's, "
-                "profile.table()"
-            )
         if config.uses_residuals and residuals is None:
             raise UsageError(
                 "this VARConfig adds residual means: give VARPolicy the profile's "
@@ -115,18 +110,16 @@ class VARPolicy(RoutingPolicy):
         mild = {name: high if name in falling else low for name, (low, high) in ends.items()}
         hard = {name: low if name in falling else high for name, (low, high) in ends.items()}
 
-        def presets(strength: float) -> dict[str, Any]:
-            """All six settings together, in the direction of the presets."""
-            values = {k: mild[k] + strength * (hard[k] - mild[k]) for k in mild}
-            return {
-                k: round(v) if SEARCH_SPACE[k]["type"] == "int" else v for k, v in values.items()
-            }
+        def at(name: str, strength: float) -> float:
+            value: float = mild[name] + strength * (hard[name] - mild[name])
+            return round(value) if SEARCH_SPACE[name]["type"] == "int" else value
 
-        def confidence(strength: float) -> dict[str, Any]:
-            """The confidence threshold alone, with table and cache at their mildest."""
-            return {**mild, "confidence_threshold": 1 - strength / 2}
-
-        return {"presets": presets, "confidence": confidence}
+        return {
+            # All six settings together, in the direction of the presets.
+            "presets": lambda strength: {name: at(name, strength) for name in mild},
+            # The confidence threshold alone, with table and cache at their mildest.
+            "confidence": lambda strength: {**mild, "confidence_threshold": 1 - strength / 2},
+        }
 
     @property
     def drops_only(self) -> bool:
@@ -146,8 +139,8 @@ class VARPolicy(RoutingPolicy):
 
     @classmethod
     def needed(cls, settings: Mapping[str, Any], needs: Collection[str]) -> tuple[str, ...]:
-        unused = () if VARConfig.from_dict(settings).uses_residuals else ("residuals",)
-        return tuple(name for name in needs if name not in unused)
+        uses_residuals = VARConfig.from_dict(settings).uses_residuals
+        return tuple(name for name in needs if uses_residuals or name != "residuals")
 
     @classmethod
     def per_document(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,10 +229,14 @@ class VARPolicy(RoutingPolicy):
         licensed = (lead_index == known[:, None]).any(1)
         cut = licensed | confident
         drop = ~ops.marked(index, leading) & cut[:, None]
-        residual = self._residual(ops, part, lead_index, index, drop, cut, total - kept)
-        if residual is None:
+        residual = None
+        if self.residuals is None or part.residual is None or lead_index.shape == index.shape:
             weight = ops.where(cut[:, None], rescaled(weight, kept, total, ops), weight)
-        # Else the mean stands for the dropped weight, and nothing is rescaled.
+        else:  # the mean stands for the dropped weight, and nothing is rescaled
+            # By pair, K is 2: the one that is dropped where one is.
+            dropped = ops.where(drop[:, 0], index[:, 0], index[:, 1])
+            row = self.residuals.row(lead_index[:, 0], dropped, cut, ops)
+            residual = Residual(part.residual, ops.to_tensor(row), ops.to_tensor(total - kept))
         return Routing(
             index=ops.to_tensor(ops.where(drop, -1, index)),
             weight=ops.to_tensor(weight),
@@ -283,24 +280,4 @@ class VARPolicy(RoutingPolicy):
             tier=tiers,
             offer=tiers,
             agrees=ops.to_tensor(replaced[:, 0] & (lead_index == stored_index[:, :1]).any(1)),
-        )
-
-    def _residual(
-        self,
-        ops: Operations,
-        part: _Layer,
-        lead_index: Array,
-        index: Array,
-        drop: Array,
-        cut: Array,
-        dropped_weight: Array,
-    ) -> Residual | None:
-        if self.residuals is None or part.residual is None or lead_index.shape == index.shape:
-            return None
-        first, dropped = lead_index[:, 0], None
-        if self.residuals.by_pair:  # K = 2: the one that is dropped where one is
-            dropped = ops.where(drop[:, 0], index[:, 0], index[:, 1])
-        row = self.residuals.row(first, dropped, cut, ops)
-        return Residual(
-            table=part.residual, row=ops.to_tensor(row), scale=ops.to_tensor(dropped_weight)
         )

@@ -150,7 +150,7 @@ class Watch(Units):
         self._wager.see(scaled)
         self._sum += np.nan_to_num(scaled)
         self._number += ~np.isnan(scaled)
-        if self.alarm_at is None and self._wager.wealth >= 2 / self.guard.alpha:
+        if self.alarm_at is None and self._wager.wealth >= 2 / self.guard.expectation.alpha:
             self.alarm_at = self._wager.units
             if self.guard.action != "report":
                 warnings.warn(self._message(), DriftWarning, stacklevel=2)
@@ -174,7 +174,7 @@ class Watch(Units):
         mean = self._bottom + self._width * self._sum / np.maximum(self._number, 1)
         return GuardReport(
             action=self.guard.action,
-            alpha=self.guard.alpha,
+            alpha=self.guard.expectation.alpha,
             units=self._wager.units,
             evidence=self._wager.wealth,
             alarm_at=self.alarm_at,

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from var_moe.routing.counts import RoutingReport, TierCounts
 from var_moe.routing.damage import DamagePolicy
 from var_moe.routing.decision import ForwardContext, Routing
 from var_moe.routing.keeping import rescaled
-from var_moe.routing.registry import PolicySpec, load_target, policy_spec
+from var_moe.routing.registry import PolicySpec, policy_spec
 
 if TYPE_CHECKING:
     from var_moe.evaluation.evaluator import Progress
@@ -137,7 +138,7 @@ def replayer_of(trace: RoutingTrace, policy: str, calibration: Settings) -> Repl
     spec = policy_spec(policy)
     if spec.replay is None or calibration.get("compensation") is not None:
         return PolicyReplayer(trace, spec, calibration)
-    own: Replayer = load_target(spec.replay)(trace, calibration["table"])
+    own: Replayer = resolve_name(spec.replay)(trace, calibration["table"])
     return own
 
 
