@@ -129,7 +129,7 @@ def decisions(draw: st.DrawFn) -> tuple[int, list[dict[int, float]], list[int]]:
     return top_k, rows, draw(st.lists(st.integers(0, 5), min_size=count, max_size=count))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     case=decisions(),
     near=st.tuples(st.integers(0, 6), st.floats(-2, 2)),  # a cut of the first token, and how far

@@ -49,7 +49,7 @@ def texts(seed: int, *, vocabulary: int = 3, longest: int = 12) -> list[list[int
     return [[rng.randrange(vocabulary) for _ in range(length)] for length in lengths]
 
 
-@pytest.mark.parametrize("window", range(1, 9))
+@pytest.mark.parametrize("window", [1, 2, 3, 8])
 @pytest.mark.parametrize("left", [False, True], ids=["right padding", "left padding"])
 def test_keys_are_equal_exactly_when_contexts_are(window: int, left: bool) -> None:
     rows = texts(window)

@@ -123,7 +123,7 @@ def stateless(request: pytest.FixtureRequest) -> Case:
     return POLICIES[request.param]
 
 
-@pytest.fixture(params=[1, 2, 3, 8], ids=lambda k: f"K={k}")
+@pytest.fixture(params=[1, 2, 3], ids=lambda k: f"K={k}")
 def top_k(request: pytest.FixtureRequest) -> int:
     return request.param
 
@@ -182,7 +182,7 @@ def assert_equal(left: Routing, right: Routing, where: Tensor | None = None) -> 
     assert torch.equal(left.weight[where][kept], right.weight[where][kept])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_shapes_types_and_tiers(case: Case, top_k: int, dtype: torch.dtype) -> None:
     forwards = stream(top_k, dtype=dtype)
     for index, weight, routing in pairs(forwards, run(case.make(top_k), forwards)):
@@ -261,7 +261,7 @@ def test_inputs_are_not_modified(case: Case, top_k: int) -> None:
     assert len(decisions) == FORWARDS
 
 
-@pytest.mark.parametrize("known", [1, 5, LENGTH, LENGTH + 4, TOKENS - 1])
+@pytest.mark.parametrize("known", [1, LENGTH + 4, TOKENS - 1])
 def test_no_look_at_later_tokens(case: Case, top_k: int, known: int) -> None:
     """Changing everything after the first tokens of a forward leaves their decisions alone."""
     forwards, others = stream(top_k), stream(top_k, seed=1)
