@@ -75,6 +75,17 @@ def test_a_hook_that_cannot_be_registered_leaves_nothing_behind(model, ids, whic
         model(ids)
 
 
+def test_a_block_is_entered_once(model, ids):
+    block = routed(model, NativePolicy())
+    with block as session:
+        with pytest.raises(UsageError, match="entered before"), block:
+            pass
+        model(ids)
+        assert session.report().tokens == ids.numel()
+    with pytest.raises(UsageError, match="call routed"), block:
+        pass
+
+
 def test_our_own_dispatch_is_no_backend(model):
     with pytest.raises(UsageError, match="expected one of"):
         routed(model, NativePolicy(), backend="var_moe").__enter__()

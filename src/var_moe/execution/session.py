@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -237,7 +237,22 @@ class Session:
 _running: WeakSet[Session] = WeakSet()
 
 
-@contextmanager
+class _Block(AbstractContextManager[Session]):
+    """What `routed` returns: a block that is entered once."""
+
+    def __init__(self, block: AbstractContextManager[Session]) -> None:
+        self._block, self._entered = block, False
+
+    def __enter__(self) -> Session:
+        if self._entered:
+            raise UsageError("this routed(...) block was entered before: call routed(...) again")
+        self._entered = True
+        return self._block.__enter__()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._block.__exit__(*error)
+
+
 def routed(
     model: Any,
     policy: RoutingPolicy | str | Path,
@@ -245,7 +260,7 @@ def routed(
     backend: str | ExpertsBackend = "auto",
     guard: Guard | None = None,
     observers: Sequence[Observer] = (),
-) -> Iterator[Session]:
+) -> AbstractContextManager[Session]:
     """Run the model's experts as ``policy`` decides, until the block ends.
 
     Args:
@@ -274,6 +289,17 @@ def routed(
 
     On leaving, also by an exception, the model is what it was before.
     """
+    return _Block(_routed(model, policy, backend, guard, observers))
+
+
+@contextmanager
+def _routed(
+    model: Any,
+    policy: RoutingPolicy | str | Path,
+    backend: str | ExpertsBackend,
+    guard: Guard | None,
+    observers: Sequence[Observer],
+) -> Iterator[Session]:
     exported = isinstance(policy, str | Path)
     chosen: Any = resolve_name(_READ_EXPORTED)(policy, model).policy() if exported else policy
     if isinstance(model, LoadedModel):
