@@ -229,3 +229,17 @@ class TestTheChoice:
 
         monkeypatch.setattr(torch.ops, "mkldnn", Nothing())
         assert not has_kernels.__wrapped__(torch.float32)
+
+    def test_products_that_are_wrong_are_not_used(self, monkeypatch):
+        own = torch.ops.mkldnn
+
+        class Wrong:
+            _reorder_linear_weight = staticmethod(own._reorder_linear_weight)
+
+            @staticmethod
+            def _linear_pointwise(*given):
+                return own._linear_pointwise(*given) + 1
+
+        Wrong._linear_pointwise.binary = lambda *given: own._linear_pointwise.binary(*given)
+        monkeypatch.setattr(torch.ops, "mkldnn", Wrong)
+        assert not has_kernels.__wrapped__(torch.float32)

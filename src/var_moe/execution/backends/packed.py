@@ -187,19 +187,24 @@ def can_pack(modules: list[Any]) -> bool:
 
 @cache
 def has_kernels(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's products are there for a dtype."""
+    """Whether oneDNN's products are there for a dtype, and right."""
     if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
         return False
-    ops, weight = torch.ops.mkldnn, torch.ones((32, 64), dtype=dtype)
+    ops = torch.ops.mkldnn
+    rng = torch.Generator().manual_seed(0)
+    rows, weight = (torch.randn(n, 64, generator=rng).to(dtype) for n in (8, 32))
     try:
         if dtype == torch.bfloat16 and not ops._is_mkldnn_bf16_supported():
             return False
         packed = ops._reorder_linear_weight(weight, _ROWS)
-        out = ops._linear_pointwise(weight[:8], packed, None, "swish", [], "")
-        ops._linear_pointwise.binary(weight[:8], out, packed, None, "mul")
+        gate = ops._linear_pointwise(rows, packed, None, "swish", [], "")
+        got = ops._linear_pointwise.binary(rows, gate, packed, None, "mul")
     except (AttributeError, RuntimeError):  # another build or version of torch
         return False
-    return True
+    product = rows.double() @ weight.double().t()
+    expected = F.silu(product) * product
+    distance = (got.double() - expected).norm() / expected.norm()
+    return bool(distance < (1e-5 if dtype == torch.float32 else 2e-2))
 
 
 @cache
