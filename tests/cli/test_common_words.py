@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from var_moe.cli import main
-from var_moe.cli.output import Answer, run
+from var_moe.cli.output import CommandResult, run
 from var_moe.cli.words import read_words
 from var_moe.errors import UsageError, VarMoeError
 
@@ -131,7 +131,7 @@ def test_a_missing_file_is_said(capsys):
 def test_the_result_is_alone_on_stdout(capsys):
     def command():
         print("a table")
-        return Answer({"speedup": 1.5, "place": Path("there"), "odd": float("nan")}, code=1)
+        return CommandResult({"speedup": 1.5, "place": Path("there"), "odd": float("nan")}, code=1)
 
     assert run(command, as_json=True) == 1
     said = capsys.readouterr()

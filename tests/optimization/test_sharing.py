@@ -118,7 +118,7 @@ def test_two_processes_that_found_the_same_trial_lost_make_it_again_once(log):
         study.enqueue_trial(study.trials[2].params, user_attrs={"again": 2})
     resumed = search(SmallObjective(), storage=log, resume=True)
     assert kept(resumed) == kept(unbroken())
-    assert load(log).trials[4].user_attrs["void"] == "made again already"
+    assert load(log).trials[4].user_attrs["void"] == "retried already"
 
 
 def test_what_the_study_holds(log):
@@ -267,7 +267,7 @@ def test_the_last_evaluation_is_made_by_one_process(log, monkeypatch):
     result = search(objective, 3, storage=log)
     assert kept(result) == kept(search(SmallObjective(), 3))
     assert len(objective.seen) == 2
-    assert load(log).trials[3].user_attrs["void"] == "one too many"
+    assert load(log).trials[3].user_attrs["void"] == "over the planned number"
 
 
 def test_the_same_point_is_not_taken_twice_at_once(log, monkeypatch):
@@ -318,7 +318,7 @@ def test_an_evaluation_that_was_taken_for_lost_is_not_told_twice(log, caplog):
 
     result = search(Suspended(), 4, storage=log)
     assert kept(result) == kept(search(SmallObjective(), 4))
-    assert "taken for lost" in caplog.text
+    assert "considered lost" in caplog.text
 
 
 def test_a_trial_of_another_machine_is_lost_after_a_silence(log, monkeypatch):

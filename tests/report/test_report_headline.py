@@ -78,5 +78,6 @@ def test_nothing_found_is_bad_news(change):
 def test_comparisons_name_the_policy_that_costs_least(alone):
     found = top(alone("comparison"))
     assert found.answers[0].sentence == (
-        "At equal experts per token, least costs damage + learned (+0.22% at 1.6, +0.81% at 1.3)."
+        "At equal experts per token, the smallest rise of perplexity has "
+        "damage + learned (+0.22% at 1.6, +0.81% at 1.3)."
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from var_moe.cli.options import ModelOptions, RunOptions, TextOptions, parse_compensation
-from var_moe.cli.output import SPEEDUP, TIERS, Answer, finish, table
+from var_moe.cli.output import SPEEDUP, TIERS, CommandResult, finish, table
 
 QUICK_SAMPLES = 20
 
@@ -23,7 +23,7 @@ def analyze(
     compensation: str | None = None,
     output: Path = Path("results/phase5"),
     run: RunOptions = RunOptions(),
-) -> Answer:
+) -> CommandResult:
     """Systems analysis: components, scaling, roofline, bottlenecks, predicted speedup.
 
     Args:
@@ -70,7 +70,7 @@ def analyze(
     components = systems.pop("profile")
     show(*_parts(systems, components))
     finish({"notes": systems["notes"]}, output / SYSTEMS_FILE, output / PROFILE_FILE, report=output)
-    return Answer(systems)
+    return CommandResult(systems)
 
 
 def _parts(systems: Mapping[str, Any], components: Mapping[str, Any]) -> list[Any]:

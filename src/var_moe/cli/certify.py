@@ -11,7 +11,7 @@ from var_moe.cli.options import (
     SearchedTextOptions,
     settings_of,
 )
-from var_moe.cli.output import Answer, finish, make_report
+from var_moe.cli.output import CommandResult, finish, make_report
 
 _TEST = (
     "  {name}: {degradation:+.2%} [{degradation_interval[0]:.2%}, {degradation_interval[1]:.2%}], "
@@ -35,7 +35,7 @@ def certify(
     compensation: Path | None = None,
     max_samples: int | None = None,
     run: RunOptions = RunOptions(),
-) -> Answer:
+) -> CommandResult:
     """Certify the fastest configuration of a results folder that keeps a perplexity bound.
 
     Args:

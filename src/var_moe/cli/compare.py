@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from var_moe.cli.options import ModelOptions, RunOptions, TextOptions, Words, parse_compensation
-from var_moe.cli.output import SPEEDUP, Answer, finish, table
+from var_moe.cli.output import SPEEDUP, CommandResult, finish, table
 from var_moe.config import MAX_DEGRADATION, check_count
 from var_moe.errors import UsageError
 
@@ -39,7 +39,7 @@ def compare(
     blocks: int = 8,
     max_degradation: float = MAX_DEGRADATION,
     run: RunOptions = RunOptions(),
-) -> Answer:
+) -> CommandResult:
     """Compare policies where they run equally many experts: what it costs, what it brings.
 
     Args:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from var_moe.cli.export import export
 from var_moe.cli.options import QuietOptions, RunOptions
-from var_moe.cli.output import Answer, make_report
+from var_moe.cli.output import CommandResult, make_report
 from var_moe.cli.profile import profile
 
 CALIBRATION_TOKENS, DAMAGE_TOKENS = 30_000, 15_000
@@ -16,7 +16,9 @@ BOUND = 0.02  # wide, as little text gives wide intervals
 SEED = 1
 
 
-def demo(*, output: Path = Path("results/demo"), run: QuietOptions = QuietOptions()) -> Answer:
+def demo(
+    *, output: Path = Path("results/demo"), run: QuietOptions = QuietOptions()
+) -> CommandResult:
     """Tour in about two minutes: profile, search, measure again, export, on the bundled model.
 
     The texts are small ones, so that it is short: `var-moe tune` does the same at full size.
@@ -89,7 +91,7 @@ def demo(*, output: Path = Path("results/demo"), run: QuietOptions = QuietOption
         (presets, "VAR's presets beside the baseline"),
     ):
         print(f"  {command:42}  {what}")
-    return Answer(read_json(output / RESULTS_FILE, what="results of a search"))
+    return CommandResult(read_json(output / RESULTS_FILE, what="results of a search"))
 
 
 def _say(title: str, text: str) -> None:

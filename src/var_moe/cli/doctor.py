@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from var_moe.cli.output import Answer, table
+from var_moe.cli.output import CommandResult, table
 from var_moe.extras import OPTIONAL
 from var_moe.storage import SCHEMA_VERSION, provenance, version_of
 
@@ -30,7 +30,7 @@ NEEDED = (
 """What var_moe does not work without, by names for pip."""
 
 
-def doctor() -> Answer:
+def doctor() -> CommandResult:
     """Say what is installed, which device and backends there are, and what is slow and why.
 
     The exit code is 1 where something is missing that var_moe does not work without.
@@ -38,7 +38,7 @@ def doctor() -> Answer:
     print("looking at packages, device and backends ...", file=sys.stderr, flush=True)
     found = diagnose()
     _print(found)
-    return Answer(found, code=1 if found["missing"] else 0)
+    return CommandResult(found, code=1 if found["missing"] else 0)
 
 
 def _print(found: Mapping[str, Any]) -> None:

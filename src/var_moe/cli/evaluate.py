@@ -15,7 +15,7 @@ from var_moe.cli.options import (
     TextOptions,
     parse_compensation,
 )
-from var_moe.cli.output import Answer, finish, show_section
+from var_moe.cli.output import CommandResult, finish, show_section
 from var_moe.config import check_count
 from var_moe.errors import UsageError
 
@@ -43,7 +43,7 @@ def evaluate(
     blocks: int = 10,
     decode_blocks: int = 3,
     run: RunOptions = RunOptions(),
-) -> Answer:
+) -> CommandResult:
     """Compare the baseline with VAR or a peer: perplexity, tokens/s, experts per token, tiers.
 
     Args:

@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from var_moe.cli.output import Answer
+from var_moe.cli.output import CommandResult
 
 
 def export(
@@ -16,7 +16,7 @@ def export(
     config: Path | None = None,
     profile: Path | None = None,
     compensation: Path | None = None,
-) -> Answer:
+) -> CommandResult:
     """Write a configuration, with the parts of the profile that it needs, as one folder.
 
     `routed(model, folder)` takes it in place of a policy, and so does the Hub id it is uploaded to.
@@ -41,4 +41,4 @@ def export(
     for path in sorted(place.iterdir()):
         print(f"  {path} ({path.stat().st_size / 1024:,.0f} KiB)")
     print(f"Next: with routed(model, {json.dumps(str(place))}) as session: ...")
-    return Answer({**head, "folder": str(place)})
+    return CommandResult({**head, "folder": str(place)})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from var_moe.cli.options import CalibrationTextOptions, ModelOptions, RunOptions, settings_of
-from var_moe.cli.output import Answer, finish
+from var_moe.cli.output import CommandResult, finish
 from var_moe.config import check_count
 from var_moe.errors import UsageError
 
@@ -22,7 +22,7 @@ def fit_compensation(
     rate: float | None = None,
     damage_tokens: int | None = None,
     run: RunOptions = RunOptions(),
-) -> Answer:
+) -> CommandResult:
     """Distil the unmodified model into what damage-aware skipping leaves of it.
 
     The model's weights stay as they are. What is fitted lies with the profile, and every later
@@ -82,4 +82,4 @@ def fit_compensation(
         f"{held['regressed']:.4f}, distilled {held['fitted']:.4f}"
     )
     finish({}, place)
-    return Answer(fitted.head)
+    return CommandResult(fitted.head)

@@ -13,7 +13,7 @@ from var_moe.cli.options import (
     SearchedTextOptions,
     Words,
 )
-from var_moe.cli.output import Answer, finish, show_section
+from var_moe.cli.output import CommandResult, finish, show_section
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,7 +41,7 @@ def guard(
     output: Path | None = None,
     max_samples: int | None = None,
     run: RunOptions = RunOptions(),
-) -> Answer:
+) -> CommandResult:
     """Calibrate a guard for `routed(..., guard=...)` on one half of validation, one section a page.
 
     The other half, and the data sets of --check, are then played to it: how soon does it alarm?

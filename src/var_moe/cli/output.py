@@ -25,7 +25,7 @@ _EVERY_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class Answer:
+class CommandResult:
     """What a command returns: its result, as in its result file, and its exit code."""
 
     result: Mapping[str, Any]
@@ -36,7 +36,7 @@ def run(command: Callable[[], Any], *, as_json: bool) -> int:
     """Run a command; returns its exit code.
 
     Args:
-        command: returns an `Answer`, or an exit code where there is no result (None: 0).
+        command: returns an `CommandResult`, or an exit code where there is no result (None: 0).
         as_json: print the result alone on stdout, and all else on stderr. A failure that leaves
             a result (its attribute ``result``) prints it before the error goes on.
     """
@@ -52,10 +52,10 @@ def run(command: Callable[[], Any], *, as_json: bool) -> int:
         if as_json and result is not None:
             text = json.dumps(jsonable(result), indent=2, allow_nan=False)
             print(text, file=stdout, flush=True)
-    return done.code if isinstance(done, Answer) else done or 0
+    return done.code if isinstance(done, CommandResult) else done or 0
 
 
-def finish(result: Mapping[str, Any], *files: Path, report: Path | None = None) -> Answer:
+def finish(result: Mapping[str, Any], *files: Path, report: Path | None = None) -> CommandResult:
     """End a command: print its notes, name the files, make the report of a folder."""
     for note in result.get("notes", ()):
         print(f"Note: {note}")
@@ -63,7 +63,7 @@ def finish(result: Mapping[str, Any], *files: Path, report: Path | None = None) 
         print(f"Saved: {', '.join(map(str, files))}")
     if report is not None:
         make_report(report)
-    return Answer(result)
+    return CommandResult(result)
 
 
 def make_report(folder: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from var_moe.cli.options import CalibrationTextOptions, ModelOptions, RunOptions
-from var_moe.cli.output import Answer, make_report, table
+from var_moe.cli.output import CommandResult, make_report, table
 from var_moe.config import check_count
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def profile(
     max_tokens: int | None = None,
     damage_tokens: int | None = None,
     run: RunOptions = RunOptions(),
-) -> Answer:
+) -> CommandResult:
     """Gather routing statistics per (layer, token), residual means, and predicted damages.
 
     Args:
@@ -38,7 +38,7 @@ def profile(
 
         ready = RoutingProfile.load(profile)
         _print(ready, profile)
-        return Answer(ready.head)
+        return CommandResult(ready.head)
     check_count("max_tokens", max_tokens)
     check_count("damage_tokens", damage_tokens, 0)
     dataset = text.named()
@@ -76,7 +76,7 @@ def profile(
         made.save(output)
     _print(made, output)
     make_report(output)
-    return Answer(made.head)
+    return CommandResult(made.head)
 
 
 def _print(profile: RoutingProfile, output: Path) -> None:

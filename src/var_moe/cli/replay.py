@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from var_moe.cli.options import Mode, QuietOptions, Words
-from var_moe.cli.output import TIERS, Answer, finish, table
+from var_moe.cli.output import TIERS, CommandResult, finish, table
 from var_moe.config import MAX_DEGRADATION
 from var_moe.errors import UsageError
 
@@ -52,7 +52,7 @@ def replay(
     output: Path = Path("results/replay"),
     max_degradation: float = MAX_DEGRADATION,
     run: QuietOptions = QuietOptions(),
-) -> Answer:
+) -> CommandResult:
     """Predict tiers, experts per token, degradation and speedup from a trace.
 
     Speedups are predicted with the cost_model.json in or beside the folder of the trace or the

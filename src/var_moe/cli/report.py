@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from var_moe.cli.output import Answer
+from var_moe.cli.output import CommandResult
 
 
 def report(
@@ -15,7 +15,7 @@ def report(
     *,
     output: Path | None = None,
     figures: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
-) -> Answer:
+) -> CommandResult:
     """Make one HTML page of whatever results a folder holds.
 
     The page needs no network, has a light and a dark face, and can be printed. Nothing is
@@ -37,7 +37,7 @@ def report(
     if figures:
         written = export_figures(results, figures, path.parent / "figures")
         print(f"Figures: {len(written)} in {path.parent / 'figures'}")
-    return Answer(
+    return CommandResult(
         {
             "schema_version": SCHEMA_VERSION,
             "report": str(path),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from var_moe.cli.options import ModelOptions, RunOptions, TextOptions
-from var_moe.cli.output import Answer, StageProgress, table
+from var_moe.cli.output import CommandResult, StageProgress, table
 from var_moe.config import check_count
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def trace(
     timings: bool = False,
     tokens_per_batch: int = 4096,
     run: RunOptions = RunOptions(),
-) -> Answer:
+) -> CommandResult:
     """Record every decision of the router on a text, for `var-moe replay`.
 
     Args:
@@ -90,7 +90,7 @@ def trace(
         if timings:
             _fit_cost(loaded, documents, means, output, progress)
     _print(recorded, output, place)
-    return Answer(recorded.head)
+    return CommandResult(recorded.head)
 
 
 def _fit_cost(

@@ -17,7 +17,15 @@ from var_moe.cli.options import (
     parse_compensation,
     settings_of,
 )
-from var_moe.cli.output import CHANGE, SPEEDUP, Answer, finish, make_report, show_section, table
+from var_moe.cli.output import (
+    CHANGE,
+    SPEEDUP,
+    CommandResult,
+    finish,
+    make_report,
+    show_section,
+    table,
+)
 from var_moe.errors import UsageError
 
 
@@ -49,7 +57,7 @@ def tune(
     calibration_tokens: int | None = None,
     split: str = "test",
     run: QuietOptions = QuietOptions(),
-) -> Answer:
+) -> CommandResult:
     """Find the configuration with the most throughput within a perplexity bound.
 
     Args:
@@ -147,7 +155,7 @@ def tune(
     show(*outcome.parts, f"Results: {output}")
     make_report(output)
     show_next("tune", "--validate", output / "best_config.json")
-    return Answer(read_json(output / RESULTS_FILE, what="results of a search"))
+    return CommandResult(read_json(output / RESULTS_FILE, what="results of a search"))
 
 
 def _validate(
@@ -162,7 +170,7 @@ def _validate(
     output: Path | None,
     profile: Path | None,
     **others: Any,
-) -> Answer:
+) -> CommandResult:
     """Measure one configuration on held-out text; for the arguments see `tune`."""
     from var_moe.config import check_bound
     from var_moe.data.text import check_robust, names_of
@@ -205,7 +213,7 @@ def _validate(
     return finish(result, folder / VALIDATION_FILE, report=folder)
 
 
-def _answer(folder: Path, max_degradation: float | None, output: Path | None) -> Answer:
+def _answer(folder: Path, max_degradation: float | None, output: Path | None) -> CommandResult:
     """Another bound, answered from the front of a finished search."""
     from var_moe.optimization.results import CONFIG_FILE, METADATA_FILE
     from var_moe.optimization.selection import PARETO_FILE, answer_from
@@ -257,7 +265,7 @@ def _answer(folder: Path, max_degradation: float | None, output: Path | None) ->
     show(answer, front, f"Saved: {place / CONFIG_FILE}")
     make_report(place)
     show_next("tune", "--validate", place / CONFIG_FILE)
-    return Answer(
+    return CommandResult(
         {
             "schema_version": SCHEMA_VERSION,
             "max_degradation": max_degradation,

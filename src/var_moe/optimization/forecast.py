@@ -17,7 +17,6 @@ from scipy import stats
 from var_moe.errors import UsageError
 from var_moe.optimization.results import LEARNED_TARGET_PCT
 from var_moe.optimization.search_space import Params
-from var_moe.optimization.selection import non_dominated
 
 Floats = NDArray[np.float64]
 
@@ -29,6 +28,18 @@ MISFIT = 0.05
 
 FLOOR = 1e-4
 """Degradations below a hundredth of a percent are not told apart."""
+
+
+def non_dominated(cost: Floats, gain: Floats) -> list[int]:
+    """The points that no other beats: those of less cost have less gain. By rising cost.
+
+    Of points that are equal in both, the first.
+    """
+    order = np.lexsort((-gain, cost))
+    best = np.maximum.accumulate(gain[order])
+    kept = np.ones(len(order), dtype=bool)
+    kept[1:] = gain[order][1:] > best[:-1]
+    return [int(i) for i in order[kept]]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,24 +17,22 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from var_moe.calibration.profile import RoutingProfile
 from var_moe.errors import VarMoeError
-from var_moe.evaluation.evaluator import Evaluator, Quality, Speed, measure_by_dataset
+from var_moe.evaluation.evaluator import Evaluator, measure_by_dataset
 from var_moe.evaluation.perplexity import datasets_of
 from var_moe.execution.session import Session, routed
 from var_moe.optimization.candidate import Candidate
 from var_moe.optimization.objective import PolicyObjective
 from var_moe.optimization.results import (
-    INFEASIBLE_PENALTY,
     UNFINISHED,
     Evaluation,
     OptimizationResult,
-    documented_score,
     save_optimization_results,
 )
 from var_moe.optimization.search_space import Params, stand_in_of
 from var_moe.optimization.selection import (
     Z_95,
     FrontPoint,
-    Standing,
+    Remeasured,
     distinct_evaluations,
     nearest_miss,
     promise,
@@ -48,55 +46,6 @@ if TYPE_CHECKING:
 
 Closer: TypeAlias = Callable[[list[tuple[Params, float]]], Params | None]
 """From points and the upper bounds of their degradation to another point; None ends it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Remeasured:
-    """A configuration measured again, on more text and with more blocks."""
-
-    name: str
-    config: Candidate
-    quality: Quality
-    speed: Speed | None  # None where the bound is broken: it can't win
-    max_degradation: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether the upper bound of the degradation is below the limit."""
-        return self.quality.judged.upper < self.max_degradation
-
-    @property
-    def score(self) -> float:
-        """The documented score, with the upper bound as the degradation."""
-        upper = self.quality.judged.upper
-        if not self.passed or self.speed is None:
-            return INFEASIBLE_PENALTY * (1 + upper)
-        return documented_score(
-            degradation=upper,
-            max_degradation=self.max_degradation,
-            speedup=self.speed.speedup.median,
-            learned_pct=self.quality.report.learned_pct,
-        )
-
-    @property
-    def standing(self) -> Standing:
-        """What decides whether it wins."""
-        return Standing(
-            keeps_bound=self.passed and self.speed is not None,
-            experts_per_token=self.quality.report.experts_per_token,
-            degradation_upper=self.quality.judged.upper,
-            score=self.score,
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """For result files."""
-        return {
-            "name": self.name,
-            "config": self.config.to_dict(),
-            "passed": self.passed,
-            **self.quality.to_dict(),
-            **(self.speed.to_dict() if self.speed else {"speedup": None}),
-        }
 
 
 class LastMeasurement:

@@ -18,7 +18,8 @@ import numpy as np
 from var_moe.config import check_bound
 from var_moe.errors import UsageError
 from var_moe.optimization.candidate import Candidate
-from var_moe.optimization.results import Evaluation
+from var_moe.optimization.forecast import Floats, Forecast, non_dominated
+from var_moe.optimization.results import INFEASIBLE_PENALTY, Evaluation, documented_score
 from var_moe.optimization.search_space import Params, point_key
 from var_moe.storage import (
     SCHEMA_VERSION,
@@ -30,8 +31,7 @@ from var_moe.storage import (
 )
 
 if TYPE_CHECKING:
-    from var_moe.optimization.forecast import Floats, Forecast
-    from var_moe.optimization.measure_again import Remeasured
+    from var_moe.evaluation.evaluator import Quality, Speed
 
 Z_95 = 1.645  # one-sided
 CONVERGENCE_WINDOW, CONVERGENCE_GAIN = 10, 0.005
@@ -73,6 +73,55 @@ class Standing:
     def safety(self) -> float:
         """Higher is safer: minus the upper bound of the degradation."""
         return 0.0 if self.degradation_upper is None else -self.degradation_upper
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remeasured:
+    """A configuration measured again, on more text and with more blocks."""
+
+    name: str
+    config: Candidate
+    quality: Quality
+    speed: Speed | None  # None where the bound is broken: it can't win
+    max_degradation: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the upper bound of the degradation is below the limit."""
+        return self.quality.judged.upper < self.max_degradation
+
+    @property
+    def score(self) -> float:
+        """The documented score, with the upper bound as the degradation."""
+        upper = self.quality.judged.upper
+        if not self.passed or self.speed is None:
+            return INFEASIBLE_PENALTY * (1 + upper)
+        return documented_score(
+            degradation=upper,
+            max_degradation=self.max_degradation,
+            speedup=self.speed.speedup.median,
+            learned_pct=self.quality.report.learned_pct,
+        )
+
+    @property
+    def standing(self) -> Standing:
+        """What decides whether it wins."""
+        return Standing(
+            keeps_bound=self.passed and self.speed is not None,
+            experts_per_token=self.quality.report.experts_per_token,
+            degradation_upper=self.quality.judged.upper,
+            score=self.score,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For result files."""
+        return {
+            "name": self.name,
+            "config": self.config.to_dict(),
+            "passed": self.passed,
+            **self.quality.to_dict(),
+            **(self.speed.to_dict() if self.speed else {"speedup": None}),
+        }
 
 
 def winner(rows: Iterable[T], standing: Callable[[T], Standing]) -> T | None:
@@ -156,18 +205,6 @@ def _behaviour(evaluation: Evaluation) -> Hashable:
         evaluation.learned_pct,
     )
     return point_key(evaluation.params) if None in outcome else outcome
-
-
-def non_dominated(cost: Floats, gain: Floats) -> list[int]:
-    """The points that no other beats: those of less cost have less gain. By rising cost.
-
-    Of points that are equal in both, the first.
-    """
-    order = np.lexsort((-gain, cost))
-    best = np.maximum.accumulate(gain[order])
-    kept = np.ones(len(order), dtype=bool)
-    kept[1:] = gain[order][1:] > best[:-1]
-    return [int(i) for i in order[kept]]
 
 
 PARETO_FILE = "pareto.json"

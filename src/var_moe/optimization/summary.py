@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from var_moe.evaluation.throughput import Ratio
-    from var_moe.optimization.measure_again import Remeasured
+    from var_moe.optimization.selection import Remeasured
 
 
 SPEEDUP_TARGET, STABLE_WITHIN = 1.3, 0.03

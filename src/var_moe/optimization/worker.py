@@ -132,8 +132,8 @@ def _checked(evaluation: Evaluation, bound: float) -> Evaluation:
 class Worker:
     """One process's share of a study, as a context manager.
 
-    Optuna numbers trials without gaps and gives a waiting one to one process alone. Everything
-    else is written first and looked at then: of two processes that did the same, both see it.
+    Optuna numbers trials without gaps and hands each waiting trial to one process. Everything
+    else a process writes first and reads then, so that two that chose the same point both notice.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class Worker:
         is evaluated here.
         """
         while not stop():
-            now = self._mended()
+            now = self._with_lost_requeued()
             if (self._nothing_left or now.taken >= self._total) and not now.waiting:
                 if not now.running:
                     return
@@ -184,7 +184,7 @@ class Worker:
                 yield evaluation
 
     def _evaluated(self, trial: optuna.Trial) -> Evaluation | None:
-        """The evaluation of a trial, written into it; None where it stands for none.
+        """Evaluate the trial's point and store the result in it; None if the trial is void.
 
         It is written before the trial's state: a kill between the two is made good by whoever
         goes on.
@@ -192,13 +192,14 @@ class Worker:
         trial.set_user_attr(WORKER, worker(self._run))
         number = Trials.of(self.study).numbers.get(trial.number)
         if number is None or number >= self._total:
-            trial.set_user_attr(VOID, "made again already" if number is None else "one too many")
+            why = "retried already" if number is None else "over the planned number"
+            trial.set_user_attr(VOID, why)
             return None
         try:
             params = self._sampler.suggest(trial)
         except NothingLeftError:
             self._nothing_left = True
-            trial.set_user_attr(VOID, "nothing left that is worth it")
+            trial.set_user_attr(VOID, "no useful point left")
             return None
         if self._taken_meanwhile(trial, params):
             self.study.enqueue_trial({}, user_attrs={AGAIN: trial.number})
@@ -212,7 +213,7 @@ class Worker:
             trial.set_user_attr(SCORE, stored["score"])
             trial.set_user_attr(EVALUATION, stored)
         except UpdateFinishedTrialError:
-            _LOG.warning("trial %d was taken for lost and is made again", trial.number)
+            _LOG.warning("trial %d was considered lost and is retried", trial.number)
             return None
         return evaluation
 
@@ -229,8 +230,8 @@ class Worker:
         assert header is not None
         return header.total
 
-    def _mended(self) -> Trials:
-        """The trials, those of dead processes closed and waiting to be made again."""
+    def _with_lost_requeued(self) -> Trials:
+        """The trials; those of dead processes are closed, and wait to be retried."""
         now = Trials.of(self.study)
         dead = [trial for trial in now.running if is_lost(trial)]
         for trial in dead:

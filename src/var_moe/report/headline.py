@@ -170,7 +170,7 @@ def _of_certificate(results: Results) -> Headline:
     return Headline(
         title=f"Certificate: {certificate['identity']['model']} on "
         f"{certificate['text']['dataset']}",
-        question="Which configuration surely keeps perplexity within "
+        question="Which configuration is certified to keep perplexity within "
         f"{limit(certificate['max_degradation'])}?",
         answers=_certified(results),
         cards=_certificate_cards(results),
@@ -207,7 +207,7 @@ def _of_comparison(results: Results) -> Headline:
             told = f"{percent(best['degradation'])} at {target:g}"
             least.setdefault(best["name"], []).append(told)
     ahead = "; ".join(f"{name} ({', '.join(told)})" for name, told in least.items())
-    sentence = f"At equal experts per token, least costs {ahead}."
+    sentence = f"At equal experts per token, the smallest rise of perplexity has {ahead}."
     return Headline(
         title=f"Policies: {_on_text(comparison)}",
         question="At equally many executed experts per token, which policy costs least?",
