@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import signal
-import subprocess
-import sys
 
 import pytest
 from certification_helpers import point, skip
@@ -222,20 +221,15 @@ def test_stopped_between_freezing_and_testing(
 def test_killed_between_freezing_and_testing(results, words, made_up):
     """A real kill: every file is whole, and the study goes on to a confirmatory certificate."""
     folder = results(NATIVE)
-    code = (
-        "import os, signal, sys; from var_moe.certification import certify as room;"
-        "from var_moe.evaluation import evaluator;"
-        "evaluator.fastest_backend = lambda *_, **__: ('eager', {'eager': 1.0});"
-        "room.judge_in_order = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL);"
-        "from var_moe.cli import main; main(sys.argv[1:])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "certify", str(folder), *words, "--blocks", "0"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.DEVNULL,
-        timeout=120,
-    )
-    assert done.returncode == -signal.SIGKILL
+
+    def kill_when_it_tests():
+        room.judge_in_order = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+        main(["certify", str(folder), *words, "--blocks", "0"])
+
+    process = multiprocessing.get_context("fork").Process(target=kill_when_it_tests)
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
     assert not [path for path in folder.iterdir() if path.name.endswith(".tmp")]
     assert read(folder / "certificate_frozen.json")["order"]
     assert not any((folder / name).exists() for name in FILES)

@@ -50,7 +50,7 @@ def test_calibrates_and_checks(results, tiny_model_folder, text, tmp_path, capsy
     assert check["checks"][0]["alarm_at"] is None
     assert check["checks"][0]["departure"]["agreement_by_tier"] == {"fast": None, "cached": None}
     out = capsys.readouterr().out
-    assert "Played to it" in out
+    assert "On other text" in out
     assert "other half" in out
     assert "guard_check.json" in out
 

@@ -135,5 +135,5 @@ def guard_section(results: Results) -> Section:
         ),
     }
     return section(
-        "guard", "The guard", Table.of("Played to it", results["guard"]["checks"], columns)
+        "guard", "The guard", Table.of("On other text", results["guard"]["checks"], columns)
     )
