@@ -87,6 +87,7 @@ def test_settings_that_are_none():
         AnalysisSettings(sequences=(8, 0))
 
 
+@pytest.mark.slow
 def test_the_documented_path_is_light_and_complete():
     code = (
         "import sys, profiling\n"

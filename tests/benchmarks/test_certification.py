@@ -94,6 +94,7 @@ def test_a_good_configuration_is_certified(recorded):
     assert 0.6 < narrow["fixed"]["rate"] < 1.0
 
 
+@pytest.mark.slow
 def test_the_command_writes_both_files(tmp_path, capsys):
     assert main(["--studies", "5", "--output", str(tmp_path)]) == 0
     saved = json.loads((tmp_path / "simulation.json").read_text())

@@ -82,6 +82,7 @@ def test_without_room_for_inputs_damages_do_without(case, documents, monkeypatch
     assert {one.out.shape[1] for one in found.values()} == {0}
 
 
+@pytest.mark.slow
 def test_without_a_backward_pass_sizes_of_changes_stand_in(case, documents, monkeypatch, caplog):
     loaded, profile = case
     trace = calibration_trace(loaded, documents, data=DATA, compensation=None)

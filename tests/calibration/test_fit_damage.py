@@ -55,6 +55,7 @@ def planted(*, top_k, hidden=0, tokens=20_000, seed=0, kind="cut", compensation=
     return replace(trace, damage={kind: effect}), log_damage
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("top_k", "hidden"), [(2, 0), (2, HIDDEN), (3, 0), (4, HIDDEN)])
 def test_planted_damages_are_found(top_k, hidden):
     trace, truth = planted(top_k=top_k, hidden=hidden)

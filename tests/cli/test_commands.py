@@ -355,6 +355,7 @@ def test_compare_refuses_in_one_line(common, words, message, tmp_path, capsys):
     assert len(error.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_comparison_is_measured_again_on_other_text(common, tuned, tmp_path, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
     rest = [*common, "--profile", str(tuned / "profile"), "--blocks", "0", "--quiet"]

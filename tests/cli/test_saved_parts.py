@@ -111,6 +111,7 @@ def test_validate_keeps_quality_and_the_runs_before(kept, fails, config):
     assert len(found["runs"]) == 2
 
 
+@pytest.mark.slow
 def test_analyze_keeps_its_parts(kept, fails, config, tmp_path):
     fails(pipeline, "measure_scaling")
     words = ["analyze", "--quick", "--var_config", str(config), "--n_samples", "6"]
@@ -180,6 +181,7 @@ def test_the_model_is_not_loaded_for_nothing(words, message, common, tmp_path, m
 # -- what is not needed is not made -----------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

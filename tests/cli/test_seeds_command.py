@@ -28,6 +28,7 @@ def read(path):
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_each_seed_has_its_folder_and_shares_the_rest(seeded):
     names = {path.name for path in seeded.iterdir()}
     assert {"run_1", "run_3", "profile", "trace", "cost_model.json", "report.html"} <= names
@@ -38,6 +39,7 @@ def test_each_seed_has_its_folder_and_shares_the_rest(seeded):
         assert read(run / "optimization_metadata.json")["seed"] == seed
 
 
+@pytest.mark.slow
 def test_finished_seeds_are_left_alone_and_the_table_is_made_again(search, seeded, capsys):
     first = seeded / "run_1" / "optimization_results.json"
     written, report = first.stat().st_mtime_ns, read(seeded / "stability.json")

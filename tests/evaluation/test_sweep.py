@@ -50,6 +50,7 @@ def swept(evaluator, profile, names, targets):
     return list(sweep(evaluator, evaluator, names, profile.calibration(), targets=targets))
 
 
+@pytest.mark.slow
 def test_each_policy_runs_as_many_experts_as_wanted(evaluator, profile):
     names = ("random_skip", "var_verified")
     rows = swept(evaluator, profile, names, (1.75, 1.25))

@@ -109,6 +109,7 @@ def test_the_damage_policy_runs_as_many_pairs_as_asked_for(fitted):
     assert torch.equal(logits(model, ids), untouched)
 
 
+@pytest.mark.slow
 def test_a_compensation_is_fitted_and_used(fitted, documents):
     loaded, ids = fitted.loaded, tiny_ids()
     before = snapshot(loaded.model)

@@ -32,6 +32,7 @@ def test_the_documented_call():
     assert result.method == "bayesian"
 
 
+@pytest.mark.slow
 def test_the_process_finds_a_feasible_point_that_beats_the_default():
     objective = SixObjective()
     result = bayesian_optimization(objective, n_calls=12, verbose=False, seed=1)
@@ -153,6 +154,7 @@ def test_installed_but_broken(monkeypatch, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_it_searches_and_resumes_as_if_unbroken(tmp_path):
     pytest.importorskip("skopt")
     unbroken = skopt_search(SmallObjective())

@@ -56,6 +56,7 @@ def test_a_resumed_search_equals_an_unbroken_one(stop_at, log):
     _stop_and_resume(stop_at, log)
 
 
+@pytest.mark.slow
 def test_a_search_in_a_database_is_resumed(tmp_path):
     _stop_and_resume(4, f"sqlite:///{tmp_path}/t.db")
 
@@ -91,6 +92,7 @@ def test_an_evaluation_written_before_its_trial_was_closed_is_not_repeated(log, 
     assert load(log).trials[0].constraints.keys() == {"degradation", "degradation_upper"}
 
 
+@pytest.mark.slow
 def test_a_trial_that_was_lost_while_its_point_was_proposed_is_proposed_anew(log, monkeypatch):
     """As by a kill in the middle of writing the point."""
     suggest = optuna.Trial.suggest_int
@@ -321,6 +323,7 @@ def test_an_evaluation_that_was_taken_for_lost_is_not_told_twice(log, caplog):
     assert "considered lost" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_trial_of_another_machine_is_lost_after_a_silence(log, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         search(SmallObjective(stop_at=3), storage=log)

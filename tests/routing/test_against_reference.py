@@ -178,6 +178,7 @@ def streams(draw: st.DrawFn, *, generating: bool = False) -> Stream:
     return stream
 
 
+@pytest.mark.slow
 @SETTINGS
 @given(streams())
 def test_random_streams(stream: Stream) -> None:

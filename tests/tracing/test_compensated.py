@@ -290,6 +290,7 @@ class KilledError(Exception):
     """The recording ends here."""
 
 
+@pytest.mark.slow
 def test_sampled_labels_resume(loaded, documents, tmp_path, looking, monkeypatch):
     monkeypatch.setattr("var_moe.tracing.record._FORWARDS_PER_SHARD", 2)
     options = {
