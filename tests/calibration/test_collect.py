@@ -216,6 +216,7 @@ def test_a_profile_of_a_fine_tuned_model_is_refused(profile, make_tiny_mixtral, 
         profile.check_loaded(other)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_fine_tuned_model_is_not_gone_on_with(
     loaded, documents, make_tiny_mixtral, tiny_tokenizer, tmp_path, monkeypatch
 ):

@@ -130,6 +130,7 @@ def test_a_killed_fit_goes_on_to_the_same_end(steps, case, documents, unbroken, 
         assert second[0] > first[0]  # it did not begin anew
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [QUICK, replace(QUICK, rate=3e-2)], ids=["text", "patience"])
 def test_once_more_after_its_end(settings, case, documents, tmp_path, monkeypatch):
     """The text is used up, or patience is: nothing is learned or lost by going on.
@@ -175,12 +176,14 @@ def test_a_checkpoint_of_another_fit_is_not_gone_on_with(other, case, documents,
     assert seen[-1] < begun + 400  # it began anew
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_as_good_as_none(case, documents, unbroken, tmp_path):
     path = tmp_path / "fit.pt"
     path.write_bytes(b"half a chec")
     assert same(fit(case, documents, checkpoint=path).compensation, unbroken.compensation)
 
 
+@pytest.mark.slow
 def test_the_model_is_left_as_it_was(case, documents):
     loaded = case[0]
     parameters = list(loaded.model.parameters())
