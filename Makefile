@@ -45,7 +45,8 @@ wheel: $(VENV)/.installed-dev
 	"$(WHEEL)/venv/bin/python" -m pip install --quiet --disable-pip-version-check \
 		$(CONSTRAINT) "$(WHEEL)"/*.whl
 	cd "$(WHEEL)" && venv/bin/var-moe demo --output demo
-	cd "$(WHEEL)" && venv/bin/var-moe tune --profile demo/profile --max_samples 20 --final_samples 20 --n_calls 2 --output tuned
+	cd "$(WHEEL)" && venv/bin/var-moe tune --profile demo/profile --method random --n_calls 1 \
+		--max_degradation 1 --max_samples 10 --final_samples 10 --output tuned
 
 $(VENV)/.created:
 	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 found; install one, or: make PYTHON=/path/to/python"; exit 2; }
