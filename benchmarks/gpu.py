@@ -76,10 +76,10 @@ def routings(shape: Shape, tokens: int, device: torch.device) -> list[tuple[Tens
     return made
 
 
-def with_share(index: Tensor, share: float) -> Tensor:
+def with_share(index: Tensor, share: float, rng: torch.Generator | None = None) -> Tensor:
     """The same with a random share of all pairs; each token keeps its first."""
     spared = max(0.0, (share * index.shape[1] - 1) / (index.shape[1] - 1))
-    keep = torch.rand(index.shape, device=index.device) < spared
+    keep = torch.rand(index.shape, generator=rng, device=index.device) < spared
     keep[:, 0] = True
     return torch.where(keep, index, -1)
 

@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from benchmarks.gpu import SHARES, with_share
 from torch import Tensor
 
 from var_moe.execution.backends import open_backend
@@ -39,7 +40,6 @@ from var_moe.execution.backends.base import ExpertsBackend
 from var_moe.models.moe_layers import weights_of
 from var_moe.storage import atomic_write_json, provenance
 
-SHARES = (1.0, 0.67, 0.5)
 TOKENS = (2048, 256, 16, 1)
 DTYPES = ("bfloat16", "float32")
 THEIRS = ("eager", "grouped_mm", "batched_mm")
@@ -135,16 +135,6 @@ QUICK = (
         top_k=2,
     ),
 )
-
-
-def with_share(index: Tensor, share: float, rng: torch.Generator) -> Tensor:
-    """The same decision with about a share of its pairs; each token keeps its first."""
-    if share == 1:
-        return index
-    spared = max(0.0, (share * index.shape[1] - 1) / (index.shape[1] - 1))
-    keep = torch.rand(index.shape, generator=rng) < spared
-    keep[:, 0] = True
-    return torch.where(keep, index, -1)
 
 
 def transformers_arm(module: Any, name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
