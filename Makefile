@@ -45,6 +45,7 @@ wheel: $(VENV)/.installed-dev
 	"$(WHEEL)/venv/bin/python" -m pip install --quiet --disable-pip-version-check \
 		$(CONSTRAINT) "$(WHEEL)"/*.whl
 	cd "$(WHEEL)" && venv/bin/var-moe demo --output demo
+	cd "$(WHEEL)" && venv/bin/python -c "import var_moe; var_moe.load_exported('demo/export')"
 	cd "$(WHEEL)" && venv/bin/var-moe tune --profile demo/profile --method random --n_calls 1 \
 		--max_degradation 1 --max_samples 10 --final_samples 10 --output tuned
 

@@ -1,4 +1,4 @@
-"""Load, tune, apply, generate: the eight lines that a new user writes."""
+"""Load, tune, apply, generate: what a new user writes (the README's own lines run in docs/)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from var_moe.optimization.settings import TuneSettings
 
 SMALL = {
     "method": "random",
-    "policy": "damage",
+    "policy": "naee",
     "n_calls": 1,
     "max_samples": 12,
     "final_samples": 12,
@@ -24,30 +24,21 @@ SMALL = {
 
 
 @pytest.mark.slow
-def test_load_tune_apply_generate(tmp_path):
-    model = load_model("demo")
-    before = model.generate("SELECT the rows of", max_new_tokens=8, do_sample=False)
-    result = tune(model, "demo", max_degradation=0.9, output=tmp_path, **SMALL)
-    with result.policy(model) as session:
-        text = model.generate("SELECT the rows of", max_new_tokens=8, do_sample=False)
-    report = session.report()
-    assert text
-    assert report.tokens > 8
-    assert report.experts_per_token < report.top_k
-    # The block is over: the model is what it was.
-    assert model.generate("SELECT the rows of", max_new_tokens=8, do_sample=False) == before
-
-
-@pytest.mark.slow
-def test_a_folder_and_a_file_of_text(tiny_model_folder, tmp_path):
+def test_load_tune_apply_generate(tiny_model_folder, tmp_path):
     text = tmp_path / "text.jsonl"
     rows = [{"text": f"the router sends token {n} to a table"} for n in range(400)]
     text.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     model = load_model(str(tiny_model_folder))
+    asked = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    before = model.generate("the router", **asked)
     result = tune(model, text, max_degradation=0.9, output=tmp_path / "out", **SMALL)
     with result.policy(model) as session:
-        assert model.generate("the router", max_new_tokens=3, min_new_tokens=3)
-    assert session.report().tokens > 0
+        assert model.generate("the router", **asked)
+    report = session.report()
+    assert report.tokens > 8
+    assert report.experts_per_token < report.top_k
+    # The block is over: the model is what it was.
+    assert model.generate("the router", **asked) == before
 
 
 @pytest.mark.parametrize(
