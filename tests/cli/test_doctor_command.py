@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from var_moe.cli import doctor, main
+from var_moe.execution.backends.fused import can_run
 from var_moe.execution.backends.packed import has_kernels
 
 
@@ -26,6 +27,8 @@ def test_it_measures_this_machine(capsys):
     usable = {row["name"] for row in found["backends"] if row["usable"]}
     assert usable >= {"eager", "grouped_mm", "var_moe sorted"}
     assert ("var_moe packed" in usable) == has_kernels(torch.float32)
+    assert ("var_moe fused" in usable) == can_run(torch.float32)
+    assert found["machine"]["fused_kernel"]
     assert all(row["why_not"] for row in found["backends"] if not row["usable"])
     assert found["machine"]["torch_threads"] >= 1
     assert found["hub"]["offline"]
@@ -36,7 +39,13 @@ def test_it_says_it_to_people(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "dtypes", list)
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
-    for words in ("Installed", "threads", "offline mode (HF_HUB_OFFLINE is set)", "Cache:"):
+    for words in (
+        "Installed",
+        "threads",
+        "Experts kernel",
+        "offline mode (HF_HUB_OFFLINE is set)",
+        "Cache:",
+    ):
         assert words in said
 
 

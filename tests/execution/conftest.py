@@ -6,7 +6,7 @@ import torch
 from var_moe.models.moe_layers import experts_modules
 
 # Failures inside the suite are explained as in a test module.
-pytest.register_assert_rewrite("contract", "dispatch_contract")
+pytest.register_assert_rewrite("contract", "dispatch_contract", "made_experts")
 
 
 @pytest.fixture(scope="module")

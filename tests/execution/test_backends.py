@@ -7,7 +7,7 @@ from dispatch_contract import DispatchContract, Tiny
 
 from families import find_families, tiny_model
 
-BACKENDS = ("eager", "batched_mm", "grouped_mm", "packed", "grouped")
+BACKENDS = ("eager", "batched_mm", "grouped_mm", "packed", "fused", "grouped")
 MODULES = ("mixtral", "olmoe", "qwen3_moe", "gpt_oss", "deepseek_v3")
 FAMILY = {family.module: family for family in find_families()}
 

@@ -57,8 +57,9 @@ def test_nearly_all_families_are_served():
 
 class TestFamilies(DispatchContract):
     @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-    def test_keep_all_through_grouped_mm_itself(self, tiny, dtype):
-        check_keep_all(tiny, dtype, "grouped_mm")
+    @pytest.mark.parametrize("name", ["grouped_mm", "fused"])
+    def test_keep_all_through_another_backend(self, tiny, dtype, name):
+        check_keep_all(tiny, dtype, name)
 
     def test_entropy_is_that_of_the_routers_own_weights(self, tiny, record_property):
         """With K = E the weights show every expert's share; K must not change what is read of it.

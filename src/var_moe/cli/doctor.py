@@ -61,6 +61,7 @@ def _print(found: Mapping[str, Any]) -> None:
             f"Device: {', '.join(here['devices']) or 'cpu'}; {here['cores']} cores, torch uses "
             f"{here['torch_threads']} threads; memory: {here['memory_mib']:,.0f} MiB"
         )
+        print(f"Experts kernel for the CPU: {here['fused_kernel']}")
     if hub:
         print(f"Hub: {hub['state']}")
         print(f"Cache: {hub['cache']} ({hub['cached_models']} models)")
@@ -107,7 +108,8 @@ def machine() -> dict[str, Any]:
     """Devices, threads and memory."""
     import torch
 
-    from var_moe.execution.backends.packed import memory_limit
+    from var_moe.execution.backends.copies import memory_limit
+    from var_moe.execution.backends.fused import instructions
 
     affinity = getattr(os, "sched_getaffinity", None)
     return {
@@ -116,6 +118,7 @@ def machine() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "memory_mib": memory_limit() / 2**20,
+        "fused_kernel": instructions(),
     }
 
 
@@ -145,14 +148,15 @@ def backends() -> list[dict[str, Any]]:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     from var_moe.execution.backends import IMPLEMENTATION, OWN, open_backend
+    from var_moe.execution.backends.fused import can_run
     from var_moe.execution.backends.packed import has_kernels
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     layer = module, hidden, _, _ = _layer(device)
     original = type(module).forward.__wrapped__
     names = ["eager", *(name for name in ALL_EXPERTS_FUNCTIONS if name != IMPLEMENTATION)]
-    packs = device == "cpu" and has_kernels(hidden.dtype)
-    own = [name for name in OWN if packs or name != "packed"]
+    cannot = {"packed": not has_kernels(hidden.dtype), "fused": not can_run(hidden.dtype)}
+    own = [name for name in OWN if not (cannot.get(name) or (name in cannot and device != "cpu"))]
     functions = {name: ALL_EXPERTS_FUNCTIONS.get_interface(name, original) for name in names}
     functions |= {f"var_moe {name}": open_backend(name).run for name in own}
     return [_timed(name, partial(run, *layer)) for name, run in functions.items()]

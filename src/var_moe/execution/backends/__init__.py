@@ -10,6 +10,7 @@ from typing import Any
 
 from var_moe.errors import UsageError
 from var_moe.execution.backends.base import ExpertsBackend
+from var_moe.execution.backends.fused import FusedBackend, can_fuse
 from var_moe.execution.backends.grouped import GroupedBackend
 from var_moe.execution.backends.packed import PackedBackend, can_pack
 from var_moe.execution.backends.sorted import SortedBackend
@@ -17,17 +18,19 @@ from var_moe.execution.backends.transformers import TransformersBackend
 from var_moe.models.moe_layers import experts_modules
 
 OWN: dict[str, type[ExpertsBackend]] = {
-    kind.name: kind for kind in (SortedBackend, PackedBackend, GroupedBackend)
+    kind.name: kind for kind in (SortedBackend, PackedBackend, FusedBackend, GroupedBackend)
 }
 IMPLEMENTATION = "var_moe"
 """The name under which transformers knows our dispatch: no backend."""
 
 
 def open_backend(name: str, model: Any = None) -> ExpertsBackend:
-    """The backend of a name: ours (``sorted``, ``packed``, ``grouped``), or transformers'.
+    """The backend of a name: ours (``sorted``, ``packed``, ``fused``, ``grouped``), or
+    transformers'.
 
-    It holds scratch memory, and ``packed`` copies of the experts' weights, until `close` or the
-    end of a ``with`` block. Give it to several `routed` blocks so that they share these.
+    It holds scratch memory, ``packed`` and ``fused`` also copies of the experts' weights, until
+    `close` or the end of a ``with`` block. Give it to several `routed` blocks so that they share
+    these.
 
     Args:
         name: or ``"auto"``, the one for the device, dtype and size of ``model``.
@@ -50,9 +53,14 @@ def open_backend(name: str, model: Any = None) -> ExpertsBackend:
 
 
 def automatic(model: Any) -> str:
-    """The backend that ``"auto"`` stands for: on a GPU ``grouped``, on CPU ``packed`` where its
-    copies are small beside the memory and the kernels are there, else ``sorted``."""
+    """The backend that ``"auto"`` stands for.
+
+    On a GPU ``grouped``. On CPU, where copies are small beside the memory: ``fused`` if there is a
+    compiler, ``packed`` if oneDNN has the products; else ``sorted``.
+    """
     if next(model.parameters()).device.type != "cpu":
         return GroupedBackend.name
     modules = [module for _, module in experts_modules(model)]
+    if can_fuse(modules):
+        return FusedBackend.name
     return PackedBackend.name if can_pack(modules) else SortedBackend.name

@@ -12,19 +12,17 @@ The reordered weights are a second copy, kept as long as the backend. So this is
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
 
 from var_moe.execution.backends.base import ExpertsBackend, activate, is_plain_silu
+from var_moe.execution.backends.copies import WeightCopies, can_copy, have_room
 from var_moe.execution.backends.sorted import (
     Scratch,
     SortedBackend,
@@ -36,10 +34,7 @@ from var_moe.execution.backends.sorted import (
 )
 from var_moe.models.moe_layers import biases_of, weights_of
 
-MEMORY_SHARE = 0.25
-"""Of the memory that this process may use, at most so much is taken for copies."""
 _ROWS = 256  # that oneDNN lays weights out for; other numbers of rows run on the same layout
-_SAMPLE = 1024
 
 
 class PackedBackend(ExpertsBackend):
@@ -50,14 +45,13 @@ class PackedBackend(ExpertsBackend):
     def __init__(self) -> None:
         self._plain = SortedBackend()
         self._scratch = Scratch()
-        self._copies: dict[int, _Copy] = {}
-        self._checked: set[int] = set()  # copies whose values this session has compared
+        self._copies = WeightCopies(_pack_all)
 
     def exact(self) -> ExpertsBackend:
         return self._plain
 
     def begin(self) -> None:
-        self._checked.clear()
+        self._copies.begin()
 
     def close(self) -> None:
         self._plain.close()
@@ -67,7 +61,7 @@ class PackedBackend(ExpertsBackend):
     def run(self, module: Any, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         if not _serves(module, hidden):
             return self._plain.run(module, hidden, index, weight)
-        experts = self._copy(module).experts
+        experts = self._copies.of(module)
         if len(index) == 1:
             return lone_token(
                 lambda number, target: target.copy_(experts[number].run(module, hidden)),
@@ -89,29 +83,10 @@ class PackedBackend(ExpertsBackend):
             return _sum_as_bags(found, out, index, weight)
         return sum_pairs(found, out, index, weight, self._scratch)
 
-    def _copy(self, module: Any) -> _Copy:
-        """The module's copies, made anew where its weights have changed."""
-        key, state = id(module), _state(module)
-        found = self._copies.get(key)
-        fresh = found is not None and found.state == state
-        if found is None or not fresh or key not in self._checked:
-            sample = _sample(module)
-            if found is None or not fresh or not torch.equal(found.sample, sample):
-                # Ordinary tensors, so that they serve inside and outside inference mode.
-                with torch.inference_mode(False), torch.no_grad():
-                    experts = tuple(_pack(module, number) for number in range(module.num_experts))
-                found = self._copies[key] = _Copy(experts, state, sample)
-            self._checked.add(key)
-        return found
-
 
 def _serves(module: Any, hidden: Tensor) -> bool:
     """Whether the layer can run on copies of its weights."""
-    if torch.is_grad_enabled() or hidden.device.type != "cpu":
-        return False
-    # An adapter on experts makes their weights anew for each forward.
-    own = hidden.dtype == module.down_proj.dtype and not parametrize.is_parametrized(module)
-    return own and has_kernels(hidden.dtype)
+    return can_copy(module, hidden) and has_kernels(hidden.dtype)
 
 
 def _sum_as_bags(found: SortedPairs, out: Tensor, index: Tensor, weight: Tensor) -> Tensor:
@@ -152,15 +127,6 @@ class _PackedExpert:
         return module.post_expert_norm(out) if module.has_post_expert_norm else out
 
 
-@dataclass(frozen=True)
-class _Copy:
-    """All experts of a module, and what tells that its own weights are still the same."""
-
-    experts: tuple[_PackedExpert, ...]
-    state: tuple[tuple[int, int], ...]
-    sample: Tensor
-
-
 def padded(rows: int) -> int:
     """The number of rows that are run for ``rows``: at most 3% more.
 
@@ -177,12 +143,8 @@ def _step(rows: int) -> int:
 
 def can_pack(modules: list[Any]) -> bool:
     """Whether there are kernels for these experts here, and memory for their copies."""
-    weights = [weight for module in modules for weight in weights_of(module)]
-    if not weights or any(weight.device.type != "cpu" for weight in weights):
-        return False
-    size = sum(weight.numel() * weight.element_size() for weight in weights)
-    fits = size <= MEMORY_SHARE * _memory()
-    return fits and all(has_kernels(dtype) for dtype in {weight.dtype for weight in weights})
+    dtypes = {weight.dtype for module in modules for weight in weights_of(module)}
+    return have_room(modules) and all(has_kernels(dtype) for dtype in dtypes)
 
 
 @cache
@@ -207,50 +169,8 @@ def has_kernels(dtype: torch.dtype) -> bool:
     return bool(distance < (1e-5 if dtype == torch.float32 else 2e-2))
 
 
-@cache
-def _memory() -> int:
-    return memory_limit()
-
-
-def memory_limit(root: Path = Path("/")) -> int:
-    """Bytes that this process may use: the machine's, or less where a control group limits it.
-
-    Not what is free now, so that the same choice is made each time.
-
-    Args:
-        root: where ``proc`` and ``sys`` lie.
-    """
-    if not hasattr(os, "sysconf"):  # not a Unix
-        return 0
-    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    listed = root / "proc/self/cgroup"
-    for group in listed.read_text().splitlines() if listed.is_file() else []:
-        _, controllers, own = group.split(":", 2)  # in version 2 there are no controllers
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        version_2 = (root / "sys/fs/cgroup", "memory.max")
-        version_1 = (root / "sys/fs/cgroup/memory", "memory.limit_in_bytes")
-        top, name = version_1 if controllers else version_2
-        # The groups above limit it, too. In a container its own may be the one at the top.
-        place = top / own.strip("/")
-        for folder in (place, *place.parents[: len(place.relative_to(top).parts)]):
-            try:
-                limits.append(int((folder / name).read_text()))
-            except (OSError, ValueError):  # no such group, or "max"
-                continue
-    return min(limits)
-
-
-def _state(module: Any) -> tuple[tuple[int, int], ...]:
-    """Changes with every change of the weights that PyTorch knows of."""
-    tensors = (*weights_of(module), *biases_of(module))
-    return tuple((t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors)
-
-
-def _sample(module: Any) -> Tensor:
-    """Some of the values: those changed through ``.data`` are not known to PyTorch."""
-    parts = [tensor.detach().reshape(-1) for tensor in (*weights_of(module), *biases_of(module))]
-    return torch.cat([part[:: max(len(part) // _SAMPLE, 1)] for part in parts])
+def _pack_all(module: Any) -> tuple[_PackedExpert, ...]:
+    return tuple(_pack(module, number) for number in range(module.num_experts))
 
 
 def _pack(module: Any, number: int) -> _PackedExpert:
