@@ -31,13 +31,8 @@ from var_moe.config import VARConfig
 from var_moe.data.encoding import encode
 from var_moe.data.text import load_text
 from var_moe.evaluation.evaluator import Evaluator
-from var_moe.evaluation.throughput import (
-    BATCH_SIZES,
-    Decoding,
-    backend_arm,
-    policy_arm,
-    time_arms,
-)
+from var_moe.evaluation.speed_setting import SpeedSetting
+from var_moe.evaluation.throughput import backend_arm, policy_arm, time_arms
 from var_moe.execution.session import routed
 from var_moe.models.loading import load_model
 from var_moe.models.moe_layers import experts_modules
@@ -170,7 +165,8 @@ def main() -> None:
     loaded = load_model(args.model)
     documents = encode(load_text(args.dataset, "validation"), loaded.tokenizer)
     evaluator = Evaluator(loaded, documents)
-    model, batches, base = loaded.model, evaluator.timing_batches, evaluator.baseline_backend
+    model, base = loaded.model, evaluator.baseline_backend
+    batches = evaluator.timing_batches(args.blocks)
     profile = RoutingProfile.load(args.profile)
     profile.check_loaded(loaded)
     config = VARConfig.load(args.config)
@@ -188,7 +184,9 @@ def main() -> None:
     shares = (0.25, 0.5, 0.75, 1.0)
     for share in shares:
         arms[f"random skip {share:.0%}"] = policy_arm(model, RandomSkipPolicy(share))
-    timings = time_arms(model, arms, batches, blocks=args.blocks)
+    timings = time_arms(
+        model, arms, batches, blocks=args.blocks, forwards=evaluator.setting.forwards
+    )
     result["time_against_baseline"] = {}
     print(f"baseline: {base}; time relative to it, median of {args.blocks} blocks [95%]")
     for name in list(arms)[1:]:
@@ -205,16 +203,18 @@ def main() -> None:
 
     result["where_time_goes_ms"] = {}
     for name, policy in (("baseline", None), ("keep-all", NativePolicy()), ("VAR", var)):
-        parts = where_time_goes(model, batches, policy, base, args.blocks)
+        parts = where_time_goes(model, batches[:2], policy, base, args.blocks)
         result["where_time_goes_ms"][name] = parts
         print(f"{name}: {parts['total']:.1f} ms per forward")
         for part, value in sorted(parts.items(), key=lambda item: -item[1]):
             if part != "total":
                 print(f"  {part:40} {value:7.2f} ms {100 * value / parts['total']:5.1f}%")
 
-    decoding, result["decoding"] = Decoding(model, documents, top_k=loaded.top_k), []
-    for size in BATCH_SIZES:
-        speed = decoding.speed(var, size, blocks=max(3, args.blocks // 3))
+    result["decoding"] = []
+    for size in (1, 16):
+        decoding = evaluator.with_setting(SpeedSetting.of("decode", size))
+        measured = decoding.speed(var, blocks=max(3, args.blocks // 3))
+        speed = {**decoding.setting.to_dict(), **measured.to_dict()}
         prompts = torch.tensor([d.ids[:32].tolist() for d in documents[:size]])
         share = policy_share_of_decoding(model, var, prompts)
         result["decoding"].append({**speed, "policy_share": share})

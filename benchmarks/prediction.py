@@ -30,10 +30,10 @@ import torch
 from var_moe.calibration.profile import RoutingProfile
 from var_moe.config import VARConfig
 from var_moe.errors import UsageError
-from var_moe.evaluation.batching import full_batches
 from var_moe.evaluation.cost import CostModel, FitTiming
-from var_moe.evaluation.evaluator import Evaluator, SpeedSetting
-from var_moe.evaluation.throughput import ArmGroup, Ratio, backend_arm, policy_arm, time_groups
+from var_moe.evaluation.evaluator import Evaluator
+from var_moe.evaluation.speed_setting import SpeedSetting
+from var_moe.evaluation.throughput import Ratio, backend_arm, policy_arm, time_groups
 from var_moe.execution.session import routed
 from var_moe.models.loading import load_model
 from var_moe.optimization.candidate import Candidate
@@ -98,14 +98,16 @@ def cases(profile: RoutingProfile) -> list[Case]:
     ]
 
 
-def fits(evaluator: Evaluator, profile: RoutingProfile, todo: list[Case]) -> dict[str, FitTiming]:
+def fits(
+    evaluator: Evaluator, profile: RoutingProfile, todo: list[Case], blocks: int
+) -> dict[str, FitTiming]:
     """What a cost model is fitted to, for each policy with that policy's own cost."""
     found: dict[str, FitTiming] = {}
     for case in todo:
         if case.fit in found:
             continue
         most, least = case.candidate.cost_policies(profile, evaluator.top_k) or (None, None)
-        found[case.fit] = FitTiming(evaluator, var_all=most, var_leading=least)
+        found[case.fit] = FitTiming(evaluator, var_all=most, var_leading=least, blocks=blocks)
     return found
 
 
@@ -118,20 +120,14 @@ def measure(
     policies = {case.name: case.candidate.make(profile) for case in todo}
     groups = []
     for setting in settings:
-        batches = full_batches(
-            evaluator.documents,
-            batch_size=setting.batch_size,
-            sequence=setting.sequence,
-            count=setting.forwards,
-        )
         arms: dict[str, Any] = {"baseline": backend_arm(model, evaluator.baseline_backend)}
         for case in todo:
             if case.setting == setting:
                 arms[case.name] = policy_arm(
                     model, policies[case.name], backend=evaluator.running_backend
                 )
-        groups.append(ArmGroup(arms, batches))
-    plans = fits(evaluator, profile, todo)
+        groups.append(setting.group(evaluator.documents, arms, blocks=blocks))
+    plans = fits(evaluator, profile, todo, blocks)
     timed = time_groups(
         model,
         [*groups, *(group for plan in plans.values() for group in plan.groups)],
@@ -142,11 +138,11 @@ def measure(
     costs = {name: plan.fitted([next(rest) for _ in plan.groups]) for name, plan in plans.items()}
     for name, cost in costs.items():
         print(f"fitted {name}: error of timings left out {100 * cost.error:.1f}%")
-    reference = timed[0].seconds["baseline"] / len(groups[0].batches)
+    reference = timed[0].seconds["baseline"] / settings[0].block_forwards
     rows = []
     for case in todo:
         at = settings.index(case.setting)
-        each = timed[at].seconds[case.name] / len(groups[at].batches)
+        each = timed[at].seconds[case.name] / case.setting.block_forwards
         running = routed(model, policies[case.name], backend=evaluator.running_backend)
         with running as session, torch.inference_mode():
             session.reset()

@@ -16,27 +16,28 @@ index select from where order group join list dict tuple class def return yield
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
-    """Tests run in parallel workers: one thread each."""
+    """Tests run in parallel workers: one thread each, and in the processes that they start."""
     import torch
 
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _moments():
     """What a test does not set is timed for a moment: on a tiny model the figures mean nothing."""
-    from var_moe.evaluation import cost, throughput
-    from var_moe.evaluation.evaluator import SpeedSetting
+    from var_moe.evaluation import cost, evaluator
+    from var_moe.evaluation.speed_setting import SpeedSetting
 
     with pytest.MonkeyPatch.context() as patch:
-        small = {"batch_size": 2, "sequence": 32, "forwards": 1}
+        small = {"batch_size": 2, "sequence": 32, "forwards": 1, "new_tokens": 12}
+        small = {**SpeedSetting.__init__.__kwdefaults__, **small}
         patch.setattr(SpeedSetting.__init__, "__kwdefaults__", small)
         shapes = [SpeedSetting(batch_size=size, sequence=16, forwards=1) for size in (2, 1)]
         patch.setattr(cost, "SHAPES", (SpeedSetting(), *shapes))
         patch.setitem(cost.fit_cost_model.__kwdefaults__, "blocks", 2)
-        few = {"_CHOOSING_BLOCKS": 1, "_DECODED_CHOOSING_BLOCKS": 1, "_DECODED_CHOOSING_TOKENS": 2}
-        for name, value in {**few, "NEW_TOKENS": 12}.items():
-            patch.setattr(throughput, name, value)
+        for name, value in {"CHOOSING_BLOCKS": 1, "_CHOOSING_TOKENS": 2}.items():
+            patch.setattr(evaluator, name, value)
         yield
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from var_moe.analysis.pipeline import AnalysisSettings
 from var_moe.errors import UsageError
-from var_moe.evaluation.evaluator import SpeedSetting
+from var_moe.evaluation.speed_setting import SpeedSetting
 
 SMALL = AnalysisSettings(
     blocks=1, rounds=1, scaling_blocks=1, cost_blocks=1, sequences=(16, 32), batch_sizes=(1,)

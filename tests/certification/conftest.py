@@ -93,6 +93,6 @@ def made_up(monkeypatch):
 
     monkeypatch.setattr("var_moe.evaluation.evaluator.Evaluator.losses", losses)
     monkeypatch.setattr(
-        "var_moe.evaluation.evaluator.fastest_backend", lambda *_, **__: ("eager", {"eager": 1.0})
+        "var_moe.evaluation.evaluator.Evaluator._fastest", ("eager", {"eager": 1.0})
     )
     return world

@@ -9,7 +9,8 @@ from var_moe.calibration.collect import collect_profile
 from var_moe.certification.scoring import UnitScorer
 from var_moe.config import VARConfig
 from var_moe.data.documents import EncodedDocument, shuffled_pages
-from var_moe.evaluation.evaluator import Evaluator, SpeedSetting
+from var_moe.evaluation.evaluator import Evaluator
+from var_moe.evaluation.speed_setting import SpeedSetting
 from var_moe.models.loading import LoadedModel
 from var_moe.routing.simple import TopPPolicy
 from var_moe.routing.var import VARPolicy

@@ -243,7 +243,7 @@ def test_a_speedup_is_claimed_by_its_lower_bound(
 ):
     from var_moe.certification.certify import NotCertifiedError, certify
     from var_moe.certification.plan import CertifySettings
-    from var_moe.evaluation.evaluator import SpeedSetting
+    from var_moe.evaluation.speed_setting import SpeedSetting
     from var_moe.models.loading import load_model
 
     settings = CertifySettings(

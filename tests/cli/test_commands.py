@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 
 from var_moe.cli import main
-from var_moe.evaluation import throughput
+from var_moe.evaluation.speed_setting import SpeedSetting
 
 RESULT_KEYS = {"best_score", "optimization_time", "num_evaluations", "converged", "all_results"}
 
@@ -152,10 +151,7 @@ def test_the_documented_script_keeps_its_method(common, tuned, tmp_path):
     words = [*common, "--n_calls", "2", "--max_degradation", "0.5", "--quiet"]
     words += ["--profile", str(tuned / "profile"), "--output", str(tmp_path)]
     (tmp_path / "pareto.json").write_text("{}")  # as an earlier search by replay left it
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # beside other tests
-    subprocess.run(
-        [sys.executable, script, *words], check=True, capture_output=True, env=environment
-    )
+    subprocess.run([sys.executable, script, *words], check=True, capture_output=True)
     assert read(tmp_path / "optimization_results.json")["method"] == "bayesian"
     assert not (tmp_path / "pareto.json").exists()
 
@@ -222,7 +218,7 @@ def test_evaluate_takes_any_policy_and_times_generation(common, tuned, tmp_path,
     assert rows["naee"]["experts_per_token"] == pytest.approx(1.75, abs=0.05)
     assert [one["batch_size"] for one in rows["naee"]["decode"]] == [1, 16]
     for one in rows["naee"]["decode"]:
-        assert one["new_tokens"] == throughput.NEW_TOKENS
+        assert one["new_tokens"] == SpeedSetting().new_tokens
         assert 0.1 < one["speedup"] < 10
     assert "Generation, greedy" in capsys.readouterr().out
 
@@ -436,3 +432,27 @@ def test_tune_refuses_policies_in_one_line(common, words, message, tmp_path, cap
     error = capsys.readouterr().err.strip()
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_decode_is_an_objective_as_prefill_is(common, tuned, tmp_path, capsys):
+    """And --validate measures what the search did, unless it is told otherwise."""
+    words = [*common, "--profile", str(tuned / "profile"), "--output", str(tmp_path), "--quiet"]
+    asked = ["--objective", "decode", "--batch", "2", "--n_calls", "1", "--max_degradation", "0.9"]
+    assert main(["tune", *words, *asked]) == 0
+    setting = read(tmp_path / "optimization_metadata.json")["settings"]["setting"]
+    assert (setting["objective"], setting["batch_size"]) == ("decode", 2)
+    cost = read(tmp_path / "cost_model.json")["setting"]
+    assert (cost["objective"], cost["batch_size"]) == ("decode", 2)
+    again = ["tune", "--validate", str(tmp_path / "best_config.json"), "--quiet"]
+    assert main(again) == 0
+    assert read(tmp_path / "validation_results.json")["setting"]["objective"] == "decode"
+    assert main([*again, "--objective", "prefill", "--batch", "1"]) == 0
+    setting = read(tmp_path / "validation_results.json")["setting"]
+    assert (setting["objective"], setting["batch_size"]) == ("prefill", 1)
+
+
+def test_a_batch_of_nothing_is_refused(common, capsys):
+    for command in ("tune", "compare"):
+        assert main([command, *common, "--batch", "0"]) == 2
+        assert "batch_size = 0" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from var_moe import RoutingProfile, RoutingTrace, TraceReplay, VARConfig
 from var_moe.cli import main
 from var_moe.cli.main import _what_is_kept
 from var_moe.evaluation.cost import TERMS, CostModel
-from var_moe.evaluation.evaluator import SpeedSetting
+from var_moe.evaluation.speed_setting import SpeedSetting
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from var_moe.analysis import pipeline
 from var_moe.cli import main
 from var_moe.evaluation import sweep
 from var_moe.evaluation.evaluator import Evaluator
-from var_moe.evaluation.throughput import Decoding
 from var_moe.optimization import preparation
 
 KEEPS = "keeps what was measured, without "
@@ -57,7 +56,7 @@ EVALUATE = ("evaluate", "--preset", "keep_all", "--policy", "top_p", "--max_samp
 
 
 def test_a_failure_while_generating_keeps_quality_and_throughput(kept, fails):
-    fails(Decoding, "speed")
+    fails(Evaluator, "speed", at=3)
     found = kept("evaluation.json", *EVALUATE, "--blocks", "1")
     assert found["incomplete"] == "generation"
     assert [row["name"] for row in found["rows"]] == ["baseline", "keep_all", "top_p"]
@@ -82,7 +81,7 @@ def test_a_failure_while_scoring_names_the_policies_that_wait(kept, fails):
 
 
 def test_what_is_kept_is_the_json_answer(common, fails, tmp_path, capsys):
-    fails(Decoding, "speed")
+    fails(Evaluator, "speed", at=3)
     words = [*EVALUATE, *common, "--blocks", "1", "--output", str(tmp_path), "--quiet", "--json"]
     assert main(words) == 1
     assert json.loads(capsys.readouterr().out)["incomplete"] == "generation"

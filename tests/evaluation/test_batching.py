@@ -72,18 +72,36 @@ def test_collate_marks_padding_and_overlap():
 
 def test_text_shorter_than_a_timing_row_is_refused():
     with pytest.raises(UsageError, match="text of 20 tokens is shorter than one row of 32"):
-        full_batches(made(20), batch_size=2, sequence=32, count=1)
+        full_batches(made(20), batch_size=2, sequence=32)
 
 
 def test_timing_rows_are_spread_over_the_text():
     ids = np.arange(1000)
     text = [EncodedDocument(id=str(i), source="s", ids=ids[i : i + 100]) for i in (0, 100, 200)]
-    rows = torch.cat(full_batches(text, batch_size=2, sequence=20, count=2))
+    rows = torch.cat(full_batches(text, batch_size=2, sequence=20, forwards=2))
     assert rows[:, 0].tolist() == [0, 93, 186, 280]
     assert (rows.diff(dim=1) == 1).all()
 
 
+def test_blocks_are_timed_on_rows_of_their_own_from_all_parts():
+    text = made(3000)
+    blocks = full_batches(text, batch_size=2, sequence=20, forwards=3, blocks=4)
+    starts = torch.stack(blocks)[:, :, 0].view(4, 6)
+    assert len(set(starts.flatten().tolist())) == 24
+    assert (starts.diff(dim=1) > 100).all()  # each in the text's order, and all over it
+    assert (starts[:, -1] > 2000).all()
+
+
+def test_another_turn_takes_other_rows():
+    text, drawn = made(3000), set()
+    for turn in range(20):
+        rows = torch.cat(full_batches(text, batch_size=2, sequence=20, blocks=2, turn=turn))
+        assert (rows.diff(dim=1) == 1).all()
+        drawn |= set(rows[:, 0].tolist())
+    assert len(drawn) == 80
+
+
 def test_timing_rows_overlap_where_the_text_is_short():
-    rows = torch.cat(full_batches(made(40), batch_size=2, sequence=32, count=2))
+    rows = torch.cat(full_batches(made(40), batch_size=2, sequence=32, forwards=2))
     assert rows.shape == (4, 32)
     assert torch.equal(rows[0, 8:], rows[3, :-8])

@@ -7,7 +7,7 @@ import pytest
 
 from var_moe.errors import UsageError
 from var_moe.evaluation.cost import TERMS, CostModel, Work, expected_experts, fit
-from var_moe.evaluation.evaluator import SpeedSetting
+from var_moe.evaluation.speed_setting import SpeedSetting
 from var_moe.routing.counts import RoutingReport
 
 TRUE = dict(zip(TERMS, (5e-3, 2e-5, 8e-6, 1e-4, 4e-3, 1e-6, 3e-7), strict=True))

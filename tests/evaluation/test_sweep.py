@@ -9,7 +9,8 @@ from var_moe.calibration.collect import collect_profile
 from var_moe.data.documents import TextDocument
 from var_moe.data.encoding import encode
 from var_moe.errors import UsageError
-from var_moe.evaluation.evaluator import Evaluator, SpeedSetting
+from var_moe.evaluation.evaluator import Evaluator
+from var_moe.evaluation.speed_setting import SpeedSetting
 from var_moe.evaluation.sweep import (
     REACHED,
     check_targets,

@@ -9,7 +9,7 @@ from analytic import grid_points
 
 from var_moe.config import SEARCH_SPACE
 from var_moe.evaluation.cost import TERMS, CostModel
-from var_moe.evaluation.evaluator import SpeedSetting
+from var_moe.evaluation.speed_setting import SpeedSetting
 from var_moe.optimization.forecast import non_dominated
 from var_moe.optimization.replay_run import TraceForecaster
 from var_moe.routing.var import RoutingTable

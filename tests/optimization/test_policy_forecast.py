@@ -10,7 +10,7 @@ import torch
 
 from var_moe.errors import UsageError
 from var_moe.evaluation.cost import TERMS, CostModel
-from var_moe.evaluation.evaluator import SpeedSetting
+from var_moe.evaluation.speed_setting import SpeedSetting
 from var_moe.optimization.replay_run import TraceForecaster
 from var_moe.optimization.settings import TuneSettings
 from var_moe.routing import registry

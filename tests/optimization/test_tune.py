@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from var_moe.errors import UsageError, VarMoeError
-from var_moe.evaluation.evaluator import SpeedSetting
+from var_moe.evaluation.speed_setting import SpeedSetting
 from var_moe.models.loading import LoadedModel
 from var_moe.optimization import run as room
 from var_moe.optimization.objective import PolicyObjective

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from var_moe.evaluation.cost import TERMS, CostModel
-from var_moe.evaluation.evaluator import SpeedSetting
+from var_moe.evaluation.speed_setting import SpeedSetting
 from var_moe.report.folder import read_results
 from var_moe.report.forward import breakdown_figure
 from var_moe.report.page import build_report

@@ -16,7 +16,7 @@ from scipy.optimize import brentq
 from var_moe.config import check_number
 from var_moe.errors import UsageError
 from var_moe.evaluation.cost import TERMS, CostModel
-from var_moe.evaluation.evaluator import SpeedSetting
+from var_moe.evaluation.speed_setting import SpeedSetting
 from var_moe.routing.keeping import leading_count
 
 _SUM_TOLERANCE = 1e-6

@@ -21,7 +21,8 @@ from var_moe.config import VARConfig, check_number
 from var_moe.data.documents import require_documents
 from var_moe.data.encoding import as_documents, check_documents
 from var_moe.evaluation.cost import fit_cost_model
-from var_moe.evaluation.evaluator import Evaluator, Progress, Speed, SpeedSetting
+from var_moe.evaluation.evaluator import Evaluator, Progress, Speed
+from var_moe.evaluation.speed_setting import SpeedSetting
 from var_moe.evaluation.throughput import backend_arm
 from var_moe.execution.session import routed
 from var_moe.growing import GrowingResult
@@ -109,7 +110,7 @@ def analyse(
     cost_policies = candidate.cost_policies(profile, evaluator.top_k)
     evaluator = replace(evaluator, cost_policies=cost_policies, progress=progress)
     policy, loaded = candidate.make(profile), evaluator.loaded
-    model, batches = evaluator.model, evaluator.timing_batches
+    model, batches = evaluator.model, evaluator.timing_batches(1)
     origin = {
         "schema_version": SCHEMA_VERSION,
         "documents": len(evaluator.documents),
@@ -188,7 +189,7 @@ def _both_sides(
     evaluator: Evaluator, policy: RoutingPolicy, speed: Speed
 ) -> tuple[dict[str, dict[str, Any]], RoutingReport]:
     """Time and memory of the unmodified model and of a policy, and what the policy decided."""
-    model, batches = evaluator.model, evaluator.timing_batches
+    model, batches = evaluator.model, evaluator.timing_batches(1)
 
     def side(tps: float, backend: str) -> dict[str, Any]:
         memory = PeakMemory(model.device)

@@ -21,7 +21,7 @@ from var_moe.certification.inference import (
 )
 from var_moe.config import MAX_DEGRADATION, check_count, check_number, check_seed
 from var_moe.errors import UsageError
-from var_moe.evaluation.evaluator import SpeedSetting
+from var_moe.evaluation.speed_setting import SpeedSetting
 from var_moe.optimization.candidate import Candidate, load_candidate
 from var_moe.optimization.results import CONFIG_FILE, NEAREST_MISS_FILE
 from var_moe.optimization.selection import PARETO_FILE

@@ -9,6 +9,7 @@ from var_moe.cli.options import (
     Searched,
     SearchedModelOptions,
     SearchedTextOptions,
+    SpeedOptions,
     settings_of,
 )
 from var_moe.cli.output import CommandResult, finish, make_report
@@ -24,6 +25,7 @@ def certify(
     *,
     model: SearchedModelOptions = SearchedModelOptions(),
     text: SearchedTextOptions = SearchedTextOptions(),
+    speed: SpeedOptions = SpeedOptions(),
     max_degradation: float | None = None,
     alpha: float | None = None,
     robust: bool = False,
@@ -56,6 +58,7 @@ def certify(
     name, dataset = model.model or searched.model, text.named(searched.dataset)
     if max_degradation is None:
         options["max_degradation"] = searched.max_degradation
+    options["setting"] = speed.setting(searched.setting)
     place = output or results
     run.begin(name, dataset, output=place)
     from var_moe.certification.certify import CERTIFICATE_FILE, PAGE_FILE, NotCertifiedError

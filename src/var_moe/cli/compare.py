@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from var_moe.cli.options import ModelOptions, RunOptions, TextOptions, Words, parse_compensation
+from var_moe.cli.options import (
+    ModelOptions,
+    RunOptions,
+    SpeedOptions,
+    TextOptions,
+    Words,
+    parse_compensation,
+)
 from var_moe.cli.output import SPEEDUP, CommandResult, finish, table
 from var_moe.config import MAX_DEGRADATION, check_count
 from var_moe.errors import UsageError
@@ -30,6 +37,7 @@ def compare(
     policies: Words = None,
     model: ModelOptions = ModelOptions(),
     text: TextOptions = TextOptions(),
+    speed: SpeedOptions = SpeedOptions(),
     experts: Annotated[list[float] | None, Parameter(consume_multiple=True)] = None,
     compensation: Words = None,
     from_: Annotated[Path | None, Parameter(name="--from")] = None,
@@ -80,6 +88,7 @@ def compare(
         output=output,
         compensation=folders[0] if folders else None,
         max_samples=max_samples,
+        speed=speed,
     )
     check_count("blocks", blocks, 0)
     subject.check(blocks=max(1, blocks))

@@ -55,7 +55,7 @@ def demo(
         f"Perplexity may rise by {100 * BOUND:g}% at the most, counted by the upper end of the "
         "interval.",
     )
-    from var_moe.evaluation.evaluator import SpeedSetting
+    from var_moe.evaluation.speed_setting import SpeedSetting
     from var_moe.models.loading import load_model
     from var_moe.optimization.results import RESULTS_FILE
     from var_moe.optimization.run import tune

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from var_moe.optimization.candidate import Candidate
     from var_moe.routing.base import RoutingPolicy
 
+DECODED_TOGETHER = (1, 16)
+"""Prompts that text is generated after at once."""
+
 
 def evaluate(
     *,
@@ -144,7 +147,7 @@ def _measure(
 ) -> dict[str, Any]:
     """A row for the unmodified model and one for each policy; kept as soon as parts are known."""
     from var_moe.evaluation.evaluator import measure_by_dataset
-    from var_moe.evaluation.throughput import BATCH_SIZES, Decoding
+    from var_moe.evaluation.speed_setting import SpeedSetting
 
     evaluator = ready.evaluator
     baseline: dict[str, Any] = {
@@ -173,15 +176,13 @@ def _measure(
         row |= {**speed.to_dict(), "decode": []}
     if not decode_blocks:
         return kept.save(ready.result(rows))
-    decoding = Decoding(
-        ready.loaded.model,
-        evaluator.documents,
-        top_k=evaluator.top_k,
-        backend=evaluator.running_backend,
-    )
+    settings = [SpeedSetting.of("decode", size) for size in DECODED_TOGETHER]
+    decoding = [evaluator.with_setting(setting) for setting in settings]
     for row, (name, _, policy) in zip(rows[1:], policies, strict=True):
-        for done, size in enumerate(BATCH_SIZES):
+        for done, (setting, timed) in enumerate(zip(settings, decoding, strict=True)):
             kept.save(ready.result(rows), missing="generation")
-            progress(f"{name}: generating", done, len(BATCH_SIZES))
-            row["decode"].append(decoding.speed(policy, size, blocks=decode_blocks))
+            progress(f"{name}: generating", done, len(settings))
+            speed = timed.speed(policy, blocks=decode_blocks, factors=False)
+            generated = {"prompt_tokens": setting.sequence, "new_tokens": setting.new_tokens}
+            row["decode"].append({"batch_size": setting.batch_size, **generated, **speed.to_dict()})
     return kept.save(ready.result(rows))

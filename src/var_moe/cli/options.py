@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
     from var_moe.cli.output import StageProgress
+    from var_moe.evaluation.speed_setting import SpeedSetting
     from var_moe.models.loading import LoadedModel
 
 Settings = TypeVar("Settings", bound="DataclassInstance")
@@ -129,6 +130,34 @@ class CalibrationTextOptions(TextOptions):
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
+class SpeedOptions:
+    """What throughput is measured on.
+
+    Args:
+        objective: prefill scores text, decode generates after prompts; by default the search's,
+            or prefill.
+        batch: texts at once; by default the search's, or 8 of 256 tokens (prefill), 1 (decode).
+    """
+
+    objective: Literal["prefill", "decode"] | None = None
+    batch: int | None = None
+
+    def setting(self, searched: Mapping[str, Any] | None = None) -> SpeedSetting:
+        """The setting that is asked for, or that of the search where nothing is.
+
+        Raises:
+            UsageError: no such batch.
+        """
+        from var_moe.evaluation.speed_setting import SpeedSetting
+
+        if self.objective is None and self.batch is None and searched:
+            return SpeedSetting.from_dict(searched)
+        objective = self.objective or (searched or {}).get("objective", "prefill")
+        return SpeedSetting.of(objective, self.batch)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
 class QuietOptions:
     """How much is said.
 
@@ -218,6 +247,7 @@ class Searched:
     dataset: str = "demo"
     max_degradation: float = MAX_DEGRADATION
     robust: bool = False
+    setting: Mapping[str, Any] | None = None
 
     @classmethod
     def beside(cls, config: Path) -> Searched:
@@ -231,7 +261,7 @@ class Searched:
         metadata = read_json(beside, what="metadata of a search")
         with entries_of(beside):
             known = {**metadata.get("identity", {}), **metadata.get("settings", {})}
-        names = ("model", "dataset", "max_degradation", "robust")
+        names = ("model", "dataset", "max_degradation", "robust", "setting")
         return cls(**{key: known[key] for key in names if key in known})
 
     @classmethod

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
     from var_moe.calibration.fitted_files import FittedCompensation
     from var_moe.calibration.profile import RoutingProfile
-    from var_moe.cli.options import ModelOptions, RunOptions, TextOptions
+    from var_moe.cli.options import ModelOptions, RunOptions, SpeedOptions, TextOptions
     from var_moe.data.documents import TextSplit
     from var_moe.evaluation.evaluator import Evaluator, Progress
+    from var_moe.evaluation.speed_setting import SpeedSetting
     from var_moe.models.loading import LoadedModel
     from var_moe.optimization.candidate import Candidate
     from var_moe.optimization.preparation import EncodedText
@@ -53,6 +54,7 @@ class Subject:
     max_samples: int | None
     compensation: Path | None = None
     config: Path | None = None
+    speed: SpeedOptions | None = None
 
     def check(self, *, blocks: int) -> None:
         """What can be told in a moment, before a library is loaded.
@@ -62,6 +64,7 @@ class Subject:
         """
         check_count("blocks", blocks)
         check_count("max_samples", self.max_samples, 2)
+        self._setting()
         self.run.begin(self.model.model, self.text.named(), output=self.output)
 
     def ready(
@@ -104,12 +107,17 @@ class Subject:
             subject=self,
             loaded=loaded,
             text=encoded,
-            evaluator=Evaluator(loaded, documents, progress=progress),
+            evaluator=Evaluator(loaded, documents, setting=self._setting(), progress=progress),
             needs=frozenset(needs),
             known=known,
             learned=learned,
             calibration=calibration,
         )
+
+    def _setting(self) -> SpeedSetting:
+        from var_moe.cli.options import SpeedOptions
+
+        return (self.speed or SpeedOptions()).setting()
 
     def _known_profile(self, *, needed: bool) -> RoutingProfile | None:
         """The profile that is given, or else the one that lies beside the configuration."""

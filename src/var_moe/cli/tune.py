@@ -14,6 +14,7 @@ from var_moe.cli.options import (
     Searched,
     SearchedModelOptions,
     SearchedTextOptions,
+    SpeedOptions,
     parse_compensation,
     settings_of,
 )
@@ -34,6 +35,7 @@ def tune(
     method: Literal["replay", "bayesian", "grid", "random"] | None = None,
     model: SearchedModelOptions = SearchedModelOptions(),
     text: SearchedTextOptions = SearchedTextOptions(),
+    speed: SpeedOptions = SpeedOptions(),
     n_calls: int | None = None,
     n_points: int | None = None,
     exhaustive: bool = False,
@@ -105,6 +107,7 @@ def tune(
             validate,
             model=model,
             text=text,
+            speed=speed,
             run=run,
             compensation=compensation,
             max_degradation=max_degradation,
@@ -128,6 +131,7 @@ def tune(
     several = parse_seeds(seeds) if seeds is not None else ()
     name, place = parse_compensation(compensation)
     options |= {"dataset": text.named(), "compensation": name, "compensation_folder": place}
+    options["setting"] = speed.setting()
     settings = settings_of(TuneSettings, options)
     output = settings.output
     check_storage(settings.trial_log, resume=settings.resume)
@@ -163,6 +167,7 @@ def _validate(
     *,
     model: SearchedModelOptions,
     text: SearchedTextOptions,
+    speed: SpeedOptions,
     run: QuietOptions,
     compensation: str | None,
     max_degradation: float | None,
@@ -202,6 +207,7 @@ def _validate(
             output=output,
             profile_path=profile,
             compensation=place,
+            setting=speed.setting(searched.setting),
             progress=progress,
             **others,
         )

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from var_moe.execution.session import Session
 
 
+_GOLDEN = (5**0.5 - 1) / 2  # whose multiples fall between each other
+
+
 @dataclass(frozen=True)
 class Window:
     """A row of a batch: a document, or a part of one that is longer than the window."""
@@ -146,12 +149,26 @@ def logits_of(
 
 
 def full_batches(
-    documents: Sequence[EncodedDocument], *, batch_size: int, sequence: int, count: int
+    documents: Sequence[EncodedDocument],
+    *,
+    batch_size: int,
+    sequence: int,
+    forwards: int = 1,
+    blocks: int = 1,
+    turn: int = 0,
 ) -> list[Tensor]:
-    """``count`` batches (B, S) without padding, for timing.
+    """Batches (B, S) without padding for timed blocks, ``forwards`` for each in its order.
 
-    Documents stand end to end, and rows start evenly spaced over all of them, so that a sorted
-    file is timed on all its parts. Where the text is short, rows overlap.
+    Documents stand end to end. A block's rows start evenly spaced over all of them, so that a
+    sorted file is timed on all its parts, and other blocks' rows start between them. Where the
+    text is short, rows overlap.
+
+    Args:
+        documents: the text.
+        batch_size, sequence: B and S.
+        forwards: batches of a block.
+        blocks: timed blocks.
+        turn: another number gives other rows of the same text.
 
     Raises:
         UsageError: there is less than one row of text.
@@ -162,6 +179,10 @@ def full_batches(
             f"text of {len(joined)} tokens is shorter than one row of {sequence} tokens that "
             "throughput is measured on; give more text"
         )
-    starts = np.linspace(0, len(joined) - sequence, batch_size * count).astype(np.int64)
-    rows = joined[starts[:, None] + np.arange(sequence)]
-    return list(torch.from_numpy(rows).view(count, batch_size, sequence))
+    last = len(joined) - sequence
+    count = batch_size * forwards
+    starts = np.linspace(0, last, count * blocks).astype(np.int64)
+    shift = round(turn * last / (count * blocks) * _GOLDEN)  # between the rows of other turns
+    starts = (starts + shift) % (last + 1)
+    rows = joined[starts.reshape(count, blocks).T.reshape(-1, 1) + np.arange(sequence)]
+    return list(torch.from_numpy(rows).view(blocks * forwards, batch_size, sequence))

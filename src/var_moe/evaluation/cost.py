@@ -18,12 +18,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
-from torch import Tensor
 
 from var_moe.errors import UsageError
-from var_moe.evaluation.batching import full_batches
-from var_moe.evaluation.evaluator import Evaluator, SpeedSetting
-from var_moe.evaluation.throughput import ArmGroup, Timings, backend_arm, policy_arm, time_groups
+from var_moe.evaluation.evaluator import Evaluator
+from var_moe.evaluation.speed_setting import SpeedSetting
+from var_moe.evaluation.throughput import Timings, backend_arm, policy_arm, time_groups
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.counts import RoutingReport
 from var_moe.routing.keeping import leading_count
@@ -110,7 +109,7 @@ class CostModel:
             residual: whether residual means are added.
         """
         setting = setting or self.setting
-        forward = setting.batch_size * setting.sequence
+        forward = setting.forward_tokens
         pairs = np.asarray(executed) * (forward / max(tokens, 1))
         total = pairs.sum(axis=-1)
         dropped = forward * self.top_k * self.layers - total
@@ -155,7 +154,7 @@ class CostModel:
             return cls(
                 seconds={name: float(values["seconds"][f"{name}_s"]) for name in TERMS},
                 baseline=float(values["baseline_s"]),
-                setting=SpeedSetting(**values["setting"]),
+                setting=SpeedSetting.from_dict(values["setting"]),
                 layers=int(values["layers"]),
                 experts=int(values["experts"]),
                 top_k=int(values["top_k"]),
@@ -212,9 +211,13 @@ def fit_cost_model(
     var_leading: RoutingPolicy | None = None,
     blocks: int = BLOCKS,
 ) -> CostModel:
-    """Time a few forwards and fit the model; arguments as in `FitTiming`, blocks per arm."""
-    timing = FitTiming(evaluator, var_all=var_all, var_leading=var_leading)
+    """Time a few forwards and fit the model; arguments as in `FitTiming`."""
+    timing = FitTiming(evaluator, var_all=var_all, var_leading=var_leading, blocks=blocks)
     return timing.fitted(time_groups(evaluator.model, timing.groups, blocks=blocks))
+
+
+def _forwards(setting: SpeedSetting) -> int:
+    return setting.forwards * max(1, min(8, 1024 // setting.forward_tokens))
 
 
 class FitTiming:
@@ -224,6 +227,7 @@ class FitTiming:
         evaluator: model, text and batch; the baseline's backend is measured with it.
         var_all: VAR that cuts nothing: its decisions' cost.
         var_leading: VAR that cuts every decision: the cost of its residual means.
+        blocks: timed blocks per arm, each on text of its own.
     """
 
     def __init__(
@@ -232,6 +236,7 @@ class FitTiming:
         *,
         var_all: RoutingPolicy | None = None,
         var_leading: RoutingPolicy | None = None,
+        blocks: int = BLOCKS,
     ) -> None:
         top_k, lead = evaluator.top_k, leading_count(evaluator.top_k)
         # Pairs per token, whether VAR decides, whether residual means are added.
@@ -245,41 +250,35 @@ class FitTiming:
         if var_leading is not None:
             self._policies["VAR, leading pairs"] = (var_leading, lead, True, True)
         self._evaluator, window = evaluator, evaluator.loaded.window
-        self._settings = [
-            replace(one, sequence=min(one.sequence, window))
-            for one in (evaluator.setting, *SHAPES[1:])
-        ]
-        model, own = evaluator.model, evaluator.running_backend
+        own = evaluator.timed_setting
+        small = [replace(one, sequence=min(one.sequence, window)) for one in SHAPES[1:]]
+        # Small forwards take a moment: more of them for the same noise.
+        self._settings = [own, *(replace(one, forwards=_forwards(one)) for one in small)]
+        model, backend = evaluator.model, evaluator.running_backend
         arms = {"baseline": backend_arm(model, evaluator.baseline_backend)}
         for name, (policy, *_) in self._policies.items():
-            arms[name] = policy_arm(model, policy, backend=own)
-        self.groups = [ArmGroup(arms, self._batches(setting)) for setting in self._settings]
-
-    def _batches(self, setting: SpeedSetting) -> list[Tensor]:
-        size, sequence = setting.batch_size, setting.sequence
-        batches = full_batches(
-            self._evaluator.documents, batch_size=size, sequence=sequence, count=setting.forwards
-        )
-        # Small forwards take a moment: more of them for the same noise.
-        return batches * max(1, min(8, 1024 // (size * sequence)))
+            arms[name] = policy_arm(model, policy, backend=backend)
+        self.groups = [
+            setting.group(evaluator.documents, arms, blocks=blocks) for setting in self._settings
+        ]
 
     def fitted(self, timed: Sequence[Timings]) -> CostModel:
         """The model, fitted to the timings of `groups`."""
         # Every time is set against the baseline's in the setting that speedups are predicted for,
         # block by block: a machine that changes speed hits both.
-        reference = timed[0].seconds["baseline"] / len(self.groups[0].batches)
+        reference = timed[0].seconds["baseline"] / self._settings[0].block_forwards
         shape = self._evaluator.geometry()
         unfitted = CostModel(
             seconds={},
             baseline=float(np.median(reference)),
-            setting=self._evaluator.setting,
+            setting=self._settings[0],
             layers=shape["layers"],
             experts=shape["experts"],
             top_k=shape["top_k"],
             error=math.nan,
         )
         names, timings = list[str](), list[tuple[Work, float]]()
-        for setting, group, measured in zip(self._settings, self.groups, timed, strict=True):
+        for setting, measured in zip(self._settings, timed, strict=True):
             for name, (_, per_token, decided, residual) in self._policies.items():
                 work = unfitted.work(
                     [per_token] * shape["layers"],
@@ -288,7 +287,7 @@ class FitTiming:
                     decided=decided,
                     residual=residual,
                 )
-                each = measured.seconds[name] / len(group.batches) / reference
+                each = measured.seconds[name] / setting.block_forwards / reference
                 names.append(name)
                 timings.append((work, unfitted.baseline * float(np.median(each))))
         own = len(self._policies)  # the timings in the setting that speedups are predicted for

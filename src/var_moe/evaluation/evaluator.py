@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from var_moe.evaluation.batching import full_batches
 from var_moe.evaluation.perplexity import (
     LEAST,
     Degradation,
@@ -23,14 +22,17 @@ from var_moe.evaluation.perplexity import (
     groups_of,
     worst_of,
 )
+from var_moe.evaluation.speed_setting import SpeedSetting
 from var_moe.evaluation.throughput import (
+    CHOOSING_BLOCKS,
     Arm,
+    ArmGroup,
     Ratio,
     Timings,
     backend_arm,
-    fastest_backend,
     policy_arm,
-    time_arms,
+    time_groups,
+    usable_backends,
 )
 from var_moe.execution.backends import open_backend
 from var_moe.execution.backends.base import ExpertsBackend
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from var_moe.data.documents import EncodedDocument
     from var_moe.models.loading import LoadedModel
 
+_CHOOSING_TOKENS = 16  # generated to find the fastest of transformers' backends
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, steps done, and steps in all."""
 
@@ -98,24 +101,6 @@ class Speed:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
-class SpeedSetting:
-    """The batches that throughput is measured on; recorded with every result."""
-
-    batch_size: int = 8
-    sequence: int = 256
-    forwards: int = 2  # per block
-
-    def to_dict(self) -> dict[str, int]:
-        """For result files."""
-        return {
-            "batch_size": self.batch_size,
-            "sequence": self.sequence,
-            "forwards_per_block": self.forwards,
-            "threads": torch.get_num_threads(),
-        }
-
-
 @dataclass
 class Evaluator:
     """Measures policies on one model and one text against the unmodified model.
@@ -135,6 +120,8 @@ class Evaluator:
     without any routing cost of their own."""
     robust: bool = False
     """Whether bounds apply to the worst of several data sets."""
+    _turns: Iterator[int] = field(default_factory=count, init=False, repr=False)
+    _timed_tokens: int = field(default=0, init=False, repr=False)
 
     @property
     def model(self) -> Any:
@@ -153,19 +140,29 @@ class Evaluator:
             return open_backend(self.backend, self.model)
         return self.backend
 
-    @cached_property
-    def timing_batches(self) -> list[Tensor]:
-        """The batches (B, S) that throughput is measured on."""
-        return full_batches(
-            self.documents,
-            batch_size=self.setting.batch_size,
-            sequence=min(self.setting.sequence, self.loaded.window),
-            count=self.setting.forwards,
-        )
+    @property
+    def timed_setting(self) -> SpeedSetting:
+        """The setting, with rows that the model's window holds."""
+        return replace(self.setting, sequence=min(self.setting.sequence, self.loaded.window))
+
+    def timing_batches(self, blocks: int) -> list[Tensor]:
+        """Batches (B, S) for so many timed blocks: other rows of the text at each call."""
+        return list(self._group({}, blocks).batches)
+
+    def _group(self, arms: Mapping[str, Arm], blocks: int) -> ArmGroup:
+        return self.timed_setting.group(self.documents, arms, blocks=blocks, turn=next(self._turns))
 
     @cached_property
     def _fastest(self) -> tuple[str, dict[str, float]]:
-        return fastest_backend(self.model, self.timing_batches, top_k=self.top_k)
+        setting = self.timed_setting
+        if setting.decodes:
+            setting = replace(setting, new_tokens=min(setting.new_tokens, _CHOOSING_TOKENS))
+        names = usable_backends(self.model, setting.forward_tokens, self.top_k)
+        arms = {name: backend_arm(self.model, name) for name in names}
+        group = setting.group(self.documents, arms, blocks=CHOOSING_BLOCKS, turn=next(self._turns))
+        (timings,) = time_groups(self.model, [group], blocks=CHOOSING_BLOCKS)
+        speeds = {name: timings.throughput(name) for name in names}
+        return max(speeds, key=speeds.__getitem__), speeds
 
     @property
     def baseline_backend(self) -> str:
@@ -243,13 +240,10 @@ class Evaluator:
 
     def _time(self, what: str, blocks: int, arms: dict[str, Arm]) -> Timings:
         """Time the baseline and these arms."""
-        return time_arms(
-            self.model,
-            {"baseline": self._baseline, **arms},
-            self.timing_batches,
-            blocks=blocks,
-            progress=self._progress(what),
-        )
+        group = self._group({"baseline": self._baseline, **arms}, blocks)
+        (timings,) = time_groups(self.model, [group], blocks=blocks, progress=self._progress(what))
+        self._timed_tokens = max(self._timed_tokens, sum(b.numel() for b in group.batches))
+        return timings
 
     def noise_floor(self, *, blocks: int) -> Ratio:
         """Baseline against baseline: the ratio that the measurement shows where there is none."""
@@ -276,9 +270,9 @@ class Evaluator:
         return 1 / (at_half + (at_all - at_half) * share)
 
     def timing_notes(self) -> list[str]:
-        """What a reader of the speedup must know about the text it was measured on."""
+        """What a reader of the speedups so far must know about the text they were measured on."""
         have = sum(len(document.ids) for document in self.documents)
-        need = sum(batch.numel() for batch in self.timing_batches)
+        need = self._timed_tokens
         if have >= need:
             return []
         return [
@@ -293,8 +287,15 @@ class Evaluator:
 
     def with_documents(self, documents: Sequence[EncodedDocument]) -> Evaluator:
         """The same measurements on other text; the backends and the pair cost are kept."""
-        other = replace(self, documents=documents)
-        for name in ("_fastest", "_pair_cost", "running_backend"):
+        return self._with(("_fastest", "_pair_cost", "running_backend"), documents=documents)
+
+    def with_setting(self, setting: SpeedSetting) -> Evaluator:
+        """The same text, with speeds in another setting."""
+        return self._with(("baseline_losses", "running_backend"), setting=setting)
+
+    def _with(self, kept: Sequence[str], **changes: Any) -> Evaluator:
+        other = replace(self, **changes)
+        for name in kept:
             if name in self.__dict__:
                 other.__dict__[name] = self.__dict__[name]
         return other

@@ -1,6 +1,8 @@
-"""Throughput of scoring and decoding, timed in alternating blocks.
+"""Throughput of scoring and decoding, timed in alternating blocks, each on text of its own.
 
-Alternation makes a machine that changes its speed hit all arms alike.
+Alternation makes a machine that changes its speed hit all arms alike. On text that was timed
+before, a backend that prepares itself for each number of rows would look faster than it is; and
+what it does in its first forwards is left out for all arms alike: they run until they are steady.
 """
 
 from __future__ import annotations
@@ -9,8 +11,8 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,14 +25,11 @@ from var_moe.models.moe_layers import experts_modules
 from var_moe.routing.base import RoutingPolicy
 from var_moe.routing.simple import NativePolicy
 
-if TYPE_CHECKING:
-    from var_moe.data.documents import EncodedDocument
-
 HF_BACKENDS = ("eager", "grouped_mm", "batched_mm")
-BATCH_SIZES = (1, 16)  # of decoding
-PROMPT_TOKENS, NEW_TOKENS = 32, 128
-_CHOOSING_BLOCKS = 8
-_DECODED_CHOOSING_TOKENS, _DECODED_CHOOSING_BLOCKS = 16, 3
+CHOOSING_BLOCKS = 8
+WARM_UP = 6
+"""Most forwards of an arm before it is timed."""
+_STEADY = 0.9  # a forward that takes no less of the one before
 _GATHER_LIMIT_BYTES = 2**30  # batched_mm copies each pair's weights; above this it can't win
 
 # Enters whatever the arm needs; the context's value is reset before each timed block.
@@ -72,24 +71,76 @@ class Timings:
         return Ratio(float(np.median(ratios)), float(low), float(high), blocks)
 
 
+Run = Callable[[Any, Tensor], None]
+"""What is timed: something that the model does with a batch."""
+
+
+def score(model: Any, ids: Tensor) -> None:
+    """One full forward."""
+    model(input_ids=ids, use_cache=False)
+
+
+def generating(new_tokens: int) -> Run:
+    """Greedy decoding of so many tokens after each prompt, which is included."""
+
+    def generate(model: Any, ids: Tensor) -> None:
+        # Always as many tokens: an early end would make a policy look fast.
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=0,
+        )
+
+    return generate
+
+
 @dataclass(frozen=True)
 class ArmGroup:
-    """Arms by name that are timed on the same batches (B, S); a block is one pass over them."""
+    """Arms by name that are timed on the same batches.
+
+    Args:
+        arms: what is timed.
+        batches: (B, S) each; a block takes the next `forwards` of them, and begins anew at the
+            end.
+        forwards: batches of a block; all by default.
+        run: what is done with a batch.
+        tokens: that a block counts; by default those of its batches.
+    """
 
     arms: Mapping[str, Arm]
     batches: Sequence[Tensor]
+    forwards: int | None = None
+    run: Run = score
+    tokens: int | None = None
+
+    @property
+    def per_block(self) -> int:
+        """Batches of a block."""
+        return self.forwards or len(self.batches)
+
+    def block(self, number: int) -> list[Tensor]:
+        """The batches of a block."""
+        start = number * self.per_block
+        return [self.batches[(start + i) % len(self.batches)] for i in range(self.per_block)]
+
+    def timings(self, seconds: Mapping[str, list[float]]) -> Timings:
+        """What was measured."""
+        tokens = self.tokens or sum(batch.numel() for batch in self.block(0))
+        return Timings({name: np.array(values) for name, values in seconds.items()}, tokens)
 
 
 def time_arms(
-    model: Any, arms: Mapping[str, Arm], batches: Sequence[Tensor], **options: Any
+    model: Any, arms: Mapping[str, Arm], batches: Sequence[Tensor], *, blocks: int, **options: Any
 ) -> Timings:
-    """`time_groups` of one group."""
-    (timings,) = time_groups(model, [ArmGroup(arms, batches)], **options)
+    """`time_groups` of one group; further options are `ArmGroup`'s."""
+    progress = options.pop("progress", None)
+    group = ArmGroup(arms, batches, **options)
+    (timings,) = time_groups(model, [group], blocks=blocks, progress=progress)
     return timings
-
-
-def _score(model: Any, ids: Tensor) -> None:
-    model(input_ids=ids, use_cache=False)
 
 
 def time_groups(
@@ -98,48 +149,51 @@ def time_groups(
     *,
     blocks: int,
     progress: Callable[[int, int], None] | None = None,
-    run: Callable[[Any, Tensor], None] = _score,
 ) -> list[Timings]:
     """Time each arm in alternating blocks (A B B A ...), a block of each group in turn.
 
-    One batch is run untimed in each arm first.
+    Each arm is warm before: it has run until a batch takes no less than the one before, or
+    `WARM_UP` batches.
 
     Args:
         model: the model that the arms' contexts act on.
         groups: what is timed.
         blocks: timed blocks of each arm.
         progress: called with blocks done and in all.
-        run: what is timed, on one batch; by default one full forward.
     """
     device = next(model.parameters()).device
     seconds: list[dict[str, list[float]]] = [{name: [] for name in one.arms} for one in groups]
+
+    def timed(group: ArmGroup, name: str, batches: Sequence[Tensor]) -> float:
+        inputs = [batch.to(device) for batch in batches]
+        with group.arms[name]() as state:
+            if state is not None:
+                state.reset()
+            _wait(device)
+            start = time.perf_counter()
+            for ids in inputs:
+                group.run(model, ids)
+            _wait(device)
+            return time.perf_counter() - start
+
     with torch.inference_mode():
-        for block in range(-1, blocks):
+        for group in groups:
+            for name in group.arms:
+                before = np.inf
+                for number in range(WARM_UP):  # from the end: the first blocks are timed first
+                    batch = group.batches[-1 - number % len(group.batches)]
+                    took = timed(group, name, [batch])
+                    if took >= _STEADY * before:
+                        break
+                    before = took
+        for block in range(blocks):
             for group, measured in zip(groups, seconds, strict=True):
-                batches = group.batches if block >= 0 else group.batches[:1]
-                inputs = [batch.to(device) for batch in batches]
                 names = list(group.arms)
                 for name in names if block % 2 == 0 else names[::-1]:
-                    with group.arms[name]() as state:
-                        if state is not None:
-                            state.reset()
-                        _wait(device)
-                        start = time.perf_counter()
-                        for ids in inputs:
-                            run(model, ids)
-                        _wait(device)
-                        elapsed = time.perf_counter() - start
-                    if block >= 0:
-                        measured[name].append(elapsed)
-            if progress and block >= 0:
+                    measured[name].append(timed(group, name, group.block(block)))
+            if progress:
                 progress(block + 1, blocks)
-    return [
-        Timings(
-            seconds={name: np.array(values) for name, values in measured.items()},
-            tokens=sum(batch.numel() for batch in group.batches),
-        )
-        for group, measured in zip(groups, seconds, strict=True)
-    ]
+    return [group.timings(measured) for group, measured in zip(groups, seconds, strict=True)]
 
 
 def _wait(device: torch.device) -> None:
@@ -186,98 +240,3 @@ def usable_backends(model: Any, tokens: int, top_k: int) -> list[str]:
         with contextlib.suppress(ValueError, ImportError), backend_arm(model, name)():
             usable.append(name)
     return usable
-
-
-def fastest_backend(
-    model: Any, batches: Sequence[Tensor], *, top_k: int
-) -> tuple[str, dict[str, float]]:
-    """Measure which of transformers' backends is fastest: the baseline of every speedup.
-
-    Returns its name and the median tokens per second of all that were tried.
-    """
-    names = usable_backends(model, batches[0].numel(), top_k)
-    arms = {name: backend_arm(model, name) for name in names}
-    timings = time_arms(model, arms, batches[:1], blocks=_CHOOSING_BLOCKS)
-    speeds = {name: timings.throughput(name) for name in names}
-    return max(speeds, key=speeds.__getitem__), speeds
-
-
-# -- decoding --------------------------------------------------------------------------------
-
-
-class Decoding:
-    """Times greedy decoding of prompts from a text; prompts are included.
-
-    The baseline's backend is measured once per batch size.
-
-    Args:
-        model: a transformers MoE causal language model.
-        documents: their first tokens are the prompts; repeated where there are too few.
-        top_k: K of the model.
-        backend: who executes a policy's pairs.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        documents: Sequence[EncodedDocument],
-        *,
-        top_k: int,
-        backend: str | ExpertsBackend = "auto",
-    ) -> None:
-        self._model, self._top_k, self._backend = model, top_k, backend
-        self._prompts = [d.ids[:PROMPT_TOKENS] for d in documents if len(d.ids) >= PROMPT_TOKENS]
-        if not self._prompts:
-            joined = np.concatenate([document.ids for document in documents])
-            self._prompts = [np.resize(joined, PROMPT_TOKENS)]
-        self._fastest: dict[int, str] = {}
-
-    def baseline_backend(self, batch_size: int) -> str:
-        """The fastest of transformers' experts backends at this batch size."""
-        if batch_size not in self._fastest:
-            names = usable_backends(self._model, batch_size, self._top_k)
-            arms = {name: backend_arm(self._model, name) for name in names}
-            timings = self._time(
-                arms, batch_size, _DECODED_CHOOSING_BLOCKS, _DECODED_CHOOSING_TOKENS
-            )
-            self._fastest[batch_size] = max(names, key=timings.throughput)
-        return self._fastest[batch_size]
-
-    def speed(self, policy: RoutingPolicy, batch_size: int, *, blocks: int) -> dict[str, Any]:
-        """Baseline and policy in alternating blocks, as a row of a result file."""
-        name = self.baseline_backend(batch_size)
-        arms = {
-            "baseline": backend_arm(self._model, name),
-            "policy": policy_arm(self._model, policy, backend=self._backend),
-        }
-        timings = self._time(arms, batch_size, blocks, NEW_TOKENS)
-        ratio = timings.ratio("baseline", "policy")
-        return {
-            "batch_size": batch_size,
-            "prompt_tokens": PROMPT_TOKENS,
-            "new_tokens": NEW_TOKENS,
-            "speedup": ratio.median,
-            "speedup_95": [ratio.low, ratio.high],
-            "baseline_backend": name,
-            "baseline_throughput_tps": timings.throughput("baseline"),  # new tokens per second
-            "throughput_tps": timings.throughput("policy"),
-            "blocks": blocks,
-        }
-
-    def _time(self, arms: dict[str, Arm], batch_size: int, blocks: int, new_tokens: int) -> Timings:
-        def generate(model: Any, ids: Tensor) -> None:
-            # Always as many tokens: an early end would make a policy look fast.
-            model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=new_tokens,
-                min_new_tokens=new_tokens,
-                do_sample=False,
-                num_beams=1,
-                pad_token_id=0,
-            )
-
-        rows = np.array([self._prompts[i % len(self._prompts)] for i in range(batch_size)])
-        prompts = torch.from_numpy(rows.astype(np.int64))  # (B, PROMPT_TOKENS)
-        timings = time_arms(self._model, arms, [prompts], blocks=blocks, run=generate)
-        return replace(timings, tokens=batch_size * new_tokens)

@@ -10,7 +10,8 @@ from typing import Any
 from var_moe.calibration.profile import RoutingProfile
 from var_moe.config import MAX_DEGRADATION, check_bound, check_count, check_number, check_seed
 from var_moe.errors import UsageError
-from var_moe.evaluation.evaluator import Evaluator, Speed, SpeedSetting
+from var_moe.evaluation.evaluator import Evaluator, Speed
+from var_moe.evaluation.speed_setting import SpeedSetting
 from var_moe.models.checks import check_droppable
 from var_moe.optimization.candidate import VAR, Candidate
 from var_moe.optimization.results import Evaluation, OptimizationResult, documented_score

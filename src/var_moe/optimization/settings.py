@@ -11,7 +11,7 @@ from var_moe.calibration.collect import DEFAULT_TOKENS
 from var_moe.config import MAX_DEGRADATION, check_bound, check_count, check_seed
 from var_moe.data.text import check_robust
 from var_moe.errors import UsageError
-from var_moe.evaluation.evaluator import SpeedSetting
+from var_moe.evaluation.speed_setting import SpeedSetting
 from var_moe.extras import require
 from var_moe.optimization.candidate import VAR
 from var_moe.optimization.search_space import SearchSpace, check_grid, parse_bounds

@@ -9,13 +9,8 @@ from var_moe.calibration.fitted_files import load_compensation
 from var_moe.calibration.profile import RoutingProfile
 from var_moe.config import MAX_DEGRADATION, check_bound
 from var_moe.errors import UsageError
-from var_moe.evaluation.evaluator import (
-    Evaluator,
-    Progress,
-    Speed,
-    SpeedSetting,
-    measure_by_dataset,
-)
+from var_moe.evaluation.evaluator import Evaluator, Progress, Speed, measure_by_dataset
+from var_moe.evaluation.speed_setting import SpeedSetting
 from var_moe.growing import GrowingResult
 from var_moe.optimization.candidate import load_candidate
 from var_moe.optimization.preparation import PROFILE_FOLDER, read_text, sample_documents
@@ -177,7 +172,7 @@ def validate(
             "throughput",
             random_skip=control.to_dict(),
             setting=evaluator.setting.to_dict(),
-            notes=[*result["seen"], *evaluator.timing_notes()],
+            notes=result["seen"],
         )
         speeds: list[Speed] = []
         while len(speeds) < runs:
@@ -190,6 +185,7 @@ def validate(
         spread = speeds[-1].speedup.median - speeds[0].speedup.median
         return known(
             **middle.to_dict(),
+            notes=[*result["seen"], *evaluator.timing_notes()],
             predicted_speedup=evaluator.predicted_speedup(executed),
             noise_floor=noise.to_dict(),
             speedup_spread=spread / middle.speedup.median,
