@@ -1,13 +1,13 @@
 """What deciding and compacting cost, against what skipped experts save, as they grow.
 
-    python benchmarks/routing_cost.py --output results/benchmarks
+    python -m benchmarks.routing_cost --output results/benchmarks
 
 On one experts layer of random weights (hidden 128, intermediate 1,024, as in the demo) and random
 routing, all ratios of interleaved runs:
 
 1. pairs: time with 75% and 50% of the pairs against all of them, for each backend;
-2. ours, packed and sorted: all pairs against transformers' own eager loop and grouped_mm;
-3. policy: VAR's decisions (verified, with table, cache, residual means) against the packed layer.
+2. ours, fused and sorted: all pairs against transformers' own eager loop and grouped_mm;
+3. policy: VAR's decisions (verified, with table, cache, residual means) against the fused layer.
 
 T runs from 256 to 16,384 tokens, E over 8, 64 and 128 experts, K over 2 and 8.
 """
@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from benchmarks.shapes import with_share
 from torch import Tensor
 
 from var_moe.config import VARConfig
@@ -36,7 +37,7 @@ HIDDEN, INTERMEDIATE, VOCABULARY = 128, 1024, 4096
 TOKENS = (256, 1024, 4096, 16384)
 SHAPES = ((8, 2), (64, 2), (64, 8), (128, 8))
 SEQUENCE = 256
-OWN = ("packed", "sorted")
+OWN = ("fused", "sorted")
 
 
 def experts_layer(experts: int, top_k: int) -> Any:
@@ -62,14 +63,6 @@ def router(tokens: int, experts: int, top_k: int, rng: torch.Generator) -> tuple
     scores = torch.randn((tokens, experts), generator=rng).softmax(dim=1)
     weight, index = scores.topk(top_k, dim=1)
     return index, weight / weight.sum(dim=1, keepdim=True)
-
-
-def fewer(index: Tensor, share: float, rng: torch.Generator) -> Tensor:
-    """The same choices with a random share of the pairs kept; each token keeps its first."""
-    spared = max(0.0, (share * index.shape[1] - 1) / (index.shape[1] - 1))
-    keep = torch.rand(index.shape, generator=rng) < spared
-    keep[:, 0] = True
-    return torch.where(keep, index, -1)
 
 
 def var_policy(experts: int, top_k: int, rng: torch.Generator) -> VARPolicy:
@@ -125,7 +118,7 @@ def measure(tokens: int, experts: int, top_k: int, rounds: int) -> dict[str, Any
     }
     for name, backend in backends.items():
         for share in (1.0, 0.75, 0.5):
-            kept = index if share == 1 else fewer(index, share, rng)
+            kept = index if share == 1 else with_share(index, share, rng)
 
             def run(kept: Tensor = kept, backend: Any = backend) -> object:
                 return backend.run(module, hidden, kept, weight)
@@ -149,9 +142,9 @@ def measure(tokens: int, experts: int, top_k: int, rounds: int) -> dict[str, Any
             for name in backends
         },
         # The cache's walk serves all layers; a decision is made in each.
-        "decision_over_layer": ratio("policy", "packed 100%")
-        - float(np.median(begin / seconds["packed 100%"])),
-        "walk_over_layer": float(np.median(begin / seconds["packed 100%"])),
+        "decision_over_layer": ratio("policy", "fused 100%")
+        - float(np.median(begin / seconds["fused 100%"])),
+        "walk_over_layer": float(np.median(begin / seconds["fused 100%"])),
     }
 
 
@@ -164,8 +157,8 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     print(
-        "     T   E  K | packed, sorted / eager  / grouped | pairs 75% 50%: packed  sorted"
-        "  grouped_mm  eager | decision walk, of a packed layer"
+        "     T   E  K | fused, sorted / eager  / grouped | pairs 75% 50%: fused  sorted"
+        "  grouped_mm  eager | decision walk, of a fused layer"
     )
     for experts, top_k in SHAPES:
         for tokens in options.tokens:
@@ -177,8 +170,8 @@ def main() -> None:
             )
             print(
                 f"{tokens:6d} {experts:3d} {top_k:2d} | "
-                f"{row['over_eager']['packed']:.2f} {row['over_eager']['sorted']:.2f}  "
-                f"{row['over_grouped_mm']['packed']:.2f} {row['over_grouped_mm']['sorted']:.2f} | "
+                f"{row['over_eager']['fused']:.2f} {row['over_eager']['sorted']:.2f}  "
+                f"{row['over_grouped_mm']['fused']:.2f} {row['over_grouped_mm']['sorted']:.2f} | "
                 f"{shares} | "
                 f"{row['decision_over_layer']:.3f} {row['walk_over_layer']:.3f}",
                 flush=True,

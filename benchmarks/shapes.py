@@ -32,7 +32,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks.gpu import SHARES, with_share
 from torch import Tensor
 
 from var_moe.execution.backends import open_backend
@@ -40,6 +39,7 @@ from var_moe.execution.backends.base import ExpertsBackend
 from var_moe.models.moe_layers import weights_of
 from var_moe.storage import atomic_write_json, provenance
 
+SHARES = (1.0, 0.67, 0.5)
 TOKENS = (2048, 256, 16, 1)
 DTYPES = ("bfloat16", "float32")
 THEIRS = ("eager", "grouped_mm", "batched_mm")
@@ -137,6 +137,14 @@ QUICK = (
 )
 
 
+def with_share(index: Tensor, share: float, rng: torch.Generator | None = None) -> Tensor:
+    """The same (T, K) choices with a random share of all pairs; each token keeps its first."""
+    spared = max(0.0, (share * index.shape[1] - 1) / (index.shape[1] - 1))
+    keep = torch.rand(index.shape, generator=rng, device=index.device) < spared
+    keep[:, 0] = True
+    return torch.where(keep, index, -1)
+
+
 def transformers_arm(module: Any, name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """One of transformers' experts backends as a function of (hidden, index, weight)."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -165,6 +173,11 @@ def measure(
 ) -> dict[str, Any]:
     """One row: all arms in turn, on a fresh routing in every round."""
     dtype = module.down_proj.dtype
+    start = time.perf_counter()
+    one = torch.zeros((1, shape.top_k), dtype=torch.int64)
+    with torch.inference_mode():  # makes the copies of the weights, if any
+        backend.run(module, torch.zeros((1, shape.hidden), dtype=dtype), one, one.to(dtype))
+    copying = time.perf_counter() - start
     rng = torch.Generator().manual_seed(seed)
     bounds = limits(module, dtype, 2048)
     copied = tokens * shape.top_k * weights_of(module)[0][0].numel() * dtype.itemsize
@@ -196,7 +209,7 @@ def measure(
                 start = time.perf_counter()
                 bound()
                 seconds[name].append(time.perf_counter() - start)
-    return row(shape, module, tokens, seconds, kept)
+    return {**row(shape, module, tokens, seconds, kept), "copying_s": copying}
 
 
 def row(
@@ -273,7 +286,7 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("results/shapes"))
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--backend", default="packed")
+    parser.add_argument("--backend", default="fused")
     parser.add_argument("--dtype", choices=DTYPES, help="one alone")
     parser.add_argument("--shape", help="one alone, by its name")
     parser.add_argument("--quick", action="store_true", help="a small shape, to try it out")

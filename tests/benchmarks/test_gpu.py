@@ -18,7 +18,7 @@ def test_one_table(capsys):
     title, head, *rows = capsys.readouterr().out.splitlines()
     assert title.startswith("CPU")
     assert head.split()[-1] == "waits"
-    assert len(rows) == len(gpu.QUICK_SHAPES) * len(gpu.QUICK_TOKENS) * len(gpu.OURS)
+    assert len(rows) == len(gpu.QUICK) * len(gpu.QUICK_TOKENS) * len(gpu.OURS)
     for row in rows:
         ratios = row.split()[5:8]
         assert all(float(ratio) > 0 for ratio in ratios)

@@ -166,33 +166,12 @@ class TestTheChoice:
         model = make_tiny_mixtral(top_k=2)
         modules = [module for _, module in experts_modules(model)]
         size = sum(p.numel() * p.element_size() for m in modules for p in m.parameters())
-        monkeypatch.setattr(room, "_memory", lambda: 4 * size)
+        monkeypatch.setattr(room, "memory_limit", lambda: 4 * size)
         assert automatic(model) != "sorted"
-        monkeypatch.setattr(room, "_memory", lambda: 4 * size - 4)
+        monkeypatch.setattr(room, "memory_limit", lambda: 4 * size - 4)
         assert automatic(model) == "sorted"
 
     def test_other_dtypes_stay_as_they_are(self, make_tiny_mixtral, monkeypatch):
         assert automatic(make_tiny_mixtral(top_k=2).to(torch.float64)) == "sorted"
         monkeypatch.setattr(build, "library", lambda: "no compiler")
         assert automatic(make_tiny_mixtral(top_k=2).to(torch.float16)) == "sorted"
-
-
-def test_a_containers_limit_counts(tmp_path):
-    """Control groups of version 2 and 1: its own limit, and those of the groups above."""
-    machine = room.memory_limit(tmp_path)
-    assert machine == room.os.sysconf("SC_PHYS_PAGES") * room.os.sysconf("SC_PAGE_SIZE")
-    for place, value in {
-        "proc/self/cgroup": "12:cpu,cpuacct:/a\n4:cpuset,memory:/a/b\n0::/pod/box\n",
-        "sys/fs/cgroup/pod/box/memory.max": "max\n",
-        "sys/fs/cgroup/pod/memory.max": "5000\n",
-        "sys/fs/cgroup/memory/a/b/memory.limit_in_bytes": "9223372036854771712\n",
-    }.items():
-        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / place).write_text(value)
-    assert room.memory_limit(tmp_path) == 5000
-    (tmp_path / "sys/fs/cgroup/memory/memory.limit_in_bytes").write_text("4000\n")
-    assert room.memory_limit(tmp_path) == 4000
-    (tmp_path / "sys/fs/cgroup/pod/box/memory.max").write_text("3000\n")
-    assert room.memory_limit(tmp_path) == 3000
-    (tmp_path / "proc/self/cgroup").write_text("0::/../elsewhere\n4:memory:/gone\n")
-    assert room.memory_limit(tmp_path) == 4000  # the container's own group is at the top

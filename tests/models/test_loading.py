@@ -10,7 +10,7 @@ import torch
 from damaged import change, without
 
 from var_moe.errors import UsageError, VarMoeError
-from var_moe.models import checks
+from var_moe.models import checks, loading
 from var_moe.models.loading import LoadedModel, load_model, quiet, tokenizer_hash
 
 # -- what loads ------------------------------------------------------------------------------
@@ -50,6 +50,26 @@ def test_dtypes(tiny_model_folder, dtype):
     loaded = load_model(str(tiny_model_folder), dtype=dtype, device="cpu")
     assert loaded.dtype == dtype
     assert str(loaded.device) == "cpu"
+
+
+def test_float16_computes_in_float32_on_a_cpu_and_it_is_said(
+    folder, make_tiny_mixtral, caplog, monkeypatch
+):
+    model = make_tiny_mixtral().to(torch.float16)
+    model.save_pretrained(folder)
+    loaded = load_model(str(folder))
+    assert loaded.dtype == "float32"
+    assert "stored in float16, which is slow on a CPU: it computes in float32" in caplog.text
+    for (name, mine), theirs in zip(
+        loaded.model.named_parameters(), model.parameters(), strict=True
+    ):
+        assert torch.equal(mine, theirs.float()), name
+    caplog.clear()
+    assert load_model(str(folder), dtype="float16").dtype == "float16"
+    assert not caplog.records
+    monkeypatch.setattr(loading, "memory_limit", lambda: 1000)
+    assert load_model(str(folder)).dtype == "float16"
+    assert "float32 takes too much memory" in caplog.text
 
 
 def test_auto_takes_the_dtype_that_is_stored(folder, make_tiny_mixtral):

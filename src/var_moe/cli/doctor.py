@@ -108,8 +108,8 @@ def machine() -> dict[str, Any]:
     """Devices, threads and memory."""
     import torch
 
-    from var_moe.execution.backends.copies import memory_limit
     from var_moe.execution.backends.fused import instructions
+    from var_moe.memory import memory_limit
 
     affinity = getattr(os, "sched_getaffinity", None)
     return {

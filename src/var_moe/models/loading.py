@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,11 +13,15 @@ from typing import Any
 
 from var_moe.errors import UsageError, VarMoeError, one_line
 from var_moe.hub import cache_only, cached_folder
+from var_moe.memory import memory_limit
 from var_moe.models import checks, model_files
 from var_moe.storage import sha256_of
 
 DEMO_FOLDER = Path(__file__).resolve().parents[1] / "demo" / "model"
 LONGEST_WINDOW = 1024
+FLOAT32_SHARE = 0.5
+"""Of the memory, at most so much is taken by a float16 model that computes in float32."""
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +147,8 @@ def load_model(
         name: ``demo``, a local folder, or a Hub id such as ``mistralai/Mixtral-8x7B-v0.1``.
         device: ``auto`` (``device_map="auto"`` for a Hub model and where there is a GPU, else
             the CPU), or a torch device such as ``cuda:0``.
-        dtype: ``auto`` takes the model's own, except that the demo, stored as float16 to be
-            small, computes in float32 on a CPU.
+        dtype: ``auto`` takes the model's own, except that a float16 one computes in float32 on a
+            CPU, where float16 is slow; a warning says so, but for the demo's.
         trust_remote_code: run code that comes with the model.
 
     Raises:
@@ -181,6 +186,8 @@ def load_model(
             model = _attempt(name, "adapter", merged, place, model=model, revision=revision)
         checks.check_experts(name, model, experts)
         checks.check_numbers(name, model)
+    if dtype == "auto" and device in ("auto", "cpu"):
+        model = _without_float16(name, model)
     if device != "auto" and "device_map" not in options:
         model = _attempt(name, "weights", model.to, device)
     model.requires_grad_(False)
@@ -207,6 +214,21 @@ def _options(name: str, folder: Path | None, device: str, dtype: str) -> dict[st
     if (gpu or (folder is None and device == "auto")) and importlib.util.find_spec("accelerate"):
         options["device_map"] = device
     return options
+
+
+def _without_float16(name: str, model: Any) -> Any:
+    """The model in float32, where it is on a CPU, in float16, and there is memory for it."""
+    import torch
+
+    size = sum(one.numel() for one in model.parameters() if one.dtype == torch.float16)
+    if not size or any(one.device.type != "cpu" for one in model.parameters()):
+        return model
+    slow = f"model {name!r} is stored in float16, which is slow on a CPU"
+    if 4 * size > FLOAT32_SHARE * memory_limit():
+        _LOG.warning("%s, and float32 takes too much memory (--dtype bfloat16 rounds it)", slow)
+        return model
+    _LOG.warning("%s: it computes in float32 (--dtype float16 keeps it)", slow)
+    return model.float()
 
 
 def _attempt(name: str, part: str, load: Callable[..., Any], where: str, **options: Any) -> Any:
