@@ -167,6 +167,14 @@ def test_against_plain_python(case, near, seed, looks, layer) -> None:
         assert [e if e in expected else -1 for e in row] == got
     kept = routing.weight.masked_fill(routing.index < 0, 0.0)
     torch.testing.assert_close(kept.sum(1), weight.sum(1))
+    for at, token in enumerate(ids):  # a lone token is decided in a way of its own
+        one = slice(at, at + 1)
+        policy.see(layer, hidden[one])
+        alone = policy.route(
+            ForwardContext.of(torch.tensor([[token]])), layer, index[one], weight[one]
+        )
+        assert torch.equal(alone.index, routing.index[one])
+        torch.testing.assert_close(alone.weight.masked_fill(alone.index < 0, 0.0), kept[one])
 
 
 def test_no_deeper_cut_past_one_that_is_too_much() -> None:

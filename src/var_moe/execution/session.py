@@ -21,7 +21,7 @@ from var_moe.execution.texts import Texts
 from var_moe.models.loading import LoadedModel
 from var_moe.models.moe_layers import experts_shape
 from var_moe.routing.base import RoutingPolicy, check_model
-from var_moe.routing.compensation import LayerCompensation
+from var_moe.routing.compensation import StandIn
 from var_moe.routing.counts import RoutingReport, TierCounts
 from var_moe.routing.decision import ForwardContext, Observer
 from var_moe.routing.guard import Guard, policy_facts
@@ -83,7 +83,7 @@ class Session:
         self.policy = policy
         self.backend = backend
         self._compensation = policy.compensation
-        self._parts: dict[tuple[int, torch.dtype], LayerCompensation] = {}
+        self._stand_ins: dict[tuple[int, torch.dtype], StandIn] = {}
         self._layers = layers
         self._observers = (TierCounts(layers, drops_only=policy.drops_only), *observers)
         self._native = False  # an observer has ended the policy's decisions
@@ -225,13 +225,11 @@ class Session:
         # The kept pairs with the router's own weights, and what stands in for the others: what the
         # policy itself would do about dropped weight (rescaling, residual means) is not done.
         key = (layer, hidden.dtype)
-        part = self._parts.get(key)
-        if part is None:
+        stand_in = self._stand_ins.get(key)
+        if stand_in is None:
             part = self._compensation.layers[layer].to(hidden.device, hidden.dtype)
-            self._parts[key] = part
-        row, gone = self._compensation.dropped(index, weight, routing.index >= 0)
-        out = self.backend.run(module, hidden, routing.index, weight)
-        return part.add(out, hidden, row, gone)
+            stand_in = self._stand_ins[key] = StandIn(self._compensation, part)
+        return self.backend.run_with(module, hidden, index, weight, routing.index, stand_in)
 
 
 _running: WeakSet[Session] = WeakSet()

@@ -196,6 +196,20 @@ class Compensation:
             )
 
 
+@dataclass(frozen=True, eq=False)
+class StandIn:
+    """What stands in for the dropped experts of one layer, on its device and in its dtype."""
+
+    compensation: Compensation
+    layer: LayerCompensation
+
+    def added_to(
+        self, out: Tensor, hidden: Tensor, index: Tensor, weight: Tensor, kept: Tensor
+    ) -> Tensor:
+        """The (T, D) output of the slots ``kept`` (T, K) with it; see `Compensation.dropped`."""
+        return self.layer.add(out, hidden, *self.compensation.dropped(index, weight, kept))
+
+
 def first_expert(index: Tensor, weight: Tensor) -> Tensor:
     """The heaviest expert of each token, the lower id of equals: (T, K), (T, K) -> (T,)"""
     heaviest = weight.amax(dim=1, keepdim=True)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from var_moe.config import check_number
 from var_moe.errors import UsageError
-from var_moe.routing.arrays import operations
+from var_moe.routing.arrays import NUMPY, Array, Operations, operations
 from var_moe.routing.base import RoutingPolicy, Sweep, check_top_k
 from var_moe.routing.compensation import Compensation
 from var_moe.routing.decision import ForwardContext, Routing
@@ -140,6 +140,17 @@ class LayerDamage(_Terms):
         return damage + rest[:, None]
 
 
+@dataclass(frozen=True)
+class _PairTable:
+    """One layer for K = 2, as arrays of the library that decides."""
+
+    base: Array  # (1,)
+    slope: Array  # (1,)
+    curve: Array  # (1,)
+    pair: Array  # (2 E E,) of the experts in slots 0 and 1, where the first is in slot 0 or 1
+    token: Array  # (V,)
+
+
 class DamagePolicy(RoutingPolicy):
     """Drop experts from the last on, while the predicted damage of the whole cut is below tau.
 
@@ -157,6 +168,8 @@ class DamagePolicy(RoutingPolicy):
         self.damage = damage
         self.compensation = damage.compensation
         self._parts: dict[tuple[int, torch.device], LayerDamage] = {}
+        self._tables: dict[tuple[int, torch.device, Operations], _PairTable] = {}
+        self._numbers: dict[int, dict[str, Array]] = {}
         self._hint: Tensor | None = None
 
     @property
@@ -204,6 +217,8 @@ class DamagePolicy(RoutingPolicy):
             return all_pairs(index, weight)
         hint, self._hint = self._hint, None
         ids = context.ids_on(index.device)
+        if len(index) == 1 and operations(weight) is NUMPY:
+            return self._lone(layer, index, weight, int(ids), hint)
         if index.shape[1] == 2:
             return self._one_of_two(layer, index, weight, ids, hint)
         part = self._part(layer, index.device)
@@ -216,29 +231,36 @@ class DamagePolicy(RoutingPolicy):
         needed = torch.cat((torch.ones_like(runs[:, :1]), runs), dim=1)
         return kept_pairs(index, weight, torch.empty_like(needed).scatter_(1, rank, needed))
 
+    def _table(self, layer: int, device: torch.device, ops: Operations) -> _PairTable:
+        key = layer, device, ops
+        table = self._tables.get(key)
+        if table is None:
+            part = self._part(layer, device)
+            by_slot = part.pair.view(part.experts, part.experts)
+            pair = torch.cat((part.pair, by_slot.t().flatten()))
+            terms = (part.base, part.slope, part.curve, pair, part.token)
+            table = self._tables[key] = _PairTable(*map(ops.of_tensor, terms))
+        return table
+
     def _one_of_two(
         self, layer: int, index: Tensor, weight: Tensor, ids: Tensor, hint: Tensor | None
     ) -> Routing:
         """The same for K = 2 in fewer operations, which generation needs."""
         full = weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
         ops = operations(full)
-        part = self._part(layer, index.device)
-        base, slope, curve, pair, token = (
-            ops.of_tensor(t) for t in (part.base, part.slope, part.curve, part.pair, part.token)
-        )
-        tokens, slots, heavy = (ops.of_tensor(t) for t in (ids, index, full))
-        swapped = rank_slots(slots, heavy, ops)[:, 0] == 1  # the first expert is in slot 1
-        total = heavy.sum(1)
-        light = ops.where(swapped, heavy[:, 0], heavy[:, 1])
-        mass = light / ops.where(total == 0, 1.0, total)
-        first = ops.where(swapped, slots[:, 1], slots[:, 0])
-        dropped = ops.where(swapped, slots[:, 0], slots[:, 1])
+        table = self._table(layer, index.device, ops)
+        slots, heavy = ops.of_tensor(index), ops.of_tensor(full)
+        own, other, one, two = slots[:, 0], slots[:, 1], heavy[:, 0], heavy[:, 1]
+        swapped = (two > one) | ((two == one) & (other < own))  # the first expert is in slot 1
+        total = one + two
+        mass = ops.where(swapped, one, two) / ops.where(total == 0, 1.0, total)
         size = ops.log(mass.clip(min=_LEAST_MASS))
-        damage = base + size * (slope + size * curve)
-        rest = token[tokens]
+        rest = table.token[ops.of_tensor(ids)]
         if hint is not None:
             rest = rest + ops.of_tensor(hint)
-        damage = damage + pair[first * self.damage.experts + dropped] + rest
+        experts = self.damage.experts
+        pair = table.pair[(swapped * experts + own) * experts + other]
+        damage = table.base + size * (table.slope + size * table.curve) + pair + rest
         cut = damage < log(self.tau)
         drop = ops.stack(cut & swapped, cut & ~swapped)
         out = weight
@@ -250,3 +272,39 @@ class DamagePolicy(RoutingPolicy):
             weight=out,
             tier=learned_tier(index),
         )
+
+    def _lone(
+        self, layer: int, index: Tensor, weight: Tensor, token: int, hint: Tensor | None
+    ) -> Routing:
+        """The same for one token on the CPU, as in generation: arrays would cost more."""
+        numbers = self._numbers.get(layer)
+        if numbers is None:
+            tensors = self._part(layer, index.device).tensors()
+            numbers = self._numbers[layer] = {name: t.numpy() for name, t in tensors.items()}
+        slots, heavy = index[0].tolist(), weight[0].tolist()
+        order = sorted(range(len(slots)), key=lambda slot: (-heavy[slot], slots[slot]))
+        first, total, most = slots[order[0]], sum(heavy) or 1.0, log(self.tau)
+        rest = numbers["token"][token] + (0.0 if hint is None else float(hint))
+        kept, tail, each = len(order), 0.0, 0.0
+        while kept > 1:
+            expert, share = slots[order[kept - 1]], heavy[order[kept - 1]] / total
+            tail += share
+            mass = max(tail, _LEAST_MASS)
+            size = log(mass)
+            base, slope, curve = (numbers[name][kept - 2] for name in ("base", "slope", "curve"))
+            damage = base + size * (slope + size * curve) + rest
+            if len(order) == 2:
+                damage += numbers["pair"][first * self.damage.experts + expert]
+            else:
+                each += share * numbers["dropped"][expert]
+                damage += numbers["first"][first] + each / mass
+            if not damage < most:
+                break
+            kept -= 1
+        if kept == len(order):
+            return all_pairs(index, weight)
+        runs = [order.index(slot) < kept for slot in range(len(order))]
+        if self.compensation is None:
+            return kept_pairs(index, weight, torch.tensor([runs]))
+        left = [expert if run else -1 for expert, run in zip(slots, runs, strict=True)]
+        return Routing(index=torch.tensor([left]), weight=weight, tier=learned_tier(index))

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from var_moe.routing.compensation import StandIn
+
 
 class ExpertsBackend(ABC):
     """Runs the experts of one model.
@@ -30,6 +32,27 @@ class ExpertsBackend(ABC):
             index: (T, K) expert ids, -1 where a pair is dropped.
             weight: (T, K) weights, ignored where a pair is dropped.
         """
+
+    def run_with(
+        self,
+        module: Any,
+        hidden: Tensor,
+        index: Tensor,
+        weight: Tensor,
+        kept: Tensor,
+        stand_in: StandIn,
+    ) -> Tensor:
+        """One layer's output with what stands in for its dropped pairs. (T, D)
+
+        Args:
+            module, hidden: see `run`.
+            index, weight: (T, K) the router's decision; kept pairs have its own weights.
+            kept: (T, K) the same experts, -1 where a pair is dropped.
+            stand_in: what is added for dropped pairs.
+        """
+        return stand_in.added_to(
+            self.run(module, hidden, kept, weight), hidden, index, weight, kept >= 0
+        )
 
     def pairs(self, module: Any, hidden: Tensor, index: Tensor) -> Tensor:
         """The output of each pair without its weight, zero where it is dropped. (T, K, D)"""

@@ -14,6 +14,7 @@ import tempfile
 import time
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 SOURCE = Path(__file__).with_name("fused.cpp")
 OPTIONS = (
@@ -24,21 +25,49 @@ SECONDS = 120.0
 """Longest time that compiling may take."""
 _LOG = logging.getLogger(__name__)
 
-_POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
-_ARGUMENTS = {
-    "sort_pairs": [_POINTER, *[_LONG] * 3, *[_POINTER] * 3],
-    "products_of": [
-        *[_INT] * 2,
-        *[_POINTER] * 4,
-        _LONG,
-        *[_POINTER] * 2,
-        *[_LONG] * 2,
-        _INT,
-        *[_FLOAT] * 2,
-        _POINTER,
-        _INT,
-    ],
-    "combine_of": [_INT, *[_POINTER] * 3, *[_LONG] * 3, _POINTER, _INT],
+
+class Product(ctypes.Structure):
+    """``Product`` of the source: a product's weights."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weights", "bias")),
+        *((name, ctypes.c_int64) for name in ("depth", "width")),
+        *((name, ctypes.c_int32) for name in ("stored", "activation")),
+        *((name, ctypes.c_float) for name in ("limit", "alpha")),
+    )
+
+
+class Layer(ctypes.Structure):
+    """``Layer`` of the source: what is the same in every forward."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("wide", "by_pair")),
+        *((name, ctypes.c_int64) for name in ("experts", "top_k")),
+        *((name, Product) for name in ("first", "second")),
+        ("vectors", ctypes.c_void_p),
+        *((name, Product) for name in ("down", "up")),
+    )
+
+
+class Call(ctypes.Structure):
+    """``Call`` of the source: one forward."""
+
+    _fields_ = (
+        *((n, ctypes.c_void_p) for n in ("hidden", "index", "kept", "weight", "out", "scratch")),
+        ("tokens", ctypes.c_int64),
+        ("threads", ctypes.c_int32),
+    )
+
+
+_LAYER, _CALL = ctypes.POINTER(Layer), ctypes.POINTER(Call)
+_FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
+    "instructions": ([], ctypes.c_char_p),
+    "panel_columns": ([], ctypes.c_int64),
+    "sums_in_two_ways": ([ctypes.c_int32], ctypes.c_int32),
+    "serves": ([ctypes.c_int32], ctypes.c_int32),
+    "scratch_bytes": ([_LAYER, ctypes.c_int64], ctypes.c_int64),
+    "run_layer": ([_LAYER, _CALL], None),
+    "run_step": ([_LAYER, _CALL, ctypes.c_int32, ctypes.POINTER(ctypes.c_int64)], None),
 }
 
 
@@ -67,11 +96,9 @@ def library() -> ctypes.CDLL | str:
 
 def _load(path: Path) -> ctypes.CDLL:
     functions = ctypes.CDLL(str(path))
-    for name, arguments in _ARGUMENTS.items():
+    for name, (arguments, result) in _FUNCTIONS.items():
         function = getattr(functions, name)
-        function.argtypes, function.restype = arguments, None
-    functions.instructions.restype = ctypes.c_char_p
-    functions.panel_columns.restype = functions.slack_rows.restype = _LONG
+        function.argtypes, function.restype = arguments, result
     return functions
 
 

@@ -2,10 +2,11 @@
 // pairs. Compiled for the machine that runs it (`build.py`), so that the instruction set
 // is known here: AMX, AVX-512 with bfloat16, AVX-512, or what the compiler makes of plain vectors.
 //
-// A layer is five steps, each over all threads: `sort` numbers the executed pairs by expert,
-// `first` multiplies their rows by the experts' first weights, with silu(gate) * up in the same
-// pass, `second` by the second weights, `combine` adds each token's pairs. Any number of rows costs
-// the same code: nothing is compiled while a model runs.
+// A layer is four steps over all threads: the executed pairs are sorted by expert; their rows are
+// multiplied by the experts' first weights, with silu(gate) * up in the same pass; then by the
+// second weights; and each token's pairs are added. What stands in for dropped pairs (a learned
+// compensation) is one more such expert, for the tokens that drop any. Any number of rows takes the
+// same code: nothing is compiled while a model runs.
 //
 // Weights are packed by panels of NB output columns: [expert][panel][K / S][NB][S], with S = 2
 // neighbours of a column side by side in bfloat16, 1 in float32. A panel stays in the L2 cache
@@ -249,28 +250,45 @@ INLINE float exp_of(float x) {
     return (p * r * r + r + 1.0f) * scale;
 }
 
-enum Activation { NONE = 0, SILU = 1, CLAMPED = 2 };  // CLAMPED: GPT-OSS
+enum Activation { NONE = 0, GATED_SILU = 1, CLAMPED = 2, SILU = 3 };  // CLAMPED: GPT-OSS
 
-INLINE float gated(int kind, float gate, float up, float limit, float alpha) {
-    if (kind == CLAMPED) {
-        gate = std::min(gate, limit);
-        up = std::min(std::max(up, -limit), limit) + 1.0f;
-        return up * gate / (1.0f + exp_of(-alpha * gate));
+// A product's weights by panels, and what becomes of its output.
+struct Product {
+    const void *weights;
+    const float *bias;  // by panels, or null
+    int64_t depth, width;  // columns of its input, of its output
+    int32_t stored;  // float32, bfloat16 or float16: 0, 1, 2
+    int32_t activation;
+    float limit, alpha;  // of CLAMPED
+
+    bool gated() const { return activation == GATED_SILU || activation == CLAMPED; }
+};
+
+INLINE float silu(float x) { return x / (1.0f + exp_of(-x)); }
+
+INLINE float activated(const Product &by, float x, float up) {
+    switch (by.activation) {
+    case GATED_SILU: return silu(x) * up;
+    case CLAMPED:
+        x = std::min(x, by.limit);
+        up = std::min(std::max(up, -by.limit), by.limit) + 1.0f;
+        return up * x / (1.0f + exp_of(-by.alpha * x));
+    case SILU: return silu(x);
+    default: return x;
     }
-    return up * gate / (1.0f + exp_of(-gate));
 }
 
 template <class T>
-void finish(const float *sums, const float *bias, int kind, float limit, float alpha, int width,
-            T *out) {
+void finish(const float *sums, const float *bias, const Product &by, int width, T *out) {
     float line[NB];
     for (int c = 0; c < NB; ++c) line[c] = bias ? sums[c] + bias[c] : sums[c];
-    if (kind == NONE) {
+    if (by.activation == NONE)
         for (int c = 0; c < width; ++c) put(out + c, line[c]);
-        return;
-    }
-    for (int c = 0; c < width; ++c)
-        put(out + c, gated(kind, line[c], line[c + NB / 2], limit, alpha));
+    else if (by.activation == GATED_SILU)  // a loop of its own, for the compiler
+        for (int c = 0; c < width; ++c) put(out + c, silu(line[c]) * line[c + NB / 2]);
+    else
+        for (int c = 0; c < width; ++c)
+            put(out + c, activated(by, line[c], by.gated() ? line[c + NB / 2] : 0.0f));
 }
 
 // Whether rows must lie side by side: tiles are loaded by a stride.
@@ -287,10 +305,11 @@ constexpr int64_t SLACK = 32;  // rows that tiles read and write behind the last
 // gathered into it first.
 template <class T, class W>
 void products(const T *rows, const int32_t *from, T *line, const int64_t *ends, int64_t experts,
-              const W *weights, const float *bias, int64_t depth, int64_t width, int kind,
-              float limit, float alpha, T *out, int threads) {
+              const Product &by, T *out, int threads) {
     constexpr int S = sizeof(float) / sizeof(T);
-    const int columns = kind == NONE ? NB : NB / 2;  // of the output that a panel makes
+    const W *weights = (const W *)by.weights;
+    const int64_t depth = by.depth, width = by.width;
+    const int columns = by.gated() ? NB / 2 : NB;  // of the output that a panel makes
     const int64_t panels = (width + columns - 1) / columns;
     const int64_t steps = depth / S, block = BLOCK_BYTES / 4;
     const int64_t panel_size = steps * NB * S;
@@ -310,9 +329,9 @@ void products(const T *rows, const int32_t *from, T *line, const int64_t *ends, 
     const T *base = gather ? line : rows;
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> sums;
-        std::vector<const T *> a;
-        std::vector<float> wide;  // weights of a block as float32
+        static thread_local std::vector<float> sums;
+        static thread_local std::vector<const T *> a;
+        static thread_local std::vector<float> wide;  // weights of a block as float32
 #if defined(AMX)
         if (tiled) tiles_begin();
 #endif
@@ -325,7 +344,8 @@ void products(const T *rows, const int32_t *from, T *line, const int64_t *ends, 
         for (int64_t number = 0; number < count; ++number) {
             const Job &job = all[number];
             const int64_t n = job.rows;
-            if (int64_t(a.size()) < n) a.resize(n), sums.resize((n + SLACK) * NB);
+            if (int64_t(a.size()) < n) a.resize(n);
+            if (int64_t(sums.size()) < (n + SLACK) * NB) sums.resize((n + SLACK) * NB);
             for (int64_t r = 0; r < n; ++r)
                 a[r] = from && !gather ? rows + int64_t(from[job.start + r]) * depth
                                        : base + (job.start + r) * depth;
@@ -340,7 +360,7 @@ void products(const T *rows, const int32_t *from, T *line, const int64_t *ends, 
                     const int64_t lines = tiles < 4 ? 0 : length * NB * S * sizeof(W) / 64 / tiles;
                     const bool widen = !std::is_same<T, W>::value && tiles > 3;
                     if (widen) {
-                        wide.resize(length * NB);
+                        if (int64_t(wide.size()) < length * NB) wide.resize(length * NB);
                         for (int64_t i = 0; i < length * NB; i += VL)
                             *(vf *)(wide.data() + i) = load(b + i);
                     }
@@ -377,10 +397,10 @@ void products(const T *rows, const int32_t *from, T *line, const int64_t *ends, 
                         any_tile<T, W>(m, a.data() + r, k, length, b, to, k > 0);
                     }
                 }
-                const float *own = bias ? bias + (job.expert * panels + p) * NB : nullptr;
-                const int wide = int(std::min<int64_t>(columns, width - p * columns));
+                const float *own = by.bias ? by.bias + (job.expert * panels + p) * NB : nullptr;
+                const int some = int(std::min<int64_t>(columns, width - p * columns));
                 for (int64_t r = 0; r < n; ++r)
-                    finish(sums.data() + r * NB, own, kind, limit, alpha, wide,
+                    finish(sums.data() + r * NB, own, by, some,
                            out + (job.start + r) * width + p * columns);
             }
         }
@@ -390,25 +410,179 @@ void products(const T *rows, const int32_t *from, T *line, const int64_t *ends, 
     }
 }
 
+// The same by whatever the weights are stored in.
 template <class T>
-void combine(const T *pairs, const int32_t *place, const float *weight, int64_t tokens,
-             int64_t top_k, int64_t width, T *out, int threads) {
-#pragma omp parallel num_threads(threads)
+void multiply(const void *rows, const int32_t *from, void *line, const int64_t *ends,
+              int64_t experts, const Product &by, void *out, int threads) {
+    const T *in = (const T *)rows;
+    T *to = (T *)out, *own = (T *)line;
+    if constexpr (std::is_same<T, float>::value) {
+        if (by.stored == 2)
+            return products<T, half>(in, from, own, ends, experts, by, to, threads);
+        if (by.stored == 0)
+            return products<T, float>(in, from, own, ends, experts, by, to, threads);
+    }
+    products<T, bf16>(in, from, own, ends, experts, by, to, threads);
+}
+
+// What is the same in every forward.
+struct Layer {
+    int32_t wide;  // bytes of an element of its input: 4 (float32) or 2 (bfloat16)
+    int32_t by_pair;  // vectors are of a first and a dropped expert, else of the dropped one
+    int64_t experts, top_k;
+    Product first, second;
+    const void *vectors;  // (rows, D) what stands in for a dropped expert, or null
+    Product down, up;  // and a map of the input that all share; weights are null without one
+};
+
+// One forward's (T, D) input and output, and (T, K) decisions.
+struct Call {
+    const void *hidden;
+    const int64_t *index;  // of the router
+    const int64_t *kept;  // the same, -1 where a pair is dropped
+    const float *weight;
+    void *out;
+    char *scratch;
+    int64_t tokens;
+    int32_t threads;
+};
+
+// Where things lie in scratch memory.
+struct Room {
+    int32_t *place;  // (T, K) each slot's row, -1 where it is dropped
+    int32_t *token;  // (P,) each row's token
+    int64_t *ends;  // (E,) the row after each expert's last
+    int32_t *cut;  // (T,) each token's row among those that drop something, or -1
+    int32_t *cut_token;  // (C,) their tokens
+    int32_t *vector;  // (T, K) the vector of each dropped slot
+    char *line, *inner, *pairs, *cut_inner, *cut_out;
+    int64_t bytes;
+
+    Room(const Layer &of, int64_t tokens, char *base) {
+        const int64_t slots = tokens * of.top_k, hidden = of.second.width;
+        char *at = base;
+        auto take = [&](int64_t count, int64_t size) {
+            char *from = at;
+            at += (count * size + 63) / 64 * 64;
+            return from;
+        };
+        place = (int32_t *)take(slots, 4);
+        token = (int32_t *)take(slots, 4);
+        ends = (int64_t *)take(of.experts, 8);
+        cut = (int32_t *)take(tokens, 4);
+        cut_token = (int32_t *)take(tokens, 4);
+        vector = (int32_t *)take(slots, 4);
+        const bool gathers = of.wide == 2 && side_by_side<bf16>();
+        line = take((slots + SLACK) * of.first.depth, gathers ? of.wide : 0);
+        inner = take((slots + SLACK) * std::max(of.first.width, of.second.depth), of.wide);
+        pairs = take(slots * hidden, of.wide);
+        const int64_t rank = of.vectors && of.down.weights ? of.down.width : 0;
+        cut_inner = take((tokens + SLACK) * rank, of.wide);
+        cut_out = take(rank ? tokens * hidden : 0, of.wide);
+        bytes = at - base;
+    }
+};
+
+void sort_pairs(const Layer &of, const Call &call, const Room &room) {
+    int64_t *ends = room.ends;
+    std::fill(ends, ends + of.experts, 0);
+    const int64_t slots = call.tokens * of.top_k;
+    for (int64_t s = 0; s < slots; ++s)
+        if (call.kept[s] >= 0) ++ends[call.kept[s]];
+    int64_t start = 0;
+    for (int64_t e = 0; e < of.experts; ++e) {
+        const int64_t count = ends[e];
+        ends[e] = start;
+        start += count;
+    }
+    for (int64_t s = 0; s < slots; ++s) {
+        const int64_t expert = call.kept[s];
+        room.place[s] = expert < 0 ? -1 : int32_t(ends[expert]++);
+        if (expert >= 0) room.token[room.place[s]] = int32_t(s / of.top_k);
+    }
+}
+
+// Which tokens drop something, and the vectors for it; how many tokens.
+int64_t find_cuts(const Layer &of, const Call &call, const Room &room) {
+    int64_t cuts = 0;
+    for (int64_t t = 0; t < call.tokens; ++t) {
+        const int64_t *index = call.index + t * of.top_k, *kept = call.kept + t * of.top_k;
+        const float *weight = call.weight + t * of.top_k;
+        int64_t first = 0;
+        bool any = false;
+        for (int64_t k = 0; k < of.top_k; ++k) {
+            any |= kept[k] < 0;
+            const bool ahead = weight[k] > weight[first] ||
+                               (weight[k] == weight[first] && index[k] < index[first]);
+            first = ahead ? k : first;
+        }
+        // Of two, the other one is the first, or the one that runs.
+        if (of.top_k == 2) first = kept[0] < 0 ? 1 : 0;
+        for (int64_t k = 0; k < of.top_k; ++k) {
+            const int64_t lost = of.top_k == 2 ? 1 - first : k;
+            const int64_t above = of.by_pair ? index[first] * of.experts : 0;
+            room.vector[t * of.top_k + k] = int32_t(above + index[lost]);
+        }
+        room.cut[t] = any ? int32_t(cuts) : -1;
+        if (any) room.cut_token[cuts++] = int32_t(t);
+    }
+    return cuts;
+}
+
+template <class T> void combine(const Layer &of, const Call &call, const Room &room) {
+    const int64_t width = of.second.width;
+    const T *pairs = (const T *)room.pairs, *vectors = (const T *)of.vectors;
+    const T *shared = of.vectors && of.down.weights ? (const T *)room.cut_out : nullptr;
+#pragma omp parallel num_threads(call.threads)
     {
-        std::vector<float> line(width);
+        static thread_local std::vector<float> line;
+        if (int64_t(line.size()) < width) line.resize(width);
+        float *sum = line.data();
+        auto add = [&](const T *row, float scale) {
+            for (int64_t d = 0; d < width; ++d) sum[d] += scale * to_float(row[d]);
+        };
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < tokens; ++t) {
-            std::fill(line.begin(), line.end(), 0.0f);
-            for (int64_t k = 0; k < top_k; ++k) {
-                const int32_t row = place[t * top_k + k];
-                if (row < 0) continue;
-                const T *pair = pairs + int64_t(row) * width;
-                const float scale = weight[t * top_k + k];
-                for (int64_t d = 0; d < width; ++d) line[d] += scale * to_float(pair[d]);
+        for (int64_t t = 0; t < call.tokens; ++t) {
+            std::fill(sum, sum + width, 0.0f);
+            float lost = 0;
+            for (int64_t s = t * of.top_k; s < (t + 1) * of.top_k; ++s) {
+                if (room.place[s] >= 0) {
+                    add(pairs + int64_t(room.place[s]) * width, call.weight[s]);
+                } else if (vectors) {
+                    add(vectors + int64_t(room.vector[s]) * width, call.weight[s]);
+                    lost += call.weight[s];
+                }
             }
-            for (int64_t d = 0; d < width; ++d) put(out + t * width + d, line[d]);
+            if (shared && room.cut[t] >= 0) add(shared + int64_t(room.cut[t]) * width, lost);
+            T *out = (T *)call.out + t * width;
+            for (int64_t d = 0; d < width; ++d) put(out + d, sum[d]);
         }
     }
+}
+
+template <class T> void first_step(const Layer &of, const Call &call, const Room &room) {
+    sort_pairs(of, call, room);
+    multiply<T>(call.hidden, room.token, room.line, room.ends, of.experts, of.first, room.inner,
+                call.threads);
+}
+
+template <class T> void second_step(const Layer &of, const Call &call, const Room &room) {
+    multiply<T>(room.inner, nullptr, nullptr, room.ends, of.experts, of.second, room.pairs,
+                call.threads);
+}
+
+template <class T> void last_step(const Layer &of, const Call &call, const Room &room) {
+    if (of.vectors) {
+        const int64_t cuts = find_cuts(of, call, room);
+        if (cuts && of.down.weights) {
+            // Rows are gathered into what the experts' own inputs have left.
+            multiply<T>(call.hidden, room.cut_token, room.line, &cuts, 1, of.down, room.cut_inner,
+                        call.threads);
+            multiply<T>(room.cut_inner, nullptr, nullptr, &cuts, 1, of.up, room.cut_out,
+                        call.threads);
+        }
+    }
+    combine<T>(of, call, room);
 }
 
 }  // namespace
@@ -431,11 +605,10 @@ const char *instructions() {
 #endif
 }
 int64_t panel_columns() { return NB; }
-// Rows that scratch memory has behind the last pair, and whether rows are gathered (4 or 2 bytes).
-int64_t slack_rows() { return SLACK; }
-int gathers(int wide) { return wide == 2 && side_by_side<bf16>(); }
+// Whether few rows and many of elements of so many bytes are summed in different ways.
+int32_t sums_in_two_ways(int32_t wide) { return wide == 2 && side_by_side<bf16>(); }
 // Whether weights can be stored in float32, bfloat16 or float16 (0, 1, 2) here.
-int serves(int stored) {
+int32_t serves(int32_t stored) {
 #if defined(__AVX512F__) || defined(__F16C__)
     return stored >= 0 && stored <= 2;
 #else
@@ -443,54 +616,34 @@ int serves(int stored) {
 #endif
 }
 
-// (T * K) experts, -1 where dropped -> each pair's row or -1, each row's token, each expert's end.
-void sort_pairs(const int64_t *index, int64_t tokens, int64_t top_k, int64_t experts, int32_t *place,
-          int32_t *from, int64_t *ends) {
-    std::fill(ends, ends + experts, 0);
-    const int64_t slots = tokens * top_k;
-    for (int64_t s = 0; s < slots; ++s)
-        if (index[s] >= 0) ++ends[index[s]];
-    int64_t start = 0;
-    for (int64_t e = 0; e < experts; ++e) {
-        const int64_t count = ends[e];
-        ends[e] = start;
-        start += count;
-    }
-    for (int64_t s = 0; s < slots; ++s) {
-        place[s] = index[s] < 0 ? -1 : int32_t(ends[index[s]]++);
-        if (place[s] >= 0) from[place[s]] = int32_t(s / top_k);
+int64_t scratch_bytes(const Layer *of, int64_t tokens) { return Room(*of, tokens, nullptr).bytes; }
+
+// A layer's output.
+void run_layer(const Layer *of, const Call *call) {
+    const Room room(*of, call->tokens, call->scratch);
+    if (of->wide == 2) {
+        first_step<bf16>(*of, *call, room);
+        second_step<bf16>(*of, *call, room);
+        last_step<bf16>(*of, *call, room);
+    } else {
+        first_step<float>(*of, *call, room);
+        second_step<float>(*of, *call, room);
+        last_step<float>(*of, *call, room);
     }
 }
 
-// Rows by their experts' weights; with an activation, of panels that hold gate and up.
-// Rows and output are float32 or bfloat16 (`wide`: 4 or 2 bytes). Weights of bfloat16 rows are
-// bfloat16; those of float32 rows are stored in float32, bfloat16 or float16 (`stored`: 0, 1, 2).
-void products_of(int wide, int stored, const void *rows, const int32_t *from, void *line,
-                 const int64_t *ends, int64_t experts, const void *weights, const float *bias,
-                 int64_t depth, int64_t width, int kind, float limit, float alpha, void *out,
-                 int threads) {
-    const float *in = (const float *)rows;
-    float *to = (float *)out, *none = nullptr;
-    if (wide == 2)
-        products((const bf16 *)rows, from, (bf16 *)line, ends, experts, (const bf16 *)weights, bias,
-                 depth, width, kind, limit, alpha, (bf16 *)out, threads);
-    else if (stored == 2)
-        products(in, from, none, ends, experts, (const half *)weights, bias, depth, width, kind,
-                 limit, alpha, to, threads);
-    else if (stored == 1)
-        products(in, from, none, ends, experts, (const bf16 *)weights, bias, depth, width, kind,
-                 limit, alpha, to, threads);
+// The same in three steps, where something is done to the rows between them. After each, `rows`
+// says where in scratch memory they lie, and how many there are.
+void run_step(const Layer *of, const Call *call, int32_t step, int64_t *rows) {
+    const Room room(*of, call->tokens, call->scratch);
+    const bool narrow = of->wide == 2;
+    if (step == 0)
+        narrow ? first_step<bf16>(*of, *call, room) : first_step<float>(*of, *call, room);
+    else if (step == 1)
+        narrow ? second_step<bf16>(*of, *call, room) : second_step<float>(*of, *call, room);
     else
-        products(in, from, none, ends, experts, (const float *)weights, bias, depth, width, kind,
-                 limit, alpha, to, threads);
-}
-
-// Each token's pairs, summed by their weights.
-void combine_of(int wide, const void *pairs, const int32_t *place, const float *weight,
-                int64_t tokens, int64_t top_k, int64_t width, void *out, int threads) {
-    if (wide == 2)
-        combine((const bf16 *)pairs, place, weight, tokens, top_k, width, (bf16 *)out, threads);
-    else
-        combine((const float *)pairs, place, weight, tokens, top_k, width, (float *)out, threads);
+        narrow ? last_step<bf16>(*of, *call, room) : last_step<float>(*of, *call, room);
+    rows[0] = (step == 0 ? room.inner : room.pairs) - call->scratch;
+    rows[1] = of->experts ? room.ends[of->experts - 1] : 0;
 }
 }

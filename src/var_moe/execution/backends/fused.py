@@ -12,9 +12,10 @@ few tokens cost the reading of weights, so that halves their time. Products are 
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from dataclasses import dataclass
+import ctypes
+from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -25,11 +26,12 @@ from torch.profiler import record_function
 from var_moe.execution.backends import build
 from var_moe.execution.backends.base import ExpertsBackend, activate, is_plain_silu
 from var_moe.execution.backends.copies import WeightCopies, can_copy, have_room
-from var_moe.execution.backends.sorted import Scratch, SortedBackend
+from var_moe.execution.backends.sorted import SortedBackend
 from var_moe.models.moe_layers import biases_of, weights_of
+from var_moe.routing.compensation import StandIn
 
 _STORED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_PLAIN, _SILU, _CLAMPED = 0, 1, 2  # activations that the kernel knows
+_PLAIN, _GATED_SILU, _CLAMPED, _SILU = range(4)  # activations that the kernel knows
 _ELEMENTS = 2**27
 """Largest intermediate result; more tokens are run in equal pieces."""
 
@@ -41,8 +43,8 @@ class FusedBackend(ExpertsBackend):
 
     def __init__(self) -> None:
         self._plain = SortedBackend()
-        self._scratch = Scratch()
-        self._copies = WeightCopies(_pack)
+        self._copies = WeightCopies(_PackedLayer)
+        self._scratch: Tensor | None = None
 
     def exact(self) -> ExpertsBackend:
         return self._plain
@@ -52,110 +54,190 @@ class FusedBackend(ExpertsBackend):
 
     def close(self) -> None:
         self._plain.close()
-        self._scratch = Scratch()
         self._copies.clear()
+        self._scratch = None
 
     def run(self, module: Any, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        if not (can_copy(module, hidden) and can_run(hidden.dtype) and _fits(module)):
+        if not _serves(module, hidden):
             return self._plain.run(module, hidden, index, weight)
-        layer = self._copies.of(module)
-        rows = hidden if hidden.dtype == torch.bfloat16 else hidden.float()
-        largest = index.numel() * max(layer.first_width, layer.hidden)
-        pieces = -(-largest // _ELEMENTS)
-        if pieces <= 1:
-            return self._run(module, layer, rows, index, weight).to(hidden.dtype)
-        parts = (part.tensor_split(pieces) for part in (rows, index, weight))
-        outputs = [self._run(module, layer, *part) for part in zip(*parts, strict=True)]
-        return torch.cat(outputs).to(hidden.dtype)
+        return self._run(module, hidden, index, index, weight, None)
+
+    def run_with(
+        self,
+        module: Any,
+        hidden: Tensor,
+        index: Tensor,
+        weight: Tensor,
+        kept: Tensor,
+        stand_in: StandIn,
+    ) -> Tensor:
+        if not (_serves(module, hidden) and _in_steps(hidden, stand_in)):
+            return super().run_with(module, hidden, index, weight, kept, stand_in)
+        return self._run(module, hidden, index, kept, weight, stand_in)
 
     def _run(
-        self, module: Any, layer: _PackedLayer, hidden: Tensor, index: Tensor, weight: Tensor
+        self,
+        module: Any,
+        hidden: Tensor,
+        index: Tensor,
+        kept: Tensor,
+        weight: Tensor,
+        stand_in: StandIn | None,
     ) -> Tensor:
-        functions = build.library()
-        assert not isinstance(functions, str)
-        hidden, index, weight = hidden.contiguous(), index.contiguous(), weight.float().contiguous()
-        (tokens, top_k), width, threads = index.shape, hidden.itemsize, torch.get_num_threads()
-        slots = tokens * top_k
-        numbers = self._scratch.take("numbers", _INT32, 1, 2 * slots)
-        place = numbers.data_ptr()
-        token = place + 4 * slots
-        ends = self._scratch.take("ends", index, 1, layer.experts)
-        functions.sort_pairs(
-            index.data_ptr(), tokens, top_k, layer.experts, place, token, ends.data_ptr()
-        )
+        packed = self._copies.of(module)
+        rows = hidden if hidden.dtype == torch.bfloat16 else hidden.float()
+        layer = packed.layer(index.shape[1], stand_in, rows.dtype)
+        rows, weight = rows.contiguous(), weight.float().contiguous()
+        index, kept, out = index.contiguous(), kept.contiguous(), torch.empty_like(rows)
+        pieces = -(-index.numel() * packed.widest // _ELEMENTS)
+        if pieces <= 1:
+            self._piece(module, layer, rows, index, kept, weight, out)
+        else:
+            whole = (rows, index, kept, weight, out)
+            parts = (tensor.tensor_split(pieces) for tensor in whole)
+            for part in zip(*parts, strict=True):
+                self._piece(module, layer, *part)
+        return out.to(hidden.dtype)
 
-        def product(
-            rows: Tensor, numbered: int | None, line: int | None, part: _Packed, out: Tensor
-        ) -> None:
+    def _piece(
+        self,
+        module: Any,
+        layer: build.Layer,
+        hidden: Tensor,
+        index: Tensor,
+        kept: Tensor,
+        weight: Tensor,
+        out: Tensor,
+    ) -> None:
+        functions = _library()
+        size = functions.scratch_bytes(layer, len(index))
+        if self._scratch is None or len(self._scratch) < size:
+            with torch.inference_mode(False):  # it serves inside and outside inference mode
+                self._scratch = torch.empty(size, dtype=torch.uint8)
+        scratch = self._scratch
+        addresses = (one.data_ptr() for one in (hidden, index, kept, weight, out, scratch))
+        call = build.Call(*addresses, len(index), torch.get_num_threads())
+        apart = layer.first.activation == _PLAIN or module.has_post_expert_norm
+        if not apart and not _profiler_enabled():
+            functions.run_layer(layer, call)
+            return
+
+        def step(number: int, width: int) -> Tensor:
+            place = (ctypes.c_int64 * 2)()
             # Named so that `analysis.components` sees the experts' part of a forward.
-            with record_function("fused_mm") if _profiler_enabled() else nullcontext():
-                functions.products_of(
-                    *(width, part.stored, rows.data_ptr(), numbered, line),
-                    *(ends.data_ptr(), layer.experts),
-                    *(part.weight.data_ptr(), _address(part.bias)),
-                    *(part.depth, out.shape[1], part.activation, part.limit, part.alpha),
-                    *(out.data_ptr(), threads),
-                )
+            with record_function("fused_mm" if number < 2 else "fused_combine"):
+                functions.run_step(layer, call, number, place)
+            found = scratch[place[0] : place[0] + place[1] * width * hidden.itemsize]
+            return found.view(hidden.dtype).view(-1, width)
 
-        room = slots + functions.slack_rows()  # matrix tiles read more rows than there are
-        line = None
-        if functions.gathers(width):
-            line = self._scratch.take("rows", hidden, room, layer.hidden).data_ptr()
-        inner = self._scratch.take("inner", hidden, room, layer.first_width)
-        pairs = self._scratch.take("pairs", hidden, slots, layer.hidden)
-        product(hidden, token, line, layer.first, inner)
+        inner = step(0, layer.first.width)
         if layer.first.activation == _PLAIN:
-            inner = activate(module, inner[: int(ends[0, -1])]).contiguous()
-        product(inner, None, None, layer.second, pairs)
+            made = activate(module, inner)
+            inner.view(-1)[: made.numel()] = made.reshape(-1)
+        pairs = step(1, layer.second.width)
         if module.has_post_expert_norm:
-            executed = pairs[: int(ends[0, -1])]
-            executed.copy_(module.post_expert_norm(executed))
-        out = torch.empty_like(hidden)
-        functions.combine_of(
-            *(width, pairs.data_ptr(), place, weight.data_ptr()),
-            *(tokens, top_k, layer.hidden, out.data_ptr(), threads),
-        )
-        return out
+            pairs.copy_(module.post_expert_norm(pairs))
+        step(2, layer.second.width)
 
 
-_INT32 = torch.empty(0, dtype=torch.int32)
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-@dataclass(frozen=True)
 class _Packed:
-    """All experts' weights of one product, by panels (see ``fused.cpp``)."""
+    """All experts' weights of one product, by panels, and their `build.Product`."""
 
-    weight: Tensor  # (E, panels, depth / S, columns, S)
-    bias: Tensor | None  # (E, panels, columns) float32
-    depth: int
-    activation: int = _PLAIN
-    limit: float = 0.0
-    alpha: float = 0.0
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        activation: int = _PLAIN,
+        limit: float = 0.0,
+        alpha: float = 0.0,
+    ) -> None:
+        columns = int(_library().panel_columns())
+        dtype = _smallest(weight)
+        pair = 2 if weight.dtype == torch.bfloat16 else 1  # neighbours that are multiplied at once
+        panels, depth = len(_in_panels(weight[0], columns, activation)), weight.shape[2]
+        self._weight = torch.zeros((len(weight), panels, depth // pair, columns, pair), dtype=dtype)
+        for expert, target in zip(weight, self._weight, strict=True):
+            panel = _in_panels(expert.to(dtype), columns, activation)
+            target.copy_(panel.view(panels, columns, -1, pair).transpose(1, 2))
+        self._bias: Tensor | None = None
+        if bias is not None:
+            lines = [_in_panels(one[:, None], columns, activation) for one in bias.float()]
+            self._bias = torch.stack(lines).contiguous()
+        gated = activation in (_GATED_SILU, _CLAMPED)
+        self.product = build.Product(
+            self._weight.data_ptr(),
+            None if self._bias is None else self._bias.data_ptr(),
+            depth,
+            weight.shape[1] // (2 if gated else 1),
+            _STORED[dtype],
+            activation,
+            limit,
+            alpha,
+        )
 
-    @property
-    def stored(self) -> int:
-        return _STORED[self.weight.dtype]
 
-
-@dataclass(frozen=True)
 class _PackedLayer:
-    """An experts module's weights."""
+    """An experts module's weights, and its `build.Layer` without and with a stand-in."""
 
-    first: _Packed
-    first_width: int  # of what the first product hands on
-    second: _Packed
-    hidden: int
-    experts: int
+    def __init__(self, module: Any) -> None:
+        first, second = (weight.detach() for weight in weights_of(module))
+        if module.is_transposed:
+            first, second = first.transpose(1, 2), second.transpose(1, 2)
+        biases: list[Tensor | None] = [bias.detach() for bias in biases_of(module)] or [None, None]
+        self._first = _Packed(first, biases[0], *_gate_of(module, first.shape[1]))
+        self._second = _Packed(second, biases[1])
+        self._experts = len(first)
+        self.widest = max(first.shape[1], second.shape[1])
+        self._layers: WeakKeyDictionary[Any, tuple[build.Layer, Any]] = WeakKeyDictionary()
+
+    def layer(self, top_k: int, stand_in: StandIn | None, dtype: torch.dtype) -> build.Layer:
+        """For rows of a dtype, with K = ``top_k``."""
+        key = self._first if stand_in is None else stand_in
+        known = self._layers.get(key)
+        if known is not None and known[0].top_k == top_k:
+            return known[0]
+        products = self._first.product, self._second.product
+        made = build.Layer(dtype.itemsize, 0, self._experts, top_k, *products)
+        held: list[Any] = []  # whatever the kernel is given addresses of
+        if stand_in is not None:
+            part = stand_in.layer
+            vectors = part.vectors.to(dtype).contiguous()
+            held.append(vectors)
+            made.by_pair, made.vectors = stand_in.compensation.by_pair, vectors.data_ptr()
+            if part.down is not None and part.up is not None and part.bias is not None:
+                down = _Packed(part.down.to(dtype)[None], part.bias[None], _SILU)
+                up = _Packed(part.up.to(dtype)[None])
+                held += [down, up]
+                made.down, made.up = down.product, up.product
+        self._layers[key] = made, held
+        return made
+
+
+def _library() -> ctypes.CDLL:
+    functions = build.library()
+    assert not isinstance(functions, str)
+    return functions
+
+
+def _serves(module: Any, hidden: Tensor) -> bool:
+    """Whether the kernel runs this layer on these inputs."""
+    return can_copy(module, hidden) and can_run(hidden.dtype) and _fits(module)
+
+
+def _in_steps(hidden: Tensor, stand_in: StandIn) -> bool:
+    return hidden.dtype != torch.bfloat16 or stand_in.compensation.rank % 2 == 0
 
 
 def can_run(dtype: torch.dtype) -> bool:
     """Whether the kernel is there, and serves a dtype here."""
-    functions = build.library()
-    return not isinstance(functions, str) and bool(functions.serves(_STORED.get(dtype, -1)))
+    return dtype in _served(build.library())
+
+
+@cache
+def _served(functions: ctypes.CDLL | str) -> frozenset[torch.dtype]:
+    if isinstance(functions, str):
+        return frozenset()
+    return frozenset(dtype for dtype, stored in _STORED.items() if functions.serves(stored))
 
 
 def can_fuse(modules: list[Any]) -> bool:
@@ -177,25 +259,10 @@ def instructions() -> str:
     return functions if isinstance(functions, str) else functions.instructions().decode()
 
 
-def _pack(module: Any) -> _PackedLayer:
-    first, second = (weight.detach() for weight in weights_of(module))
-    if module.is_transposed:
-        first, second = first.transpose(1, 2), second.transpose(1, 2)
-    biases: list[Tensor | None] = [bias.detach() for bias in biases_of(module)] or [None, None]
-    gate = _gate_of(module, first.shape[1])
-    return _PackedLayer(
-        first=_packed(first, biases[0], *gate),
-        first_width=first.shape[1] // (1 if gate[0] == _PLAIN else 2),
-        second=_packed(second, biases[1]),
-        hidden=second.shape[1],
-        experts=len(first),
-    )
-
-
 def _gate_of(module: Any, width: int) -> tuple[int, float, float]:
     """The activation of a first product of this width, with its limit and alpha."""
     if module.has_gate and is_plain_silu(module):
-        return _SILU, 0.0, 0.0
+        return _GATED_SILU, 0.0, 0.0
     limit, alpha = getattr(module, "limit", None), getattr(module, "alpha", None)
     if module.has_gate and isinstance(limit, float) and isinstance(alpha, float):
         # As in GPT-OSS? What the class does with an example says so, not what it is called.
@@ -208,30 +275,11 @@ def _gate_of(module: Any, width: int) -> tuple[int, float, float]:
     return _PLAIN, 0.0, 0.0
 
 
-def _packed(weight: Tensor, bias: Tensor | None, activation: int = _PLAIN, *gate: float) -> _Packed:
-    """(E, O, I) weights and (E, O) biases by panels."""
-    functions = build.library()
-    assert not isinstance(functions, str)
-    columns = int(functions.panel_columns())
-    dtype = _smallest(weight)
-    pair = 2 if weight.dtype == torch.bfloat16 else 1  # neighbours that are multiplied at once
-    first = _in_panels(weight[0], columns, activation)
-    panels, depth = first.shape[0], weight.shape[2]
-    out = torch.zeros((len(weight), panels, depth // pair, columns, pair), dtype=dtype)
-    for expert, target in zip(weight, out, strict=True):
-        panel = _in_panels(expert.to(dtype), columns, activation)
-        target.copy_(panel.view(panels, columns, -1, pair).transpose(1, 2))
-    if bias is not None:
-        lines = (_in_panels(one[:, None], columns, activation) for one in bias.float())
-        bias = torch.stack([line.squeeze(2) for line in lines]).contiguous()
-    return _Packed(out, bias, depth, activation, *gate)
-
-
 def _in_panels(weight: Tensor, columns: int, activation: int) -> Tensor:
     """(O, I) -> (panels, columns, I), with zeros for the last panel's missing columns."""
-    if activation == _PLAIN:
+    if activation in (_PLAIN, _SILU):
         parts = [weight]
-    elif activation == _SILU:
+    elif activation == _GATED_SILU:
         parts = list(weight.chunk(2))
     else:
         parts = [weight[::2], weight[1::2]]
