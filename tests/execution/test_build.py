@@ -40,8 +40,8 @@ def test_without_a_compiler(cache, monkeypatch, make_tiny_mixtral):
 
 
 def test_a_compiler_that_fails_says_why_and_leaves_nothing(cache, tmp_path, monkeypatch):
-    compiler(tmp_path, monkeypatch, "echo 'fused.cpp:1: error: no such option' >&2; exit 1")
-    assert build.library.__wrapped__().endswith("failed: fused.cpp:1: error: no such option")
+    compiler(tmp_path, monkeypatch, "echo 'layer.cpp:1: error: no such option' >&2; exit 1")
+    assert build.library.__wrapped__().endswith("failed: layer.cpp:1: error: no such option")
     assert list(cache.iterdir()) == []
 
 

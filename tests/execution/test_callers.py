@@ -146,6 +146,24 @@ def test_a_failing_forward_lets_the_next_thread_in(model):
         assert logits(model, prompt(2)).isfinite().all()
 
 
+def test_a_thread_that_ends_in_a_forward_lets_the_next_one_in(model):
+    """SystemExit ends a thread without a word, and torch runs no hook for it."""
+
+    class Ending(NativePolicy):
+        def route(
+            self, context: ForwardContext, layer: int, index: Tensor, weight: Tensor
+        ) -> Routing:
+            if threading.current_thread() is ending:
+                raise SystemExit
+            return super().route(context, layer, index, weight)
+
+    ending = threading.Thread(target=logits, args=(model, prompt(2)))
+    with routed(model, Ending()), ThreadPoolExecutor(1) as pool:
+        ending.start()
+        ending.join(60)
+        assert pool.submit(logits, model, prompt(2)).result(60).isfinite().all()
+
+
 @pytest.mark.parametrize("before", ["no forward", "one token", "as many tokens", "interrupted"])
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_part_of_the_model_is_refused(model, name, before):

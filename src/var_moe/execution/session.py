@@ -35,7 +35,7 @@ class _Turn:
     """Lets the forwards of several threads into a session one after another."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._free = threading.Condition()
         self._owner: int | None = None
 
     @property
@@ -44,16 +44,24 @@ class _Turn:
         return self._owner == threading.get_ident()
 
     def take(self) -> None:
-        """Wait for the turn, which an interrupted forward of this thread may still have."""
-        if not self.mine:
-            self._lock.acquire()
+        """Wait for the turn, which an interrupted forward of this thread may still have.
+
+        A thread that ended in a forward (SystemExit runs no hook) has given its turn.
+        """
+        with self._free:
+            while self._owner is not None and not self.mine and self._owner_lives():
+                self._free.wait(timeout=1.0)
             self._owner = threading.get_ident()
+
+    def _owner_lives(self) -> bool:
+        return any(one.ident == self._owner for one in threading.enumerate())
 
     def give(self) -> None:
         """Let the next thread in; without effect where it is another one's turn."""
-        if self.mine:
-            self._owner = None
-            self._lock.release()
+        with self._free:
+            if self.mine:
+                self._owner = None
+                self._free.notify()
 
     @contextmanager
     def taken(self) -> Iterator[None]:

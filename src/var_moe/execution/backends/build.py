@@ -1,4 +1,4 @@
-"""Compiles ``fused.cpp`` for this machine and loads it: once, the file is kept for later runs."""
+"""Compiles ``kernel/`` for this machine and loads it: once, the file is kept for later runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-SOURCE = Path(__file__).with_name("fused.cpp")
+SOURCES = Path(__file__).with_name("kernel")
 OPTIONS = (
     *("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"),
     *("-std=c++17", "-fopenmp", "-fPIC", "-shared"),
@@ -107,7 +107,8 @@ def _compiled(compiler: list[str]) -> Path:
     version = subprocess.run(
         [*compiler, "--version"], capture_output=True, text=True, check=True, timeout=SECONDS
     ).stdout
-    named = (SOURCE.read_text(), version, *OPTIONS, _processor())
+    sources = [path.read_text() for path in sorted(SOURCES.iterdir()) if path.is_file()]
+    named = (*sources, version, *OPTIONS, _processor())
     key = hashlib.sha256("\0".join(named).encode()).hexdigest()[:16]
     path = _folder() / f"fused-{key}.so"
     if not path.exists():
@@ -117,7 +118,7 @@ def _compiled(compiler: list[str]) -> Path:
         os.close(descriptor)
         try:
             subprocess.run(
-                [*compiler, *OPTIONS, str(SOURCE), "-o", name],
+                [*compiler, *OPTIONS, str(SOURCES / "layer.cpp"), "-o", name],
                 capture_output=True,
                 text=True,
                 check=True,

@@ -1,4 +1,4 @@
-"""Our experts backend on CPU with a compiler: one kernel for a layer's pairs (``fused.cpp``).
+"""Our experts backend on CPU with a compiler: one kernel for a layer's pairs (``kernel/``).
 
 Sorting, both products, the activation and the weighted sum are compiled for the machine that runs
 them. Any number of rows is served by the same code, so there is no warm-up; and a token's output
