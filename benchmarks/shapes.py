@@ -44,6 +44,7 @@ TOKENS = (2048, 256, 16, 1)
 DTYPES = ("bfloat16", "float32")
 THEIRS = ("eager", "grouped_mm", "batched_mm")
 MOST_COPIED = 2**30  # bytes of weights that batched_mm copies, above which it is not tried
+FEW_TOKENS_ROUNDS = 6  # times as many: short forwards are noisy
 WARM_UP = 3  # forwards, each on a routing of its own, before rounds count
 
 
@@ -305,7 +306,8 @@ def main(words: list[str] | None = None) -> int:
                     torch.manual_seed(0)
                     module = shape.layer(getattr(torch, dtype))
                     backend = open_backend(options.backend)
-                measured = measure(shape, module, backend, tokens, options.rounds)
+                rounds = options.rounds * (FEW_TOKENS_ROUNDS if tokens <= 16 else 1)
+                measured = measure(shape, module, backend, tokens, rounds)
                 rows[key] = {"backend": options.backend, **measured}
                 atomic_write_json(path, {"rows": list(rows.values()), "provenance": provenance()})
             print(as_line(rows[key]), flush=True)

@@ -37,6 +37,16 @@ class Product(ctypes.Structure):
     )
 
 
+class Matrix(ctypes.Structure):
+    """``Matrix`` of the source: (experts, rows, columns) and the steps between neighbours."""
+
+    _fields_ = (
+        ("values", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("experts", "rows", "columns")),
+        *((name, ctypes.c_int64) for name in ("expert_step", "row_step", "column_step")),
+    )
+
+
 class Layer(ctypes.Structure):
     """``Layer`` of the source: what is the same in every forward."""
 
@@ -65,6 +75,10 @@ _FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "panel_columns": ([], ctypes.c_int64),
     "sums_in_two_ways": ([ctypes.c_int32], ctypes.c_int32),
     "serves": ([ctypes.c_int32], ctypes.c_int32),
+    "pack_matrix": (
+        [ctypes.POINTER(Matrix), *[ctypes.c_int32] * 3, ctypes.c_void_p, ctypes.c_int32],
+        None,
+    ),
     "scratch_bytes": ([_LAYER, ctypes.c_int64], ctypes.c_int64),
     "run_layer": ([_LAYER, _CALL], None),
     "run_step": ([_LAYER, _CALL, ctypes.c_int32, ctypes.POINTER(ctypes.c_int64)], None),

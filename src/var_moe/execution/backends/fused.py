@@ -20,7 +20,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
-from torch.nn import functional as F
 from torch.profiler import record_function
 
 from var_moe.execution.backends import build
@@ -88,7 +87,8 @@ class FusedBackend(ExpertsBackend):
         rows = hidden if hidden.dtype == torch.bfloat16 else hidden.float()
         layer = packed.layer(index.shape[1], stand_in, rows.dtype)
         rows, weight = rows.contiguous(), weight.float().contiguous()
-        index, kept, out = index.contiguous(), kept.contiguous(), torch.empty_like(rows)
+        index, kept = index.long().contiguous(), kept.long().contiguous()
+        out = torch.empty_like(rows)
         pieces = -(-index.numel() * packed.widest // _ELEMENTS)
         if pieces <= 1:
             self._piece(module, layer, rows, index, kept, weight, out)
@@ -151,23 +151,17 @@ class _Packed:
         limit: float = 0.0,
         alpha: float = 0.0,
     ) -> None:
-        columns = int(_library().panel_columns())
         dtype = _smallest(weight)
         pair = 2 if weight.dtype == torch.bfloat16 else 1  # neighbours that are multiplied at once
-        panels, depth = len(_in_panels(weight[0], columns, activation)), weight.shape[2]
-        self._weight = torch.zeros((len(weight), panels, depth // pair, columns, pair), dtype=dtype)
-        for expert, target in zip(weight, self._weight, strict=True):
-            panel = _in_panels(expert.to(dtype), columns, activation)
-            target.copy_(panel.view(panels, columns, -1, pair).transpose(1, 2))
+        gated = activation in (_GATED_SILU, _CLAMPED)
+        self._weight = _in_panels(weight, dtype, activation, pair)
         self._bias: Tensor | None = None
         if bias is not None:
-            lines = [_in_panels(one[:, None], columns, activation) for one in bias.float()]
-            self._bias = torch.stack(lines).contiguous()
-        gated = activation in (_GATED_SILU, _CLAMPED)
+            self._bias = _in_panels(bias[:, :, None], torch.float32, activation)
         self.product = build.Product(
             self._weight.data_ptr(),
             None if self._bias is None else self._bias.data_ptr(),
-            depth,
+            weight.shape[2],
             weight.shape[1] // (2 if gated else 1),
             _STORED[dtype],
             activation,
@@ -275,17 +269,22 @@ def _gate_of(module: Any, width: int) -> tuple[int, float, float]:
     return _PLAIN, 0.0, 0.0
 
 
-def _in_panels(weight: Tensor, columns: int, activation: int) -> Tensor:
-    """(O, I) -> (panels, columns, I), with zeros for the last panel's missing columns."""
-    if activation in (_PLAIN, _SILU):
-        parts = [weight]
-    elif activation == _GATED_SILU:
-        parts = list(weight.chunk(2))
-    else:
-        parts = [weight[::2], weight[1::2]]
-    share = columns // len(parts)
-    padded = [F.pad(part, (0, 0, 0, -len(part) % share)) for part in parts]
-    return torch.cat([part.view(-1, share, part.shape[1]) for part in padded], dim=1)
+def _in_panels(weight: Tensor, dtype: torch.dtype, activation: int, pair: int = 1) -> Tensor:
+    """(E, O, I) in a dtype, by panels: (E, panels, I / pair, columns, pair)."""
+    functions = _library()
+    columns = int(functions.panel_columns())
+    width, share = weight.shape[1], columns
+    if activation in (_GATED_SILU, _CLAMPED):
+        width, share = width // 2, columns // 2
+    out = torch.empty(
+        (len(weight), -(-width // share), weight.shape[2] // pair, columns, pair), dtype=dtype
+    )
+    for expert, target in zip(weight, out, strict=True):
+        values = expert.to(dtype)
+        matrix = build.Matrix(values.data_ptr(), 1, *values.shape, 0, *values.stride())
+        given = (dtype.itemsize, activation, pair, target.data_ptr(), torch.get_num_threads())
+        functions.pack_matrix(matrix, *given)
+    return out
 
 
 def _smallest(weight: Tensor) -> torch.dtype:

@@ -72,8 +72,9 @@ void sort_pairs(const Layer &of, const Call &call, const Room &room) {
     int64_t *ends = room.ends;
     std::fill(ends, ends + of.experts, 0);
     const int64_t slots = call.tokens * of.top_k;
+    auto runs = [&](int64_t expert) { return expert >= 0 && expert < of.experts; };
     for (int64_t s = 0; s < slots; ++s)
-        if (call.kept[s] >= 0) ++ends[call.kept[s]];
+        if (runs(call.kept[s])) ++ends[call.kept[s]];
     int64_t start = 0;
     for (int64_t e = 0; e < of.experts; ++e) {
         const int64_t count = ends[e];
@@ -82,8 +83,8 @@ void sort_pairs(const Layer &of, const Call &call, const Room &room) {
     }
     for (int64_t s = 0; s < slots; ++s) {
         const int64_t expert = call.kept[s];
-        room.place[s] = expert < 0 ? -1 : int32_t(ends[expert]++);
-        if (expert >= 0) room.token[room.place[s]] = int32_t(s / of.top_k);
+        room.place[s] = runs(expert) ? int32_t(ends[expert]++) : -1;
+        if (runs(expert)) room.token[room.place[s]] = int32_t(s / of.top_k);
     }
 }
 
@@ -199,6 +200,17 @@ int32_t serves(int32_t stored) {
 #else
     return stored == 0 || stored == 1;
 #endif
+}
+
+// A matrix of elements of so many bytes by panels.
+void pack_matrix(const Matrix *from, int32_t bytes, int32_t activation, int32_t neighbours, void *to,
+                 int32_t threads) {
+    if (bytes == 4)
+        pack<uint32_t, 1>(*from, activation, (uint32_t *)to, threads);
+    else if (neighbours == 1)
+        pack<uint16_t, 1>(*from, activation, (uint16_t *)to, threads);
+    else
+        pack<uint16_t, 2>(*from, activation, (uint16_t *)to, threads);
 }
 
 int64_t scratch_bytes(const Layer *of, int64_t tokens) { return Room(*of, tokens, nullptr).bytes; }

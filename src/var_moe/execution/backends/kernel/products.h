@@ -56,6 +56,41 @@ INLINE float activated(const Product &by, float x, float up) {
     }
 }
 
+// Where a matrix lies: (experts, rows, columns), with steps between neighbours in elements.
+struct Matrix {
+    const void *values;
+    int64_t experts, rows, columns, expert_step, row_step, column_step;
+};
+
+// Its rows as the columns of panels, S neighbours of a column side by side.
+template <class V, int S>
+void pack(const Matrix &from, int activation, V *to, int threads) {
+    const bool halves = activation == GATED_SILU || activation == CLAMPED;
+    const int columns = halves ? NB / 2 : NB;
+    const int64_t width = from.rows / (halves ? 2 : 1), panels = (width + columns - 1) / columns;
+    const int64_t steps = from.columns / S;
+#pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
+    for (int64_t e = 0; e < from.experts; ++e)
+        for (int64_t p = 0; p < panels; ++p) {
+            const V *values = (const V *)from.values + e * from.expert_step;
+            V *panel = to + (e * panels + p) * steps * NB * S;
+            const V *row[NB];
+            for (int c = 0; c < NB; ++c) {
+                const int64_t at = p * columns + c % columns;
+                const int64_t number = activation == CLAMPED ? 2 * at + c / columns  // in turn
+                                                             : at + c / columns * width;
+                row[c] = at < width ? values + number * from.row_step : nullptr;
+            }
+            // Square by square, as one of the two is read or written across its lines.
+            for (int64_t k = 0; k < steps; k += 16)
+                for (int c = 0; c < NB; ++c)
+                    for (int64_t i = k; i < std::min(k + 16, steps); ++i)
+                        for (int s = 0; s < S; ++s)
+                            panel[(i * NB + c) * S + s] =
+                                row[c] ? row[c][(i * S + s) * from.column_step] : V(0);
+        }
+}
+
 template <class T>
 void finish(const float *sums, const float *bias, const Product &by, int width, T *out) {
     float line[NB];
