@@ -57,7 +57,7 @@ def test_what_is_no_library(cache, tmp_path, monkeypatch):
     assert list(cache.iterdir()) == []
 
 
-@pytest.mark.skipif(not fused.can_run(torch.float32), reason="no C++ compiler here")
+@pytest.mark.skipif(isinstance(build.library(), str), reason="no C++ compiler here")
 def test_compiled_once_for_a_processor_and_a_compiler(cache, monkeypatch):
     first = build._compiled(["c++"])
     assert first.parent == cache
@@ -79,7 +79,7 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     folder.rmdir()
 
 
-@pytest.mark.skipif(not fused.can_run(torch.float32), reason="no C++ compiler here")
+@pytest.mark.skipif(isinstance(build.library(), str), reason="no C++ compiler here")
 def test_one_pool_of_threads_with_torch():
     """Two OpenMP libraries in a process would wait for each other's threads."""
     maps = Path("/proc/self/maps")
@@ -97,7 +97,7 @@ def supported(option):
 
 @pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.skipif(not fused.can_run(torch.float32), reason="no C++ compiler here")
+@pytest.mark.skipif(isinstance(build.library(), str), reason="no C++ compiler here")
 @pytest.mark.parametrize(
     ("option", "name"),
     [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +16,7 @@ from var_moe.execution.backends.fused import FusedBackend, can_run
 from var_moe.execution.backends.sorted import SortedBackend
 from var_moe.routing.compensation import Compensation, LayerCompensation, StandIn
 
-pytestmark = pytest.mark.skipif(not can_run(torch.float32), reason="no C++ compiler here")
+pytestmark = pytest.mark.skipif(isinstance(build.library(), str), reason="no C++ compiler here")
 
 
 @torch.no_grad()
@@ -108,6 +110,29 @@ def test_weights_that_16_bits_hold_take_no_more_and_change_nothing(short, tokens
     assert long._copies.of(module)._first._weight.dtype == torch.float32
     assert torch.equal(backend.run(module, inputs(tokens, 32), index, weight), expected)
     assert got.isfinite().all()
+
+
+def test_it_is_right_here():
+    """A kernel that computes its example wrong would be passed over without a word."""
+    assert all(map(can_run, (torch.float32, torch.bfloat16)))
+    assert can_run(torch.float16) == bool(build.library().serves(2))
+
+
+def test_a_kernel_that_is_wrong_is_not_used(monkeypatch):
+    own = build.library()
+
+    class Wrong:
+        def __getattr__(self, name):
+            return getattr(own, name)
+
+        def run_layer(self, layer, call):
+            call.weight = 0  # as a processor that does something else
+            call.tokens = 1
+            own.run_step(layer, call, 0, (ctypes.c_int64 * 2)())
+
+    wrong = Wrong()
+    monkeypatch.setattr(build, "library", lambda: wrong)
+    assert not any(map(can_run, (torch.float32, torch.bfloat16, torch.float16)))
 
 
 @torch.no_grad()

@@ -187,6 +187,7 @@ template <int R>
 void tile_block(const bf16 *a, int64_t stride, int64_t steps, const bf16 *b, float *sums, bool add) {
     constexpr int64_t wide = NB * sizeof(float);
     const int64_t lower = 16 * stride / int64_t(sizeof(bf16));
+    asm volatile("" ::: "memory");  // the compiler does not know what tiles read
     for (int c = 0; c < NB; c += 32) {
         float *upper = sums + c, *under = upper + 16 * NB;
         tile_zero(0);
