@@ -112,6 +112,8 @@ def test_settings_are_checked(values, expected):
 def test_a_setting_is_read_back():
     for setting in (SpeedSetting(), SpeedSetting.of("decode", 16)):
         assert SpeedSetting.from_dict(setting.to_dict()) == setting
+    assert SpeedSetting.of("decode", 16).described == "after 16 prompt(s) at once"
+    assert SpeedSetting.of("prefill", 4).described == f"4 x {SpeedSetting().sequence} tokens"
 
 
 def test_backend_arm_restores(model):

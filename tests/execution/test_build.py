@@ -59,13 +59,13 @@ def test_what_is_no_library(cache, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(isinstance(build.library(), str), reason="no C++ compiler here")
 def test_compiled_once_for_a_processor_and_a_compiler(cache, monkeypatch):
-    first = build._compiled(["c++"])
+    first = build._compiled(build._compiler())
     assert first.parent == cache
     made = first.stat().st_mtime_ns
-    assert build._compiled(["c++"]) == first
+    assert build._compiled(build._compiler()) == first
     assert first.stat().st_mtime_ns == made
     monkeypatch.setattr(build, "_processor", lambda: "another one")
-    assert build._compiled(["c++"]) != first
+    assert build._compiled(build._compiler()) != first
     assert [path.suffix for path in cache.iterdir()] == [".so", ".so"]
 
 
@@ -112,7 +112,7 @@ def test_other_processors_kernels(option, name, dtype, cache, monkeypatch):
     if not supported(option):
         pytest.skip(f"this processor does not run {name}")
     monkeypatch.setattr(build, "OPTIONS", (*build.OPTIONS, option))
-    library = build._load(build._compiled(["c++"]))
+    library = build._load(build._compiled(build._compiler()))
     monkeypatch.setattr(build, "library", lambda: library)
     assert fused.instructions() == name
     for hidden, inner, tokens in ((66, 24, 1), (34, 90, 200), (4500, 32, 150)):

@@ -226,7 +226,8 @@ def _sentence(settings: CertifySettings, text: Row, verdict: Row, claims: Sequen
     holding = {claim["name"]: claim for claim in claims if claim["holds"]}
     if SPEEDUP in holding:
         least = holding[SPEEDUP]["at_least"]
-        sentence += f", at {least:.3f} or more times its speed on this machine"
+        of = f" of generating {settings.setting.described}" if settings.setting.decodes else ""
+        sentence += f", at {least:.3f} or more times its speed{of} on this machine"
     if LEARNED in holding:
         limit = holding[LEARNED]["limit_pct"]
         sentence += f", and the router alone decides less than {limit:g}%"

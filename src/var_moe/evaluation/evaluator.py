@@ -154,10 +154,11 @@ class Evaluator:
 
     @cached_property
     def _fastest(self) -> tuple[str, dict[str, float]]:
-        setting = self.timed_setting
+        setting = replace(self.timed_setting, forwards=1)
         if setting.decodes:
             setting = replace(setting, new_tokens=min(setting.new_tokens, _CHOOSING_TOKENS))
-        names = usable_backends(self.model, setting.forward_tokens, self.top_k)
+        largest = setting.batch_size * setting.sequence  # of generating: reading the prompts
+        names = usable_backends(self.model, largest, self.top_k)
         arms = {name: backend_arm(self.model, name) for name in names}
         group = setting.group(self.documents, arms, blocks=CHOOSING_BLOCKS, turn=next(self._turns))
         (timings,) = time_groups(self.model, [group], blocks=CHOOSING_BLOCKS)

@@ -69,6 +69,13 @@ class SpeedSetting:
         return self.objective == "decode"
 
     @property
+    def described(self) -> str:
+        """In words, as ``8 x 256 tokens``."""
+        if self.decodes:
+            return f"after {self.batch_size} prompt(s) at once"
+        return f"{self.batch_size} x {self.sequence} tokens"
+
+    @property
     def forward_tokens(self) -> int:
         """Tokens of one forward: those of a batch, or one for each prompt."""
         return self.batch_size * (1 if self.decodes else self.sequence)

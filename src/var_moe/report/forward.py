@@ -111,7 +111,7 @@ def speed_section(results: Results) -> Section:
         "speed",
         "Where the time goes",
         pictures(breakdown_figure(cost, results.winner)),
-        intro=f"A forward of {cost.setting.batch_size} x {cost.setting.sequence} tokens, by the "
+        intro=f"A forward of {cost.setting.described}, by the "
         "cost model that was fitted to timed forwards of this machine. A timing that the fit did "
         f"not see is predicted within {100 * cost.error:.1f}% (median).",
     )

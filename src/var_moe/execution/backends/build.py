@@ -92,7 +92,7 @@ def library() -> ctypes.CDLL | str:
     The environment variable ``CXX`` names the compiler, ``c++`` without it; ``CXX=none`` does
     without.
     """
-    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    compiler = _compiler()
     if sys.platform == "win32":
         return "not on Windows"
     try:
@@ -106,6 +106,10 @@ def library() -> ctypes.CDLL | str:
         return f"{compiler[0]} failed: {(lines or ['no message'])[0].strip()}"
     except (OSError, AttributeError) as error:
         return str(error)
+
+
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "")) or ["c++"]
 
 
 def _load(path: Path) -> ctypes.CDLL:
