@@ -17,7 +17,7 @@ PACKAGE = Path(var_moe.__file__).parent
 # A room may import those of lower levels; rooms of one level may import each other one way.
 LEVELS = (
     ("errors",),
-    ("storage", "hub", "demo", "terminal", "extras", "growing"),
+    ("storage", "hub", "demo", "terminal", "extras", "growing", "memory"),
     ("config",),
     ("routing", "models"),
     ("execution",),

@@ -106,7 +106,9 @@ def test_a_dense_model_is_refused():
 
 def test_an_unknown_backend_is_refused(model):
     with (
-        pytest.raises(UsageError, match="'bogus': expected one of sorted, packed, grouped, eager"),
+        pytest.raises(
+            UsageError, match="'bogus': expected one of sorted, packed, fused, grouped, eager"
+        ),
         routed(model, NativePolicy(), backend="bogus"),
     ):
         pass

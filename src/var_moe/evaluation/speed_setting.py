@@ -6,15 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from var_moe.config import check_count
 from var_moe.errors import UsageError
-from var_moe.evaluation.batching import full_batches
-from var_moe.evaluation.throughput import Arm, ArmGroup, generating, score
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a command checks its setting before it loads torch
     from var_moe.data.documents import EncodedDocument
+    from var_moe.evaluation.throughput import Arm, ArmGroup
 
 OBJECTIVES = ("prefill", "decode")
 NEW_TOKENS = 128
@@ -87,6 +84,8 @@ class SpeedSetting:
 
     def to_dict(self) -> dict[str, Any]:
         """For result files."""
+        import torch
+
         generated = {"new_tokens": self.new_tokens} if self.decodes else {}
         return {
             "objective": self.objective,
@@ -101,6 +100,9 @@ class SpeedSetting:
         self, documents: Sequence[EncodedDocument], arms: Mapping[str, Arm], **drawn: int
     ) -> ArmGroup:
         """Arms, to be timed in this setting on a text; options are those of `full_batches`."""
+        from var_moe.evaluation.batching import full_batches
+        from var_moe.evaluation.throughput import ArmGroup, generating, score
+
         rows = {"batch_size": self.batch_size, "sequence": self.sequence}
         batches = full_batches(documents, forwards=self.forwards, **rows, **drawn)
         run = generating(self.new_tokens) if self.decodes else score
