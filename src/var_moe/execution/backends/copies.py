@@ -72,13 +72,15 @@ def can_copy(module: Any, hidden: Tensor) -> bool:
     return hidden.dtype == module.down_proj.dtype and not parametrize.is_parametrized(module)
 
 
-def have_room(modules: list[Any]) -> bool:
-    """Whether copies of these modules' weights, which are on the CPU, take little of the memory."""
+def worth_copying(modules: list[Any], served: Callable[[torch.dtype], bool]) -> bool:
+    """Whether a kernel serves these modules' dtypes, and copies of their weights, which are on the
+    CPU, take little of the memory."""
     weights = [weight for module in modules for weight in weights_of(module)]
     if not weights or any(weight.device.type != "cpu" for weight in weights):
         return False
     size = sum(weight.numel() * weight.element_size() for weight in weights)
-    return size <= MEMORY_SHARE * memory_limit()
+    fits = size <= MEMORY_SHARE * memory_limit()
+    return fits and all(served(dtype) for dtype in {weight.dtype for weight in weights})
 
 
 def _state(module: Any) -> tuple[tuple[int, int], ...]:

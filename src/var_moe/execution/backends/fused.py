@@ -24,7 +24,7 @@ from torch.profiler import record_function
 
 from var_moe.execution.backends import build
 from var_moe.execution.backends.base import ExpertsBackend, activate, is_plain_silu
-from var_moe.execution.backends.copies import WeightCopies, can_copy, have_room
+from var_moe.execution.backends.copies import WeightCopies, can_copy, worth_copying
 from var_moe.execution.backends.sorted import SortedBackend
 from var_moe.models.moe_layers import biases_of, weights_of
 from var_moe.routing.compensation import StandIn
@@ -254,8 +254,7 @@ def _right(functions: ctypes.CDLL, dtype: torch.dtype) -> bool:
 
 def can_fuse(modules: list[Any]) -> bool:
     """Whether the kernel serves these experts here, and there is memory for their copies."""
-    dtypes = {weight.dtype for module in modules for weight in weights_of(module)}
-    return have_room(modules) and all(can_run(dtype) for dtype in dtypes)
+    return worth_copying(modules, can_run)
 
 
 def _fits(module: Any) -> bool:

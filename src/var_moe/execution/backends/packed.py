@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from var_moe.execution.backends.base import ExpertsBackend, activate, is_plain_silu
-from var_moe.execution.backends.copies import WeightCopies, can_copy, have_room
+from var_moe.execution.backends.copies import WeightCopies, can_copy, worth_copying
 from var_moe.execution.backends.sorted import (
     Scratch,
     SortedBackend,
@@ -143,8 +143,7 @@ def _step(rows: int) -> int:
 
 def can_pack(modules: list[Any]) -> bool:
     """Whether there are kernels for these experts here, and memory for their copies."""
-    dtypes = {weight.dtype for module in modules for weight in weights_of(module)}
-    return have_room(modules) and all(has_kernels(dtype) for dtype in dtypes)
+    return worth_copying(modules, has_kernels)
 
 
 @cache
